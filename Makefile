@@ -1,0 +1,58 @@
+# Hocket. `make help` lists what there is; every target sets up what it needs.
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH_SPEC ?= torch==2.13.0
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+export PATH := $(BIN):$(PATH)
+export OMP_NUM_THREADS ?= 1
+# uv does not read pip's configuration; this hands it the folder of local wheels, where there is one.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+STAMP := $(VENV)/.set-up
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test lint types proto bench profile clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## makes .venv with everything (TORCH_SPEC=… for another torch build)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if command -v uv >/dev/null; then \
+	  export UV_COMPILE_BYTECODE=1 VIRTUAL_ENV=$(CURDIR)/$(VENV); \
+	  uv pip install "$(TORCH_SPEC)" && uv pip install -e ".[dev]"; \
+	else \
+	  PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pip install -q "$(TORCH_SPEC)" && \
+	  PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pip install -q -e ".[dev]"; \
+	fi
+	@if command -v nvidia-smi >/dev/null; then $(BIN)/python -m pip install -q -e ".[cuda]"; fi
+	@touch $@
+
+demo: setup  ## the whole mesh on this machine; makes pictures at three sizes, then stops
+	@hocket demo
+
+up: setup  ## the whole mesh on this machine, until Ctrl-C
+	@hocket up
+
+test: setup  ## all tests
+	@python -m pytest
+
+lint: setup  ## style, import contracts, protobuf lint
+	@ruff check . && ruff format --check . && lint-imports && buf lint
+
+types: setup  ## mypy --strict
+	@mypy
+
+proto: setup  ## regenerates hocket/v1 from proto/
+	@python tools/generate_stubs.py
+
+bench: setup  ## the mesh against the plain diffusers loop, groups, transfers, admission
+	@python -m bench mesh
+
+profile: setup  ## measures this machine's step times through the mesh, writes a profile CSV
+	@python -m bench profile
+
+clean:  ## removes what was made here, .venv included
+	rm -rf $(VENV) state out .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,76 @@
+"""`python -m control`: one replica of the control plane."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from control.config import ControlSettings
+from control.service import serve
+from hocket import telemetry
+from hocket.clock import SystemClock
+from hocket.config import load_or_exit
+from hocket.errors import BrokerUnavailable, WrongConfig
+
+
+def main(
+    cluster: Annotated[str | None, typer.Option(help="Name of the cluster.")] = None,
+    nats_url: Annotated[str | None, typer.Option(help="Where nats-server listens.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Run state: endpoints, traces.")] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port; port 0 picks one.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Planning policy.")] = None,
+    policy_set: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of the policy; repeatable.")
+    ] = None,
+    profile: Annotated[
+        list[Path] | None, typer.Option(help="Further profile CSV; repeatable.")
+    ] = None,
+    round_us: Annotated[
+        int | None, typer.Option(help="Planning interval in µs; 0 derives it.")
+    ] = None,
+    lead_us: Annotated[int | None, typer.Option(help="Plans leave so long before a round.")] = None,
+    lease_us: Annotated[
+        int | None, typer.Option(help="A worker silent for longer is gone.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with a [control] table.")] = None,
+) -> None:
+    """Runs the control plane: leases, planning, assignments."""
+    options = {
+        "cluster": cluster,
+        "nats_url": nats_url,
+        "state_dir": state_dir,
+        "listen": listen,
+        "policy": policy,
+        "policy_settings": tuple(policy_set) if policy_set else None,
+        "profiles": tuple(profile) if profile else None,
+        "round_us": round_us,
+        "lead_us": lead_us,
+        "lease_us": lease_us,
+        "log_level": log_level,
+    }
+    try:
+        asyncio.run(_run(load_or_exit(ControlSettings, options, config)))
+    except (BrokerUnavailable, WrongConfig) as error:
+        print(f"control: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+async def _run(settings: ControlSettings) -> None:
+    told = telemetry.setup("control", "0", settings.state_dir, settings.log_level)
+    stop = asyncio.Event()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(sign, stop.set)
+    try:
+        await serve(settings, SystemClock(), told, stop)
+    finally:
+        told.close()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,86 @@
+"""Control's settings: read once at start, frozen, wrong ones stop the process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import msgspec
+
+from control.scheduler.settings import SettingError, Settings
+from hocket.config import Common
+from hocket.errors import WrongConfig
+
+_ASSETS = Path(__file__).parent / "assets" / "profiles"
+
+Micros = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class ControlSettings(Common, frozen=True, kw_only=True):
+    """Settings of `python -m control`."""
+
+    section: ClassVar[str] = "control"
+
+    listen: str = "127.0.0.1:0"  # where ControlService is served
+    policy: str = "tetriserve"
+    policy_settings: tuple[str, ...] = ()  # key=value, as the policy names them
+    profiles: tuple[Path, ...] = ()  # CSV files beside the shipped ones; later files win
+    rounds: bool = True  # False: every event is a planning point
+    amend: bool = True  # idle workers take waiting jobs inside a round
+    round_us: Micros = 0  # planning interval; 0 derives it from the step times in flight
+    lead_us: Micros = 20_000  # plans leave this long before their boundary
+    lease_us: Annotated[int, msgspec.Meta(ge=100_000)] = 2_000_000
+    requests_open_max: Annotated[int, msgspec.Meta(ge=1)] = 10_000
+
+
+def scheduler_settings(settings: ControlSettings, term: int) -> Settings:
+    """The scheduler library's part of the settings; epochs of two terms never collide."""
+    pairs: dict[str, str | bool | int | float] = {}
+    for item in settings.policy_settings:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise WrongConfig(key="policy_settings", value=item, allowed="KEY=VALUE")
+        pairs[key.strip()] = _value(value.strip())
+    try:
+        return Settings(
+            policy=settings.policy,
+            policy_settings=pairs,
+            rounds=settings.rounds,
+            amend=settings.amend,
+            round_us=settings.round_us,
+            lead_us=settings.lead_us,
+            epoch_base=term << 32,
+        )
+    except SettingError as error:
+        raise WrongConfig(key=error.key, value=str(error.value), allowed=error.allowed) from error
+
+
+def _value(text: str) -> str | bool | int | float:
+    """Numbers, true and false are what they look like; everything else is a string."""
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
+def profile_csv(settings: ControlSettings) -> str:
+    """The shipped profiles and the user's, as one CSV text."""
+    texts = []
+    for path in (*sorted(_ASSETS.glob("*.csv")), *settings.profiles):
+        try:
+            texts.append(path.read_text(encoding="utf-8").strip())
+        except OSError as error:
+            raise WrongConfig(
+                key="profiles", value=str(path), allowed=f"a readable CSV file ({error.strerror})"
+            ) from error
+    header = texts[0].splitlines()[0]
+    rows = [line for text in texts for line in _rows(text, header)]
+    return "\n".join([header, *rows]) + "\n"
+
+
+def _rows(text: str, header: str) -> list[str]:
+    lines = text.splitlines()
+    if lines[0] != header:
+        raise WrongConfig(key="profiles", value=lines[0], allowed=f"the header {header!r}")
+    return lines[1:]

@@ -1,0 +1,97 @@
+"""Membership: which workers live, judged by the age of their last heartbeat on control's own clock.
+
+Pure bookkeeping: heartbeats and the time go in, facts for the scheduler come out. Heartbeats carry
+no time stamps; two hosts' clocks are never compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from control.scheduler.values import ModelFacts, WorkerLost, WorkerUp
+from hocket.v1 import generation_pb2, mesh_pb2
+
+
+@dataclass
+class Lease:
+    """A living worker."""
+
+    heartbeat: mesh_pb2.Heartbeat  # the newest one
+    seen_us: int
+    suspect: bool = False  # a peer reported trouble with it since its last heartbeat
+    draining: bool = False
+
+
+class Leases:
+    """All living workers. A lease ends `lease_us` after the last heartbeat, or when the worker says
+    goodbye.
+    """
+
+    def __init__(self, lease_us: int) -> None:
+        self._lease_us = lease_us
+        self._leases: dict[str, Lease] = {}
+
+    @property
+    def alive(self) -> Mapping[str, Lease]:
+        return self._leases
+
+    def heartbeat(self, beat: mesh_pb2.Heartbeat, now_us: int) -> tuple[WorkerUp | WorkerLost, ...]:
+        """Takes one heartbeat; returns what the scheduler has to know of it."""
+        known = self._leases.get(beat.worker)
+        if beat.leaving:
+            return () if known is None else (self._end(beat.worker, now_us, "leaving"),)
+        if known is not None and known.heartbeat.incarnation == beat.incarnation:
+            news = known.suspect or known.heartbeat.models != beat.models
+            known.heartbeat, known.seen_us, known.suspect = beat, now_us, False
+            return (_up(beat, now_us),) if news else ()
+        self._leases[beat.worker] = Lease(heartbeat=beat, seen_us=now_us)
+        return (_up(beat, now_us),)
+
+    def expire(self, now_us: int) -> tuple[WorkerLost, ...]:
+        """Ends every lease that is too old."""
+        late = [
+            name for name, lease in self._leases.items() if lease.seen_us + self._lease_us <= now_us
+        ]
+        return tuple(self._end(name, now_us, "lease") for name in sorted(late))
+
+    def suspect(self, worker: str) -> None:
+        if worker in self._leases:
+            self._leases[worker].suspect = True
+
+    def drain(self, worker: str, draining: bool) -> None:
+        if worker in self._leases:
+            self._leases[worker].draining = draining
+
+    def next_expiry_us(self) -> int | None:
+        ends = [lease.seen_us + self._lease_us for lease in self._leases.values()]
+        return min(ends) if ends else None
+
+    def store_address(self, worker: str) -> str:
+        lease = self._leases.get(worker)
+        return lease.heartbeat.store_address if lease is not None else ""
+
+    def models(self) -> tuple[generation_pb2.ModelInfo, ...]:
+        """Models that living workers serve, by name."""
+        found: dict[str, generation_pb2.ModelInfo] = {}
+        for name in sorted(self._leases):
+            for model in self._leases[name].heartbeat.models:
+                found.setdefault(model.name, model)
+        return tuple(found[name] for name in sorted(found))
+
+    def _end(self, worker: str, now_us: int, reason: str) -> WorkerLost:
+        del self._leases[worker]
+        return WorkerLost(at_us=now_us, worker=worker, reason=reason)
+
+
+def _up(beat: mesh_pb2.Heartbeat, now_us: int) -> WorkerUp:
+    return WorkerUp(
+        at_us=now_us,
+        worker=beat.worker,
+        incarnation=beat.incarnation,
+        gpu=beat.device.profile_name,
+        host=beat.host,
+        models=tuple(
+            ModelFacts(name=model.name, degrees=tuple(model.degrees)) for model in beat.models
+        ),
+    )

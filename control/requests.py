@@ -1,0 +1,84 @@
+"""What control knows of a request beyond what the scheduler needs: its text, its caller, its trace,
+its story.
+
+Bounded: ended requests are kept, oldest dropped first, so that an idempotency key still finds them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
+
+
+@dataclass
+class Record:
+    """One accepted request."""
+
+    submit: control_pb2.SubmitRequest
+    accepted: generation_pb2.Accepted
+    accepted_us: int  # on control's clock
+    accepted_unix_ns: int
+    traceparent: str
+    events: int = 0  # request events published so far
+    first_run: bool = False  # an assignment was published
+    last_run_sequence: int = -1
+    media: types_pb2.MediaInfo | None = None
+    ended: mesh_pb2.RequestEvent | None = None
+    predicted_us: dict[int, int] = field(default_factory=dict)  # step time, by assignment
+
+    @property
+    def id(self) -> str:
+        return self.submit.request_id
+
+    @property
+    def spec(self) -> types_pb2.GenerationSpec:
+        return self.submit.request.spec
+
+
+class Records:
+    """Requests by id and by (tenant, idempotency key)."""
+
+    def __init__(self, ended_max: int = 10_000) -> None:
+        self._ended_max = ended_max
+        self._open: dict[str, Record] = {}
+        self._ended: OrderedDict[str, Record] = OrderedDict()
+        self._by_key: dict[tuple[str, str], str] = {}
+
+    @property
+    def open_count(self) -> int:
+        return len(self._open)
+
+    def open_ids(self) -> tuple[str, ...]:
+        return tuple(self._open)
+
+    def add(self, record: Record) -> None:
+        self._open[record.id] = record
+        if record.submit.request.idempotency_key:
+            self._by_key[_key(record.submit)] = record.id
+
+    def get(self, request: str) -> Record | None:
+        return self._open.get(request) or self._ended.get(request)
+
+    def is_open(self, request: str) -> bool:
+        return request in self._open
+
+    def same_key(self, submit: control_pb2.SubmitRequest) -> Record | None:
+        """The request that an earlier call with this tenant and idempotency key made."""
+        if not submit.request.idempotency_key:
+            return None
+        known = self._by_key.get(_key(submit))
+        return None if known is None else self.get(known)
+
+    def end(self, request: str, event: mesh_pb2.RequestEvent) -> None:
+        record = self._open.pop(request)
+        record.ended = event
+        self._ended[request] = record
+        while len(self._ended) > self._ended_max:
+            _, forgotten = self._ended.popitem(last=False)
+            self._by_key.pop(_key(forgotten.submit), None)
+
+
+def _key(submit: control_pb2.SubmitRequest) -> tuple[str, str]:
+    return submit.request.tenant, submit.request.idempotency_key

@@ -1,0 +1,241 @@
+"""Everything that crosses the scheduler's border: facts in, one plan out.
+
+House rules: every value is frozen; times are integer microseconds on the control plane's clock,
+stamped once by whoever drives the scheduler; a tuple stands where order matters; nothing here
+computes. The values serialise with msgspec (tag field `kind`), which is what the journal stores and
+what a plan's digest is taken over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import StrEnum
+
+import msgspec
+
+# Node names, as in profiles and schedule logs.
+TEXT = "text"
+DIT = "dit"
+VAE = "vae"
+
+
+class OnMiss(StrEnum):
+    """What happens to a request whose deadline cannot be kept."""
+
+    BEST_EFFORT = "best_effort"
+    REJECT = "reject"
+
+
+class _Value(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all values: immutable, comparable, serialisable."""
+
+
+class Shape(_Value, order=True, frozen=True):
+    """Pixels and frames of a result; a still picture has one frame."""
+
+    width: int
+    height: int
+    frames: int = 1
+
+
+class Layout(_Value, order=True, frozen=True):
+    """How the members of a group share one step; the product is the degree."""
+
+    cfg: int = 1
+    ulysses: int = 1
+    ring: int = 1
+
+    @property
+    def degree(self) -> int:
+        return self.cfg * self.ulysses * self.ring
+
+
+class Request(_Value, frozen=True):
+    """What the scheduler knows of a request. It never sees prompts, seeds or media."""
+
+    id: str
+    model: str
+    shape: Shape
+    steps: int  # denoising steps in all
+    deadline_us: int | None = None  # absolute; None: best effort
+    on_miss: OnMiss = OnMiss.BEST_EFFORT
+    priority: int = 0  # higher wins
+    tenant: str = ""
+
+
+class ModelFacts(_Value, frozen=True):
+    """What a worker says of a model it has loaded."""
+
+    name: str
+    degrees: tuple[int, ...] = (1,)  # ways its denoiser can be split
+
+
+# -------------------------------------------------------------------------------- facts in
+
+
+class Arrived(_Value, frozen=True, tag_field="kind", tag="arrived"):
+    """A request was accepted (and journalled)."""
+
+    at_us: int
+    request: Request
+
+
+class CancelRequested(_Value, frozen=True, tag_field="kind", tag="cancel_requested"):
+    """Somebody wants a request to stop at its next step boundary."""
+
+    at_us: int
+    request: str
+
+
+class WorkerUp(_Value, frozen=True, tag_field="kind", tag="worker_up"):
+    """A worker's lease lives. Repeated for a known incarnation, it clears a suspicion."""
+
+    at_us: int
+    worker: str
+    incarnation: str  # a new one means: the worker restarted and holds nothing
+    gpu: str  # as the profile calls it
+    host: str = ""
+    models: tuple[ModelFacts, ...] = ()
+
+
+class WorkerLost(_Value, frozen=True, tag_field="kind", tag="worker_lost"):
+    """A worker's lease ended: whatever it held is gone."""
+
+    at_us: int
+    worker: str
+    reason: str = "lease"
+
+
+class DrainRequested(_Value, frozen=True, tag_field="kind", tag="drain_requested"):
+    """Stop (or, with `draining` false, resume) giving work to a worker."""
+
+    at_us: int
+    worker: str
+    draining: bool = True
+
+
+class JobProgress(_Value, frozen=True):
+    """State of one job after a step."""
+
+    request: str
+    attempt: int
+    steps_done: int
+
+
+class StepsEnded(_Value, frozen=True, tag_field="kind", tag="steps_ended"):
+    """Steps of an assignment ended well on every member of its group."""
+
+    at_us: int
+    sequence: int  # of the assignment
+    jobs: tuple[JobProgress, ...]
+    step_time_us: tuple[int, ...]  # of each step since the assignment's last report
+    last: bool  # the assignment is over
+    group_time_us: int = 0  # making the group, before the first step
+    transfer_time_us: int = 0  # getting latents, before the first step
+
+
+class AssignmentFailed(_Value, frozen=True, tag_field="kind", tag="assignment_failed"):
+    """One member gave an assignment up. Survivors report it each; the first report counts."""
+
+    at_us: int
+    sequence: int
+    worker: str  # who reports
+    jobs: tuple[JobProgress, ...]  # last latent that this worker still holds
+    reason: str  # upper-snake-case
+    suspects: tuple[str, ...] = ()  # members not to be used until their next heartbeat
+
+
+Event = (
+    Arrived
+    | CancelRequested
+    | WorkerUp
+    | WorkerLost
+    | DrainRequested
+    | StepsEnded
+    | AssignmentFailed
+)
+
+# -------------------------------------------------------------------------------- decisions out
+
+
+class Holder(_Value, frozen=True):
+    """A worker that has (or, when the assignment starts, will have) a job's latent."""
+
+    worker: str
+    steps_done: int
+
+
+class Member(_Value, frozen=True):
+    """One job of an assignment's batch."""
+
+    request: str
+    first_step: int
+    attempt: int
+    holders: tuple[Holder, ...]  # best first; empty for the encode node
+
+
+class Assignment(_Value, frozen=True):
+    """These jobs, these steps, on this ordered list of workers, in this layout."""
+
+    sequence: int  # position in the one order that every worker follows
+    node: str
+    batch: tuple[Member, ...]
+    steps: int
+    workers: tuple[str, ...]
+    epoch: int  # of the group (epoch, workers)
+    layout: Layout
+    step_time_us: int  # predicted mean of one step
+    step_time_us_safe: int  # predicted safe quantile
+    start_us: int  # predicted; informative, nobody waits for it
+    end_us: int  # predicted
+    reason: str  # why this and not another: "minimal", "fill", "scale-up", "fcfs", "stage" …
+
+
+class Truncation(_Value, frozen=True):
+    """A job's assignments up to `attempt` stop after `stop_at_step` steps, or, at 0, as soon as
+    they can.
+    """
+
+    request: str
+    attempt: int
+    workers: tuple[str, ...]
+    stop_at_step: int = 0
+    release: bool = False  # the request ended: drop its latents
+
+
+class Plan(_Value, frozen=True):
+    """All decisions of one call, as one value."""
+
+    round: int
+    now_us: int  # when it was made
+    start_us: int  # boundary that it is for (== now_us for an amendment)
+    assignments: tuple[Assignment, ...] = ()
+    truncations: tuple[Truncation, ...] = ()
+    released: tuple[str, ...] = ()  # requests whose latents may be dropped
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan's JSON: equal plans, equal digests, on every machine."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    DONE = "done"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class Ended(_Value, frozen=True, tag_field="kind", tag="ended"):
+    """A request ended; `observe` returns it."""
+
+    request: str
+    outcome: Outcome
+    at_us: int
+    on_time: bool
+    steps_done: int
+    degree_changes: int = 0
+    moves: int = 0  # steps begun on workers of which none had run the one before
+    steps_lost: int = 0
+    reason: str = ""

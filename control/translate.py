@@ -1,0 +1,147 @@
+"""The one file that translates between protobuf messages and the scheduler's values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from control.requests import Record
+from control.scheduler import values
+from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+
+_FAILURE_NEVER_SUSPECTS = frozenset({"MODEL_ERROR", "OUT_OF_MEMORY", "LATENT_MISSING"})
+_COLLECTIVE_TIMEOUT_STEPS = 8  # a collective counts as hung after this many predicted step times …
+_COLLECTIVE_TIMEOUT_MIN_US = 5_000_000  # … but never sooner than this
+
+
+def to_request(
+    request_id: str, request: generation_pb2.GenerateRequest, accepted_us: int
+) -> values.Request:
+    """The scheduler's view of a validated request accepted at `accepted_us`."""
+    spec, slo = request.spec, request.slo
+    return values.Request(
+        id=request_id,
+        model=spec.model,
+        shape=values.Shape(
+            width=spec.shape.width, height=spec.shape.height, frames=max(1, spec.shape.frames)
+        ),
+        steps=spec.steps,
+        deadline_us=accepted_us + slo.deadline_us if slo.deadline_us else None,
+        on_miss=(
+            values.OnMiss.REJECT
+            if slo.on_miss == types_pb2.ON_MISS_REJECT
+            else values.OnMiss.BEST_EFFORT
+        ),
+        priority=request.priority,
+        tenant=request.tenant,
+    )
+
+
+def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
+    """The fact that a worker's report states, stamped now."""
+    jobs = tuple(
+        values.JobProgress(request=r.request_id, attempt=r.attempt, steps_done=r.steps_done)
+        for r in report.results
+    )
+    if report.HasField("failure"):
+        return values.AssignmentFailed(
+            at_us=now_us,
+            sequence=report.sequence,
+            worker=report.worker,
+            jobs=jobs,
+            reason=report.failure.reason,
+            suspects=_suspects(report),
+        )
+    return values.StepsEnded(
+        at_us=now_us,
+        sequence=report.sequence,
+        jobs=jobs,
+        step_time_us=tuple(report.step_time_us),
+        last=report.last,
+        group_time_us=report.group_time_us,
+        transfer_time_us=report.transfer_time_us,
+    )
+
+
+def _suspects(report: mesh_pb2.StepReport) -> tuple[str, ...]:
+    if report.failure.reason in _FAILURE_NEVER_SUSPECTS:
+        return ()
+    named = report.failure.metadata.get("suspects", "")
+    if named:
+        return tuple(named.split(","))
+    return tuple(member for member in report.members if member != report.worker)
+
+
+def to_assignment(
+    assignment: values.Assignment,
+    records: Callable[[str], Record],
+    store_address: Callable[[str], str],
+) -> mesh_pb2.Assignment:
+    """What the workers of an assignment are told."""
+    layout = assignment.layout
+    return mesh_pb2.Assignment(
+        sequence=assignment.sequence,
+        node=assignment.node,
+        batch=[_member(m, records(m.request), store_address) for m in assignment.batch],
+        steps=assignment.steps,
+        group=types_pb2.Group(epoch=assignment.epoch, members=assignment.workers),
+        layout=types_pb2.Layout(cfg=layout.cfg, ulysses=layout.ulysses, ring=layout.ring),
+        rendezvous_address=store_address(assignment.workers[0]),
+        predicted_step_time_us=assignment.step_time_us,
+        collective_timeout_us=max(
+            _COLLECTIVE_TIMEOUT_MIN_US, _COLLECTIVE_TIMEOUT_STEPS * assignment.step_time_us_safe
+        ),
+    )
+
+
+def _member(
+    member: values.Member, record: Record, store_address: Callable[[str], str]
+) -> mesh_pb2.BatchMember:
+    return mesh_pb2.BatchMember(
+        request_id=member.request,
+        first_step=member.first_step,
+        steps_total=record.spec.steps,
+        attempt=member.attempt,
+        holders=[
+            types_pb2.LatentHolder(
+                worker=h.worker, steps_done=h.steps_done, store_address=store_address(h.worker)
+            )
+            for h in member.holders
+        ],
+        spec=record.spec,
+        traceparent=record.traceparent,
+    )
+
+
+def to_truncate(truncation: values.Truncation, term: int) -> mesh_pb2.Truncate:
+    return mesh_pb2.Truncate(
+        term=term,
+        request_id=truncation.request,
+        attempt=truncation.attempt,
+        stop_at_step=truncation.stop_at_step,
+        release=truncation.release,
+    )
+
+
+def to_ending(ended: values.Ended, record: Record, steps_total: int) -> mesh_pb2.RequestEvent:
+    """The last event of a request."""
+    event = mesh_pb2.RequestEvent(request_id=ended.request)
+    if ended.outcome is values.Outcome.DONE:
+        event.finished.CopyFrom(
+            generation_pb2.Finished(
+                latency_us=ended.at_us - record.accepted_us,
+                predicted_latency_us=record.accepted.predicted_latency_us,
+                on_time=ended.on_time,
+                degree_changes=ended.degree_changes,
+                moves=ended.moves,
+                steps_lost=ended.steps_lost,
+                media=record.media,
+            )
+        )
+    elif ended.outcome is values.Outcome.CANCELLED:
+        event.cancelled.steps_done = ended.steps_done
+    else:
+        event.failed.reason = ended.reason or "FAILED"
+        event.failed.message = (
+            f"gave up after {ended.steps_done} of {steps_total} steps: {ended.reason.lower()}"
+        )
+    return event

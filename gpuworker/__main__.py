@@ -1,0 +1,45 @@
+"""`python -m gpuworker`: one or more workers, one process each (emulated ones share a process)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gpuworker.config import WorkerSettings
+from hocket import config as hocket_config
+
+
+def main(
+    cluster: Annotated[str | None, typer.Option(help="Name of the cluster.")] = None,
+    nats_url: Annotated[str | None, typer.Option(help="Where nats-server listens.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Run state: traces.")] = None,
+    count: Annotated[int | None, typer.Option(help="Workers to start, one process each.")] = None,
+    first_index: Annotated[int | None, typer.Option(help="Number of the first one.")] = None,
+    name_prefix: Annotated[str | None, typer.Option(help="Names are PREFIX0, PREFIX1 …")] = None,
+    executor: Annotated[str | None, typer.Option(help="torch or emulated.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="What profiles call the device.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Folder or hub id; repeatable.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="CSV for the emulated executor.")] = None,
+    host: Annotated[str | None, typer.Option(help="Host name told to the planner.")] = None,
+    advertise: Annotated[str | None, typer.Option(help="Address for other workers.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with [gpuworker].")] = None,
+) -> None:
+    """Runs GPU workers (CPU workers where there is no GPU)."""
+    given = {k: v for k, v in locals().items() if k not in ("config", "model")}
+    given["model"] = tuple(model) if model else None
+    settings = hocket_config.load_or_exit(WorkerSettings, given, config)
+    # Late, since an emulated worker must not pay for torch, and forked ones share what is imported
+    # here.
+    kind = "torch_worker" if settings.executor == "torch" else "emulated_worker"
+    module = importlib.import_module(f"gpuworker.{kind}")
+    sys.exit(module.run(settings))
+
+
+if __name__ == "__main__":
+    typer.run(main)

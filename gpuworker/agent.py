@@ -1,0 +1,237 @@
+"""The asyncio side of a worker: broker in, executor, broker out. It never runs a step and never
+blocks.
+
+    assign / truncate ──▶ executor ──▶ RunNote ──▶ report (+ media into the object store, + spans)
+    heartbeat every few hundred ms, whatever the executor is doing
+
+Reports leave in the order in which the executor gave them. A decode's report waits for its media to
+be stored, since a finished request must have a fetchable result; nothing behind it waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import logging
+import secrets
+
+from nats.js.errors import NotFoundError
+from nats.js.object_store import ObjectStore
+from opentelemetry.trace import Tracer
+
+from gpuworker.config import WorkerSettings
+from gpuworker.executor import Executor, RunNote
+from hocket import spans, telemetry
+from hocket.bus import Bus, Subjects
+from hocket.clock import Clock, unix_ns
+from hocket.v1 import mesh_pb2, types_pb2
+
+log = logging.getLogger(__name__)
+
+
+class Agent:
+    """One worker's voice on the bus."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: WorkerSettings,
+        bus: Bus,
+        executor: Executor,
+        clock: Clock,
+        tracer: Tracer,
+    ) -> None:
+        self.name = name
+        self.incarnation = secrets.token_hex(8)
+        self._settings = settings
+        self._bus = bus
+        self._subjects = Subjects(settings.cluster)
+        self._executor = executor
+        self._clock = clock
+        self._tracer = tracer
+        self._notes: asyncio.Queue[RunNote] = asyncio.Queue()
+        self._beats = 0
+        self._reports = 0
+        self._uploads: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serves until cancelled; then says goodbye, so that the lease ends at once."""
+        loop = asyncio.get_running_loop()
+        self._executor.start(
+            lambda note: void(loop.call_soon_threadsafe(self._notes.put_nowait, note))
+        )
+        subjects = self._subjects
+        await self._bus.subscribe(subjects.assign(self.name), mesh_pb2.Assign, self._on_assign)
+        await self._bus.subscribe(
+            subjects.truncate(self.name), mesh_pb2.Truncate, self._on_truncate
+        )
+        await self._bus.serve(
+            subjects.latent(self.name), mesh_pb2.LatentRequest, self._executor.offer_latent
+        )
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._beat())
+                tasks.create_task(self._report_all())
+        finally:
+            await self._say_goodbye()
+
+    async def _on_assign(self, assign: mesh_pb2.Assign) -> None:
+        if not self._executor.accept_term(assign.term):
+            return
+        for assignment in assign.assignments:
+            self._executor.submit(assignment)
+        for request in assign.released:
+            self._executor.release(request)
+
+    async def _on_truncate(self, truncate: mesh_pb2.Truncate) -> None:
+        if self._executor.accept_term(truncate.term):
+            self._executor.truncate(truncate)
+
+    # ------------------------------------------------------------------------------------------
+    # heartbeats
+
+    async def _beat(self) -> None:
+        while True:
+            await self._bus.publish(self._subjects.heartbeat(self.name), self._heartbeat())
+            await self._clock.sleep_until(self._clock.now_us() + self._settings.heartbeat_us)
+
+    def _heartbeat(self, leaving: bool = False) -> mesh_pb2.Heartbeat:
+        self._beats += 1
+        term, sequence = self._executor.progress()
+        return mesh_pb2.Heartbeat(
+            worker=self.name,
+            incarnation=self.incarnation,
+            sequence=self._beats,
+            device=self._executor.device,
+            models=self._executor.models,
+            latents=self._executor.held(),
+            store_address=self._executor.store_address,
+            term=term,
+            assignment_sequence=sequence,
+            leaving=leaving,
+            host=self._settings.host,
+        )
+
+    async def _say_goodbye(self) -> None:
+        await self._bus.publish(self._subjects.heartbeat(self.name), self._heartbeat(leaving=True))
+        await self._bus.flush()
+
+    # ------------------------------------------------------------------------------------------
+    # reports
+
+    async def _report_all(self) -> None:
+        async with asyncio.TaskGroup() as uploads:
+            while True:
+                note = await self._notes.get()
+                if note.media is None:
+                    await self._report(note)
+                else:
+                    uploads.create_task(self._store_and_report(note))
+
+    async def _store_and_report(self, note: RunNote) -> None:
+        assert note.media is not None and note.media_info is not None
+        request = note.assignment.batch[0]
+        start_ns = unix_ns()
+        info = types_pb2.MediaInfo()
+        info.CopyFrom(note.media_info)
+        info.sha256 = hashlib.sha256(note.media).hexdigest()
+        info.size_bytes = len(note.media)
+        info.object_name = request.request_id
+        store = await media_store(self._bus, self._subjects)
+        await store.put(info.object_name, io.BytesIO(note.media))
+        telemetry.record_span(
+            self._tracer,
+            spans.PUBLISH,
+            start_ns=start_ns,
+            end_ns=unix_ns(),
+            parent=request.traceparent,
+            attributes={
+                spans.REQUEST: request.request_id,
+                spans.WORKER: self.name,
+                spans.BYTES: info.size_bytes,
+            },
+        )
+        await self._report(note, info)
+
+    async def _report(self, note: RunNote, media: types_pb2.MediaInfo | None = None) -> None:
+        assignment = note.assignment
+        self._reports += 1
+        report = mesh_pb2.StepReport(
+            worker=self.name,
+            incarnation=self.incarnation,
+            term=self._executor.progress()[0],
+            sequence=assignment.sequence,
+            node=assignment.node,
+            results=[
+                mesh_pb2.StepResult(
+                    request_id=member.request_id,
+                    attempt=member.attempt,
+                    steps_done=note.steps_done,
+                )
+                for member in assignment.batch
+            ],
+            members=assignment.group.members,
+            step_time_us=[step.duration_us for step in note.steps],
+            last=note.last,
+            failure=note.failure,
+            group_time_us=_side_us(note, spans.GROUP),
+            transfer_time_us=_side_us(note, spans.TRANSFER),
+            media=media,
+            report_sequence=self._reports,
+        )
+        if note.suspects:
+            report.failure.metadata["suspects"] = ",".join(note.suspects)
+        await self._bus.publish(self._subjects.report(self.name), report)
+        self._trace(note)
+
+    def _trace(self, note: RunNote) -> None:
+        assignment = note.assignment
+        for member in assignment.batch:
+            common: dict[str, str | int | bool | list[str]] = {
+                spans.REQUEST: member.request_id,
+                spans.MODEL: member.spec.model,
+                spans.NODE: assignment.node,
+                spans.WORKER: self.name,
+                spans.WORKERS: list(assignment.group.members),
+                spans.DEGREE: len(assignment.group.members),
+            }
+            for side in note.sides:
+                telemetry.record_span(
+                    self._tracer,
+                    side.name,
+                    start_ns=side.start_unix_ns,
+                    end_ns=side.end_unix_ns,
+                    parent=member.traceparent,
+                    attributes={**common, **side.attributes},
+                )
+            for step in note.steps:
+                telemetry.record_span(
+                    self._tracer,
+                    spans.STEP,
+                    start_ns=step.start_unix_ns,
+                    end_ns=step.end_unix_ns,
+                    parent=member.traceparent,
+                    attributes={
+                        **common,
+                        spans.STEP_INDEX: step.step + 1,
+                        spans.STEPS: member.steps_total,
+                        spans.PREDICTED_US: assignment.predicted_step_time_us,
+                    },
+                )
+
+
+async def media_store(bus: Bus, subjects: Subjects) -> ObjectStore:
+    """The cluster's bucket for finished media, made on first use."""
+    try:
+        return await bus.jetstream.object_store(subjects.media_bucket)
+    except NotFoundError:
+        return await bus.jetstream.create_object_store(subjects.media_bucket)
+
+
+def _side_us(note: RunNote, name: str) -> int:
+    return sum(s.end_unix_ns - s.start_unix_ns for s in note.sides if s.name == name) // 1000
+
+
+def void(_: object) -> None:
+    """Takes a result that nobody wants, so that a callback's type stays honest."""

@@ -1,0 +1,32 @@
+"""A worker's settings: read once at start, frozen, wrong ones stop the process."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+
+from hocket.config import Common
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "hocket-emoji"
+
+
+class WorkerSettings(Common, frozen=True, kw_only=True):
+    """Settings of `python -m gpuworker`."""
+
+    section: ClassVar[str] = "gpuworker"
+
+    count: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1  # workers started by this command
+    first_index: Annotated[int, msgspec.Meta(ge=0)] = 0  # of the first worker's name
+    name_prefix: str = "w"
+    executor: Literal["torch", "emulated"] = "torch"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpu: str = ""  # what profiles call the device; "" derives it
+    model: tuple[str, ...] = ()  # local folders or hub ids; none: the embedded default
+    profile: Path | None = None  # CSV that the emulated executor runs by
+    host: str = socket.gethostname()
+    advertise: str = "127.0.0.1"  # address at which other workers reach this one
+    heartbeat_us: Annotated[int, msgspec.Meta(ge=10_000)] = 250_000
+    groups_max: Annotated[int, msgspec.Meta(ge=1)] = 64  # communicators kept

@@ -1,0 +1,55 @@
+"""Puts a process of emulated workers together: one event loop, one shared host, many agents."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+
+from gpuworker.agent import Agent
+from gpuworker.config import WorkerSettings
+from gpuworker.emulated import EmulatedExecutor, EmulatedHost, read_profile
+from hocket import telemetry
+from hocket.bus import Bus
+from hocket.clock import SystemClock
+from hocket.errors import WrongConfig
+
+
+def run(settings: WorkerSettings) -> int:
+    """Runs `settings.count` emulated workers in this process until SIGTERM or SIGINT."""
+    try:
+        asyncio.run(_serve(settings))
+    except WrongConfig as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+async def _serve(settings: WorkerSettings) -> None:
+    if settings.profile is None:
+        raise WrongConfig(key="profile", value="", allowed="a profile CSV to emulate by")
+    told = telemetry.setup("gpuworker", "emulated", settings.state_dir, settings.log_level)
+    stop = asyncio.Event()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(sign, stop.set)
+    clock = SystemClock()
+    host = EmulatedHost(clock=clock, profile=read_profile(settings.profile))
+    bus = await Bus.connect(settings.nats_url, "emulated")
+    executors = []
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            agents = []
+            for index in range(settings.first_index, settings.first_index + settings.count):
+                name = f"{settings.name_prefix}{index}"
+                executor = EmulatedExecutor(name, host, settings.gpu or "emulated")
+                executors.append(executor)
+                agent = Agent(name, settings, bus, executor, clock, told.tracer)
+                agents.append(tasks.create_task(agent.run()))
+            await stop.wait()
+            for running in agents:
+                running.cancel()
+    finally:
+        for executor in executors:
+            await executor.close()
+        await bus.close()
+        told.close()

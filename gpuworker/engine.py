@@ -1,0 +1,352 @@
+"""The step loop of a torch worker: take assignment → group → latents → steps → report.
+
+Runs in one compute thread. It talks to peers only through the group (collectives) and their stores
+(latents), to the agent only through `Inbox` and the listener. Two rules keep many workers exact and
+free of deadlocks:
+
+* Every member takes every assignment, in sequence order, and enters its group, truncated or not.
+  Before each step the first member decides whether the group goes on and tells the others by a
+  control word; nobody leaves alone.
+* A step returns a new latent. The old one stays on the shelf until the new one is complete, so
+  whatever survives a crash is the exact state after some step.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from gpuworker import media
+from gpuworker.executor import Listener, RunNote, SideNote, StepNote, Stopwatch
+from gpuworker.groups import BlobLost, Group, GroupCache, GroupLost, Rendezvous
+from gpuworker.inbox import Inbox
+from gpuworker.latents import LatentShelf
+from gpuworker.models.card import ModelCard
+from gpuworker.state import LatentState
+from hocket import spans
+from hocket.v1 import mesh_pb2, types_pb2
+
+log = logging.getLogger(__name__)
+
+_GO, _STOP = 1, 0
+_REPORT_EVERY_NS = 5_000_000  # shorter steps are reported in batches
+_GROUP_SPAN_AT_LEAST_NS = 500_000  # joining a cached group is no news
+_FORM_TIMEOUT_S = 10.0
+
+# Asks a holder (worker name) for a latent and returns the store key, or raises LatentMissing.
+Ask = Callable[[str, mesh_pb2.LatentRequest], mesh_pb2.LatentReply]
+
+
+@dataclass
+class LatentMissing(Exception):
+    """No holder could give the latent that an assignment starts from."""
+
+    request: str
+    steps_done: int
+    tried: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"no latent of {self.request} after step {self.steps_done}; tried {self.tried}"
+
+
+@dataclass
+class _Run:
+    """An assignment in hand."""
+
+    assignment: mesh_pb2.Assignment
+    group: Group | None = None  # None at degree 1
+    sides: list[SideNote] = field(default_factory=list)
+    steps: list[StepNote] = field(default_factory=list)
+    unreported: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def member(self) -> mesh_pb2.BatchMember:
+        return self.assignment.batch[0]
+
+    def leads(self, worker: str) -> bool:
+        return self.assignment.group.members[0] == worker
+
+
+class Engine:
+    """Owns the compute thread's world: models, groups, latents."""
+
+    def __init__(
+        self,
+        worker: str,
+        cards: Mapping[str, ModelCard],
+        inbox: Inbox,
+        shelf: LatentShelf,
+        rendezvous: Rendezvous,
+        groups: GroupCache,
+        ask: Ask,
+    ) -> None:
+        self._worker = worker
+        self._cards = cards
+        self._inbox = inbox
+        self._shelf = shelf
+        self._rendezvous = rendezvous
+        self._groups = groups
+        self._ask = ask
+
+    def run(self, listener: Listener) -> None:
+        """Runs assignments until the inbox is closed."""
+        torch.set_grad_enabled(False)
+        while (assignment := self._inbox.take()) is not None:
+            run = _Run(assignment)
+            note = self._run(run, listener)
+            if run.leads(self._worker) or note.failure is not None:
+                listener(note)
+
+    def _run(self, run: _Run, listener: Listener) -> RunNote:
+        try:
+            run.group = self._join(run)
+            return self._work(run, listener)
+        except GroupLost as lost:
+            return self._failed(run, "GROUP_LOST", str(lost), lost.suspects)
+        except (LatentMissing, BlobLost) as missing:
+            self._abort(run)
+            return self._failed(run, "LATENT_MISSING", str(missing))
+        except torch.OutOfMemoryError as error:
+            self._abort(run)
+            return self._failed(run, "OUT_OF_MEMORY", str(error))
+        except Exception as error:
+            log.exception("assignment %d failed", run.assignment.sequence)
+            self._abort(run)
+            return self._failed(run, "MODEL_ERROR", f"{type(error).__name__}: {error}")
+
+    def _work(self, run: _Run, listener: Listener) -> RunNote:
+        node = run.assignment.node
+        if node == "text":
+            return self._encode(run)
+        state = self._obtain(run)
+        if node == "vae":
+            return self._decode(run, state)
+        return self._denoise(run, state, listener)
+
+    # ------------------------------------------------------------------------------------------
+    # nodes
+
+    def _encode(self, run: _Run) -> RunNote:
+        member, spec = run.member, run.member.spec
+        if self._inbox.must_stop(member.request_id, member.attempt, 0):
+            return self._note(run, 0, last=True)
+        began = Stopwatch()
+        state = self._card(run).encode(
+            prompt=spec.prompt,
+            negative_prompt=spec.negative_prompt,
+            width=spec.shape.width,
+            height=spec.shape.height,
+            frames=max(1, spec.shape.frames),
+            steps=spec.steps,
+            guidance_scale=spec.guidance_scale,
+            seed=spec.seed,
+        )
+        self._shelf.put(member.request_id, state)
+        run.steps.append(began.step(0))
+        return self._note(run, 0, last=True)
+
+    def _denoise(self, run: _Run, state: LatentState, listener: Listener) -> RunNote:
+        card, request = self._card(run), run.member.request_id
+        for _ in range(run.assignment.steps):
+            if not self._goes_on(run, state.steps_done):
+                break
+            began = Stopwatch()
+            state = card.step(state, run.group)
+            self._settle(run)
+            self._shelf.put(request, state)
+            self._groups.acknowledge()
+            run.steps.append(began.step(state.steps_done - 1))
+            last_one = state.steps_done == run.member.first_step + run.assignment.steps
+            if (
+                not last_one
+                and run.leads(self._worker)
+                and run.unreported.elapsed_ns() >= _REPORT_EVERY_NS
+            ):
+                listener(self._note(run, state.steps_done))
+        return self._note(run, state.steps_done, last=True)
+
+    def _decode(self, run: _Run, state: LatentState) -> RunNote:
+        if self._inbox.must_stop(run.member.request_id, run.member.attempt, state.steps_done):
+            return self._note(run, state.steps_done, last=True)
+        began = Stopwatch()
+        frames = self._card(run).decode(state)
+        content, media_type = media.encode_media(frames)
+        run.steps.append(began.step(state.steps_done))
+        count, height, width, _ = frames.shape
+        info = types_pb2.MediaInfo(media_type=media_type, width=width, height=height, frames=count)
+        return self._note(run, state.steps_done, last=True, content=content, media_info=info)
+
+    # ------------------------------------------------------------------------------------------
+    # groups
+
+    def _join(self, run: _Run) -> Group | None:
+        named, began = run.assignment.group, Stopwatch()
+        if len(named.members) == 1:
+            return None
+        group = self._groups.get(
+            named.epoch,
+            tuple(named.members),
+            run.assignment.rendezvous_address,
+            _FORM_TIMEOUT_S,
+            _Off(self._inbox, run.member),
+        )
+        group.timeout_s = run.assignment.collective_timeout_us / 1e6
+        if began.elapsed_ns() > _GROUP_SPAN_AT_LEAST_NS:
+            run.sides.append(began.side(spans.GROUP, epoch=str(named.epoch)))
+        return group
+
+    def _goes_on(self, run: _Run, steps_done: int) -> bool:
+        """Settles, on every member alike, whether the next step is run."""
+        stop = self._inbox.must_stop(run.member.request_id, run.member.attempt, steps_done)
+        if run.group is None:
+            return not stop
+        word = (_STOP if stop else _GO) if run.group.rank == 0 else None
+        return run.group.broadcast_word(word) == _GO
+
+    def _settle(self, run: _Run) -> None:
+        """Returns when the step has ended on this member's device."""
+        if run.group is not None:
+            run.group.settle()
+        elif torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+
+    def _abort(self, run: _Run) -> None:
+        if run.group is not None:
+            run.group.abort()
+
+    # ------------------------------------------------------------------------------------------
+    # latents
+
+    def _obtain(self, run: _Run) -> LatentState:
+        """The latent to start from: held here, broadcast by a member, or fetched from a holder
+        outside.
+        """
+        member = run.member
+        steps_done = member.first_step
+        own = self._shelf.get(member.request_id, steps_done)
+        if run.group is None:
+            if own is None:
+                own = self._fetch(run)
+                self._shelf.put(member.request_id, own)
+            return own
+        source = _source(run.assignment)
+        if source is None:  # the plan knows that every member holds it
+            if own is None:
+                raise LatentMissing(member.request_id, steps_done, (self._worker,))
+            return own
+        began = Stopwatch()
+        if run.group.rank == source and own is None:
+            own = self._fetch(run)
+        blob = own.to_bytes() if own is not None and run.group.rank == source else None
+        content = run.group.broadcast_blob(blob, source)
+        if own is None:
+            own = LatentState.from_bytes(content, run.group.device)
+        self._shelf.put(member.request_id, own)
+        if run.leads(self._worker):
+            holder = run.assignment.group.members[source]
+            run.sides.append(
+                began.side(spans.TRANSFER, how="broadcast", bytes=len(content), holder=holder)
+            )
+        return own
+
+    def _fetch(self, run: _Run) -> LatentState:
+        member, began = run.member, Stopwatch()
+        tried = []
+        for holder in member.holders:
+            if holder.worker == self._worker:
+                continue
+            tried.append(holder.worker)
+            reply = self._ask(
+                holder.worker,
+                mesh_pb2.LatentRequest(
+                    request_id=member.request_id,
+                    steps_done=member.first_step,
+                    attempt=member.attempt,
+                    wait_us=run.assignment.collective_timeout_us // 2,
+                ),
+            )
+            if reply.HasField("failure"):
+                log.warning("%s gave no latent: %s", holder.worker, reply.failure.message)
+                continue
+            blob = self._rendezvous.fetch(
+                holder.store_address,
+                reply.key,
+                run.assignment.collective_timeout_us / 1e6,
+                _Off(self._inbox, member),
+            )
+            run.sides.append(
+                began.side(spans.TRANSFER, how="fetch", bytes=len(blob), holder=holder.worker)
+            )
+            return LatentState.from_bytes(blob)
+        raise LatentMissing(member.request_id, member.first_step, tuple(tried))
+
+    # ------------------------------------------------------------------------------------------
+    # notes
+
+    def _card(self, run: _Run) -> ModelCard:
+        return self._cards[run.member.spec.model]
+
+    def _note(
+        self,
+        run: _Run,
+        steps_done: int,
+        *,
+        last: bool = False,
+        content: bytes | None = None,
+        media_info: types_pb2.MediaInfo | None = None,
+    ) -> RunNote:
+        note = RunNote(
+            assignment=run.assignment,
+            steps_done=steps_done,
+            steps=tuple(run.steps),
+            sides=tuple(run.sides),
+            last=last,
+            media=content,
+            media_info=media_info,
+        )
+        run.steps.clear()
+        run.sides.clear()
+        run.unreported = Stopwatch()
+        return note
+
+    def _failed(
+        self, run: _Run, reason: str, message: str, suspects: tuple[str, ...] = ()
+    ) -> RunNote:
+        return RunNote(
+            assignment=run.assignment,
+            steps_done=self._shelf.steps_done(run.member.request_id),
+            last=True,
+            failure=types_pb2.Failure(reason=reason, message=message),
+            suspects=suspects,
+        )
+
+
+class _Off(threading.Event):
+    """Looks like an event; is set once the assignment's attempt has been truncated."""
+
+    def __init__(self, inbox: Inbox, member: mesh_pb2.BatchMember) -> None:
+        super().__init__()
+        self._inbox = inbox
+        self._member = member
+
+    def is_set(self) -> bool:
+        member = self._member
+        return self._inbox.must_stop(member.request_id, member.attempt, member.first_step)
+
+
+def _source(assignment: mesh_pb2.Assignment) -> int | None:
+    """Rank that broadcasts the latent; None when every member holds it already.
+
+    Computed from the plan alone, so that all members agree without a word. Rank 0 fetches where no
+    member holds it.
+    """
+    member = assignment.batch[0]
+    holders = {h.worker for h in member.holders if h.steps_done == member.first_step}
+    holding = [worker in holders for worker in assignment.group.members]
+    if all(holding):
+        return None
+    return holding.index(True) if any(holding) else 0

@@ -1,0 +1,112 @@
+"""What runs assignments, seen from the agent: one protocol, two implementations (torch, emulated).
+
+An executor takes assignments in order and tells, through one callback, what became of them. It
+never talks to the broker; the agent never runs a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from hocket.clock import steady_ns, unix_ns
+from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+
+
+@dataclass(frozen=True)
+class StepNote:
+    """One step that ended on every member. Wall-clock stamps are for the trace, the duration is
+    measured.
+    """
+
+    step: int  # 0-based
+    start_unix_ns: int
+    end_unix_ns: int
+    duration_us: int
+
+
+@dataclass(frozen=True)
+class SideNote:
+    """Something an assignment spent time on before its first step, or after its last one."""
+
+    name: str  # "group", "transfer" …
+    start_unix_ns: int
+    end_unix_ns: int
+    attributes: dict[str, str | int | bool] = field(default_factory=dict)
+
+
+class Stopwatch:
+    """Takes a duration on the steady clock and remembers the wall-clock start for the trace."""
+
+    def __init__(self) -> None:
+        self._start_unix_ns = unix_ns()
+        self._start_ns = steady_ns()
+
+    def elapsed_ns(self) -> int:
+        return steady_ns() - self._start_ns
+
+    def step(self, step: int) -> StepNote:
+        took_ns = self.elapsed_ns()
+        start_ns = self._start_unix_ns
+        return StepNote(step, start_ns, start_ns + took_ns, took_ns // 1000)
+
+    def side(self, name: str, **attributes: str | int | bool) -> SideNote:
+        start_ns = self._start_unix_ns
+        return SideNote(name, start_ns, start_ns + self.elapsed_ns(), attributes)
+
+
+@dataclass(frozen=True)
+class RunNote:
+    """News of an assignment: becomes one StepReport and the spans of its steps."""
+
+    assignment: mesh_pb2.Assignment
+    steps_done: int  # of the job, now (in this worker's hands, when it failed)
+    steps: tuple[StepNote, ...] = ()
+    sides: tuple[SideNote, ...] = ()
+    last: bool = False
+    failure: types_pb2.Failure | None = None
+    suspects: tuple[str, ...] = ()
+    media: bytes | None = None
+    media_info: types_pb2.MediaInfo | None = None
+
+
+Listener = Callable[[RunNote], None]
+
+
+class Executor(Protocol):
+    """Runs assignments in the order of their sequence numbers."""
+
+    @property
+    def device(self) -> mesh_pb2.Device:
+        """The accelerator and its memory, as of now."""
+
+    models: tuple[generation_pb2.ModelInfo, ...]
+    store_address: str
+
+    def start(self, listener: Listener) -> None:
+        """Begins to take assignments. `listener` is called from any thread and must not block."""
+
+    def accept_term(self, term: int) -> bool:
+        """False for a message of an older term than one already seen."""
+
+    def submit(self, assignment: mesh_pb2.Assignment) -> None:
+        """Queues an assignment; a repeated one is ignored."""
+
+    def truncate(self, truncate: mesh_pb2.Truncate) -> None:
+        """Stops or skips a request's assignments; drops its latents if it has ended."""
+
+    def release(self, request: str) -> None:
+        """Drops the latents of a request that has ended."""
+
+    def held(self) -> tuple[mesh_pb2.HeldLatent, ...]:
+        """Latents in this worker's memory."""
+
+    def progress(self) -> tuple[int, int]:
+        """(term, highest assignment sequence received), for the heartbeat."""
+
+    async def offer_latent(self, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
+        """Makes a latent ready to be fetched, waiting for its step to end if need be."""
+
+    async def close(self) -> None:
+        """Stops after the step in hand and frees everything."""

@@ -1,0 +1,400 @@
+"""Groups on demand: communicators that only their members make, named by (epoch, ordered members).
+
+There is no world and no default process group. Every worker hosts a small store (`Rendezvous`);
+the members of a group meet in the first member's store under the group's name. House rules:
+
+- A name is used once: old addresses stay in the store, and a member that still has a group must
+  never meet another that makes it anew. After a loss or an eviction control raises the epoch.
+- Every wait has an end. Forming runs on a thread that the caller can leave, because a connect to a
+  stopped host cannot be interrupted and gloo's constructor neither; collectives have a time-out.
+- gloo closes its sockets when its last reference goes, and peers then fail within milliseconds:
+  `abort()` relies on it. A call that is blocked in another thread still ends by its own time-out.
+- An evicted group lives on until `acknowledge()`: closing at once can reset a slower peer.
+
+On CUDA a group is an NCCL communicator for tensors and a gloo one for words; on CPU gloo is both.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from datetime import timedelta
+from functools import partial
+from traceback import clear_frames
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions, PrefixStore, TCPStore
+
+from hocket.clock import SystemClock
+
+DEFAULT_TIMEOUT_S = 30.0
+_SPENT_MAX = 4096  # member lists whose last epoch is remembered
+_CHUNK_BYTES = 4 << 20  # a store value may have 8 MiB
+_POLL_S = 0.0005
+_CANCEL_POLL_S = 0.02
+_CLOCK = SystemClock()
+T = TypeVar("T")
+Members = tuple[str, ...]
+
+
+class GroupLost(Exception):
+    """A group that cannot be made or no longer works; only a higher epoch helps.
+
+    Fields: `members`, `epoch`, `cause`, `suspects` (members that seem at fault; empty: unknown).
+    """
+
+    def __init__(self, members: Members, epoch: int, cause: str, suspects: Members = ()) -> None:
+        cause = cause.split("\n", 1)[0]
+        super().__init__(f"group {'/'.join(members)} epoch {epoch}: {cause}")
+        self.members, self.epoch, self.cause, self.suspects = members, epoch, cause, suspects
+
+
+class BlobLost(Exception):
+    """A blob that could not be fetched. Fields: `address` of its holder, `key`, `cause`."""
+
+    def __init__(self, address: str, key: str, cause: str) -> None:
+        super().__init__(f"{key} at {address}: {cause}")
+        self.address, self.key, self.cause = address, key, cause
+
+
+class Cancel(Protocol):
+    """Says when to give a wait up; a `threading.Event` is one."""
+
+    def is_set(self) -> bool: ...
+
+
+class Rendezvous:
+    """This process's store: where the groups meet whose first member it is, and which offers blobs.
+
+    `address` ("host:port") goes out with the heartbeat. Lives as long as the process. Thread-safe.
+    """
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.host = host
+        self._store: Any = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self.address = f"{host}:{self._store.port}"
+        self._clients: dict[str, Any] = {}
+
+    def client(self, address: str) -> Any:
+        """A store at `address`, else OSError or RuntimeError; blocks where the host is stopped."""
+        if address == self.address:
+            return self._store
+        if address not in self._clients:
+            host, port = address.rsplit(":", 1)
+            # TCPStore itself would try for long where nobody listens.
+            socket.create_connection((host, int(port)), DEFAULT_TIMEOUT_S).close()
+            self._clients[address] = TCPStore(host, int(port), wait_for_workers=False)
+        return self._clients[address]
+
+    def forget(self, address: str) -> None:
+        """Connects anew next time."""
+        self._clients.pop(address, None)
+
+    def close(self) -> None:
+        """Lets the store go; it stops when nothing uses it any more."""
+        self._clients, self._store = {}, None
+
+    def put(self, key: str, blob: bytes) -> None:
+        """Offers a blob of any size to whoever fetches `key` from here; keeps it until `drop`."""
+        chunks = range(0, len(blob), _CHUNK_BYTES)
+        for number, start in enumerate(chunks):
+            self._store.set(f"blob/{key}/{number}", blob[start : start + _CHUNK_BYTES])
+        self._store.set(f"blob/{key}", str(len(chunks)))  # last: all of it is there
+
+    def drop(self, key: str) -> None:
+        """Takes an offered blob back; one that is not there is fine."""
+        if self._store.check([f"blob/{key}"]):
+            chunks = int(self._store.get(f"blob/{key}"))
+            for name in (f"blob/{key}", *(f"blob/{key}/{number}" for number in range(chunks))):
+                self._store.delete_key(name)
+
+    def fetch(
+        self, address: str, key: str, timeout_s: float, cancel: Cancel | None = None
+    ) -> bytes:
+        """Waits until the worker at `address` offers `key` and returns it. Raises `BlobLost`."""
+
+        def work(abandoned: threading.Event) -> bytes:
+            store = self.client(address)
+            _wait_until(partial(store.check, [f"blob/{key}"]), abandoned)
+            chunks = int(store.get(f"blob/{key}"))
+            return b"".join(store.get(f"blob/{key}/{number}") for number in range(chunks))
+
+        try:
+            return run_bounded(work, timeout_s, cancel)
+        except (RuntimeError, OSError, Abandoned) as error:
+            self.forget(address)
+            raise BlobLost(address, key, str(error)) from error
+
+
+class Group:
+    """The communicator of an ordered worker list. One thread uses it; `abort` may come from any.
+
+    Every collective raises `GroupLost` when a peer died or did not come within `timeout_s`.
+    """
+
+    def __init__(
+        self, epoch: int, members: Members, rank: int, device: torch.device, channels: Any = None
+    ) -> None:
+        self.epoch, self.members = epoch, members
+        self.rank, self.size, self.device = rank, len(members), device
+        self.timeout_s = DEFAULT_TIMEOUT_S
+        self._channels: tuple[Any, Any] | None = channels  # process groups of device and host
+        self._lost: str | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the group has failed or was aborted."""
+        return self._lost is not None
+
+    def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        """Sends `send[r]` elements of the 1-D `flat` to member r; returns what all sent here."""
+        assert flat.dim() == 1 and sum(send) == len(flat), (flat.shape, send)
+        if self.size == 1:
+            return flat
+        out = flat.new_empty(sum(receive))
+        counts = (list(receive), list(send))
+        self._run(flat, lambda pg, end: pg.alltoall_base(out, flat, *counts, timeout=end))
+        return out
+
+    def all_gather(self, shard: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+        """Joins the members' shards along `dim`, where they are `lengths` long (may be uneven)."""
+        assert shard.shape[dim] == lengths[self.rank], (shard.shape, dim, lengths)
+        if self.size == 1:
+            return shard
+        moved, longest = shard.movedim(dim, 0), max(lengths)
+        padded = moved.new_zeros(longest, *moved.shape[1:])
+        padded[: lengths[self.rank]] = moved
+        out = padded.new_empty(self.size * longest, *padded.shape[1:])
+        options = AllgatherOptions()
+        options.timeout = timedelta(seconds=self.timeout_s)
+        self._run(shard, lambda pg, _: pg._allgather_base(out, padded, options))
+        rows = [out[rank * longest :][:length] for rank, length in enumerate(lengths)]
+        return torch.cat(rows).movedim(0, dim).contiguous()
+
+    def broadcast(self, tensor: Tensor, src: int = 0) -> Tensor:
+        """Fills `tensor` (contiguous, the same shape everywhere) from member `src`; returns it."""
+        assert tensor.is_contiguous()
+        if self.size > 1:
+            self._run(tensor, lambda pg, end: pg.broadcast(tensor, src, timeout=end))
+        return tensor
+
+    def broadcast_word(self, value: int | None, src: int = 0) -> int:
+        """Settles one 64-bit control word: every member returns what `src` passed."""
+        assert value is not None or self.rank != src, "the source settles the word"
+        return int(self.broadcast(torch.tensor([value or 0], dtype=torch.int64), src))
+
+    def broadcast_blob(self, blob: bytes | None, src: int = 0) -> bytes:
+        """Hands the bytes of `src` to every member; the others pass None."""
+        assert blob is not None or self.rank != src, "the source has the blob"
+        length = self.broadcast_word(None if blob is None else len(blob), src)
+        if self.rank == src and blob is not None:
+            self.broadcast(torch.frombuffer(bytearray(blob), dtype=torch.uint8), src)
+            return blob
+        return self.broadcast(torch.empty(length, dtype=torch.uint8), src).numpy().tobytes()
+
+    def settle(self) -> None:
+        """Waits until the device has done all that was queued; a no-op on CPU.
+
+        NCCL's own waits have no end: here a hung peer is found, after `timeout_s`.
+        """
+        if self.device.type != "cuda":
+            return
+        event: Any = torch.cuda.Event()
+        event.record()
+        try:
+            run_bounded(lambda left: _wait_until(event.query, left), self.timeout_s)
+        except (RuntimeError, Abandoned) as error:
+            raise self._fail(error) from error
+
+    def abort(self, cause: str = "aborted") -> None:
+        """Gives the group up, from any thread, as often as one likes; peers fail soon after."""
+        self._lost = self._lost or cause
+        channels, self._channels = self._channels, None
+        if channels is not None and channels[0] is not channels[1]:
+            channels[0].abort()  # stops kernels that spin on a dead peer
+
+    def _run(self, tensor: Tensor, collective: Callable[[Any, timedelta], Any]) -> None:
+        """Runs one collective where `tensor` lives; when it fails, the group is given up."""
+        channels = self._channels
+        if channels is None:
+            raise GroupLost(self.members, self.epoch, self._lost or "closed")
+        try:
+            channel = channels[tensor.device.type == "cpu"]
+            collective(channel, timedelta(seconds=self.timeout_s)).wait()
+        except RuntimeError as error:
+            clear_frames(error.__traceback__)  # no reference may keep the sockets open
+            del channel, channels
+            raise self._fail(error) from error
+
+    def _fail(self, error: Exception) -> GroupLost:
+        self.abort(str(error))
+        return GroupLost(self.members, self.epoch, self._lost or "")
+
+
+class GroupCache:
+    """This worker's groups; beyond `capacity` the least recently used one is evicted.
+
+    `get`, `acknowledge` and `close` belong to the compute thread; `abort` and `names` to any.
+    """
+
+    def __init__(
+        self, rendezvous: Rendezvous, me: str, device: torch.device, capacity: int = 16
+    ) -> None:
+        self._rendezvous, self._me, self._device = rendezvous, me, device
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._groups: OrderedDict[Members, Group] = OrderedDict()
+        self._spent: OrderedDict[Members, int] = OrderedDict()
+        self._evicted: list[Group] = []
+        self._gloo = dist.ProcessGroupGloo.create_device(hostname=rendezvous.host)
+
+    def get(
+        self,
+        epoch: int,
+        members: Sequence[str],
+        address: str,
+        timeout_s: float,
+        cancel: Cancel | None = None,
+    ) -> Group:
+        """The group of `members` at `epoch`: cached, or formed now, which needs all to call.
+
+        `address` is the rendezvous of the first member. Raises `GroupLost`: a member did not come
+        within `timeout_s`, `cancel` was set, or the name was used up here.
+        """
+        names = tuple(members)
+        assert self._me in names and len(set(names)) == len(names), names
+        if len(names) == 1:
+            return Group(epoch, names, 0, self._device)
+        cached = self._cached(epoch, names)
+        if cached is not None:
+            return cached
+        group = self._form(epoch, names, address, timeout_s, cancel)
+        with self._lock:
+            self._groups[names] = group
+            if len(self._groups) > self._capacity:
+                self._evicted.append(self._groups.popitem(last=False)[1])
+        return group
+
+    def names(self) -> tuple[tuple[int, Members], ...]:
+        """(epoch, members) of the groups that work, least recently used first."""
+        with self._lock:
+            return tuple((g.epoch, g.members) for g in self._groups.values() if not g.lost)
+
+    def acknowledge(self) -> None:
+        """To be called when a step has ended on every member: lets evicted groups go."""
+        with self._lock:
+            while self._evicted:
+                self._evicted.pop().abort("evicted")
+
+    def abort(self) -> None:
+        """Gives all groups up; each is lost from here on."""
+        with self._lock:
+            for group in (*self._groups.values(), *self._evicted):
+                group.abort()
+
+    def close(self) -> None:
+        """The end: gives all groups up."""
+        self.abort()
+
+    def _cached(self, epoch: int, members: Members) -> Group | None:
+        """The working group of this very name; None when it may be formed. Raises `GroupLost`."""
+        with self._lock:
+            group = self._groups.get(members)
+            if group is not None and group.epoch == epoch and not group.lost:
+                self._groups.move_to_end(members)
+                return group
+            last = self._spent.pop(members, -1)
+            self._spent[members] = max(epoch, last)
+            if len(self._spent) > _SPENT_MAX:
+                self._spent.popitem(last=False)
+            if epoch <= last:
+                raise GroupLost(members, epoch, f"epoch {last} was in use here; raise it")
+            self._groups.pop(members, None)
+        if group is not None:
+            group.abort(f"replaced by epoch {epoch}")
+        return None
+
+    def _form(
+        self, epoch: int, members: Members, address: str, timeout_s: float, cancel: Cancel | None
+    ) -> Group:
+        rank = members.index(self._me)
+        suspects = {members[0]} if rank else set()  # until its store has answered
+
+        def work(abandoned: threading.Event) -> Group:
+            store = PrefixStore(f"{epoch}/{'/'.join(members)}", self._rendezvous.client(address))
+            store.set(f"here/{rank}", "")
+            suspects.update(set(members) - {self._me})
+            for peer, name in enumerate(members):
+                _wait_until(partial(store.check, [f"here/{peer}"]), abandoned)
+                suspects.discard(name)
+            channels = self._connect(store, rank, len(members), timedelta(seconds=timeout_s))
+            return Group(epoch, members, rank, self._device, channels)
+
+        try:
+            return run_bounded(work, timeout_s, cancel)
+        except (RuntimeError, OSError, Abandoned) as error:
+            self._rendezvous.forget(address)
+            blamed = () if str(error) == "cancelled" else tuple(sorted(suspects))
+            raise GroupLost(members, epoch, f"not formed: {error}", blamed) from error
+
+    def _connect(self, store: Any, rank: int, size: int, timeout: timedelta) -> tuple[Any, Any]:
+        """Makes the process groups, outside any world, as torch.distributed._dist2 does."""
+        kinds, cpu = dist.ProcessGroup.BackendType, torch.device("cpu")
+        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices, options._threads, options._timeout = [self._gloo], 1, timeout
+        gloo = dist.ProcessGroupGloo(PrefixStore("host", store), rank, size, options)
+        host = dist.ProcessGroup(store, rank, size)
+        host._set_default_backend(kinds.GLOO)
+        host._register_backend(cpu, kinds.GLOO, gloo)
+        if self._device.type != "cuda":
+            return host, host
+        torch.cuda.set_device(self._device)  # of this thread
+        nccl_options: Any = dist.ProcessGroupNCCL.Options()
+        nccl_options._timeout, nccl_options.config.blocking = timeout, 0
+        nccl = dist.ProcessGroupNCCL(PrefixStore("device", store), rank, size, nccl_options)
+        nccl.eager_connect_single_device(self._device)
+        device = dist.ProcessGroup(store, rank, size)
+        device._set_default_backend(kinds.NCCL)
+        device._register_backend(self._device, kinds.NCCL, nccl)
+        return device, host
+
+
+class Abandoned(Exception):
+    """A bounded call that its caller left; the text is "time-out" or "cancelled"."""
+
+
+def run_bounded(
+    work: Callable[[threading.Event], T], timeout_s: float, cancel: Cancel | None = None
+) -> T:
+    """Runs `work(abandoned)` on a thread of its own; raises what it raises, or `Abandoned`.
+
+    An abandoned thread sees its event set; one that is stuck in a system call ends with that call.
+    """
+    result: Future[T] = Future()
+    abandoned = threading.Event()
+
+    def run() -> None:
+        try:
+            result.set_result(work(abandoned))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="bounded", daemon=True).start()
+    end_us = _CLOCK.now_us() + int(timeout_s * 1e6)
+    while not wait([result], _CANCEL_POLL_S).done:
+        if (cancelled := cancel is not None and cancel.is_set()) or _CLOCK.now_us() >= end_us:
+            abandoned.set()
+            raise Abandoned("cancelled" if cancelled else "time-out")
+    return result.result()
+
+
+def _wait_until(ready: Callable[[], bool], abandoned: threading.Event) -> None:
+    while not ready():
+        if abandoned.wait(_POLL_S):
+            raise Abandoned("time-out")

@@ -1,0 +1,187 @@
+"""The real executor: one compute thread around an `Engine`, one device, real collectives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from gpuworker.engine import Engine
+from gpuworker.executor import Listener
+from gpuworker.groups import GroupCache, Rendezvous
+from gpuworker.inbox import Inbox, StopMark
+from gpuworker.latents import LatentShelf
+from gpuworker.models.card import CardFacts, ModelCard
+from gpuworker.models.loading import load_card
+from hocket.bus import Bus, Subjects
+from hocket.errors import PeerSilent
+from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+
+log = logging.getLogger(__name__)
+
+_OFFERING_THREADS = 4
+_ASK_MARGIN_US = 500_000  # the answer's way back, beyond the holder's own waiting time
+
+
+class TorchExecutor:
+    """Runs assignments with torch on one device."""
+
+    def __init__(
+        self,
+        worker: str,
+        cards: dict[str, ModelCard],
+        device: torch.device,
+        gpu: str,
+        bus: Bus,
+        subjects: Subjects,
+        *,
+        advertise: str,
+        groups_max: int,
+    ) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._cards = cards
+        self._torch_device = device
+        self._gpu = gpu
+        self._loop = asyncio.get_running_loop()
+        self._inbox = Inbox()
+        self._rendezvous = Rendezvous(advertise)
+        self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
+        self._shelf = LatentShelf(self._rendezvous.put, self._rendezvous.drop)
+        self._engine = Engine(
+            worker, cards, self._inbox, self._shelf, self._rendezvous, self._groups, self._ask
+        )
+        self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
+        self._thread: threading.Thread | None = None
+        self.models = tuple(model_info(card.facts) for card in cards.values())
+        self.store_address = self._rendezvous.address
+
+    @property
+    def device(self) -> mesh_pb2.Device:
+        if self._torch_device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._torch_device)
+            name = torch.cuda.get_device_name(self._torch_device)
+            used = total - free
+        else:
+            total, used, name = *_host_memory(), "CPU"
+        return mesh_pb2.Device(
+            kind=self._torch_device.type,
+            profile_name=self._gpu,
+            name=name,
+            memory_total_bytes=total,
+            memory_used_bytes=used,
+        )
+
+    def start(self, listener: Listener) -> None:
+        self._thread = threading.Thread(
+            target=self._engine.run, args=(listener,), name="compute", daemon=True
+        )
+        self._thread.start()
+
+    def accept_term(self, term: int) -> bool:
+        return self._inbox.accept_term(term)
+
+    def submit(self, assignment: mesh_pb2.Assignment) -> None:
+        self._inbox.put(assignment)
+
+    def truncate(self, truncate: mesh_pb2.Truncate) -> None:
+        self._inbox.truncate(truncate.request_id, StopMark(truncate.attempt, truncate.stop_at_step))
+        if truncate.release:
+            self._shelf.release(truncate.request_id)
+
+    def release(self, request: str) -> None:
+        self._shelf.release(request)
+
+    def held(self) -> tuple[mesh_pb2.HeldLatent, ...]:
+        return self._shelf.held()
+
+    def progress(self) -> tuple[int, int]:
+        return self._inbox.term, self._inbox.sequence
+
+    async def offer_latent(self, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
+        return await asyncio.get_running_loop().run_in_executor(
+            self._offering, self._shelf.offer, asked
+        )
+
+    async def close(self) -> None:
+        self._inbox.close()
+        self._groups.abort()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, 10.0)
+        self._offering.shutdown(wait=False, cancel_futures=True)
+        self._groups.close()
+        self._rendezvous.close()
+
+    def _ask(self, holder: str, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
+        """Called from the compute thread: asks another worker's agent through this one's."""
+        answer = asyncio.run_coroutine_threadsafe(
+            self._bus.request(
+                self._subjects.latent(holder),
+                asked,
+                mesh_pb2.LatentReply,
+                asked.wait_us + _ASK_MARGIN_US,
+            ),
+            self._loop,
+        )
+        try:
+            return answer.result()
+        except PeerSilent as silent:
+            return mesh_pb2.LatentReply(
+                failure=types_pb2.Failure(reason=silent.reason, message=str(silent))
+            )
+
+
+def load_cards(sources: tuple[str, ...], device: torch.device) -> dict[str, ModelCard]:
+    """Loads every model, named by its card; raises LoadError naming what is missing."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cards: dict[str, ModelCard] = {}
+    for source in sources:
+        card = load_card(source, device, dtype)
+        cards[card.facts.name] = card
+    return cards
+
+
+def pick_device(wanted: str, index: int) -> torch.device:
+    """The device of the index-th worker on this host."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        torch.set_num_threads(1)  # workers share cores: spinning OpenMP teams cost 80 times (docs)
+        return torch.device("cpu")
+    device = torch.device("cuda", index % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def model_info(facts: CardFacts) -> generation_pb2.ModelInfo:
+    """A card's facts as the API tells them."""
+    shapes = [types_pb2.Shape(width=w, height=h, frames=1) for w, h in facts.sizes]
+    return generation_pb2.ModelInfo(
+        name=facts.name,
+        family=facts.family,
+        workflows=facts.workflows,
+        shapes=shapes,
+        steps_min=facts.steps_min,
+        steps_max=facts.steps_max,
+        steps_default=facts.steps_default,
+        guidance_kind=facts.guidance,
+        guidance_min=facts.guidance_min,
+        guidance_max=facts.guidance_max,
+        guidance_default=facts.guidance_default,
+        degrees=facts.degrees,
+        examples=facts.examples,
+    )
+
+
+def _host_memory() -> tuple[int, int]:
+    """(total, used by this process), in bytes."""
+    total = used = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            total = int(line.split()[1]) * 1024
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            used = int(line.split()[1]) * 1024
+    return total, used

@@ -1,0 +1,196 @@
+"""A scripted leader: real workers, a real broker, and a test that says which steps run where.
+
+It takes control's place on the bus (its own term, its own sequence numbers) and publishes
+assignments by hand, so that a test can drive any degree schedule through the very worker that
+serves users.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpuworker.groups import Rendezvous
+from gpuworker.state import LatentState
+from hocket.bus import Bus, Feed, Subjects
+from hocket.v1 import mesh_pb2, types_pb2
+
+WAIT_S = 90.0
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some steps on an ordered list of workers."""
+
+    steps: int
+    workers: tuple[str, ...]
+
+
+@dataclass
+class WorkerPool:
+    """Worker processes started by the command that users run."""
+
+    url: str
+    cluster: str
+    state_dir: Path
+    models: tuple[str, ...]
+    count: int = 4
+    process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        options = [f"--model={model}" for model in self.models]
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "gpuworker",
+            f"--count={self.count}",
+            f"--nats-url={self.url}",
+            f"--cluster={self.cluster}",
+            f"--state-dir={self.state_dir}",
+            "--device=cpu",
+            "--log-level=warning",
+            *options,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    async def stop(self) -> int:
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(30):
+            return await self.process.wait()
+
+    def pid_of(self, worker: str) -> int:
+        """The process of one worker: the pool's n-th child, in order of forking."""
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        pids = sorted(int(pid) for pid in children.read_text().split())
+        return pids[int(worker.removeprefix("w"))]
+
+
+@dataclass
+class Leader:
+    """Control's voice on the bus, spoken by a test."""
+
+    bus: Bus
+    cluster: str
+    term: int
+    beats: dict[str, mesh_pb2.Heartbeat] = field(default_factory=dict)
+    sequence: int = 0
+    reports: Feed[mesh_pb2.StepReport] | None = None
+
+    async def listen(self, workers: int) -> None:
+        """Returns once that many workers have been heard."""
+        heard = await self.bus.follow(self.subjects.heartbeat("*"), mesh_pb2.Heartbeat)
+        self.reports = await self.bus.follow(self.subjects.report("*"), mesh_pb2.StepReport)
+        async with asyncio.timeout(WAIT_S):
+            while len(self.beats) < workers:
+                beat = await heard.next()
+                self.beats[beat.worker] = beat
+        await heard.close()
+
+    @property
+    def subjects(self) -> Subjects:
+        return Subjects(self.cluster)
+
+    async def assign(
+        self,
+        node: str,
+        piece: Piece,
+        member: mesh_pb2.BatchMember,
+        epoch: int = 1,
+        timeout_us: int = 20_000_000,
+    ) -> int:
+        """Publishes one assignment to all its workers; returns its sequence number."""
+        self.sequence += 1
+        assignment = mesh_pb2.Assignment(
+            sequence=self.sequence,
+            node=node,
+            batch=[member],
+            steps=piece.steps,
+            group=types_pb2.Group(epoch=self.term * 1000 + epoch, members=piece.workers),
+            layout=types_pb2.Layout(cfg=1, ulysses=len(piece.workers), ring=1),
+            rendezvous_address=self.beats[piece.workers[0]].store_address,
+            predicted_step_time_us=100_000,
+            collective_timeout_us=timeout_us,
+        )
+        message = mesh_pb2.Assign(term=self.term, assignments=[assignment])
+        for worker in piece.workers:
+            await self.bus.publish(self.subjects.assign(worker), message)
+        return self.sequence
+
+    def member(
+        self,
+        request: str,
+        spec: types_pb2.GenerationSpec,
+        first_step: int,
+        holders: Sequence[str],
+        attempt: int = 0,
+    ) -> mesh_pb2.BatchMember:
+        return mesh_pb2.BatchMember(
+            request_id=request,
+            first_step=first_step,
+            steps_total=spec.steps,
+            attempt=attempt,
+            holders=[
+                types_pb2.LatentHolder(
+                    worker=holder,
+                    steps_done=first_step,
+                    store_address=self.beats[holder].store_address,
+                )
+                for holder in holders
+            ],
+            spec=spec,
+        )
+
+    async def run(
+        self, request: str, spec: types_pb2.GenerationSpec, pieces: Sequence[Piece]
+    ) -> None:
+        """Encodes on the first piece's first worker and publishes all pieces at once."""
+        holders: tuple[str, ...] = (pieces[0].workers[0],)
+        await self.assign("text", Piece(1, holders), self.member(request, spec, 0, ()))
+        first = 0
+        for piece in pieces:
+            await self.assign("dit", piece, self.member(request, spec, first, holders))
+            first, holders = first + piece.steps, piece.workers
+
+    async def ending(self, sequence: int) -> mesh_pb2.StepReport:
+        """The last report of an assignment."""
+        assert self.reports is not None
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                report = await self.reports.next()
+                if report.sequence == sequence and (report.last or report.HasField("failure")):
+                    return report
+
+    async def latent(self, request: str, holder: str, steps_done: int) -> LatentState:
+        """Fetches a latent from its holder, as another worker would."""
+        reply = await self.bus.request(
+            self.subjects.latent(holder),
+            mesh_pb2.LatentRequest(
+                request_id=request, steps_done=steps_done, wait_us=int(WAIT_S * 1e6)
+            ),
+            mesh_pb2.LatentReply,
+            int(WAIT_S * 1e6),
+        )
+        assert reply.key, reply.failure.message
+        store = Rendezvous("127.0.0.1")
+        try:
+            blob = await asyncio.to_thread(
+                store.fetch, self.beats[holder].store_address, reply.key, WAIT_S
+            )
+        finally:
+            store.close()
+        return LatentState.from_bytes(blob)
+
+    async def release(self, request: str) -> None:
+        message = mesh_pb2.Assign(term=self.term, released=[request])
+        for worker in self.beats:
+            await self.bus.publish(self.subjects.assign(worker), message)

@@ -1,0 +1,185 @@
+"""The house rules of docs/ARCHITECTURE.md, checked by machine, each with a planted negative."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("hocket", "gateway", "control", "gpuworker", "bench", "tests", "tools")
+LINES_A_FUNCTION, LINES_A_FILE, COLUMNS = 70, 400, 100
+SERVICE_RUST_FREE = ("gateway", "control", "client")
+
+
+def sources() -> list[Path]:
+    found = [p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))]
+    return [p for p in found if "_pb2" not in p.name]
+
+
+def oversized(text: str, name: str) -> list[str]:
+    """What in a source text breaks a size limit."""
+    lines = text.splitlines()
+    found = [f"{name}: {len(lines)} lines"] if len(lines) > LINES_A_FILE else []
+    found += [
+        f"{name}:{number}: {len(line)} columns"
+        for number, line in enumerate(lines, 1)
+        if len(line) > COLUMNS
+    ]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = (node.end_lineno or 0) - node.lineno + 1
+            if size > LINES_A_FUNCTION:
+                found.append(f"{name}:{node.lineno}: {node.name} has {size} lines")
+    return found
+
+
+def test_files_and_functions_are_small() -> None:
+    found = [o for p in sources() for o in oversized(p.read_text(), str(p.relative_to(ROOT)))]
+    assert not found, "\n".join(found)
+
+
+def test_size_check_sees_what_is_too_large() -> None:
+    body = "\n".join("    x = 1" for _ in range(LINES_A_FUNCTION))
+    assert oversized(f"def f():\n{body}\n", "planted")
+    assert oversized("x = 1\n" * (LINES_A_FILE + 1), "planted")
+    assert oversized("x" * (COLUMNS + 1), "planted")
+    assert not oversized("def f():\n    return 1\n", "planted")
+
+
+def test_import_contracts() -> None:
+    run = _tool("lint-imports")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_import_contracts_see_a_breach(tmp_path: Path) -> None:
+    config = (ROOT / "pyproject.toml").read_text()
+    config = config[config.index("[tool.importlinter]") :]
+    planted = config.replace(
+        'forbidden_modules = ["time", ', 'forbidden_modules = ["msgspec", "time", '
+    )
+    assert planted != config
+    (tmp_path / "pyproject.toml").write_text(planted)
+    run = _tool("lint-imports", "--config", str(tmp_path / "pyproject.toml"))
+    assert run.returncode != 0
+    assert "control.scheduler" in run.stdout
+
+
+def test_style() -> None:
+    run = _tool("ruff", "check", ".")
+    assert run.returncode == 0, run.stdout
+    run = _tool("ruff", "format", "--check", ".")
+    assert run.returncode == 0, run.stdout
+
+
+def test_clock_and_environment_bans_bite() -> None:
+    for line in ("import time\ntime.monotonic()\n", "import os\nos.getenv('X')\n"):
+        run = _tool("ruff", "check", "--stdin-filename", "control/planted.py", "-", text=line)
+        assert "TID251" in run.stdout
+
+
+def test_environment_is_read_in_one_place() -> None:
+    reads = re.compile(r"os\.environ\b(?!\.setdefault)")
+    allowed = {"hocket/config.py", "hocket/telemetry.py"}
+    found = [
+        str(p.relative_to(ROOT))
+        for p in sources()
+        if p.parts[len(ROOT.parts)] in ("hocket", "gateway", "control", "gpuworker")
+        and reads.search(p.read_text())
+    ]
+    assert set(found) <= allowed, found
+
+
+def test_types() -> None:
+    run = _tool("mypy")
+    assert run.returncode == 0, run.stdout
+
+
+def test_proto_lint() -> None:
+    run = _tool("buf", "lint")
+    assert run.returncode == 0, run.stdout
+
+
+def test_generated_stubs_are_in_step_with_proto(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, str(ROOT / "tools/generate_stubs.py"), str(tmp_path)],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
+    fresh = {p.name: p.read_text() for p in (tmp_path / "hocket/v1").glob("*_pb2*")}
+    committed = {p.name: p.read_text() for p in (ROOT / "hocket/v1").glob("*_pb2*")}
+    assert fresh.keys() == committed.keys()
+    stale = [name for name in fresh if fresh[name] != committed[name]]
+    assert not stale, f"run `make proto`: {stale}"
+
+
+def closure(extras: tuple[str, ...]) -> dict[str, metadata.Distribution]:
+    """Every installed distribution that `hocket[extras]` needs, hocket aside."""
+    found: dict[str, metadata.Distribution] = {}
+    todo: list[tuple[str, frozenset[str]]] = [("hocket", frozenset(extras))]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while todo:
+        name, wanted = todo.pop()
+        if (name, wanted) in seen:
+            continue
+        seen.add((name, wanted))
+        distribution = metadata.distribution(name)
+        if name != "hocket":
+            found[canonicalize_name(name)] = distribution
+        for line in distribution.requires or ():
+            requirement = Requirement(line)
+            for extra in ("", *wanted):
+                environment = {**default_environment(), "extra": extra}
+                if requirement.marker is None or requirement.marker.evaluate(environment):
+                    todo.append((requirement.name, frozenset(requirement.extras)))
+                    break
+    return found
+
+
+def rust_built(distribution: metadata.Distribution) -> list[str]:
+    """Compiled files of a distribution that the Rust compiler made (they name its runtime)."""
+    marks = (b"rust_begin_unwind", b"rust_panic", b"/rustc/", b"library/core/src/panicking")
+    found = []
+    for file in distribution.files or ():
+        if file.suffix in (".so", ".pyd", ".dylib"):
+            content = Path(str(distribution.locate_file(file))).read_bytes()
+            if any(mark in content for mark in marks):
+                found.append(str(file))
+    return found
+
+
+@pytest.mark.parametrize("service", SERVICE_RUST_FREE)
+def test_no_rust_and_no_torch_in_the_closure(service: str) -> None:
+    needed = closure((service,))
+    assert "torch" not in needed and "grpcio" in needed
+    built = {name: rust_built(d) for name, d in needed.items()}
+    assert not any(built.values()), {n: files for n, files in built.items() if files}
+
+
+def test_rust_check_sees_rust() -> None:
+    assert rust_built(metadata.distribution("safetensors"))
+    assert "torch" in closure(("worker",))
+
+
+@pytest.mark.parametrize("module", ["gateway.service", "control.service", "hocket.cli"])
+def test_services_import_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.strip() == "False", run.stderr
+
+
+def _tool(name: str, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    path = Path(sysconfig.get_path("scripts")) / name
+    return subprocess.run(
+        [str(path), *arguments], capture_output=True, text=True, cwd=ROOT, input=text
+    )
