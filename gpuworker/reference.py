@@ -47,7 +47,13 @@ class Reference:
 
     @torch.no_grad()
     def denoise(
-        self, prompt: str, side: int, seed: int, steps: int, guidance: float
+        self,
+        prompt: str,
+        side: int,
+        seed: int,
+        steps: int,
+        guidance: float,
+        stop_after: int | None = None,
     ) -> tuple[torch.Tensor, list[int]]:
         """Final latent tokens [1, (side/8)², channels], and the time of each step in µs."""
         rows, span = side // self.card["patch_px"], self.card["position_span"]
@@ -62,7 +68,7 @@ class Reference:
         tokens = torch.randn(shape, generator=generator).flatten(2).transpose(1, 2)
         self.scheduler.set_timesteps(steps)
         took_us = []
-        for timestep in self.scheduler.timesteps:
+        for timestep in self.scheduler.timesteps[:stop_after]:
             began_ns = steady_ns()
             (velocity,) = self.transformer(
                 hidden_states=torch.cat([tokens, tokens]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,38 +42,28 @@ class WorkerPool:
     state_dir: Path
     models: tuple[str, ...]
     count: int = 4
-    process: asyncio.subprocess.Process | None = None
+    process: subprocess.Popen[bytes] | None = None
 
-    async def start(self) -> None:
-        options = [f"--model={model}" for model in self.models]
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "gpuworker",
-            f"--count={self.count}",
-            f"--nats-url={self.url}",
-            f"--cluster={self.cluster}",
-            f"--state-dir={self.state_dir}",
-            "--device=cpu",
-            "--log-level=warning",
-            *options,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    def __enter__(self) -> WorkerPool:
+        command = [sys.executable, "-m", "gpuworker", f"--count={self.count}"]
+        command += [f"--nats-url={self.url}", f"--cluster={self.cluster}"]
+        command += [f"--state-dir={self.state_dir}", "--device=cpu", "--log-level=error"]
+        command += [f"--model={model}" for model in self.models]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment)
+        return self
 
-    async def stop(self) -> int:
+    def __exit__(self, *_: object) -> None:
         assert self.process is not None
-        if self.process.returncode is None:
-            self.process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(30):
-            return await self.process.wait()
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(WAIT_S)
 
-    def pid_of(self, worker: str) -> int:
-        """The process of one worker: the pool's n-th child, in order of forking."""
+    def kill(self, worker: str) -> None:
+        """kill -9 of one worker: the pool's n-th child, in order of forking."""
         assert self.process is not None
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         pids = sorted(int(pid) for pid in children.read_text().split())
-        return pids[int(worker.removeprefix("w"))]
+        os.kill(pids[int(worker.removeprefix("w"))], signal.SIGKILL)
 
 
 @dataclass
@@ -169,6 +160,22 @@ class Leader:
                 report = await self.reports.next()
                 if report.sequence == sequence and (report.last or report.HasField("failure")):
                     return report
+
+    async def progress(self, sequence: int, at_least: int) -> None:
+        """Returns once an assignment's jobs have that many steps behind them."""
+        assert self.reports is not None
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                report = await self.reports.next()
+                if report.sequence == sequence and report.results[0].steps_done >= at_least:
+                    return
+
+    async def truncate(self, request: str, stop_at_step: int, attempt: int) -> None:
+        message = mesh_pb2.Truncate(
+            term=self.term, request_id=request, attempt=attempt, stop_at_step=stop_at_step
+        )
+        for worker in self.beats:
+            await self.bus.publish(self.subjects.truncate(worker), message)
 
     async def latent(self, request: str, holder: str, steps_done: int) -> LatentState:
         """Fetches a latent from its holder, as another worker would."""
