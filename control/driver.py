@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 
 from control.scheduler import values
 from control.scheduler.core import Scheduler
+from control.scheduler.facts import in_order
 from hocket.clock import Clock
 
 
@@ -76,7 +77,8 @@ class Driver:
         if not self._inbox:
             self._arrived.clear()
             await self._wait()
-        facts = list(self._inbox)
+        await self._clock.settle()
+        facts = in_order(self._inbox)
         self._inbox.clear()
         return facts
 

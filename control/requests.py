@@ -50,6 +50,10 @@ class Records:
     def open_count(self) -> int:
         return len(self._open)
 
+    @property
+    def ended_count(self) -> int:
+        return len(self._ended)
+
     def open_ids(self) -> tuple[str, ...]:
         return tuple(self._open)
 

@@ -26,6 +26,7 @@ from control.scheduler.values import WorkerLost, WorkerUp
 from control.servicer import ControlServicer
 from hocket import endpoints
 from hocket.bus import Bus, Subjects
+from hocket.channels import SERVER_OPTIONS
 from hocket.clock import Clock
 from hocket.errors import WrongConfig
 from hocket.telemetry import Telemetry
@@ -161,7 +162,7 @@ async def _lead(
 async def _listen(
     settings: ControlSettings, told: Telemetry, servicer: ControlServicer, intake: Intake
 ) -> tuple[grpc.aio.Server, int]:
-    server = grpc.aio.server(interceptors=told.server_interceptors())
+    server = grpc.aio.server(interceptors=told.server_interceptors(), options=SERVER_OPTIONS)
     control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(intake.health, server)
     reflection.enable_server_reflection(

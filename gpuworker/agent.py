@@ -188,7 +188,7 @@ class Agent:
     def _trace(self, note: RunNote) -> None:
         assignment = note.assignment
         for member in assignment.batch:
-            common: dict[str, str | int | bool | list[str]] = {
+            common: dict[str, str | int | list[str]] = {
                 spans.REQUEST: member.request_id,
                 spans.MODEL: member.spec.model,
                 spans.NODE: assignment.node,
@@ -217,6 +217,7 @@ class Agent:
                         spans.STEP_INDEX: step.step + 1,
                         spans.STEPS: member.steps_total,
                         spans.PREDICTED_US: assignment.predicted_step_time_us,
+                        spans.SEQUENCE: assignment.sequence,
                     },
                 )
 

@@ -236,17 +236,19 @@ def _tokens_for_heads(comm: Communicator, out: Tensor, lengths: Lengths) -> Tens
 
 
 def _whole_mask(comm: Communicator, mask: Tensor, lengths: Lengths, heads: int) -> Tensor:
-    """A mask as attention on whole sequences and this member's heads wants it.
+    """A mask of keys for whole sequences and this member's heads.
 
-    Shapes: [B, keys here] or [B, 1 or H, 1 or queries here, keys here].
+    Shapes: [B, keys here] or [B, 1 or H, 1, keys here]. A mask with a row a query cannot be put
+    together from what the members have: `DiffusersMoved`.
     """
-    mask = comm.all_gather(mask, mask.ndim - 1, lengths)
-    if mask.ndim == 4 and mask.shape[2] > 1:
-        mask = comm.all_gather(mask, 2, lengths)
+    by_query = mask.ndim != 2 and (mask.ndim != 4 or mask.shape[2] != 1)
+    if by_query or mask.shape[-1] != lengths[comm.rank]:
+        raise DiffusersMoved(f"attention mask {tuple(mask.shape)} does not fit the split {lengths}")
+    whole = comm.all_gather(mask, mask.ndim - 1, lengths)
     if mask.ndim == 4 and mask.shape[1] > 1:
         each = heads // comm.size
-        mask = mask.narrow(1, comm.rank * each, each)
-    return mask.contiguous()
+        whole = whole.narrow(1, comm.rank * each, each).contiguous()
+    return whole
 
 
 def _divisors(heads: int) -> tuple[int, ...]:

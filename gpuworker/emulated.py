@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from PIL import Image
 
@@ -26,21 +26,20 @@ from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 Cell = tuple[str, str, int, int, int, int]  # model, node, width, height, frames, degree
 
 
-def read_profile(path: Path) -> dict[Cell, int]:
-    """Call times (µs) of batch 1, by cell; raises WrongConfig naming the line."""
+def profile_cells(lines: Iterable[str], name: str) -> dict[Cell, int]:
+    """Call times (µs) of batch 1, by cell, of a profile CSV; raises WrongConfig naming the line."""
     cells: dict[Cell, int] = {}
-    with path.open(newline="", encoding="utf-8") as lines:
-        for number, row in enumerate(csv.DictReader(lines), start=2):
-            try:
-                if int(row["batch"]) != 1:
-                    continue
-                shape = (int(row["width"]), int(row["height"]), int(row["frames"]))
-                cell = (row["model"], row["node"], *shape, int(row["degree"]))
-                cells[cell] = int(row["call_us"])
-            except (KeyError, ValueError) as error:
-                raise WrongConfig(
-                    key="profile", value=f"{path}:{number}", allowed=f"a profile row ({error!r})"
-                ) from error
+    for number, row in enumerate(csv.DictReader(lines), start=2):
+        try:
+            if int(row["batch"]) != 1:
+                continue
+            shape = (int(row["width"]), int(row["height"]), int(row["frames"]))
+            cell = (row["model"], row["node"], *shape, int(row["degree"]))
+            cells[cell] = int(row["call_us"])
+        except (KeyError, ValueError) as error:
+            raise WrongConfig(
+                key="profile", value=f"{name}:{number}", allowed=f"a profile row ({error!r})"
+            ) from error
     return cells
 
 

@@ -8,7 +8,7 @@ import sys
 
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
-from gpuworker.emulated import EmulatedExecutor, EmulatedHost, read_profile
+from gpuworker.emulated import EmulatedExecutor, EmulatedHost, profile_cells
 from hocket import telemetry
 from hocket.bus import Bus
 from hocket.clock import SystemClock
@@ -33,7 +33,10 @@ async def _serve(settings: WorkerSettings) -> None:
     for sign in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(sign, stop.set)
     clock = SystemClock()
-    host = EmulatedHost(clock=clock, profile=read_profile(settings.profile))
+    text = settings.profile.read_text(encoding="utf-8")
+    host = EmulatedHost(
+        clock=clock, profile=profile_cells(text.splitlines(), str(settings.profile))
+    )
     bus = await Bus.connect(settings.nats_url, "emulated")
     executors = []
     try:

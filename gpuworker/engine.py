@@ -196,7 +196,7 @@ class Engine:
         )
         group.timeout_s = run.assignment.collective_timeout_us / 1e6
         if began.elapsed_ns() > _GROUP_SPAN_AT_LEAST_NS:
-            run.sides.append(began.side(spans.GROUP, epoch=str(named.epoch)))
+            run.sides.append(began.side(spans.GROUP, {}))
         return group
 
     def _goes_on(self, run: _Run, steps_done: int) -> bool:
@@ -247,9 +247,14 @@ class Engine:
             own = LatentState.from_bytes(content, run.group.device)
         self._shelf.put(member.request_id, own)
         if run.leads(self._worker):
-            holder = run.assignment.group.members[source]
+            members = run.assignment.group.members
+            holder = members[source]
+            others = ",".join(name for name in members if name != holder)
             run.sides.append(
-                began.side(spans.TRANSFER, how="broadcast", bytes=len(content), holder=holder)
+                began.side(
+                    spans.TRANSFER,
+                    {spans.BYTES: len(content), spans.FROM: holder, spans.TO: others},
+                )
             )
         return own
 
@@ -279,7 +284,10 @@ class Engine:
                 _Off(self._inbox, member),
             )
             run.sides.append(
-                began.side(spans.TRANSFER, how="fetch", bytes=len(blob), holder=holder.worker)
+                began.side(
+                    spans.TRANSFER,
+                    {spans.BYTES: len(blob), spans.FROM: holder.worker, spans.TO: self._worker},
+                )
             )
             return LatentState.from_bytes(blob)
         raise LatentMissing(member.request_id, member.first_step, tuple(tried))

@@ -6,7 +6,7 @@ never talks to the broker; the agent never runs a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -33,7 +33,7 @@ class SideNote:
     name: str  # "group", "transfer" …
     start_unix_ns: int
     end_unix_ns: int
-    attributes: dict[str, str | int | bool] = field(default_factory=dict)
+    attributes: Mapping[str, str | int] = field(default_factory=dict)
 
 
 class Stopwatch:
@@ -51,7 +51,7 @@ class Stopwatch:
         start_ns = self._start_unix_ns
         return StepNote(step, start_ns, start_ns + took_ns, took_ns // 1000)
 
-    def side(self, name: str, **attributes: str | int | bool) -> SideNote:
+    def side(self, name: str, attributes: Mapping[str, str | int]) -> SideNote:
         start_ns = self._start_unix_ns
         return SideNote(name, start_ns, start_ns + self.elapsed_ns(), attributes)
 

@@ -35,6 +35,7 @@ from hocket.clock import SystemClock
 
 DEFAULT_TIMEOUT_S = 30.0
 _SPENT_MAX = 4096  # member lists whose last epoch is remembered
+_STORE_TIMEOUT = timedelta(seconds=10)  # of a connect or a get at another worker's store
 _CHUNK_BYTES = 4 << 20  # a store value may have 8 MiB
 _POLL_S = 0.0005
 _CANCEL_POLL_S = 0.02
@@ -89,7 +90,7 @@ class Rendezvous:
             host, port = address.rsplit(":", 1)
             # TCPStore itself would try for long where nobody listens.
             socket.create_connection((host, int(port)), DEFAULT_TIMEOUT_S).close()
-            self._clients[address] = TCPStore(host, int(port), wait_for_workers=False)
+            self._clients[address] = TCPStore(host, int(port), None, False, _STORE_TIMEOUT, False)
         return self._clients[address]
 
     def forget(self, address: str) -> None:
@@ -192,11 +193,10 @@ class Group:
     def broadcast_blob(self, blob: bytes | None, src: int = 0) -> bytes:
         """Hands the bytes of `src` to every member; the others pass None."""
         assert blob is not None or self.rank != src, "the source has the blob"
-        length = self.broadcast_word(None if blob is None else len(blob), src)
-        if self.rank == src and blob is not None:
-            self.broadcast(torch.frombuffer(bytearray(blob), dtype=torch.uint8), src)
-            return blob
-        return self.broadcast(torch.empty(length, dtype=torch.uint8), src).numpy().tobytes()
+        mine = bytearray(blob or b"") if self.rank == src else None
+        length = self.broadcast_word(None if mine is None else len(mine), src)
+        whole = torch.frombuffer(mine or bytearray(length + 1), dtype=torch.uint8)[:length]
+        return self.broadcast(whole, src).numpy().tobytes()
 
     def settle(self) -> None:
         """Waits until the device has done all that was queued; a no-op on CPU.

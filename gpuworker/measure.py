@@ -1,7 +1,7 @@
 """Measures the worker's building blocks between real processes: groups cold and warm, latents by
 size.
 
-    python -m gpuworker.measure        prints one JSON object; `make bench` lays it out
+`python -m gpuworker.measure` prints one JSON object of times in ms; `make bench` lays it out.
 
 Two and four processes meet through a store, as workers do; no broker is involved.
 """
@@ -12,7 +12,6 @@ import json
 import multiprocessing as mp
 import os
 from multiprocessing.connection import Connection
-from statistics import median
 
 import torch
 
@@ -86,7 +85,7 @@ def _timed(work: object) -> float:
 
 
 def main() -> None:
-    """Runs the four processes and prints medians and worst cases, in ms."""
+    """Runs the four processes and prints the times of every operation, in ms."""
     context = mp.get_context("fork")
     pipes, processes = [], []
     for rank in range(4):
@@ -111,11 +110,7 @@ def main() -> None:
             pipe.send("go")
     for process in processes:
         process.join(_TIMEOUT_S)
-    rows = {
-        name: {"p50_ms": median(times), "worst_ms": max(times), "n": len(times)}
-        for name, times in sorted(found.items())
-    }
-    print(json.dumps(rows, indent=2))
+    print(json.dumps(dict(sorted(found.items()))))
 
 
 if __name__ == "__main__":

@@ -108,6 +108,11 @@ class Bus:
         return self._client.jetstream(timeout=10.0)
 
     @property
+    def messages(self) -> int:
+        """Messages sent and received so far."""
+        return int(self._client.stats["in_msgs"]) + int(self._client.stats["out_msgs"])
+
+    @property
     def payload_max(self) -> int:
         return self._client.max_payload
 

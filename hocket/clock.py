@@ -23,6 +23,9 @@ class Clock(Protocol):
     async def sleep_until(self, at_us: int) -> None:
         """Returns once `now_us() >= at_us`."""
 
+    async def settle(self) -> None:
+        """Returns when whatever belongs to this instant has had a chance to happen."""
+
 
 class SystemClock:
     """The machine's monotonic clock."""
@@ -34,6 +37,9 @@ class SystemClock:
         while (left_us := at_us - self.now_us()) > 0:  # noqa: ASYNC110  this is the clock
             await asyncio.sleep(left_us / 1e6)
 
+    async def settle(self) -> None:
+        await asyncio.sleep(0)
+
 
 class ManualClock:
     """A clock that stands still until somebody moves it. For tests and for replays."""
@@ -42,6 +48,7 @@ class ManualClock:
         self._now_us = now_us
         self._order = itertools.count()
         self._sleepers: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._settling: list[asyncio.Future[None]] = []
 
     def now_us(self) -> int:
         return self._now_us
@@ -52,6 +59,19 @@ class ManualClock:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._sleepers, (at_us, next(self._order), waiter))
         await waiter
+
+    async def settle(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._settling.append(waiter)
+        await waiter
+
+    def settled(self) -> bool:
+        """Lets those go on who wait in `settle`; False when nobody does."""
+        waiters, self._settling = self._settling, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        return bool(waiters)
 
     def next_wake_us(self) -> int | None:
         """When the earliest sleeper wants to wake; None when nobody sleeps."""

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.scripted_leader import Leader, Piece, WorkerPool
 from gpuworker.config import EMBEDDED_MODEL
 from gpuworker.reference import Reference
 from hocket.bus import Bus
 from hocket.v1 import types_pb2
-from tests.mesh.scripted import Leader, Piece, WorkerPool
 
 WORKERS = ("w0", "w1", "w2", "w3")
 STEPS, SIDE, GUIDANCE = 8, 64, 2.0
@@ -157,9 +157,7 @@ async def test_a_killed_worker_costs_steps_and_no_picture(
         await leader.assign("dit", Piece(STEPS, ("w0", "w2")), rest, epoch=2)
         state = await leader.latent(request, "w2", done + STEPS)
     await bus.close()
-    plain, _ = reference.denoise(
-        long.prompt, SIDE, 9, steps, GUIDANCE, stop_after=done + STEPS
-    )
+    plain, _ = reference.denoise(long.prompt, SIDE, 9, steps, GUIDANCE, stop_after=done + STEPS)
     assert difference(state.tensors["latents"], plain) <= TOLERANCE
 
 
@@ -184,4 +182,3 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def test_schedules_are_drawn_the_same_everywhere() -> None:
     assert drawn_schedule(1) == drawn_schedule(1)
     assert {len(p.workers) for s in range(20) for p in drawn_schedule(s)} == {1, 2, 4}
-

@@ -1,8 +1,8 @@
-"""A scripted leader: real workers, a real broker, and a test that says which steps run where.
+"""A scripted leader: real workers, a real broker, and a script that says which steps run where.
 
 It takes control's place on the bus (its own term, its own sequence numbers) and publishes
-assignments by hand, so that a test can drive any degree schedule through the very worker that
-serves users.
+assignments by hand, so that tests and profiles can drive any degree schedule through the very
+worker that serves users.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hocket.bus import Bus, Feed, Subjects
 from hocket.v1 import mesh_pb2, types_pb2
 
 WAIT_S = 90.0
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class WorkerPool:
 
 @dataclass
 class Leader:
-    """Control's voice on the bus, spoken by a test."""
+    """Control's voice on the bus, spoken by a script."""
 
     bus: Bus
     cluster: str
@@ -160,6 +160,19 @@ class Leader:
                 report = await self.reports.next()
                 if report.sequence == sequence and (report.last or report.HasField("failure")):
                     return report
+
+    async def times(self, sequences: set[int]) -> list[int]:
+        """Step times (µs) of these assignments, once all of them have ended."""
+        assert self.reports is not None
+        waiting, found = set(sequences), []
+        async with asyncio.timeout(WAIT_S):
+            while waiting:
+                report = await self.reports.next()
+                assert not report.HasField("failure"), report.failure.message
+                if report.sequence in sequences:
+                    found += list(report.step_time_us)
+                    waiting -= {report.sequence} if report.last else set()
+        return found
 
     async def progress(self, sequence: int, at_least: int) -> None:
         """Returns once an assignment's jobs have that many steps behind them."""

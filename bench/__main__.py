@@ -1,0 +1,99 @@
+"""`python -m bench`: benchmarks, replay, simulator."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench import mesh_bench, profile_bench
+from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
+from bench.sim.case import load_case
+from bench.sim.loop import run
+from hocket.errors import HocketError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.command()
+def mesh(
+    pairs: Annotated[int, typer.Option(help="Requests compared with the plain loop.")] = 12,
+    admissions: Annotated[int, typer.Option(help="Calls timed until accepted.")] = 200,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
+        "bench/results/mesh.json"
+    ),
+) -> None:
+    """The mesh against the plain diffusers loop, groups, transfers, admission."""
+    with console.status("measuring: a mesh of one worker, pairs of requests, groups of 2 and 4 …"):
+        found = asyncio.run(mesh_bench.measure(pairs, admissions))
+    mesh_bench.write(found, out, f"python -m bench mesh --pairs {pairs} --admissions {admissions}")
+    table = Table("figure", "unit", "n", "p50", "p99", "min", "max", "aim")
+    for figure in found.figures:
+        table.add_row(*(str(cell) for cell in figure.row().values()))
+    console.print(table)
+    console.print(f"written to {out}")
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option(help="CSV to write.")] = Path(
+        "control/assets/profiles/hocket-emoji_cpu.csv"
+    ),
+    repeats: Annotated[int, typer.Option(help="Requests a cell.")] = 3,
+    busy: Annotated[int, typer.Option(help="Workers that compute at once.")] = 2,
+) -> None:
+    """Measures step times of the embedded model through the mesh, as a profile."""
+    out.write_text(asyncio.run(profile_bench.measure(repeats, busy, console)))
+    console.print(f"written to {out}")
+
+
+@app.command("replay")
+def replay_command(
+    nats_url: Annotated[str, typer.Option(help="Broker that holds the journal.")] = "",
+    journal: Annotated[Path | None, typer.Option(help="Saved journal instead.")] = None,
+    cluster: Annotated[str, typer.Option(help="Name of the cluster.")] = "local",
+    term: Annotated[int | None, typer.Option(help="Term to replay; default: the newest.")] = None,
+    save_to: Annotated[Path | None, typer.Option("--save", help="Save the journal here.")] = None,
+    schedule_log: Annotated[Path | None, typer.Option(help="Write the schedule log.")] = None,
+) -> None:
+    """Replays a live journal and compares plan digests; exits 1 where they differ."""
+    if not nats_url and journal is None:
+        raise typer.BadParameter("name a broker (--nats-url) or a saved journal (--journal)")
+    try:
+        entries = load(journal) if journal else asyncio.run(entries_from_broker(nats_url, cluster))
+        found = replay(entries, term)
+    except (JournalIncomplete, HocketError, OSError) as error:
+        console.print(f"[red]{error}")
+        raise typer.Exit(2) from error
+    if save_to is not None:
+        save(entries, save_to)
+    if schedule_log is not None and found.log is not None:
+        schedule_log.write_text(found.log.text())
+    console.print(
+        f"term {found.term}: {found.facts} facts, {found.plans} plans, "
+        f"{len(found.differing)} with another digest"
+    )
+    if not found.agrees:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sim(
+    case: Annotated[Path, typer.Option(help="Case file (TOML).")],
+    schedule_log: Annotated[Path | None, typer.Option(help="Write the schedule log.")] = None,
+) -> None:
+    """Runs one Case in the simulator and prints its summary."""
+    result = run(load_case(case))
+    if schedule_log is not None:
+        schedule_log.write_text(result.log.text())
+    console.print_json(msgspec.json.encode(result.summary).decode())
+
+
+if __name__ == "__main__":
+    app()

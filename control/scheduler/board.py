@@ -1,0 +1,105 @@
+"""The board of outstanding assignments, and what it says of the near future.
+
+    worker a   [ r1 steps 0..5 ][ r2 steps 8..9 ]
+    worker b   [ r1 steps 0..5 ]      [ r3 encode ]       ── free from here on
+    worker c        [ r3 decode .................. ]
+               ▲ now
+
+Workers follow one order of sequences, so a forecast is one walk along it: an assignment starts when
+its members are free of earlier ones and its job's earlier assignment is over, and lasts its steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .cluster import Cluster
+from .values import DIT, Assignment
+
+
+@dataclass(slots=True)
+class Flight:
+    """An assignment on its way."""
+
+    assignment: Assignment
+    issued_us: int
+    steps_done: int = 0  # reported of its own steps
+    reported_us: int | None = None  # when its last report came
+
+    @property
+    def steps_left(self) -> int:
+        return self.assignment.steps - self.steps_done
+
+
+@dataclass(slots=True)
+class Forecast:
+    """When what is outstanding will be over."""
+
+    free_us: dict[str, int]  # by worker; not before now
+    start_us: dict[int, int]  # by sequence
+    end_us: dict[int, int]
+
+
+@dataclass(slots=True)
+class Board:
+    """Outstanding assignments in sequence order; for late reports, those called off."""
+
+    flights: dict[int, Flight] = field(default_factory=dict)
+    retired: dict[int, Assignment] = field(default_factory=dict)
+
+    def add(self, flight: Flight) -> None:
+        sequence = flight.assignment.sequence
+        assert not self.flights or sequence > next(reversed(self.flights)), "one order"
+        self.flights[sequence] = flight
+
+    def end(self, sequence: int) -> Flight:
+        """Takes off an assignment that is over."""
+        return self.flights.pop(sequence)
+
+    def call_off(self, sequence: int) -> Flight:
+        """Takes off an assignment that shall not go on; a late report of it can still be told."""
+        flight = self.flights.pop(sequence)
+        self.retired[sequence] = flight.assignment
+        return flight
+
+    def forget(self, request: str) -> None:
+        """Drops called-off assignments of a request that ended."""
+        for sequence, assignment in list(self.retired.items()):
+            if any(m.request == request for m in assignment.batch):
+                del self.retired[sequence]
+
+    def denoising(self) -> bool:
+        return any(f.assignment.node == DIT for f in self.flights.values())
+
+    def forecast(self, cluster: Cluster, now_us: int) -> Forecast:
+        """Predicts starts and ends from mean step times, the last reports, and now."""
+        free_us = {w.name: max(now_us, w.freed_us) for w in cluster.ordered()}
+        idle_us = {w.name: w.freed_us for w in cluster.ordered()}  # without the "not before now"
+        start_us: dict[int, int] = {}
+        end_us: dict[int, int] = {}
+        job_us: dict[str, int] = {}
+        for sequence, flight in self.flights.items():
+            a = flight.assignment
+            begin = max(flight.issued_us, *(idle_us.get(w, 0) for w in a.workers))
+            begin = max(begin, *(job_us.get(m.request, 0) for m in a.batch))
+            if flight.reported_us is not None:
+                end = flight.reported_us + flight.steps_left * a.step_time_us
+            else:
+                end = begin + a.steps * a.step_time_us
+            start_us[sequence], end_us[sequence] = begin, max(end, now_us)
+            for worker in a.workers:
+                idle_us[worker] = free_us[worker] = end_us[sequence]
+            for member in a.batch:
+                job_us[member.request] = end_us[sequence]
+        return Forecast(free_us, start_us, end_us)
+
+    def step_end_us(self, sequence: int, forecast: Forecast, now_us: int) -> int:
+        """When an assignment called off now lets its workers go: at the end of its current step."""
+        flight = self.flights[sequence]
+        if forecast.start_us[sequence] >= now_us:
+            return now_us
+        begin = flight.reported_us
+        if begin is None:
+            begin = forecast.start_us[sequence]
+        step_us = flight.assignment.step_time_us
+        return begin + step_us * (-(-(now_us - begin) // step_us))

@@ -1,0 +1,188 @@
+"""What each fact changes in the ledger. Failures, the longest story, have their own module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from . import failures
+from .board import Flight
+from .ledger import Ledger
+from .lifecycle import JobState, WorkerState
+from .tracker import Tracked
+from .values import (
+    DIT,
+    TEXT,
+    VAE,
+    Arrived,
+    AssignmentFailed,
+    CancelRequested,
+    DrainRequested,
+    Ended,
+    Event,
+    Outcome,
+    StepsEnded,
+    WorkerLost,
+    WorkerUp,
+)
+
+_KINDS: tuple[type[Event], ...] = (
+    WorkerUp,
+    WorkerLost,
+    DrainRequested,
+    AssignmentFailed,
+    StepsEnded,
+    CancelRequested,
+    Arrived,
+)
+
+
+def in_order(facts: Iterable[Event]) -> list[Event]:
+    """The order in which facts are observed: by stamp, equal stamps by kind and subject.
+
+    Who gathers facts of one instant from several sources (simulated or manual time makes such
+    instants common) sorts them with this, so that all drivers agree.
+    """
+    return sorted(facts, key=_fact_order)
+
+
+def _fact_order(fact: Event) -> tuple[int, int, int, str]:
+    rank = _KINDS.index(type(fact))
+    match fact:
+        case Arrived():
+            return (fact.at_us, rank, 0, fact.request.id)
+        case CancelRequested():
+            return (fact.at_us, rank, 0, fact.request)
+        case StepsEnded():
+            return (fact.at_us, rank, fact.sequence, str(fact.jobs[0].steps_done).zfill(9))
+        case AssignmentFailed():
+            return (fact.at_us, rank, fact.sequence, fact.worker)
+        case WorkerUp() | WorkerLost() | DrainRequested():
+            return (fact.at_us, rank, 0, fact.worker)
+
+
+def apply(ledger: Ledger, fact: Event) -> tuple[Ended, ...]:
+    """Enters one fact; returns the requests that it ended."""
+    match fact:
+        case Arrived():
+            return _arrived(ledger, fact)
+        case CancelRequested():
+            tracked = ledger.tracked.get(fact.request)
+            return () if tracked is None else (ledger.end(tracked, Outcome.CANCELLED, fact.at_us),)
+        case WorkerUp():
+            return _worker_up(ledger, fact)
+        case WorkerLost():
+            return failures.worker_lost(ledger, fact.worker, fact.at_us)
+        case DrainRequested():
+            return _drain(ledger, fact)
+        case StepsEnded():
+            return _steps_ended(ledger, fact)
+        case AssignmentFailed():
+            return failures.assignment_failed(ledger, fact)
+
+
+def _arrived(ledger: Ledger, fact: Arrived) -> tuple[Ended, ...]:
+    request = fact.request
+    if request.id in ledger.tracked:
+        return ()
+    ledger.tracked[request.id] = Tracked(request, ledger.arrivals, fact.at_us, fact.at_us)
+    ledger.arrivals += 1
+    ledger.due = True
+    return ()
+
+
+def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
+    known = ledger.cluster.workers.get(fact.worker)
+    ended: tuple[Ended, ...] = ()
+    restarted = known is not None and known.incarnation != fact.incarnation
+    if known is not None and restarted and known.state is not WorkerState.LOST:
+        ended = failures.worker_lost(ledger, fact.worker, fact.at_us)
+    news = known is None or known.state is not WorkerState.UP
+    worker = ledger.cluster.lease(fact)
+    if known is None or restarted:
+        worker.freed_us = fact.at_us
+        worker.draining = False
+    if news:
+        for tracked in list(ledger.tracked.values()):
+            failures.profit(ledger, tracked.id)
+        ledger.due = ledger.due or bool(ledger.tracked)
+    return ended
+
+
+def _drain(ledger: Ledger, fact: DrainRequested) -> tuple[Ended, ...]:
+    worker = ledger.cluster.workers.get(fact.worker)
+    if worker is not None:
+        worker.draining = fact.draining
+        ledger.due = ledger.due or (not fact.draining and bool(ledger.tracked))
+    return ()
+
+
+def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
+    flight = ledger.board.flights.get(fact.sequence)
+    if flight is None:
+        failures.late_report(ledger, fact)
+        return ()
+    _learn(ledger, flight, fact)
+    flight.reported_us = fact.at_us
+    assignment = flight.assignment
+    if fact.last:
+        ledger.board.end(fact.sequence)
+        for name in assignment.workers:
+            worker = ledger.cluster.workers[name]
+            worker.freed_us = max(worker.freed_us, fact.at_us)
+    ended: list[Ended] = []
+    steps_before = flight.steps_done
+    for progress in fact.jobs:
+        member = next((m for m in assignment.batch if m.request == progress.request), None)
+        tracked = ledger.tracked.get(progress.request)
+        if member is None or tracked is None or tracked.attempt != progress.attempt:
+            continue
+        if assignment.node == DIT:
+            steps = min(progress.steps_done - member.first_step, assignment.steps)
+            flight.steps_done = max(flight.steps_done, steps)
+            if steps > steps_before:
+                tracked.stepped(member.first_step + steps, assignment.workers, fact.at_us)
+        if fact.last:
+            ended += _job_over(ledger, tracked, flight, fact.at_us)
+    return tuple(ended)
+
+
+def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded) -> None:
+    """Refines the latency model; a mixed group teaches nothing about either kind."""
+    assignment = flight.assignment
+    gpus = ledger.gpus(assignment.workers)
+    tracked = ledger.tracked.get(assignment.batch[0].request)
+    if len(gpus) != 1 or tracked is None:
+        return
+    key = ledger.cell(tracked.request, gpus[0], assignment.node, assignment.layout)
+    for step_us in fact.step_time_us:
+        ledger.latency.observe(key._replace(batch=len(assignment.batch)), step_us)
+
+
+def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> tuple[Ended, ...]:
+    """The last report of one of a request's assignments."""
+    assignment = flight.assignment
+    job = tracked.jobs[assignment.node]
+    job.outstanding.remove(assignment.sequence)
+    settings = ledger.settings
+    if assignment.node == VAE:
+        job.move(JobState.DONE)
+        return (ledger.end(tracked, Outcome.DONE, at_us),)
+    if assignment.node == TEXT:
+        job.move(JobState.DONE)
+        tracked.holders = {w: 0 for w in assignment.workers}
+        tracked.progressed_us = at_us
+        if tracked.jobs[DIT].state is JobState.BLOCKED:
+            tracked.jobs[DIT].move(JobState.READY)
+        idle = not ledger.board.denoising()
+        ledger.due = ledger.due or settings.amend or not settings.rounds or idle
+        return ()
+    if flight.steps_left:  # ended early: what follows it starts from a step that nobody reached
+        failures.restart(ledger, tracked, at_us)
+    elif tracked.steps_done >= tracked.request.steps:
+        job.move(JobState.DONE)
+        tracked.jobs[VAE].move(JobState.READY)
+        ledger.due = True
+    elif not job.outstanding:
+        job.move(JobState.READY)
+        ledger.due = ledger.due or settings.amend or not settings.rounds
+    return ()

@@ -1,0 +1,198 @@
+"""The latency model: what one call takes, as a mean and as a safe quantile.
+
+    profile cell, or an estimate where there is none   x   ratio of measured to predicted, by cell
+
+The ratio is the median of the last few measured ones, begun with two ones: a single outlier moves
+nothing, three equal measurements outvote the profile. Deadline arithmetic uses the safe quantile,
+which skips the largest sample of a window for the same reason. Same facts, same numbers: no clock
+and no random. Version 0 of DESIGN.md section 5.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from .profile import CellKey, Profile
+from .settings import Settings
+from .values import DIT, Layout, Shape
+
+WINDOW = 15  # measured ratios kept a cell
+PRIOR = (1.0, 1.0)
+RATIO_MIN, RATIO_MAX = 0.05, 20.0
+
+
+class Prediction(NamedTuple):
+    """Time of one call in microseconds."""
+
+    mean_us: int
+    safe_us: int
+
+
+class CellSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """A refined cell as a plain value; ratios oldest first."""
+
+    model: str
+    gpu: str
+    node: str
+    shape: Shape
+    layout: Layout
+    batch: int
+    profile_us: int
+    mean_us: int
+    safe_us: int
+    ratios: tuple[float, ...]
+
+
+class LatencyModel:
+    """Predicts calls and learns from their reports."""
+
+    def __init__(self, profile: Profile, settings: Settings) -> None:
+        self._profile = profile
+        self._settings = settings
+        self._ratios: dict[CellKey, tuple[float, ...]] = {}
+        self._base_us: dict[CellKey, int] = {}
+        self._predictions: dict[CellKey, Prediction] = {}
+
+    def predict(self, key: CellKey) -> Prediction:
+        """The time of one call; never fails: what nobody profiled is estimated."""
+        known = self._predictions.get(key)
+        if known is None:
+            known = self._predictions[key] = self._predict(key)
+        return known
+
+    def observe(self, key: CellKey, call_us: int) -> None:
+        """One measured call."""
+        ratio = min(RATIO_MAX, max(RATIO_MIN, call_us / self._base(key)))
+        self._ratios[key] = (*self._ratios.get(key, PRIOR), ratio)[-WINDOW:]
+        self._predictions.pop(key, None)
+
+    def snapshot(self) -> tuple[CellSnapshot, ...]:
+        """All refined cells, sorted; `restore` takes them back."""
+        return tuple(
+            CellSnapshot(
+                **key._asdict(),
+                profile_us=self._base(key),
+                mean_us=self.predict(key).mean_us,
+                safe_us=self.predict(key).safe_us,
+                ratios=ratios,
+            )
+            for key, ratios in sorted(self._ratios.items())
+        )
+
+    def restore(self, cells: tuple[CellSnapshot, ...]) -> None:
+        """Takes over what an earlier model had learned."""
+        for c in cells:
+            key = CellKey(c.model, c.gpu, c.node, c.shape, c.layout, c.batch)
+            self._ratios[key] = tuple(c.ratios)[-WINDOW:]
+            self._predictions.pop(key, None)
+
+    def _predict(self, key: CellKey) -> Prediction:
+        base_us = self._base(key)
+        ratios = self._ratios.get(key)
+        if ratios is None:
+            return Prediction(base_us, round(base_us * self._settings.safe_factor))
+        ordered = sorted(ratios)
+        mean = base_us * ordered[len(ordered) // 2]
+        # floor: never the largest of two or more, unless the quantile is 1
+        safe = base_us * ordered[int(self._settings.safe_quantile * (len(ordered) - 1))]
+        return Prediction(max(1, round(mean)), max(1, round(max(mean, safe))))
+
+    def _base(self, key: CellKey) -> int:
+        base_us = self._base_us.get(key)
+        if base_us is None:
+            base_us = self._base_us[key] = max(
+                1, round(estimate_us(self._profile, key, self._settings))
+            )
+        return base_us
+
+
+def estimate_us(profile: Profile, key: CellKey, settings: Settings) -> float:
+    """Time of a call by the profile alone: its cell, else what its nearest relatives suggest.
+
+    In turn: another GPU kind of the same model (the slowest known one), a batch scaled linearly,
+    another degree of the same shape (narrower: linear; wider: by the square root), another shape. A
+    model that has no row at all costs `default_step_us` a call, whatever its shape.
+    """
+    cell_us = profile.call_us(key)
+    if cell_us is not None:
+        return cell_us
+    gpus = profile.gpus(key.model)
+    if not gpus:
+        return (
+            settings.default_step_us
+            * key.batch
+            / (1 if key.node != DIT else _gain(key.layout.degree))
+        )
+    kinds = (key.gpu,) if key.gpu in gpus else gpus
+    found = [
+        t for gpu in kinds if (t := _from_relatives(profile, key._replace(gpu=gpu))) is not None
+    ]
+    return max(found) if found else settings.default_step_us * key.batch
+
+
+def _gain(degree: int) -> float:
+    return float(degree**0.5)
+
+
+def _from_relatives(profile: Profile, key: CellKey) -> float | None:
+    cells = profile.select(key.model, key.gpu, key.node)
+    if not cells:
+        return None
+    if key in cells:
+        return float(cells[key])
+    if batches := [k.batch for k in cells if k._replace(batch=key.batch) == key]:
+        nearest = min(batches, key=lambda b: (abs(b - key.batch), b))
+        return cells[key._replace(batch=nearest)] * key.batch / nearest
+    if same := {k.layout: t for k, t in cells.items() if k.shape == key.shape and k.batch == 1}:
+        return _from_degrees(same, key.layout.degree) * key.batch
+    sizes = {k.shape: t for k, t in cells.items() if k.layout == key.layout and k.batch == 1}
+    if sizes:
+        return _from_sizes(sizes, key.shape) * key.batch
+    nearest_cell = min(cells, key=lambda k: (abs(k.layout.degree - key.layout.degree), k))
+    like = {
+        k.shape: t for k, t in cells.items() if k.layout == nearest_cell.layout and k.batch == 1
+    }
+    if not like:
+        return None
+    here_us = _from_sizes(like, key.shape)
+    return _from_degrees({nearest_cell.layout: here_us}, key.layout.degree) * key.batch
+
+
+def _from_degrees(times_us: dict[Layout, float] | dict[Layout, int], degree: int) -> float:
+    layout = min(times_us, key=lambda x: (abs(x.degree - degree), x))
+    known_us, known = float(times_us[layout]), layout.degree
+    if degree <= known:
+        return known_us * known / degree
+    return known_us / _gain(degree) * _gain(known)
+
+
+def _volume(shape: Shape) -> float:
+    return shape.width * shape.height * shape.frames / 1e6
+
+
+def _from_sizes(times_us: dict[Shape, int], shape: Shape) -> float:
+    """A call at an unseen size, from calls at others.
+
+    Between two sizes: on the line that joins them. Beyond: floor + linear + quadratic in pixels x
+    frames, put through the nearest size, where three sizes allow a sane fit; else that size scaled
+    linearly, and never below a tenth of it.
+    """
+    x = _volume(shape)
+    points = sorted((_volume(s), float(t)) for s, t in times_us.items())
+    for (x0, t0), (x1, t1) in pairwise(points):
+        if x0 <= x <= x1 and x0 < x1:
+            return t0 + (t1 - t0) * (x - x0) / (x1 - x0)
+    near_x, near_us = points[0] if x <= points[0][0] else points[-1]
+    if len({v for v, _ in points}) >= 3:
+        xs = np.array([v for v, _ in points])
+        ys = np.array([t for _, t in points])
+        terms = np.stack([np.ones_like(xs), xs, xs * xs], axis=1)
+        fit, *_ = np.linalg.lstsq(terms / ys[:, None], np.ones_like(ys), rcond=None)
+        if (fit >= 0).all():
+            here, there = (float(fit @ np.array([1.0, v, v * v])) for v in (x, near_x))
+            return near_us * here / there
+    return near_us * max(0.1, x / near_x)

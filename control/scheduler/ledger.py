@@ -1,0 +1,98 @@
+"""Everything the scheduler knows between two calls, and the operations that modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .board import Board
+from .cluster import Cluster
+from .latency import LatencyModel, Prediction
+from .lifecycle import JobState
+from .profile import CellKey
+from .settings import Settings
+from .tracker import Tracked
+from .values import VAE, Ended, Layout, Outcome, Request, Truncation
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The scheduler's memory. Dicts are read in insertion order or sorted, never by hash."""
+
+    settings: Settings
+    latency: LatencyModel
+    cluster: Cluster
+    board: Board = field(default_factory=Board)
+    tracked: dict[str, Tracked] = field(default_factory=dict)  # in order of arrival
+    arrivals: int = 0
+    next_sequence: int = 1
+    truncations: list[Truncation] = field(default_factory=list)  # for the next plan
+    released: list[str] = field(default_factory=list)  # for the next plan
+    due: bool = False  # an event made an immediate plan worthwhile
+
+    def cell(self, request: Request, gpu: str, node: str, layout: Layout) -> CellKey:
+        return CellKey(request.model, gpu, node, request.shape, layout, 1)
+
+    def predict(self, request: Request, node: str, degree: int, gpus: Iterable[str]) -> Prediction:
+        """One call on a group with these GPU kinds: the slowest member sets the pace."""
+        layout = Layout(ulysses=degree)
+        each = [self.latency.predict(self.cell(request, g, node, layout)) for g in gpus]
+        return Prediction(max(p.mean_us for p in each), max(p.safe_us for p in each))
+
+    def gpus(self, workers: Iterable[str]) -> tuple[str, ...]:
+        """GPU kinds of some workers, sorted; of all when there are none."""
+        known = self.cluster.workers
+        names = [w for w in workers if w in known] or list(known)
+        return tuple(sorted({known[w].gpu for w in names})) or ("",)
+
+    def denoise_deadline_us(self, request: Request) -> int | None:
+        """Deadline of the last denoising step: time for the decode is reserved."""
+        if request.deadline_us is None:
+            return None
+        hosts = [w.name for w in self.cluster.usable() if w.can(request.model)]
+        return request.deadline_us - self.predict(request, VAE, 1, self.gpus(hosts)).safe_us
+
+    def call_off(self, tracked: Tracked, now_us: int, release: bool = False) -> None:
+        """Calls off all outstanding assignments of a request, and says so in the next plan."""
+        forecast = self.board.forecast(self.cluster, now_us)
+        involved: set[str] = set(tracked.holders) if release else set()
+        called_off = tracked.outstanding
+        for sequence in called_off:
+            free_us = self.board.step_end_us(sequence, forecast, now_us)
+            for name in self.board.call_off(sequence).assignment.workers:
+                involved.add(name)
+                worker = self.cluster.workers[name]
+                worker.freed_us = max(worker.freed_us, free_us)
+        for job in tracked.jobs.values():
+            job.outstanding.clear()
+        if called_off:
+            workers = self.cluster.canonical(w for w in involved if w in self.cluster.workers)
+            self.truncations.append(
+                Truncation(
+                    request=tracked.id, attempt=tracked.attempt, workers=workers, release=release
+                )
+            )
+        elif release:
+            self.released.append(tracked.id)
+
+    def end(self, tracked: Tracked, outcome: Outcome, at_us: int, reason: str = "") -> Ended:
+        """Takes a request off the books; its latents are dropped with the next plan."""
+        self.call_off(tracked, at_us, release=True)
+        for job in tracked.jobs.values():
+            if job.state is not JobState.DONE:
+                job.move(JobState.DROPPED)
+        del self.tracked[tracked.id]
+        self.board.forget(tracked.id)
+        self.due = True
+        deadline_us = tracked.request.deadline_us
+        return Ended(
+            request=tracked.id,
+            outcome=outcome,
+            at_us=at_us,
+            on_time=outcome is Outcome.DONE and (deadline_us is None or at_us <= deadline_us),
+            steps_done=tracked.steps_done,
+            degree_changes=tracked.degree_changes,
+            moves=tracked.moves,
+            steps_lost=tracked.steps_lost,
+            reason=reason,
+        )

@@ -1,0 +1,85 @@
+"""What a policy is: given the denoise jobs and the workers of one window, who runs how wide.
+
+A policy decides widths, not places and not times: `placement.py` binds widths to workers, and an
+assignment's steps follow from the start that the binding gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..rounds import Window
+from ..settings import SettingValue, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One denoise job that could run in a window."""
+
+    request: str
+    order: int  # rank of arrival
+    priority: int
+    deadline_us: int | None  # of its last denoising step; None: best effort
+    available_us: int  # its latent is there, and no earlier assignment of it runs
+    waiting_since_us: int  # last time it made progress
+    steps_left: int
+    degrees: tuple[int, ...]  # ascending
+    mean_us: Mapping[int, int]  # of one step, by degree
+    safe_us: Mapping[int, int]
+    group: tuple[str, ...]  # ran its last step, or will have
+    holders: tuple[str, ...]  # will hold its latent
+
+    @property
+    def fastest(self) -> int:
+        """Degree of the shortest step; the narrowest of equals."""
+        return min(self.degrees, key=lambda k: (self.mean_us[k], k))
+
+    def fits(self, window: Window, degree: int, straddle: float) -> int:
+        """Steps that can start in the window at this degree; the last may straddle its end."""
+        start_us = max(window.start_us, self.available_us)
+        return steps_in(window.end_us - start_us, self.mean_us[degree], straddle, self.steps_left)
+
+
+def steps_in(span_us: int, step_us: int, straddle: float, steps_left: int) -> int:
+    """Whole steps in a span, and one more if at least the part `straddle` of it still fits.
+
+    1.0 is the published rule (`floor`), 0.5 rounds to nearest: a step that straddles a boundary
+    keeps its progress, so the question is only which idles less.
+    """
+    whole, rest_us = divmod(max(0, span_us), step_us)
+    more = rest_us > 0 and rest_us >= straddle * step_us
+    return min(steps_left, whole + more)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A width for one job in this window."""
+
+    request: str
+    degree: int
+    steps: int  # at most that many
+    reason: str
+
+
+class Policy(Protocol):
+    """Chooses at most one width a candidate; the sum of widths is at most `workers`."""
+
+    def likely_degree(self, step_us: Mapping[int, int]) -> int:
+        """The degree at which most steps of a request will run, for estimates; times by degree."""
+        ...
+
+    def choose(
+        self, window: Window, candidates: tuple[Candidate, ...], workers: int
+    ) -> tuple[Choice, ...]:
+        """Widths in the order in which they are to be bound."""
+        ...
+
+
+class PolicyClass(Protocol):
+    """How a policy is made from its settings (all of SPECS, checked) and the straddle rule."""
+
+    SPECS: Mapping[str, Spec]
+
+    def __call__(self, settings: Mapping[str, SettingValue], straddle: float) -> Policy: ...

@@ -1,0 +1,109 @@
+"""What a driver may look at: frozen pictures of requests and workers."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from .ledger import Ledger
+from .lifecycle import JobState, WorkerState
+from .tracker import Tracked
+from .values import DIT, TEXT, VAE, Holder
+
+
+class RequestState(StrEnum):
+    """What a client would call it."""
+
+    QUEUED = "queued"
+    ENCODING = "encoding"
+    WAITING = "waiting"  # for its next steps (parked where its holders are)
+    DENOISING = "denoising"
+    DECODING = "decoding"
+
+
+class JobView(msgspec.Struct, frozen=True, kw_only=True):
+    """One request inside the scheduler."""
+
+    request: str
+    state: RequestState
+    nodes: dict[str, str]  # node -> JobState value
+    steps: int
+    steps_done: int
+    attempt: int
+    group: tuple[str, ...]  # ran its last step
+    holders: tuple[Holder, ...]  # all copies, furthest first
+    outstanding: tuple[int, ...]  # sequences
+    degree_changes: int
+    moves: int
+    steps_lost: int
+
+
+class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker, in cluster order."""
+
+    name: str
+    host: str
+    gpu: str
+    incarnation: str
+    state: str  # WorkerState value
+    draining: bool
+    usable: bool  # gets new assignments
+    models: tuple[str, ...]
+    outstanding: tuple[int, ...]  # sequences in its order
+    latents: int  # copies it holds
+
+
+def job_view(tracked: Tracked) -> JobView:
+    """The picture of one request."""
+    holders = (Holder(worker=w, steps_done=n) for w, n in tracked.holders.items())
+    return JobView(
+        request=tracked.id,
+        state=_state(tracked),
+        nodes={node: job.state.value for node, job in tracked.jobs.items()},
+        steps=tracked.request.steps,
+        steps_done=tracked.steps_done,
+        attempt=tracked.attempt,
+        group=tracked.group,
+        holders=tuple(sorted(holders, key=lambda h: (-h.steps_done, h.worker))),
+        outstanding=tuple(tracked.outstanding),
+        degree_changes=tracked.degree_changes,
+        moves=tracked.moves,
+        steps_lost=tracked.steps_lost,
+    )
+
+
+def worker_views(ledger: Ledger) -> tuple[WorkerView, ...]:
+    """The pictures of all workers."""
+    flights = ledger.board.flights.values()
+    return tuple(
+        WorkerView(
+            name=w.name,
+            host=w.host,
+            gpu=w.gpu,
+            incarnation=w.incarnation,
+            state=w.state.value,
+            draining=w.draining,
+            usable=w.usable,
+            models=tuple(sorted(w.models)),
+            outstanding=tuple(
+                f.assignment.sequence for f in flights if w.name in f.assignment.workers
+            ),
+            latents=sum(w.name in t.holders for t in ledger.tracked.values()),
+        )
+        for w in ledger.cluster.ordered()
+    )
+
+
+def _state(tracked: Tracked) -> RequestState:
+    text, dit, vae = (tracked.jobs[n].state for n in (TEXT, DIT, VAE))
+    if vae is not JobState.BLOCKED:
+        return RequestState.DECODING
+    if dit is JobState.ASSIGNED:
+        return RequestState.DENOISING
+    if dit is JobState.READY:
+        return RequestState.WAITING
+    return RequestState.ENCODING if text is JobState.ASSIGNED else RequestState.QUEUED
+
+
+__all__ = ["JobView", "RequestState", "WorkerState", "WorkerView", "job_view", "worker_views"]

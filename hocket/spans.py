@@ -1,0 +1,42 @@
+"""Names of spans and of their attributes: what services write and `hocket trace` and `hocket
+timeline` read.
+
+One request is one trace. `STEP` is recorded by a group's first member, one span a step and request,
+for every node of the workflow (the text and VAE nodes have one step).
+"""
+
+from __future__ import annotations
+
+# Spans of the gateway.
+GENERATE = "Generate"  # the whole call
+VALIDATE = "validate"
+SUBMIT = "submit"
+MEDIA_FETCH = "media fetch"
+# Spans of control.
+ADMIT = "admit"
+QUEUE = "queue"  # from acceptance to the first assignment
+ROUND = "round"  # one for each round in which the request was planned
+# Spans of a worker.
+STEP = "step"
+GROUP = "group"  # making a communicator
+TRANSFER = "transfer"  # fetching a latent from its holder
+PUBLISH = "publish"  # writing media to the object store
+
+REQUEST = "hocket.request_id"
+MODEL = "hocket.model"
+SHAPE = "hocket.shape"  # "128x128"
+NODE = "hocket.node"  # "text", "dit", "vae"
+STEP_INDEX = "hocket.step"  # steps behind the job after this one
+STEPS = "hocket.steps"
+DEGREE = "hocket.degree"
+WORKERS = "hocket.workers"  # names, first member first
+WORKER = "hocket.worker"
+PREDICTED_US = "hocket.predicted_us"
+DEADLINE_US = "hocket.deadline_us"
+ROUND_NUMBER = "hocket.round"
+TERM = "hocket.term"
+SEQUENCE = "hocket.sequence"  # of the assignment
+OUTCOME = "hocket.outcome"
+BYTES = "hocket.bytes"
+FROM = "hocket.from"
+TO = "hocket.to"
