@@ -1,0 +1,314 @@
+"""Family "flux": FluxTransformer2DModel, text to image.
+
+Two kinds of folder share the transformer and the step; what differs is text, layout and guidance,
+and that is a `FluxCard` method each:
+
+- `FluxCard`: Flux as its authors publish it. CLIP and T5 text, latents packed 2x2, resolution-
+  dependent shift of the noise schedule, guidance as an input of the transformer (or none at all).
+  Same latents as diffusers' FluxPipeline.
+- `WordFluxCard`: our shipped small models. A word table as text encoder, one token a latent pixel,
+  real classifier-free guidance as one forward of two rows, unconditional and prompted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpuworker.elastic import Communicator, ElasticSP, degrees
+from gpuworker.models.card import (
+    CardFacts,
+    ModelCard,
+    ShapeRefused,
+    noise,
+    number,
+    positioned,
+    to_frames,
+)
+from gpuworker.state import Fact, LatentState
+
+_T5_TOKENS = 512
+_SIZE_MAX = 2048
+
+
+class FluxCard(ModelCard):
+    """Flux with CLIP and T5 text encoders and AutoencoderKL."""
+
+    def __init__(
+        self, name: str, parts: dict[str, Any], card: dict[str, Any], device: torch.device
+    ) -> None:
+        self._parts, self._card, self._device = parts, card, device
+        self._transformer: Any = parts["transformer"]
+        self._dtype: torch.dtype = self._transformer.dtype
+        self._elastic = ElasticSP(self._transformer, joint=True)
+        self.facts = self._facts(name)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        width: int,
+        height: int,
+        frames: int,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+    ) -> LatentState:
+        self.facts.check(width, height, frames, steps, guidance_scale)
+        if negative_prompt and self.facts.guidance != "true_cfg":
+            raise ShapeRefused("negative_prompt", negative_prompt, "none: this model has no CFG")
+        tensors = self._text(prompt, negative_prompt, width, height)
+        tensors["latents"], tensors["img_ids"] = self._canvas(width, height, seed)
+        facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
+        facts.update(guidance_scale=float(guidance_scale), seed=seed)
+        return LatentState(tensors, 0, steps, facts).to(self._device)
+
+    @torch.inference_mode()
+    def step(self, state: LatentState, comm: Communicator | None) -> LatentState:
+        state = state.to(self._device)
+        scheduler = self._scheduler(state)
+        timestep = scheduler.timesteps[state.steps_done]
+        with self._elastic.step(comm):
+            velocity = self._velocity(state, timestep)
+        latents = state.tensors["latents"]
+        (moved,) = scheduler.step(velocity, timestep, latents, return_dict=False)
+        return state.advanced(moved)
+
+    @torch.inference_mode()
+    def decode(self, state: LatentState) -> NDArray[np.uint8]:
+        vae = self._parts["vae"]
+        latents = self._unpack(state.to(self._device))
+        (pictures,) = vae.decode(latents.to(vae.dtype), return_dict=False)
+        return to_frames(pictures)
+
+    # What WordFluxCard does otherwise.
+
+    def _facts(self, name: str) -> CardFacts:
+        embedded = bool(self._transformer.config.guidance_embeds)
+        steps = 28 if embedded else 4
+        multiple = 2 * self._vae_factor()
+        side = int(self._card.get("size_default", 128 * self._vae_factor()))
+        return CardFacts(
+            name=name,
+            family="flux",
+            workflows=("txt2img",),
+            sizes=tuple((w, h) for w, h in self._card.get("sizes", ())),
+            size_multiple=multiple,
+            size_min=multiple,
+            size_max=_SIZE_MAX,
+            size_default=(side, side),
+            frames_max=1,
+            frames_multiple=1,
+            frames_default=1,
+            steps_min=1,
+            steps_max=100,
+            steps_default=steps,
+            guidance="embedded" if embedded else "none",
+            guidance_min=0.0,
+            guidance_max=20.0,
+            guidance_default=3.5 if embedded else 0.0,
+            degrees=degrees(self._transformer),
+            examples=tuple(self._card.get("examples", ())),
+        )
+
+    def _text(self, prompt: str, negative: str, width: int, height: int) -> dict[str, Tensor]:
+        """Embeddings [1, T, D] and pooled [1, P] of the prompt, and position ids [T, 3]."""
+        clip, t5 = self._parts["text_encoder"], self._parts["text_encoder_2"]
+        words = self._ids("tokenizer", prompt, self._parts["tokenizer"].model_max_length)
+        pieces = self._ids("tokenizer_2", prompt, self._card.get("text_tokens", _T5_TOKENS))
+        pooled = clip(words, output_hidden_states=False).pooler_output
+        embeds = t5(pieces, output_hidden_states=False)[0]
+        return {
+            "prompt_embeds": embeds.to(self._dtype),
+            "pooled": pooled.to(self._dtype),
+            "txt_ids": torch.zeros(embeds.shape[1], 3, dtype=self._dtype),
+        }
+
+    def _canvas(self, width: int, height: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Initial latents [1, N, C] and position ids [N, 3]."""
+        rows, columns = height // self._vae_factor() // 2, width // self._vae_factor() // 2
+        channels = self._transformer.config.in_channels // 4
+        drawn = noise((1, channels, 2 * rows, 2 * columns), seed).to(self._dtype)
+        drawn = drawn.view(1, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+        ids = torch.zeros(rows, columns, 3)
+        ids[..., 1] += torch.arange(rows)[:, None]
+        ids[..., 2] += torch.arange(columns)[None]
+        latents = drawn.reshape(1, rows * columns, 4 * channels)
+        return latents, ids.reshape(-1, 3).to(self._dtype)
+
+    def _scheduler(self, state: LatentState) -> Any:
+        steps, tokens = state.steps_total, state.tensors["latents"].shape[1]
+        config = self._parts["scheduler"].config
+        sigmas = np.linspace(1.0, 1 / steps, steps)
+        if config.get("use_flow_sigmas"):
+            timing: dict[str, Any] = {"num_inference_steps": steps}
+        else:
+            timing = {"sigmas": sigmas}
+        return positioned(
+            type(self._parts["scheduler"]),
+            config,
+            state.steps_done,
+            device=self._device,
+            mu=_dynamic_shift(tokens, config),
+            **timing,
+        )
+
+    def _velocity(self, state: LatentState, timestep: Tensor) -> Tensor:
+        tensors = state.tensors
+        guidance = None
+        if self._transformer.config.guidance_embeds:
+            scale = number(state, "guidance_scale")
+            guidance = torch.full([1], scale, device=self._device, dtype=torch.float32)
+        velocity: Tensor
+        (velocity,) = self._transformer(
+            hidden_states=tensors["latents"],
+            timestep=timestep.expand(1).to(tensors["latents"].dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=tensors["pooled"],
+            encoder_hidden_states=tensors["prompt_embeds"],
+            txt_ids=tensors["txt_ids"],
+            img_ids=tensors["img_ids"],
+            return_dict=False,
+        )
+        return velocity
+
+    def _unpack(self, state: LatentState) -> Tensor:
+        """Latents [1, C, H, W] as the VAE wants them."""
+        factor, config = 2 * self._vae_factor(), self._parts["vae"].config
+        rows, columns = (
+            int(number(state, "height")) // factor,
+            int(number(state, "width")) // factor,
+        )
+        latents = state.tensors["latents"]
+        latents = latents.view(1, rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        unpacked: Tensor = latents.reshape(1, -1, 2 * rows, 2 * columns) / config.scaling_factor
+        return unpacked + config.shift_factor
+
+    def _ids(self, tokenizer: str, prompt: str, length: int) -> Tensor:
+        """Token ids [1, length]."""
+        encoded = self._parts[tokenizer](
+            [prompt],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids: Tensor = encoded.input_ids
+        return ids.to(self._device)
+
+    def _vae_factor(self) -> int:
+        """Pixels of a latent pixel's side."""
+        return int(2 ** (len(self._parts["vae"].config.block_out_channels) - 1))
+
+
+class WordFluxCard(FluxCard):
+    """Our own small models; the folder's card.json gives sizes, guidance and layout."""
+
+    def resolve(self, prompt: str) -> str:
+        resolved: str = self._parts["text_encoder"].resolve(prompt)
+        return resolved
+
+    def _facts(self, name: str) -> CardFacts:
+        card = self._card
+        sizes = tuple((int(w), int(h)) for w, h in card["sizes"])
+        sides = [side for size in sizes for side in size]
+        width, height = card["default_size"]
+        return CardFacts(
+            name=name,
+            family="flux",
+            workflows=("txt2img",),
+            sizes=sizes,
+            size_multiple=card["patch_px"],
+            size_min=min(sides),
+            size_max=max(sides),
+            size_default=(width, height),
+            frames_max=1,
+            frames_multiple=1,
+            frames_default=1,
+            steps_min=card["steps"]["min"],
+            steps_max=card["steps"]["max"],
+            steps_default=card["steps"]["default"],
+            guidance="true_cfg",
+            guidance_min=card["guidance"]["min"],
+            guidance_max=card["guidance"]["max"],
+            guidance_default=card["guidance"]["default"],
+            degrees=degrees(self._transformer),
+            examples=self._examples(),
+        )
+
+    def _examples(self) -> tuple[str, ...]:
+        """Prompts from the card, or else the plain wording of the first things known."""
+        if "examples" in self._card:
+            return tuple(self._card["examples"])
+        encoder = self._parts["text_encoder"]
+        known = range(1, min(12, len(encoder.config.things)) + 1)
+        return tuple(encoder.phrase(thing, 0) for thing in known)
+
+    def _text(self, prompt: str, negative: str, width: int, height: int) -> dict[str, Tensor]:
+        """Embeddings [2, T, D] and pooled [2, P]: unconditional, then prompted; ids [T, 3]."""
+        encoder = self._parts["text_encoder"]
+        size_word = self._card["size_words"][f"{width}x{height}"]
+        rows = [encoder.tokenize(f"{text} {size_word}") for text in (negative, prompt)]
+        embeds, pooled = encoder(torch.cat(rows).to(self._device))
+        return {"prompt_embeds": embeds, "pooled": pooled, "txt_ids": encoder.text_ids()}
+
+    def _canvas(self, width: int, height: int, seed: int) -> tuple[Tensor, Tensor]:
+        patch, span = self._card["patch_px"], self._card["position_span"]
+        rows, columns = height // patch, width // patch
+        drawn = noise((1, self._transformer.config.in_channels, rows, columns), seed)
+        ids = torch.zeros(rows, columns, 3)
+        ids[..., 1] = ((torch.arange(rows) + 0.5) * span / rows)[:, None]
+        ids[..., 2] = ((torch.arange(columns) + 0.5) * span / columns)[None]
+        return drawn.flatten(2).transpose(1, 2).contiguous().to(self._dtype), ids.reshape(-1, 3)
+
+    def _scheduler(self, state: LatentState) -> Any:
+        scheduler = self._parts["scheduler"]
+        return positioned(
+            type(scheduler),
+            scheduler.config,
+            state.steps_done,
+            num_inference_steps=state.steps_total,
+            device=self._device,
+        )
+
+    def _velocity(self, state: LatentState, timestep: Tensor) -> Tensor:
+        tensors, scale = state.tensors, number(state, "guidance_scale")
+        (both,) = self._transformer(
+            hidden_states=torch.cat([tensors["latents"]] * 2),
+            timestep=timestep.expand(2).to(tensors["latents"].dtype) / 1000,
+            pooled_projections=tensors["pooled"],
+            encoder_hidden_states=tensors["prompt_embeds"],
+            txt_ids=tensors["txt_ids"],
+            img_ids=tensors["img_ids"],
+            return_dict=False,
+        )
+        plain, prompted = torch.chunk(both, 2)
+        return plain + scale * (prompted - plain)
+
+    def _unpack(self, state: LatentState) -> Tensor:
+        patch = self._card["patch_px"]
+        rows, columns = int(number(state, "height")) // patch, int(number(state, "width")) // patch
+        latents = state.tensors["latents"].transpose(1, 2).reshape(1, -1, rows, columns)
+        scaling, shift = float(self._card["latent_scaling"]), float(self._card["latent_shift"])
+        return latents / scaling + shift
+
+
+def flux_card(
+    name: str, parts: dict[str, Any], card: dict[str, Any], device: torch.device
+) -> FluxCard:
+    """The card for a Flux folder, by its text encoder."""
+    words = hasattr(parts["text_encoder"], "resolve")
+    return (WordFluxCard if words else FluxCard)(name, parts, card, device)
+
+
+def _dynamic_shift(tokens: int, config: Any) -> float:
+    """`mu` of FluxPipeline (calculate_shift): linear in the number of image tokens."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (most - base) / (high - low)
+    return float(tokens * slope + base - slope * low)

@@ -1,0 +1,129 @@
+"""Models from diffusers folders: model_index.json says which classes, from_pretrained loads them.
+
+A source is a folder, or a hub id that is first brought into huggingface_hub's cache. Components are
+loaded one by one and never as a pipeline object: a card shares nothing between requests. An
+optional card.json beside the index gives what diffusers has no word for (sizes, examples, layout).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import snapshot_download
+
+from gpuworker.models.card import ModelCard
+from gpuworker.models.flux import flux_card
+from gpuworker.models.wan import WanCard
+
+_INDEX = "model_index.json"
+_HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
+_NEEDED = ("transformer", "vae", "text_encoder", "scheduler")
+_ALWAYS_FLOAT32 = ("AutoencoderKLWan",)  # as its authors run it
+_TWO_STAGES = ("transformer_2", "boundary_ratio", "expand_timesteps")  # Wan 2.2
+_LIBRARIES = ("diffusers", "transformers")
+_OUR_MODELS = "gpuworker.models."  # a folder may name our own classes, nobody else's
+_FAMILIES: Mapping[str, Callable[[str, dict[str, Any], dict[str, Any], torch.device], ModelCard]]
+_FAMILIES = {"FluxTransformer2DModel": flux_card, "WanTransformer3DModel": WanCard}
+
+
+class LoadError(Exception):
+    """A model that cannot be loaded.
+
+    Fields: `source`, `missing` (the file, component or class at fault), `reason`.
+    """
+
+    def __init__(self, source: str, missing: str, reason: str) -> None:
+        super().__init__(f"{source}: {missing}: {reason}")
+        self.source, self.missing, self.reason = source, missing, reason
+
+
+def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> ModelCard:
+    """Loads a model onto `device` and returns its card, which is named like the folder.
+
+    Raises `LoadError`, and `wan.SchedulerRefused`.
+    """
+    folder = _folder(folder_or_id)
+    index = _json(folder_or_id, folder / _INDEX)
+    named = {name: entry for name, entry in index.items() if isinstance(entry, list) and all(entry)}
+    for name in _TWO_STAGES:
+        if name in named or index.get(name) not in (None, False, [None, None]):
+            raise LoadError(folder_or_id, name, "two-stage models are not supported")
+    for name in _NEEDED:
+        if name not in named:
+            raise LoadError(folder_or_id, name, f"{_INDEX} has no such component")
+    family = named["transformer"][1]
+    if family not in _FAMILIES:
+        raise LoadError(folder_or_id, family, f"no family for it; known: {', '.join(_FAMILIES)}")
+    card = _json(folder_or_id, folder / "card.json") if (folder / "card.json").exists() else {}
+    parts = {
+        name: _component(folder_or_id, folder / name, library, class_name, device, dtype)
+        for name, (library, class_name) in named.items()
+    }
+    name = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
+    return _FAMILIES[family](name, parts, card, device)
+
+
+def _folder(source: str) -> Path:
+    local = Path(source)
+    if local.is_dir():
+        return local
+    if local.is_absolute() or source.count("/") != 1:
+        raise LoadError(source, source, "no such folder, and not a hub id (owner/name)")
+    try:
+        return Path(snapshot_download(source))
+    except (OSError, ValueError) as error:  # all of the hub's errors are one of these
+        raise LoadError(source, source, f"cannot be fetched from the hub: {error}") from error
+
+
+def _json(source: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LoadError(source, path.name, "the folder has no such file") from error
+    except ValueError as error:
+        raise LoadError(source, path.name, f"not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LoadError(source, path.name, "not a JSON object")
+    return content
+
+
+def _component(
+    source: str, path: Path, library: str, class_name: str, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """One component, by its class; modules in evaluation mode on the device."""
+    if library not in _LIBRARIES and not library.startswith(_OUR_MODELS):
+        raise LoadError(source, f"{library}.{class_name}", "not a library that folders may name")
+    try:
+        kind = getattr(importlib.import_module(library), class_name)
+    except (ImportError, AttributeError) as error:
+        raise LoadError(source, f"{library}.{class_name}", "no such class here") from error
+    if not path.is_dir():
+        raise LoadError(source, path.name, f"{_INDEX} names it, but the folder lacks it")
+    if getattr(kind, "_keep_in_fp32_modules", None) and not _HAS_ACCELERATE:
+        # diffusers loads float32 islands through accelerate only; in float32 there are none.
+        if dtype != torch.float32:
+            raise LoadError(source, path.name, f"the package accelerate is needed for {dtype}")
+        kind = type(class_name, (kind,), {"_keep_in_fp32_modules": None})
+    try:
+        part = kind.from_pretrained(path, **_precision(kind, class_name, dtype))
+    except Exception as error:  # whatever a broken folder makes these libraries raise
+        reason = f"{type(error).__name__}: {error}"
+        raise LoadError(source, path.name, f"cannot be loaded: {reason}") from error
+    return part.to(device).eval() if isinstance(part, torch.nn.Module) else part
+
+
+def _precision(kind: Any, class_name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments for from_pretrained, whose names differ between the two libraries."""
+    dtype = torch.float32 if class_name in _ALWAYS_FLOAT32 else dtype
+    if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin):
+        return {"torch_dtype": dtype, "low_cpu_mem_usage": _HAS_ACCELERATE}
+    if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+        return {"dtype": dtype}
+    return {}

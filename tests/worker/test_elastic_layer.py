@@ -1,0 +1,220 @@
+"""The elastic layer by itself: degrees, lengths, the upgrade guard for diffusers' internals."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from diffusers.models import attention_dispatch
+from torch import Tensor
+
+from gpuworker import elastic
+from gpuworker.elastic import DegreeRefused, DiffusersMoved, ElasticSP, degrees, split_lengths
+from tests.worker import worker_tasks as tasks
+from tests.worker.worker_jobs import meet
+from tests.worker.worker_pool import Pool
+
+
+def small_flux(heads: int = 4) -> Any:
+    """A Flux of one block of each kind."""
+    return FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=heads,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    ).eval()
+
+
+def forward(model: Any) -> Tensor:
+    """One forward on fixed inputs: 6 image and 3 text tokens."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        output: Tensor = model(
+            hidden_states=torch.randn(1, 6, 4, generator=generator),
+            encoder_hidden_states=torch.randn(1, 3, 8, generator=generator),
+            pooled_projections=torch.randn(1, 8, generator=generator),
+            timestep=torch.tensor([0.5]),
+            img_ids=torch.zeros(6, 3),
+            txt_ids=torch.zeros(3, 3),
+            return_dict=False,
+        )[0]
+    return output
+
+
+class Alone:
+    """A communicator that claims a size but must never be used."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = 0, size
+
+    def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        raise AssertionError("nothing may be sent")
+
+    def all_gather(self, shard: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+        raise AssertionError("nothing may be sent")
+
+
+class Echo(Alone):
+    """A communicator whose peer sends what it gets."""
+
+    def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        return flat
+
+
+@pytest.mark.parametrize(
+    ("heads", "allowed"),
+    [(4, (1, 2, 4)), (24, (1, 2, 3, 4, 6, 8)), (5, (1, 5)), (7, (1, 7)), (12, (1, 2, 3, 4, 6))],
+)
+def test_degrees_divide_the_heads(heads: int, allowed: tuple[int, ...]) -> None:
+    assert degrees(small_flux(heads)) == allowed
+
+
+def test_a_degree_that_does_not_divide_is_refused_before_anything_runs() -> None:
+    layer = ElasticSP(small_flux(), joint=True)
+    with pytest.raises(DegreeRefused) as refused, layer.step(Alone(3)):
+        raise AssertionError("the step must not begin")
+    assert (refused.value.degree, refused.value.heads) == (3, 4)
+    assert refused.value.allowed == (1, 2, 4)
+
+
+def test_degree_one_changes_nothing() -> None:
+    model = small_flux()
+    before = forward(model)
+    layer = ElasticSP(model, joint=True)
+    for comm in (None, Alone(1)):
+        with layer.step(comm):
+            assert torch.equal(forward(model), before)
+    assert torch.equal(forward(model), before), "outside a step too"
+
+
+def test_two_models_in_one_process_do_not_meet() -> None:
+    one, other = small_flux(), small_flux()
+    layer = ElasticSP(one, joint=True)
+    ElasticSP(other, joint=True)
+    expected = forward(other)
+    with layer.step(Alone(2)):
+        assert torch.equal(forward(other), expected)
+
+
+def test_the_parallel_attention_can_be_replaced() -> None:
+    """The seam for another attention gets the group, the local function and whole arguments."""
+    seen: list[tuple[int, tuple[int, ...]]] = []
+
+    def attention(comm: Any, local: Any, inputs: elastic.AttentionInputs, others: Any) -> Tensor:
+        seen.append((comm.size, inputs.lengths))
+        out: Tensor = local(query=inputs.query, key=inputs.key, value=inputs.value, **others)
+        return out
+
+    class Gathers(Alone):
+        def all_gather(self, shard: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+            return torch.cat([shard] * 2, dim)
+
+    model = small_flux()
+    with ElasticSP(model, joint=True, attention=attention).step(Gathers(2)):
+        assert forward(model).shape == (1, 6, 4)
+    assert seen == [(2, (5, 4))] * 2
+
+
+@pytest.mark.parametrize(
+    ("total", "parts", "expected"),
+    [(13, 4, (4, 3, 3, 3)), (8, 4, (2, 2, 2, 2)), (3, 4, (1, 1, 1, 0)), (0, 2, (0, 0))],
+)
+def test_split_lengths(total: int, parts: int, expected: tuple[int, ...]) -> None:
+    assert split_lengths(total, parts) == expected
+    assert expected == tuple(len(t) for t in torch.arange(total).tensor_split(parts))
+
+
+@pytest.mark.parametrize("lengths", [(4, 3), (3, 3, 2, 1)])
+def test_masks_of_keys_are_split_with_the_tokens(pool: Pool, lengths: tuple[int, ...]) -> None:
+    members = pool.names[: len(lengths)]
+    errors = pool.each(members, tasks.masked_attention, meet(pool, members), lengths)
+    assert max(max(each) for each in errors) < 1e-5
+
+
+def test_a_mask_with_a_row_a_query_is_refused() -> None:
+    tokens = torch.ones(1, 2, 4, 8)
+    inputs = elastic.AttentionInputs(tokens, tokens, tokens, torch.ones(1, 1, 2, 2), (2, 2))
+    with pytest.raises(DiffusersMoved, match="mask"):
+        elastic.ulysses(Echo(2), lambda **_: torch.ones(1), inputs, {})
+
+
+# ---- The upgrade guard: these facts of diffusers are what the layer stands on.
+
+
+def test_diffusers_is_the_version_this_layer_was_tried_with() -> None:
+    assert diffusers.__version__ == "0.42.1", "read elastic.py again, run all worker tests, pin"
+
+
+def test_the_internals_are_where_the_layer_looks() -> None:
+    flux, wan = FluxTransformer2DModel._cp_plan, WanTransformer3DModel._cp_plan
+    assert set(flux[""]) == {"hidden_states", "encoder_hidden_states", "img_ids", "txt_ids"}
+    assert flux["proj_out"].gather_dim == 1
+    assert set(wan) == {"", "rope", "blocks.0", "proj_out"}
+    assert all(entry.split_output and entry.split_dim == 1 for entry in wan["rope"].values())
+    registry = attention_dispatch._AttentionBackendRegistry
+    assert callable(registry._backends[attention_dispatch.AttentionBackendName.NATIVE])
+    parameters = inspect.signature(attention_dispatch.dispatch_attention_fn).parameters
+    assert "parallel_config" in parameters
+    for block in (small_flux().transformer_blocks[0], small_flux().single_transformer_blocks[0]):
+        assert hasattr(block.attn.processor, "_parallel_config")
+
+
+@contextmanager
+def without(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Changes an attribute for a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, value)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("moved", "hint"),
+    [
+        (lambda: without(FluxTransformer2DModel, "_cp_plan", None), "_cp_plan"),
+        (
+            lambda: without(FluxTransformer2DModel, "_cp_plan", {"elsewhere": {}}),
+            "elsewhere",
+        ),
+        (
+            lambda: without(attention_dispatch, "_AttentionBackendRegistry", None),
+            "_AttentionBackendRegistry",
+        ),
+    ],
+)
+def test_a_moved_internal_is_named(moved: Callable[[], Any], hint: str) -> None:
+    model = small_flux()
+    with moved(), pytest.raises(DiffusersMoved, match=hint):
+        ElasticSP(model, joint=True)
+
+
+def test_processors_without_the_attribute_are_named() -> None:
+    model = small_flux()
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.attn.processor = object()
+    with pytest.raises(DiffusersMoved, match="_parallel_config"):
+        ElasticSP(model, joint=True)
+
+
+def test_attention_that_goes_another_way_is_noticed() -> None:
+    """Tokens that were split but never exchanged would give a wrong picture silently."""
+
+    class Gathers(Alone):
+        def all_gather(self, shard: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+            return torch.cat([shard] * 2, dim)
+
+    model = small_flux()
+    layer = ElasticSP(model, joint=True)
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        block.attn.processor._parallel_config = None
+    with pytest.raises(DiffusersMoved, match="attention"), layer.step(Gathers(2)):
+        forward(model)

@@ -1,0 +1,150 @@
+"""Groups on demand: collectives, cache, epochs, formation that cannot succeed."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+import torch
+
+from gpuworker.groups import GroupCache, GroupLost, Rendezvous
+from tests.worker import worker_tasks as tasks
+from tests.worker.worker_jobs import meet
+from tests.worker.worker_pool import CPU, Pool
+
+
+@pytest.mark.parametrize("lengths", [(3, 1), (2, 2), (4, 0), (3, 2, 1, 1), (1, 0, 0, 2)])
+def test_collectives_of_uneven_length(pool: Pool, lengths: tuple[int, ...]) -> None:
+    size = len(lengths)
+    results = pool.each(
+        pool.names[:size], tasks.collectives, meet(pool, pool.names[:size]), lengths
+    )
+    gathered = [[float(rank) for rank, n in enumerate(lengths) for _ in range(n)]] * 2
+    for rank, (whole, exchanged, word, text, empty, tensor) in enumerate(results):
+        assert whole == gathered
+        assert exchanged == [10 * sender + rank for sender in range(size) for _ in range(rank + 1)]
+        assert (word, text, empty) == (-(1 << 40), 6000, 0)
+        assert tensor == [size - 1.0] * 3
+
+
+def test_a_group_of_one_needs_nobody() -> None:
+    rendezvous = Rendezvous()
+    group = GroupCache(rendezvous, "only", CPU).get(1, ["only"], "nowhere:1", 0.1)
+    tensor = torch.arange(4)
+    assert (group.rank, group.size) == (0, 1)
+    assert group.all_gather(tensor, 0, [4]) is tensor
+    assert group.broadcast_word(7) == 7
+    assert group.broadcast_blob(b"x") == b"x"
+
+
+def test_a_cached_group_is_found_without_its_peers(pool: Pool) -> None:
+    pair = pool.names[:2]
+    meeting = meet(pool, pair)
+    pool.each(pair, tasks.join, meeting)
+    assert isinstance(pool.one(pair[0], tasks.join, meeting), int)
+    assert (meeting.epoch, meeting.members) in pool.one(pair[1], tasks.cached)
+    assert pool.each(pair, tasks.rank_sum, meeting) == [1, 1]
+    drain(pool, pair)
+
+
+def test_a_higher_epoch_replaces_the_group(pool: Pool) -> None:
+    pair = pool.names[:2]
+    old, new = meet(pool, pair), meet(pool, pair)
+    for meeting in (old, new):
+        assert pool.each(pair, tasks.rank_sum, meeting) == [1, 1]
+        drain(pool, pair)
+    names = pool.one(pair[0], tasks.cached)
+    assert (new.epoch, new.members) in names and (old.epoch, old.members) not in names
+    loss = pool.one(pair[0], tasks.join, old)
+    assert "in use" in loss.cause, "an older epoch is refused at once"
+
+
+def test_the_cache_is_bounded_and_never_remakes_a_name(pool: Pool) -> None:
+    first, *others = pool.names
+    pool.each(pool.names, tasks.fresh_cache, 2)
+    pairs = [meet(pool, (first, other)) for other in others]
+    for meeting in pairs:
+        assert pool.each(meeting.members, tasks.rank_sum, meeting) == [1, 1]
+        drain(pool, meeting.members)
+    assert [epoch for epoch, _ in pool.one(first, tasks.cached)] == [m.epoch for m in pairs[1:]]
+    # Evicted but not closed: the peer sees no difference until a step has been acknowledged.
+    pool.one(first, tasks.acknowledge)
+    assert "in use" in pool.one(first, tasks.join, pairs[0]).cause
+    peer = pool.one(others[0], tasks.rank_sum, pairs[0])
+    drain(pool, [others[0]])
+    assert isinstance(peer, tasks.Loss), "the peer must not wait for a group that is gone"
+    again = meet(pool, (first, others[0]))
+    assert pool.each(again.members, tasks.rank_sum, again) == [1, 1]
+    drain(pool, again.members)
+    pool.each(pool.names, tasks.fresh_cache, 16)
+
+
+def test_formation_without_a_member_ends_by_time_out(pool: Pool) -> None:
+    here, absent = pool.names[:2]
+    loss = pool.one(here, tasks.join, meet(pool, (here, absent)), 0.3)
+    assert loss.suspects == (absent,)
+    assert 0.3e6 <= loss.after_us < 5e6
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_formation_can_be_cancelled(pool: Pool, first: bool) -> None:
+    here, absent = pool.names[:2]
+    members = (here, absent) if first else (absent, here)
+    loss = pool.one(here, tasks.join, meet(pool, members), 30.0, 0.1)
+    assert (loss.cause, loss.suspects) == ("not formed: cancelled", ())
+    assert loss.after_us < 5e6
+
+
+def test_formation_at_a_dead_rendezvous_fails_at_once(pool: Pool) -> None:
+    here, dead = pool.names[:2]
+    meeting = meet(pool, (dead, here))
+    pool.kill(dead)
+    loss = pool.one(here, tasks.join, meeting, 30.0)
+    assert loss.suspects == (dead,)
+    assert loss.after_us < 5e6
+
+
+def test_formation_at_a_stopped_rendezvous_ends_by_time_out(pool: Pool) -> None:
+    here, stopped = pool.names[:2]
+    meeting = meet(pool, (stopped, here))
+    pool.signal(stopped, signal.SIGSTOP)
+    try:
+        loss = pool.one(here, tasks.join, meeting, 0.3)
+    finally:
+        pool.kill(stopped)
+    assert loss.suspects == (stopped,)
+    assert loss.after_us < 5e6
+
+
+def test_blobs_larger_than_a_store_value_are_fetched_whole(pool: Pool) -> None:
+    holder, other = pool.names[:2]
+    size = (9 << 20) + 256
+    pool.one(holder, tasks.put, "big", size)
+    got = pool.one(other, tasks.fetch, pool.address(holder), "big", 20.0)
+    assert got == bytes(range(256)) * (size // 256)
+    pool.one(holder, tasks.drop, "big")
+    assert "time-out" in pool.one(other, tasks.fetch, pool.address(holder), "big", 0.2).cause
+
+
+def test_fetching_from_a_holder_that_dies_fails_at_once(pool: Pool) -> None:
+    holder, other = pool.names[:2]
+    pool.one(holder, tasks.put, "once", 256)
+    assert len(pool.one(other, tasks.fetch, pool.address(holder), "once", 20.0)) == 256
+    pool.start(other, tasks.fetch, pool.address(holder), "never", 30.0)
+    pool.kill(holder)
+    loss = pool.result(other)
+    assert isinstance(loss, tasks.Loss) and loss.after_us < 5e6
+
+
+def test_an_error_of_a_closed_group_names_it() -> None:
+    group = GroupCache(Rendezvous(), "a", CPU)
+    with pytest.raises(AssertionError):
+        group.get(1, ["b", "c"], "nowhere:1", 0.1)
+    lost = GroupLost(("a", "b"), 3, "reset\nlong story", ("b",))
+    assert (lost.members, lost.epoch, lost.cause, lost.suspects) == (("a", "b"), 3, "reset", ("b",))
+
+
+def drain(pool: Pool, names: list[str] | tuple[str, ...]) -> None:
+    """Takes the "joined" notes that `rank_sum` leaves."""
+    for name in names:
+        assert pool.note(name) == "joined"

@@ -1,0 +1,163 @@
+"""Latent states as bytes, frames as media, models that cannot be loaded."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gpuworker.media import encode_media
+from gpuworker.models.card import ShapeRefused
+from gpuworker.models.loading import LoadError, load_card
+from gpuworker.models.wan import SchedulerRefused
+from gpuworker.state import Fact, LatentState, StateCorrupt
+from tests.worker.tiny_models import Reference
+from tests.worker.worker_pool import CPU
+
+
+def some_state() -> LatentState:
+    """A state with several types, an empty tensor and one that is not contiguous."""
+    tensors = {
+        "latents": torch.arange(12.0).view(3, 4).T,
+        "ids": torch.tensor([[1, 2]]),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "none": torch.zeros(0, 3),
+    }
+    facts: dict[str, Fact] = {
+        "prompt": "ein Füchslein",
+        "width": 64,
+        "guidance_scale": 1.5,
+        "x": None,
+        "y": True,
+    }
+    return LatentState(tensors, 2, 20, facts)
+
+
+def test_state_round_trip() -> None:
+    state = some_state()
+    blob = state.to_bytes()
+    back = LatentState.from_bytes(blob)
+    assert (back.steps_done, back.steps_total, dict(back.facts)) == (2, 20, dict(state.facts))
+    assert set(back.tensors) == set(state.tensors)
+    for name, tensor in state.tensors.items():
+        assert back.tensors[name].dtype == tensor.dtype
+        assert torch.equal(back.tensors[name], tensor)
+    assert back.to_bytes() == blob
+    assert state.nbytes == 12 * 4 + 2 * 8 + 2 * 2
+
+
+def test_advancing_leaves_the_old_state() -> None:
+    state = some_state()
+    later = state.advanced(torch.zeros(4, 3))
+    assert (state.steps_done, later.steps_done) == (2, 3)
+    assert state.tensors["latents"].sum() == 66 and later.tensors["latents"].sum() == 0
+    assert later.tensors["ids"] is state.tensors["ids"]
+
+
+@pytest.mark.parametrize("cut", [0, 5, 40, -1])
+def test_a_damaged_blob_is_named(cut: int) -> None:
+    with pytest.raises(StateCorrupt):
+        LatentState.from_bytes(some_state().to_bytes()[:cut])
+
+
+def test_a_png_has_pixels_and_nothing_else() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (1, 8, 12, 3), dtype=np.uint8)
+    content, media_type = encode_media(frames)
+    assert media_type == "image/png"
+    assert encode_media(frames) == (content, media_type)
+    assert not any(chunk in content for chunk in (b"tEXt", b"iTXt", b"zTXt", b"tIME"))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), frames[0])
+
+
+def test_several_frames_become_a_lossless_animation() -> None:
+    frames = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    content, media_type = encode_media(frames)
+    assert media_type == "image/webp"
+    with Image.open(io.BytesIO(content)) as animation:
+        assert getattr(animation, "n_frames", 1) == 3
+        for number in range(3):
+            animation.seek(number)
+            assert np.array_equal(np.asarray(animation.convert("RGB")), frames[number])
+
+
+def copied(reference: Reference, tmp_path: Path) -> Path:
+    """A copy of a model folder that may be spoilt."""
+    return Path(shutil.copytree(reference.folder, tmp_path / "spoilt"))
+
+
+@pytest.mark.parametrize("missing", ["model_index.json", "vae", "text_encoder_2"])
+def test_what_is_missing_is_named(flux: Reference, tmp_path: Path, missing: str) -> None:
+    folder = copied(flux, tmp_path)
+    (folder / missing).rename(folder / "away")
+    with pytest.raises(LoadError) as refused:
+        load_card(str(folder), CPU, torch.float32)
+    assert refused.value.missing == missing
+
+
+@pytest.mark.parametrize(
+    ("component", "entry", "missing"),
+    [
+        ("transformer", ["diffusers", "SD3Transformer2DModel"], "SD3Transformer2DModel"),
+        ("vae", ["diffusers", "NoSuchThing"], "diffusers.NoSuchThing"),
+        ("vae", ["os", "system"], "os.system"),
+        ("scheduler", [None, None], "scheduler"),
+        ("transformer_2", ["diffusers", "WanTransformer3DModel"], "transformer_2"),
+    ],
+)
+def test_an_index_that_cannot_be_served_is_named(
+    flux: Reference, tmp_path: Path, component: str, entry: list[str], missing: str
+) -> None:
+    folder = copied(flux, tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, component: entry}))
+    with pytest.raises(LoadError) as refused:
+        load_card(str(folder), CPU, torch.float32)
+    assert refused.value.missing == missing
+
+
+def test_a_folder_that_is_not_there() -> None:
+    with pytest.raises(LoadError):
+        load_card("/no/such/folder", CPU, torch.float32)
+
+
+def test_a_multistep_scheduler_is_refused(wan: Reference, tmp_path: Path) -> None:
+    folder = copied(wan, tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(SchedulerRefused, match="UniPC"):
+        load_card(str(folder), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("width", {"width": 30}),
+        ("height", {"height": 4096}),
+        ("frames", {"frames": 2}),
+        ("steps", {"steps": 0}),
+        ("guidance_scale", {"guidance_scale": -1.0}),
+        ("negative_prompt", {"negative_prompt": "blue"}),
+    ],
+)
+def test_settings_that_the_model_cannot_do(
+    flux: Reference, field: str, change: dict[str, object]
+) -> None:
+    card = load_card(flux.folder, CPU, torch.float32)
+    with pytest.raises(ShapeRefused) as refused:
+        card.encode(**{**flux.settings, **change})
+    assert refused.value.field == field
+
+
+def test_facts_of_the_tiny_models(flux: Reference, wan: Reference) -> None:
+    facts = load_card(flux.folder, CPU, torch.float32).facts
+    assert (facts.name, facts.family, facts.guidance) == ("tiny-flux", "flux", "embedded")
+    assert facts.degrees == (1, 2, 4)
+    facts = load_card(wan.folder, CPU, torch.float32).facts
+    assert (facts.family, facts.workflows, facts.guidance) == ("wan", ("txt2vid",), "true_cfg")

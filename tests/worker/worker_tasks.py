@@ -1,0 +1,270 @@
+"""What test workers do: functions of a `Member`, to be run by a `Pool`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpuworker.elastic import AttentionInputs, Communicator, ulysses
+from gpuworker.groups import BlobLost, Group, GroupCache, GroupLost
+from gpuworker.state import LatentState
+from hocket.clock import SystemClock
+from tests.worker.worker_pool import CPU, Member
+
+_CLOCK = SystemClock()
+FORM_S = 20.0
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A group to be used: its name, where it meets, and the time-out of its collectives."""
+
+    epoch: int
+    members: tuple[str, ...]
+    address: str
+    timeout_s: float = 20.0
+
+    def join(self, member: Member) -> Group:
+        """The group, cached or formed."""
+        group = member.groups.get(self.epoch, self.members, self.address, FORM_S)
+        group.timeout_s = self.timeout_s
+        return group
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A GroupLost as it travels through a pipe; `at_us` and `after_us` on the machine's clock."""
+
+    cause: str
+    suspects: tuple[str, ...]
+    at_us: int
+    after_us: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some steps of a job on one group, and where the state before them is."""
+
+    folder: str
+    job: str
+    meeting: Meeting
+    steps: int
+    source: int  # rank of the member that has the state, or fetches it
+    fetch_from: str = ""  # a store address; the source fetches the state there first
+    plant: str = ""  # a fault to be planted: "reversed gather" or "suicide"
+
+
+def encode(member: Member, folder: str, job: str, settings: dict[str, object]) -> None:
+    """Makes the first state of a job, and keeps it."""
+    member.shelf[job] = member.card(folder).encode(**settings)  # type: ignore[arg-type]
+
+
+def offer(member: Member, job: str) -> None:
+    """Puts the state of a job into the member's store."""
+    member.rendezvous.put(job, member.shelf[job].to_bytes())
+
+
+def forget(member: Member, job: str) -> None:
+    """Drops a job."""
+    member.shelf.pop(job, None)
+    member.rendezvous.drop(job)
+
+
+def blob(member: Member, job: str) -> bytes:
+    """The state of a job, as bytes."""
+    return member.shelf[job].to_bytes()
+
+
+def pictures(member: Member, folder: str, job: str) -> object:
+    """The decoded frames of a job."""
+    return member.card(folder).decode(member.shelf[job])
+
+
+def denoise(member: Member, segment: Segment) -> int | Loss:
+    """Runs a segment; the steps done, or how the group was lost (the last good state is kept)."""
+    began_us = _CLOCK.now_us()
+    try:
+        group = segment.meeting.join(member)
+        state = _received(member, segment, group)
+        member.shelf[segment.job] = state
+        comm = _planted(member, segment.plant, group)
+        # Before each step the first member settles whether to go on: the word is steps to do.
+        for step in itertools.count():
+            if step >= group.broadcast_word(segment.steps if group.rank == 0 else None):
+                break
+            state = member.card(segment.folder).step(state, comm)
+            member.shelf[segment.job] = state
+            member.groups.acknowledge()
+        return state.steps_done
+    except GroupLost as lost:
+        now_us = _CLOCK.now_us()
+        return Loss(lost.cause, lost.suspects, now_us, now_us - began_us)
+
+
+def _received(member: Member, segment: Segment, group: Group) -> LatentState:
+    mine: bytes | None = None
+    if group.rank == segment.source:
+        if segment.fetch_from:
+            mine = member.rendezvous.fetch(segment.fetch_from, segment.job, FORM_S)
+        else:
+            mine = member.shelf[segment.job].to_bytes()
+    return LatentState.from_bytes(group.broadcast_blob(mine, segment.source))
+
+
+def _planted(member: Member, plant: str, group: Group) -> Communicator:
+    if plant == "reversed gather":
+        return ReversedGather(group)
+    if plant == "suicide" and group.rank == group.size - 1:
+        return Suicide(group, member, after=5)
+    return group
+
+
+class ReversedGather:
+    """A faulty communicator: joins shards in the wrong order."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self.rank, self.size = group.rank, group.size
+
+    def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        return self._group.all_to_all(flat, send, receive)
+
+    def all_gather(self, shard: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+        whole = self._group.all_gather(shard, dim, lengths)
+        return torch.cat(torch.split(whole, list(lengths), dim)[::-1], dim)
+
+
+class Suicide(ReversedGather):
+    """Kills its process at the n-th exchange, having told when."""
+
+    def __init__(self, group: Group, member: Member, after: int) -> None:
+        super().__init__(group)
+        self._member, self._left = member, after
+
+    def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        self._left -= 1
+        if self._left == 0:
+            self._member.notes.send(_CLOCK.now_us())
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().all_to_all(flat, send, receive)
+
+
+def fresh_cache(member: Member, capacity: int) -> None:
+    """Gives the member an empty group cache."""
+    member.groups.close()
+    member.groups = GroupCache(member.rendezvous, member.name, CPU, capacity)
+
+
+def cached(member: Member) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    """Names of the cached groups."""
+    return member.groups.names()
+
+
+def acknowledge(member: Member) -> None:
+    """Says that a step has ended everywhere."""
+    member.groups.acknowledge()
+
+
+def join(
+    member: Member, meeting: Meeting, form_s: float = FORM_S, cancel_after_s: float | None = None
+) -> float | Loss:
+    """Joins a group; microseconds that it took, or the loss."""
+    cancel = threading.Event()
+    if cancel_after_s is not None:
+        threading.Timer(cancel_after_s, cancel.set).start()
+    began_us = _CLOCK.now_us()
+    try:
+        member.groups.get(meeting.epoch, meeting.members, meeting.address, form_s, cancel)
+    except GroupLost as lost:
+        now_us = _CLOCK.now_us()
+        return Loss(lost.cause, lost.suspects, now_us, now_us - began_us)
+    return _CLOCK.now_us() - began_us
+
+
+def rank_sum(member: Member, meeting: Meeting) -> int | Loss:
+    """One collective over the group: every member learns the sum of all ranks."""
+    began_us = _CLOCK.now_us()
+    try:
+        group = meeting.join(member)
+        member.notes.send("joined")
+        ranks = group.all_gather(torch.tensor([group.rank]), 0, [1] * group.size)
+        return int(ranks.sum())
+    except GroupLost as lost:
+        now_us = _CLOCK.now_us()
+        return Loss(lost.cause, lost.suspects, now_us, now_us - began_us)
+
+
+def join_and_abort(member: Member, meeting: Meeting) -> int:
+    """Joins a group and gives it up, as a worker does that ran out of memory; tells when."""
+    group = meeting.join(member)
+    member.notes.send("joined")
+    group.abort("out of memory")
+    return _CLOCK.now_us()
+
+
+def collectives(member: Member, meeting: Meeting, lengths: tuple[int, ...]) -> list[object]:
+    """Uneven gather and exchange, words, blobs and tensors; each member's results as lists."""
+    group = meeting.join(member)
+    mine = torch.full((2, lengths[group.rank]), float(group.rank))
+    gathered = group.all_gather(mine, 1, lengths)
+    # To member r go r + 1 elements, each 10 * sender + receiver.
+    send = [r + 1 for r in range(group.size)]
+    flat = torch.cat([torch.full((n,), 10 * group.rank + r) for r, n in enumerate(send)])
+    exchanged = group.all_to_all(flat, send, [group.rank + 1] * group.size)
+    word = group.broadcast_word(-(1 << 40) if group.rank == 1 else None, src=1)
+    text = group.broadcast_blob(b"latent" * 1000 if group.rank == 0 else None)
+    empty = group.broadcast_blob(b"" if group.rank == 0 else None)
+    tensor = group.broadcast(torch.full((3,), float(group.rank)), src=group.size - 1)
+    return [gathered.tolist(), exchanged.tolist(), word, len(text), len(empty), tensor.tolist()]
+
+
+def masked_attention(member: Member, meeting: Meeting, lengths: tuple[int, ...]) -> list[float]:
+    """Errors of split attention against whole attention, for each shape of a mask of keys."""
+    group = meeting.join(member)
+    generator = torch.Generator().manual_seed(3)
+    tokens, heads = sum(lengths), 4
+    whole = torch.randn(3, 2, tokens, heads, 8, generator=generator)
+    start, here = sum(lengths[: group.rank]), lengths[group.rank]
+    errors = []
+    for shape in ((2, tokens), (2, 1, 1, tokens), (2, heads, 1, tokens)):
+        mask = torch.rand(shape, generator=generator) < 0.5
+        mask[..., 0] = True
+        query, key, value = whole.narrow(2, start, here).unbind()
+        inputs = AttentionInputs(query, key, value, mask.narrow(-1, start, here), lengths)
+        split = ulysses(group, _attention, inputs, {})
+        expected = _attention(whole[0], whole[1], whole[2], mask).narrow(1, start, here)
+        errors.append(float((split - expected).abs().max()))
+    return errors
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:
+    mask = attn_mask[:, None, None] if attn_mask.ndim == 2 else attn_mask
+    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+
+
+def fetch(member: Member, address: str, key: str, timeout_s: float) -> bytes | Loss:
+    """Fetches a blob from another member's store."""
+    began_us = _CLOCK.now_us()
+    try:
+        return member.rendezvous.fetch(address, key, timeout_s)
+    except BlobLost as lost:
+        now_us = _CLOCK.now_us()
+        return Loss(lost.cause, (), now_us, now_us - began_us)
+
+
+def put(member: Member, key: str, size: int) -> None:
+    """Offers a blob of `size` bytes."""
+    member.rendezvous.put(key, bytes(range(256)) * (size // 256))
+
+
+def drop(member: Member, key: str) -> None:
+    """Takes a blob back."""
+    member.rendezvous.drop(key)
