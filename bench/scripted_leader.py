@@ -108,6 +108,7 @@ class Leader:
             steps=piece.steps,
             group=types_pb2.Group(epoch=self.term * 1000 + epoch, members=piece.workers),
             layout=types_pb2.Layout(cfg=1, ulysses=len(piece.workers), ring=1),
+            term=self.term,
             rendezvous_address=self.beats[piece.workers[0]].store_address,
             predicted_step_time_us=100_000,
             collective_timeout_us=timeout_us,

@@ -105,7 +105,9 @@ class Publisher:
     def _assigns(self, plan: values.Plan) -> list[tuple[mesh_pb2.Assign, str]]:
         by_worker: dict[str, list[mesh_pb2.Assignment]] = {}
         for assignment in plan.assignments:
-            message = translate.to_assignment(assignment, self._record, self._leases.store_address)
+            message = translate.to_assignment(
+                assignment, self._journal.term, self._record, self._leases.store_address
+            )
             for worker in assignment.workers:
                 by_worker.setdefault(worker, []).append(message)
         if plan.released:

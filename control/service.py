@@ -42,6 +42,7 @@ _GRACE_S = 2.0
 class Intake:
     """Turns what workers say into facts: the only writer of leases."""
 
+    term: int
     leases: Leases
     driver: Driver
     publisher: Publisher
@@ -56,6 +57,8 @@ class Intake:
         await self._changed(self.leases.expire(self.driver.stamp()))
 
     async def report(self, report: mesh_pb2.StepReport) -> None:
+        if report.term != self.term:
+            return  # about an assignment of an earlier leader, whose numbers mean nothing here
         event = translate.to_event(report, self.driver.stamp())
         if report.HasField("failure"):
             log.warning(
@@ -141,7 +144,9 @@ async def _lead(
             ),
         )
     )
-    intake = Intake(leases, driver, publisher, servicer, records, health.aio.HealthServicer())
+    intake = Intake(
+        journal.term, leases, driver, publisher, servicer, records, health.aio.HealthServicer()
+    )
     server, port = await _listen(settings, told, servicer, intake)
     await bus.subscribe(subjects.heartbeat("*"), mesh_pb2.Heartbeat, intake.heartbeat)
     await bus.subscribe(subjects.report("*"), mesh_pb2.StepReport, intake.report)

@@ -73,12 +73,14 @@ def _suspects(report: mesh_pb2.StepReport) -> tuple[str, ...]:
 
 def to_assignment(
     assignment: values.Assignment,
+    term: int,
     records: Callable[[str], Record],
     store_address: Callable[[str], str],
 ) -> mesh_pb2.Assignment:
     """What the workers of an assignment are told."""
     layout = assignment.layout
     return mesh_pb2.Assignment(
+        term=term,
         sequence=assignment.sequence,
         node=assignment.node,
         batch=[_member(m, records(m.request), store_address) for m in assignment.batch],

@@ -160,7 +160,7 @@ class Agent:
         report = mesh_pb2.StepReport(
             worker=self.name,
             incarnation=self.incarnation,
-            term=self._executor.progress()[0],
+            term=assignment.term,
             sequence=assignment.sequence,
             node=assignment.node,
             results=[

@@ -16,7 +16,7 @@ from gpuworker.config import EMBEDDED_MODEL, WorkerSettings
 from gpuworker.models.loading import LoadError
 from gpuworker.pool import run_pool
 from gpuworker.torch_executor import TorchExecutor, load_cards, pick_device
-from hocket import telemetry
+from hocket import endpoints, telemetry
 from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
 from hocket.errors import HocketError
@@ -66,9 +66,11 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
             groups_max=settings.groups_max,
         )
         agent = Agent(name, settings, bus, executor, SystemClock(), told.tracer)
+        endpoints.announce(settings.state_dir, name, executor.store_address)
         try:
             await run_until(agent, stop)
         finally:
+            endpoints.withdraw(settings.state_dir, name)
             await executor.close()
             await bus.close()
     finally:

@@ -95,17 +95,17 @@ def workers_of(ledger: Ledger, window: Window, forecast: Forecast, now_us: int) 
 def candidate(
     ledger: Ledger, tracked: Tracked, where: Standing, open_: Mapping[str, int]
 ) -> Candidate | None:
-    """The job as policies see it; None when no open worker has its model."""
-    workers = ledger.cluster.workers
+    """The job as policies see it; None when no open worker has its model.
+
+    Degrees and times are those of all usable workers: what is open only limits what fits.
+    """
     request = tracked.request
-    able = [n for n in open_ if workers[n].can(request.model)]
-    if not able:
+    able = [w for w in ledger.cluster.usable() if w.can(request.model)]
+    if not any(w.name in open_ for w in able):
         return None
-    offered = {d for n in able for d in (*workers[n].models[request.model].degrees, 1)}
-    degrees = tuple(
-        d for d in sorted(offered) if sum(workers[n].can(request.model, d) for n in able) >= d
-    )
-    gpus = ledger.gpus(able)
+    offered = {d for w in able for d in (*w.models[request.model].degrees, 1)}
+    degrees = tuple(d for d in sorted(offered) if sum(w.can(request.model, d) for w in able) >= d)
+    gpus = ledger.gpus(w.name for w in able)
     times = {d: ledger.predict(request, DIT, d, gpus) for d in degrees}
     return Candidate(
         request=request.id,

@@ -118,7 +118,7 @@ def _drain(ledger: Ledger, fact: DrainRequested) -> tuple[Ended, ...]:
 
 def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
     flight = ledger.board.flights.get(fact.sequence)
-    if flight is None:
+    if flight is None or not _tells_of(fact, flight):
         failures.late_report(ledger, fact)
         return ()
     _learn(ledger, flight, fact)
@@ -132,10 +132,8 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
     ended: list[Ended] = []
     steps_before = flight.steps_done
     for progress in fact.jobs:
-        member = next((m for m in assignment.batch if m.request == progress.request), None)
-        tracked = ledger.tracked.get(progress.request)
-        if member is None or tracked is None or tracked.attempt != progress.attempt:
-            continue
+        member = next(m for m in assignment.batch if m.request == progress.request)
+        tracked = ledger.tracked[progress.request]
         if assignment.node == DIT:
             steps = min(progress.steps_done - member.first_step, assignment.steps)
             flight.steps_done = max(flight.steps_done, steps)
@@ -144,6 +142,12 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
         if fact.last:
             ended += _job_over(ledger, tracked, flight, fact.at_us)
     return tuple(ended)
+
+
+def _tells_of(fact: StepsEnded, flight: Flight) -> bool:
+    """The report is of this very assignment: its requests, in their present attempts."""
+    reported = {(p.request, p.attempt) for p in fact.jobs}
+    return reported == {(m.request, m.attempt) for m in flight.assignment.batch}
 
 
 def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded) -> None:

@@ -40,10 +40,12 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
     assignment = flight.assignment if flight else ledger.board.retired.get(fact.sequence)
     if assignment is None or fact.worker not in assignment.workers:
         return ()
-    for progress in fact.jobs:  # what a worker says of its own copy is exact
+    requests = {m.request for m in assignment.batch}
+    copies = [p for p in fact.jobs if p.request in requests]
+    for progress in copies:  # what a worker says of its own copy is exact
         _hold(ledger, progress, fact.worker, exact=True)
     if flight is None:
-        for progress in fact.jobs:
+        for progress in copies:
             profit(ledger, progress.request)
         return ()
     for name in fact.suspects:

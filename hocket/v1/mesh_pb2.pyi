@@ -218,6 +218,7 @@ class Assignment(_message.Message):
     RENDEZVOUS_ADDRESS_FIELD_NUMBER: _builtins.int
     PREDICTED_STEP_TIME_US_FIELD_NUMBER: _builtins.int
     COLLECTIVE_TIMEOUT_US_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Position in the leader's one order; never used twice in a term."""
     node: _builtins.str
@@ -230,6 +231,8 @@ class Assignment(_message.Message):
     """Predicted time of one step, for progress, traces and time-outs."""
     collective_timeout_us: _builtins.int
     """Time after which a collective of this assignment counts as hung."""
+    term: _builtins.int
+    """Term in which it was made; its reports carry it, since a new leader counts sequence numbers anew."""
     @_builtins.property
     def batch(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchMember]:
         """Members of the batch. Requests of one assignment share model and shape."""
@@ -254,10 +257,11 @@ class Assignment(_message.Message):
         rendezvous_address: _builtins.str = ...,
         predicted_step_time_us: _builtins.int = ...,
         collective_timeout_us: _builtins.int = ...,
+        term: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "collective_timeout_us", b"collective_timeout_us", "group", b"group", "layout", b"layout", "node", b"node", "predicted_step_time_us", b"predicted_step_time_us", "rendezvous_address", b"rendezvous_address", "sequence", b"sequence", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "collective_timeout_us", b"collective_timeout_us", "group", b"group", "layout", b"layout", "node", b"node", "predicted_step_time_us", b"predicted_step_time_us", "rendezvous_address", b"rendezvous_address", "sequence", b"sequence", "steps", b"steps", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

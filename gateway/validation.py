@@ -1,0 +1,198 @@
+"""What makes a request acceptable, and what its missing fields become.
+
+Pure: the request and the models in, the completed request out, or `InvalidRequest` with everything
+that is wrong with it at once. Every violation says what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from hocket.errors import InvalidRequest, Violation
+from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
+from hocket.v1.types_pb2 import GenerationSpec, OnMiss, Shape
+
+PROMPT_CHARS_MAX = 2000
+DEADLINE_US_MAX = 24 * 3600 * 1_000_000
+PRIORITY_MAX = 100
+FPS_MAX = 120
+_TENANT = re.compile(r"[A-Za-z0-9._-]{0,64}")
+_KEY = re.compile(r"[A-Za-z0-9._:-]{0,128}")
+_FOUND_CHARS_MAX = 60
+_ON_MISS = {OnMiss.ON_MISS_BEST_EFFORT, OnMiss.ON_MISS_REJECT}
+
+
+def completed(request: GenerateRequest, models: Sequence[ModelInfo]) -> GenerateRequest:
+    """The request with its defaults filled in, all but the seed.
+
+    Raises InvalidRequest with all violations. `models` is what living workers serve; the first is
+    the default.
+    """
+    whole = GenerateRequest()
+    whole.CopyFrom(request)
+    violations = _Violations()
+    _complete_terms(whole, violations)
+    _check_prompts(whole.spec, violations)
+    _check_extras(whole.spec, violations)
+    model = _complete_model(whole.spec, models, violations)
+    if model is not None:
+        _complete_workflow(whole.spec, model, violations)
+        _complete_shape(whole.spec, model, violations)
+        _complete_steps(whole.spec, model, violations)
+        _complete_guidance(whole.spec, model, violations)
+    if violations.found:
+        raise InvalidRequest(tuple(violations.found))
+    return whole
+
+
+class _Violations:
+    def __init__(self) -> None:
+        self.found: list[Violation] = []
+
+    def add(self, field: str, found: object, allowed: str) -> None:
+        shown = str(found)
+        if len(shown) > _FOUND_CHARS_MAX:
+            shown = f"{shown[:_FOUND_CHARS_MAX]}…"
+        self.found.append(Violation(field, f"found {shown}; allowed: {allowed}"))
+
+
+def _complete_terms(request: GenerateRequest, violations: _Violations) -> None:
+    if request.slo.deadline_us > DEADLINE_US_MAX:
+        violations.add("slo.deadline_us", request.slo.deadline_us, f"0 to {DEADLINE_US_MAX} (24 h)")
+    if request.slo.on_miss == OnMiss.ON_MISS_UNSPECIFIED:
+        request.slo.on_miss = OnMiss.ON_MISS_BEST_EFFORT
+    if request.slo.on_miss not in _ON_MISS:
+        names = ", ".join(OnMiss.Name(value) for value in sorted(_ON_MISS))
+        violations.add("slo.on_miss", _on_miss(request), f"{names} (this version offers no other)")
+    if abs(request.priority) > PRIORITY_MAX:
+        violations.add("priority", request.priority, f"-{PRIORITY_MAX} to {PRIORITY_MAX}")
+    if not _TENANT.fullmatch(request.tenant):
+        violations.add("tenant", repr(request.tenant), "at most 64 of A-Z a-z 0-9 . _ -")
+    if not _KEY.fullmatch(request.idempotency_key):
+        violations.add(
+            "idempotency_key",
+            repr(request.idempotency_key),
+            "at most 128 of A-Z a-z 0-9 . _ : -",
+        )
+    request.progress_every = max(1, request.progress_every)
+
+
+def _on_miss(request: GenerateRequest) -> str:
+    value = request.slo.on_miss
+    return OnMiss.Name(value) if value in OnMiss.values() else str(value)
+
+
+def _check_prompts(spec: GenerationSpec, violations: _Violations) -> None:
+    allowed = f"1 to {PROMPT_CHARS_MAX} characters"
+    if not spec.prompt.strip():
+        violations.add("spec.prompt", "an empty prompt" if not spec.prompt else "blanks", allowed)
+    if len(spec.prompt) > PROMPT_CHARS_MAX:
+        violations.add("spec.prompt", f"{len(spec.prompt)} characters", allowed)
+    if len(spec.negative_prompt) > PROMPT_CHARS_MAX:
+        found = f"{len(spec.negative_prompt)} characters"
+        violations.add("spec.negative_prompt", found, f"at most {PROMPT_CHARS_MAX} characters")
+
+
+def _check_extras(spec: GenerationSpec, violations: _Violations) -> None:
+    if spec.loras:
+        violations.add("spec.loras", ", ".join(spec.loras), "none (not offered by this version)")
+    if spec.inputs:
+        found = ", ".join(sorted(spec.inputs))
+        violations.add("spec.inputs", found, "none (not offered by this version)")
+
+
+def _complete_model(
+    spec: GenerationSpec, models: Sequence[ModelInfo], violations: _Violations
+) -> ModelInfo | None:
+    spec.model = spec.model or (models[0].name if models else "")
+    for model in models:
+        if model.name == spec.model:
+            return model
+    violations.add("spec.model", repr(spec.model), _list(model.name for model in models))
+    return None
+
+
+def _complete_workflow(spec: GenerationSpec, model: ModelInfo, violations: _Violations) -> None:
+    spec.workflow = spec.workflow or (model.workflows[0] if model.workflows else "")
+    if spec.workflow not in model.workflows:
+        violations.add("spec.workflow", repr(spec.workflow), _list(model.workflows))
+
+
+def _complete_shape(spec: GenerationSpec, model: ModelInfo, violations: _Violations) -> None:
+    default = model.shapes[0] if model.shapes else Shape()
+    shape = spec.shape
+    shape.width = shape.width or default.width
+    shape.height = shape.height or default.height
+    shape.frames = shape.frames or _frames(default)
+    served = next((s for s in model.shapes if _size(s) == _size(shape)), None)
+    if served is None:
+        _tell_shape(shape, model, violations)
+    else:
+        shape.fps = shape.fps or served.fps
+    still = shape.frames == 1
+    if shape.fps > (0 if still else FPS_MAX):
+        violations.add("spec.shape.fps", shape.fps, f"0 to {FPS_MAX} for videos, 0 for pictures")
+
+
+def _tell_shape(shape: Shape, model: ModelInfo, violations: _Violations) -> None:
+    allowed = _list(_shape(s) for s in model.shapes)
+    if model.shapes:
+        nearest = min(model.shapes, key=lambda s: (_distance(s, shape), _size(s)))
+        allowed += f"; nearest: {_shape(nearest)}"
+    known = [
+        ("width", shape.width, {s.width for s in model.shapes}),
+        ("height", shape.height, {s.height for s in model.shapes}),
+        ("frames", shape.frames, {_frames(s) for s in model.shapes}),
+    ]
+    wrong = [(field, value) for field, value, values in known if value not in values]
+    for field, value in wrong:
+        violations.add(f"spec.shape.{field}", value, allowed)
+    if not wrong:  # each number is known, but not together
+        violations.add("spec.shape", _shape(shape), allowed)
+
+
+def _complete_steps(spec: GenerationSpec, model: ModelInfo, violations: _Violations) -> None:
+    spec.steps = spec.steps or model.steps_default
+    if not model.steps_min <= spec.steps <= model.steps_max:
+        violations.add("spec.steps", spec.steps, f"{model.steps_min} to {model.steps_max}")
+
+
+def _complete_guidance(spec: GenerationSpec, model: ModelInfo, violations: _Violations) -> None:
+    if spec.negative_prompt and model.guidance_kind != "cfg":
+        violations.add(
+            "spec.negative_prompt",
+            spec.negative_prompt,
+            f"none ({model.name} takes no such prompt)",
+        )
+    if not spec.HasField("guidance_scale"):
+        spec.guidance_scale = model.guidance_default
+        return
+    scale = spec.guidance_scale
+    low, high = model.guidance_min, model.guidance_max
+    if model.guidance_kind == "none":
+        low = high = model.guidance_default
+    if not (math.isfinite(scale) and low <= scale <= high):
+        violations.add("spec.guidance_scale", scale, f"{low:g} to {high:g}")
+
+
+def _frames(shape: Shape) -> int:
+    return shape.frames or 1
+
+
+def _size(shape: Shape) -> tuple[int, int, int]:
+    return shape.width, shape.height, _frames(shape)
+
+
+def _distance(one: Shape, other: Shape) -> int:
+    return sum(abs(a - b) for a, b in zip(_size(one), _size(other), strict=True))
+
+
+def _shape(shape: Shape) -> str:
+    frames = _frames(shape)
+    return f"{shape.width}x{shape.height}" + (f"x{frames}" if frames > 1 else "")
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,242 @@
+"""`hocket generate` and `hocket models`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import aclosing
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hocket import telemetry
+from hocket.cli_common import (
+    Address,
+    CommandSettings,
+    StateDir,
+    console,
+    gateway_address,
+    pixels,
+    run,
+    seconds,
+    settings,
+)
+from hocket.client import HocketClient, request
+from hocket.errors import HocketError, MeshStopped
+from hocket.v1.generation_pb2 import (
+    Accepted,
+    Degraded,
+    Finished,
+    GenerateRequest,
+    MediaChunk,
+    ModelInfo,
+    Progress,
+)
+from hocket.v1.types_pb2 import MediaInfo, OnMiss, Shape
+
+SIZE_NAMES = ("small", "medium", "large")
+_SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "video/mp4": ".mp4"}
+
+
+class Miss(StrEnum):
+    """What happens when the deadline cannot be kept."""
+
+    BEST_EFFORT = "best-effort"
+    REJECT = "reject"
+    DEGRADE = "degrade"
+
+    def value_in_proto(self) -> OnMiss.ValueType:
+        return OnMiss.Value(f"ON_MISS_{self.name}")
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to show.")],
+    size: Annotated[str, typer.Option(help="128x128, small, medium or large.")] = "",
+    steps: Annotated[int, typer.Option(min=0, help="Denoising steps; 0: the model's own.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; none draws one.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    model: Annotated[str, typer.Option(help="Model; none picks the default.")] = "",
+    deadline: Annotated[str, typer.Option(help='When it is due: "5s", "800ms".')] = "",
+    on_miss: Annotated[Miss, typer.Option(help="If it cannot be on time.")] = Miss.BEST_EFFORT,
+    priority: Annotated[int, typer.Option(help="-100 to 100; higher wins.")] = 0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
+    address: Address = None,
+    state_dir: StateDir = None,
+) -> None:
+    """Makes a picture, shows how it is made, writes the file."""
+    found = settings(state_dir, address)
+
+    async def work() -> None:
+        wanted = request(
+            prompt,
+            model=model,
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            deadline_s=seconds("--deadline", deadline) if deadline else 0.0,
+            on_miss=on_miss.value_in_proto(),
+            priority=priority,
+        )
+        await _generate(found, wanted, size, output)
+
+    run(work())
+
+
+def models(address: Address = None, state_dir: StateDir = None) -> None:
+    """Lists the models, with the shapes and steps they take."""
+    found = settings(state_dir, address)
+
+    async def work() -> Sequence[ModelInfo]:
+        async with HocketClient(gateway_address(found)) as client:
+            return await client.models()
+
+    table = Table("model", "workflows", "shapes", "steps", "guidance", "degrees", "try")
+    for info in run(work()):
+        table.add_row(
+            info.name,
+            " ".join(info.workflows),
+            " ".join(f"{s.width}x{s.height}" for s in info.shapes),
+            f"{info.steps_min}-{info.steps_max} ({info.steps_default})",
+            f"{info.guidance_kind} {info.guidance_default:g}",
+            " ".join(str(degree) for degree in info.degrees),
+            "; ".join(info.examples[:3]),
+        )
+    console.print(table)
+
+
+def named_size(name: str, shapes: Sequence[Shape]) -> tuple[int, int]:
+    """The smallest, middle or largest shape of a model."""
+    if not shapes:
+        raise MeshStopped("the model names no shapes")
+    ordered = sorted(shapes, key=lambda shape: shape.width * shape.height)
+    places = {"small": 0, "medium": len(ordered) // 2, "large": len(ordered) - 1}
+    shape = ordered[places[name]]
+    return shape.width, shape.height
+
+
+def replaced_words(asked: str, shown: str) -> str:
+    """Tells when the model was given another prompt than the one asked for; else empty."""
+    if asked.lower().split() == shown.lower().split():
+        return ""
+    known = set(shown.lower().split())
+    missing = [word for word in asked.split() if word.lower() not in known]
+    what = ", ".join(repr(word) for word in missing) or repr(asked)
+    return f"no {what} in this model's vocabulary; showing {shown!r}"
+
+
+def describe(progress: Progress) -> str:
+    """One line about a step."""
+    return (
+        f"{progress.node} step {progress.step}/{progress.steps}  x{progress.degree} "
+        f"[{' '.join(progress.workers)}]  {progress.step_time_us / 1e3:.1f} ms  "
+        f"ETA {progress.eta_us / 1e6:.1f} s"
+    )
+
+
+def target(output: Path | None, request_id: str, media: MediaInfo) -> Path:
+    """Where the result goes: as told, else `out/<request><suffix>`."""
+    suffix = _SUFFIXES.get(media.media_type, ".bin")
+    return output or Path("out") / f"{request_id}{suffix}"
+
+
+async def _generate(
+    found: CommandSettings, wanted: GenerateRequest, size: str, output: Path | None
+) -> None:
+    address = gateway_address(found)
+    told = telemetry.setup("client", "cli", found.state_dir, "error")
+    try:
+        async with HocketClient(address, tracer_provider=told.provider) as client:
+            if size:
+                await _set_size(client, wanted, size)
+            await _show(client, wanted, output)
+    finally:
+        told.close()
+
+
+async def _set_size(client: HocketClient, wanted: GenerateRequest, size: str) -> None:
+    if size.lower() not in SIZE_NAMES:
+        width, height = pixels("--size", size)
+    else:
+        known = await client.models()
+        name = wanted.spec.model
+        shapes = next((m.shapes for m in known if name in ("", m.name)), ())
+        width, height = named_size(size.lower(), tuple(shapes))
+    wanted.spec.shape.width, wanted.spec.shape.height = width, height
+
+
+async def _show(client: HocketClient, wanted: GenerateRequest, output: Path | None) -> None:
+    accepted = Accepted()
+    whole = bytearray()
+    bar = ProgressBar(total=1, completed=0, width=24)
+    line = Text("asking …")
+    with Live(Group(line, bar), console=console, transient=True, refresh_per_second=10) as live:
+        async with aclosing(client.generate(wanted)) as events:
+            async for event in events:
+                match event:
+                    case Accepted():
+                        accepted = event
+                        live.console.print(_greeting(accepted, wanted))
+                    case Progress():
+                        line.plain = describe(event)
+                        bar.update(completed=event.step, total=max(event.steps, 1))
+                    case Degraded():
+                        spec = event.effective_spec
+                        told = f"{spec.steps} steps at {spec.shape.width}x{spec.shape.height}"
+                        live.console.print(f"to be on time: {told}")
+                    case MediaChunk():
+                        whole += event.data
+                    case Finished():
+                        path = target(output, accepted.request_id, event.media)
+                        _write(path, bytes(whole))
+                        live.console.print(farewell(accepted, event, path))
+
+
+def _greeting(accepted: Accepted, wanted: GenerateRequest) -> str:
+    spec = accepted.effective_spec
+    late = "" if accepted.predicted_on_time else ", later than its deadline"
+    lines = [
+        f"request {accepted.request_id}: {spec.model}, {spec.shape.width}x{spec.shape.height}, "
+        f"{spec.steps} steps, seed {spec.seed}",
+        f"predicted {accepted.predicted_latency_us / 1e6:.2f} s{late}; "
+        f"{accepted.queue_depth} before it",
+    ]
+    replaced = replaced_words(wanted.spec.prompt, spec.prompt)
+    return "\n".join([*lines, replaced] if replaced else lines)
+
+
+def farewell(accepted: Accepted, finished: Finished, path: Path) -> str:
+    """How a request went, in two lines."""
+    kept = "on time" if finished.on_time else "late"
+    facts = [f"took {finished.latency_us / 1e6:.2f} s"]
+    facts.append(f"predicted {accepted.predicted_latency_us / 1e6:.2f} s")
+    facts.append(kept)
+    for count, noun in (
+        (finished.degree_changes, "degree changes"),
+        (finished.moves, "moves"),
+        (finished.steps_lost, "steps repeated"),
+    ):
+        if count:
+            facts.append(f"{count} {noun}")
+    return f"{', '.join(facts)}\n{path}   (hocket trace {accepted.request_id})"
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise _Unwritable(path, error) from error
+
+
+class _Unwritable(HocketError):
+    def __init__(self, path: Path, error: OSError) -> None:
+        self._told = f"cannot write {path}: {error.strerror}"
+
+    def __str__(self) -> str:
+        return self._told

@@ -1,0 +1,131 @@
+"""`hocket up` and `hocket demo`: a whole mesh on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import tempfile
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hocket import demo as showing
+from hocket.cli_common import StateDir, complaints, console, run, settings
+from hocket.errors import MeshStopped
+from hocket.launcher import MeshPlan, RunningMesh, mesh
+
+Workers = Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")]
+Policy = Annotated[str, typer.Option(help="Planning policy; none picks control's default.")]
+NatsUrl = Annotated[str, typer.Option(help="A broker that runs already.")]
+Model = Annotated[list[str] | None, typer.Option(help="Folder or hub id of a model; repeatable.")]
+Executor = Annotated[str, typer.Option(help="torch or emulated.")]
+Profile = Annotated[str, typer.Option(help="CSV by which emulated workers sleep.")]
+Listen = Annotated[str, typer.Option(help="Door of the gateway; port 0 picks one.")]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
+
+
+def up(
+    workers: Workers = 4,
+    policy: Policy = "",
+    state_dir: StateDir = None,
+    nats_url: NatsUrl = "",
+    model: Model = None,
+    executor: Executor = "",
+    profile: Profile = "",
+    listen: Listen = "127.0.0.1:0",
+    log_level: LogLevel = "info",
+) -> None:
+    """Starts nats-server, control, workers and a gateway, and runs them until Ctrl-C."""
+    found = settings(state_dir)
+    plan = MeshPlan(
+        state_dir=found.state_dir,
+        workers=workers,
+        cluster=found.cluster,
+        policy=policy,
+        nats_url=nats_url,
+        listen=listen,
+        models=tuple(model or ()),
+        executor=executor,
+        profile=profile,
+        log_level=log_level,
+    )
+
+    async def work() -> None:
+        async with mesh(plan, report) as running:
+            _greet(plan, running)
+            dead = await running.children.vital_death()
+            raise MeshStopped(f"{dead.name} stopped unexpectedly\n{dead.log_tail()}")
+
+    run(until_stopped(work(), lambda: report("stopping …")))
+
+
+def demo(
+    workers: Workers = 4,
+    policy: Policy = "",
+    state_dir: StateDir = None,
+    nats_url: NatsUrl = "",
+    model: Model = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of files.")] = Path("out"),
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the mesh running.")] = False,
+) -> None:
+    """Starts a mesh, makes pictures at three sizes at once, drains a worker meanwhile, stops."""
+
+    async def work(folder: Path) -> None:
+        plan = MeshPlan(
+            state_dir=folder,
+            workers=workers,
+            policy=policy,
+            nats_url=nats_url,
+            models=tuple(model or ()),
+        )
+        async with mesh(plan, report) as running:
+            await showing.show(running, output)
+            if keep:
+                _greet(plan, running)
+                dead = await running.children.vital_death()
+                raise MeshStopped(f"{dead.name} stopped unexpectedly\n{dead.log_tail()}")
+
+    def start(folder: Path) -> None:
+        run(until_stopped(work(folder), lambda: report("stopping …")))
+
+    if state_dir is not None or keep:
+        start(settings(state_dir).state_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix="hocket-", ignore_cleanup_errors=True) as folder:
+        start(Path(folder))
+
+
+async def until_stopped(work: Coroutine[Any, Any, None], on_stop: Callable[[], None]) -> None:
+    """Runs `work` until it ends or SIGINT or SIGTERM comes; its clean-up is never interrupted."""
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(work)
+    stopping = False
+
+    def stop() -> None:
+        nonlocal stopping
+        if not stopping:  # a second Ctrl-C must not break the clean-up off
+            stopping = True
+            on_stop()
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+
+
+def report(line: str) -> None:
+    """One line of the launcher's own."""
+    complaints.print(line, markup=False, soft_wrap=True)
+
+
+def _greet(plan: MeshPlan, running: RunningMesh) -> None:
+    option = "" if plan.state_dir == Path("state") else f" --state-dir {plan.state_dir}"
+    console.print(f"ready: gateway {running.gateway}, control {running.control}", soft_wrap=True)
+    console.print(f'try:   hocket generate "a red apple"{option}', soft_wrap=True)
+    console.print(f"look:  hocket status{option}   hocket trace{option}", soft_wrap=True)

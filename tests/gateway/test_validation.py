@@ -1,0 +1,195 @@
+"""Validation: a table of what is wrong and what is told, and properties of what is completed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.validation import PROMPT_CHARS_MAX, completed
+from hocket.client import request
+from hocket.errors import InvalidRequest
+from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
+from hocket.v1.types_pb2 import OnMiss, Shape
+from tests.gateway.peer import EMOJI
+
+VIDEO = ModelInfo(
+    name="wan",
+    workflows=["txt2vid"],
+    shapes=[Shape(width=832, height=480, frames=81, fps=16)],
+    steps_min=10,
+    steps_max=60,
+    steps_default=50,
+    guidance_kind="cfg",
+    guidance_min=1.0,
+    guidance_max=20.0,
+    guidance_default=5.0,
+)
+MODELS = (EMOJI, VIDEO)
+
+
+def wrong(change: Callable[[GenerateRequest], object]) -> dict[str, str]:
+    asked = request("a red fox")
+    change(asked)
+    with pytest.raises(InvalidRequest) as caught:
+        completed(asked, MODELS)
+    return {violation.field: violation.description for violation in caught.value.violations}
+
+
+def test_defaults_are_filled_in() -> None:
+    whole = completed(request("a red fox"), MODELS)
+    assert (whole.spec.model, whole.spec.workflow, whole.spec.steps) == ("emoji", "txt2img", 20)
+    shape = whole.spec.shape
+    assert (shape.width, shape.height, shape.frames) == (128, 128, 1)
+    assert whole.spec.guidance_scale == 4.0
+    assert whole.slo.on_miss == OnMiss.ON_MISS_BEST_EFFORT
+    assert whole.progress_every == 1
+    assert not whole.spec.HasField("seed"), "the servicer draws it"
+
+
+def test_a_video_model_fills_in_frames_and_rate() -> None:
+    shape = completed(request("waves", model="wan"), MODELS).spec.shape
+    assert (shape.width, shape.height, shape.frames, shape.fps) == (832, 480, 81, 16)
+
+
+def test_the_request_itself_is_left_alone() -> None:
+    asked = request("a red fox")
+    before = asked.SerializeToString()
+    completed(asked, MODELS)
+    assert asked.SerializeToString() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "told", "change"),
+    [
+        ("spec.model", "found 'nope'; allowed: emoji, wan", lambda r: _set(r.spec, model="nope")),
+        ("spec.workflow", "allowed: txt2img", lambda r: _set(r.spec, workflow="txt2vid")),
+        ("spec.prompt", "allowed: 1 to 2000", lambda r: _set(r.spec, prompt="  ")),
+        (
+            "spec.prompt",
+            "found 2001 characters",
+            lambda r: _set(r.spec, prompt="x" * (PROMPT_CHARS_MAX + 1)),
+        ),
+        (
+            "spec.negative_prompt",
+            "takes no such prompt",
+            lambda r: _set(r.spec, negative_prompt="blur"),
+        ),
+        (
+            "spec.shape.width",
+            "found 100; allowed: 128x128, 64x64, 256x256; nearest: 128x128",
+            lambda r: _set(r.spec.shape, width=100),
+        ),
+        (
+            "spec.shape",
+            "found 64x256; allowed:",
+            lambda r: _set(r.spec.shape, width=64, height=256),
+        ),
+        ("spec.shape.frames", "found 9", lambda r: _set(r.spec.shape, frames=9)),
+        ("spec.shape.fps", "0 for pictures", lambda r: _set(r.spec.shape, fps=24)),
+        ("spec.steps", "found 51; allowed: 1 to 50", lambda r: _set(r.spec, steps=51)),
+        ("spec.guidance_scale", "found nan", lambda r: _set(r.spec, guidance_scale=math.nan)),
+        ("spec.guidance_scale", "found inf", lambda r: _set(r.spec, guidance_scale=math.inf)),
+        ("spec.guidance_scale", "allowed: 1 to 10", lambda r: _set(r.spec, guidance_scale=0.5)),
+        ("spec.loras", "not offered by this version", lambda r: r.spec.loras.append("pixel")),
+        ("spec.inputs", "found pose", lambda r: r.spec.inputs.update(pose="object")),
+        ("slo.deadline_us", "(24 h)", lambda r: _set(r.slo, deadline_us=86_400_000_001)),
+        (
+            "slo.on_miss",
+            "found ON_MISS_DEGRADE; allowed: ON_MISS_BEST_EFFORT, ON_MISS_REJECT",
+            lambda r: _set(r.slo, on_miss=OnMiss.ON_MISS_DEGRADE),
+        ),
+        ("slo.on_miss", "found 9", lambda r: _set(r.slo, on_miss=9)),
+        ("priority", "found -101; allowed: -100 to 100", lambda r: _set(r, priority=-101)),
+        ("tenant", "at most 64", lambda r: _set(r, tenant="a b")),
+        ("tenant", "at most 64", lambda r: _set(r, tenant="a" * 65)),
+        ("idempotency_key", "at most 128", lambda r: _set(r, idempotency_key="a\nb")),
+    ],
+)
+def test_one_thing_wrong_is_told_once(
+    field: str, told: str, change: Callable[[GenerateRequest], object]
+) -> None:
+    found = wrong(change)
+    assert list(found) == [field]
+    assert told in found[field]
+
+
+def test_everything_wrong_is_told_at_once() -> None:
+    def spoil(asked: GenerateRequest) -> None:
+        _set(asked.spec, prompt="", steps=999, model="wan", guidance_scale=-1.0)
+        _set(asked.spec.shape, width=1, height=2, frames=3)
+        _set(asked, priority=1000, tenant="!")
+
+    assert set(wrong(spoil)) == {
+        "spec.prompt",
+        "spec.steps",
+        "spec.guidance_scale",
+        "spec.shape.width",
+        "spec.shape.height",
+        "spec.shape.frames",
+        "priority",
+        "tenant",
+    }
+
+
+def test_an_unknown_model_does_not_hide_the_rest() -> None:
+    assert set(wrong(lambda r: _set(r.spec, model="nope", prompt=""))) == {
+        "spec.model",
+        "spec.prompt",
+    }
+
+
+def test_a_model_without_guidance_takes_its_own_only() -> None:
+    plain = ModelInfo()
+    plain.CopyFrom(EMOJI)
+    plain.guidance_kind = "none"
+    assert completed(request("a fox", guidance=4.0), [plain]).spec.guidance_scale == 4.0
+    with pytest.raises(InvalidRequest, match="allowed: 4 to 4"):
+        completed(request("a fox", guidance=5.0), [plain])
+
+
+@given(
+    prompt=st.text(max_size=50),
+    width=st.integers(0, 2**32 - 1),
+    height=st.sampled_from([0, 64, 128, 256, 300]),
+    steps=st.integers(0, 2**32 - 1),
+    guidance=st.none() | st.floats(),
+    deadline_us=st.integers(0, 2**64 - 1),
+    priority=st.integers(-(2**31), 2**31 - 1),
+    on_miss=st.integers(0, 5),
+    model=st.sampled_from(["", "emoji", "wan", "nope"]),
+)
+def test_completed_or_refused_and_completing_twice_changes_nothing(
+    prompt: str,
+    width: int,
+    height: int,
+    steps: int,
+    guidance: float | None,
+    deadline_us: int,
+    priority: int,
+    on_miss: int,
+    model: str,
+) -> None:
+    asked = request(prompt, model=model, steps=steps, guidance=guidance, priority=priority)
+    _set(asked.spec.shape, width=width, height=height)
+    _set(asked.slo, deadline_us=deadline_us, on_miss=on_miss)
+    try:
+        whole = completed(asked, MODELS)
+    except InvalidRequest as error:
+        assert error.violations
+        assert all("allowed: " in violation.description for violation in error.violations)
+        return
+    served = next(m for m in MODELS if m.name == whole.spec.model)
+    shape = whole.spec.shape
+    sizes = {(s.width, s.height, s.frames or 1) for s in served.shapes}
+    assert (shape.width, shape.height, shape.frames) in sizes
+    assert served.steps_min <= whole.spec.steps <= served.steps_max
+    assert completed(whole, MODELS) == whole
+
+
+def _set(message: object, **fields: object) -> None:
+    for name, value in fields.items():
+        setattr(message, name, value)

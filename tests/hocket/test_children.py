@@ -1,0 +1,162 @@
+"""Child processes: watched, stopped in order, none left behind. The children are small scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hocket.children import Child, Children, is_error, readable, stop_leftovers
+from hocket.errors import MeshStopped
+from hocket.launcher import MeshPlan, mesh
+
+READY = "import signal, sys; print('ready', flush=True); "
+OBEDIENT = READY + "signal.pause()"
+GRANDPARENT = (
+    "import subprocess, sys, signal; c = subprocess.Popen([sys.executable, '-c',"
+    " 'import signal; signal.signal(15, signal.SIG_IGN); signal.pause()']);"
+    " print(c.pid, flush=True); signal.pause()"
+)
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Polls: what is waited for happens in another process."""
+    async with asyncio.timeout(20):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+
+
+async def first_line(child: Child) -> str:
+    await until(lambda: child.log.read_text().endswith("\n"))
+    return child.log.read_text().strip()
+
+
+def gone(pid: int) -> bool:
+    """Whether the process is gone, or a zombie of somebody else."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return state.stdout.strip()[:1] in ("", "Z")
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def children(tmp_path: Path, told: list[str]) -> Children:
+    return Children(tmp_path, told.append)
+
+
+async def test_children_stop_in_order(children: Children, told: list[str], tmp_path: Path) -> None:
+    code = (
+        "import signal, sys\n"
+        "def bye(*_):\n"
+        "    open(sys.argv[1], 'a').write(sys.argv[2])\n"
+        "    sys.exit(0)\n"
+        "signal.signal(15, bye)\n"
+        "print('ready', flush=True)\n"
+        "while True: signal.pause()\n"
+    )
+    order = tmp_path / "order"
+    for name, rank in (("nats", 3), ("control", 1), ("gateway", 0), ("workers", 2)):
+        command = [*python(code), str(order), name[0]]
+        await first_line(await children.start(name, command, stop_rank=rank))
+    await children.stop()
+    assert order.read_text() == "gcwn"
+    assert told == [] and not (tmp_path / "mesh.json").exists()
+
+
+async def test_what_a_crashed_child_left_behind_is_killed(children: Children) -> None:
+    child = await children.start("workers", python(GRANDPARENT), stop_rank=0)
+    grandchild = int(await first_line(child))
+    child.process.kill()
+    await child.process.wait()
+    os.kill(grandchild, 0)
+    await children.stop()
+    await until(lambda: gone(grandchild))
+
+
+async def test_a_vital_death_is_told_and_another_is_survived(
+    children: Children, told: list[str]
+) -> None:
+    vital = await children.start("control", python(OBEDIENT), stop_rank=1)
+    pool = await children.start("workers", python(OBEDIENT), stop_rank=0, vital=False)
+    waiting = asyncio.ensure_future(children.vital_death())
+    pool.process.kill()
+    await until(lambda: told)
+    assert told[0].startswith("workers stopped unexpectedly") and not waiting.done()
+    vital.process.kill()
+    assert (await waiting).name == "control"
+    await children.stop()
+
+
+async def test_an_error_in_a_log_is_told(children: Children, told: list[str]) -> None:
+    line = '{"level":"error","message":"out of memory"}'
+    await children.start("workers", python(f"print('{line}')"), stop_rank=0)
+    await until(lambda: told)
+    assert told == ["workers | error: out of memory"]
+    await children.stop()
+
+
+async def test_leftovers_of_a_killed_launcher_are_stopped(
+    children: Children, told: list[str], tmp_path: Path
+) -> None:
+    child = await children.start("control", python(OBEDIENT), stop_rank=0)
+    await first_line(child)
+    await stop_leftovers(tmp_path, told.append)
+    assert await child.process.wait() == -signal.SIGTERM
+    assert "left by a mesh that was killed" in told[0]
+    await stop_leftovers(tmp_path, told.append)
+    assert len(told) == 1
+    await children.stop()
+
+
+async def test_a_number_taken_over_by_another_process_is_left_alone(tmp_path: Path) -> None:
+    told: list[str] = []
+    (tmp_path / "mesh.json").write_text(
+        f'[{{"name":"control","pid":{os.getpid()},"command":"something else"}}]'
+    )
+    await stop_leftovers(tmp_path, told.append)
+    assert told == []
+
+
+async def test_a_second_mesh_in_one_folder_is_refused(tmp_path: Path) -> None:
+    import fcntl
+
+    with (tmp_path / "mesh.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(MeshStopped, match="a mesh is running in"):
+            async with mesh(MeshPlan(state_dir=tmp_path, workers=1), print):
+                pass
+
+
+async def test_a_service_that_does_not_start_is_told_with_its_log(
+    tmp_path: Path, nats_url: str
+) -> None:
+    plan = MeshPlan(state_dir=tmp_path, workers=1, nats_url=nats_url, policy="best-of-all")
+    with pytest.raises(MeshStopped, match="control did not start") as caught:
+        async with mesh(plan, print):
+            pass
+    assert "best-of-all" in caught.value.message
+
+
+def test_log_lines() -> None:
+    assert is_error(b'{"level":"critical","message":"x"}\n')
+    assert not is_error(b'{"level":"warning","message":"x"}\n')
+    assert is_error(b"Traceback (most recent call last):\n")
+    assert is_error(b"[12] 2026/11/21 07:00:00 [FTL] no disk\n")
+    assert not is_error(b"anything\n")
+    assert readable('{"level":"error","message":"x","exception":"y"}') == "error: x\ny"
+    assert readable("plain") == "plain"

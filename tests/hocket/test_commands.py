@@ -1,0 +1,155 @@
+"""The command line: what it prints and what it says when it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hocket.cli import app
+from hocket.cli_common import pixels, seconds
+from hocket.cli_generate import farewell, named_size, replaced_words, target
+from hocket.demo import Run, step_runs, summary
+from hocket.errors import MeshStopped, WrongConfig
+from hocket.v1.generation_pb2 import Accepted, Finished, Progress
+from hocket.v1.types_pb2 import MediaInfo, Shape
+from tests.hocket.test_trace_view import CONTROL, GATEWAY, WORKER
+
+COMMANDS = {"up", "demo", "generate", "models", "status", "drain", "cancel", "trace", "timeline"}
+
+
+def hocket(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    texts = {"gateway-0": GATEWAY, "control-0": CONTROL, "gpuworker-w0": WORKER}
+    for name, text in texts.items():
+        (folder / f"{name}.jsonl").write_text(text)
+    return tmp_path
+
+
+def test_every_command_is_there() -> None:
+    status, told = hocket("--help")
+    assert status == 0
+    for name in [
+        "up",
+        "demo",
+        "generate",
+        "models",
+        "status",
+        "drain",
+        "cancel",
+        "trace",
+        "timeline",
+    ]:
+        assert name in told
+
+
+@pytest.mark.parametrize(
+    ("command", "service"),
+    [
+        (["generate", "a fox"], "gateway"),
+        (["models"], "gateway"),
+        (["status"], "control"),
+        (["drain", "w0"], "control"),
+        (["cancel", "r1"], "gateway"),
+    ],
+)
+def test_without_a_mesh_it_says_how_to_start_one(
+    command: list[str], service: str, tmp_path: Path
+) -> None:
+    status, told = hocket(*command, "--state-dir", str(tmp_path))
+    assert status == 1
+    assert f"no {service} is running here" in told and "run `hocket up`" in told
+
+
+def test_a_gateway_that_does_not_answer_is_told(tmp_path: Path) -> None:
+    status, told = hocket("models", "--address", "127.0.0.1:1", "--state-dir", str(tmp_path))
+    assert status == 1 and "NOT_READY" in told
+
+
+def test_trace_prints_the_timeline(state_dir: Path) -> None:
+    status, told = hocket("trace", "r1", "--state-dir", str(state_dir))
+    assert status == 0
+    assert "request r1, trace t1" in told and "dit 2/2 x2 [w0 w1]" in told
+
+
+def test_trace_without_a_name_shows_the_last_request(state_dir: Path) -> None:
+    assert "request r2" in hocket("trace", "--state-dir", str(state_dir))[1]
+
+
+def test_trace_of_an_unknown_request(state_dir: Path) -> None:
+    status, told = hocket("trace", "nobody", "--state-dir", str(state_dir))
+    assert status == 1 and "no request 'nobody' is known here" in told
+
+
+def test_timeline_writes_a_file(state_dir: Path) -> None:
+    file = state_dir / "t.json"
+    status, _ = hocket("timeline", "-o", str(file), "--state-dir", str(state_dir))
+    assert status == 0 and b"thread_name" in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "length_s"), [("5", 5.0), ("5s", 5.0), ("800ms", 0.8), ("1.5m", 90.0), ("3us", 3e-6)]
+)
+def test_durations(text: str, length_s: float) -> None:
+    assert seconds("--deadline", text) == pytest.approx(length_s)
+
+
+def test_a_wrong_duration_or_size_is_told() -> None:
+    with pytest.raises(WrongConfig, match="--deadline"):
+        seconds("--deadline", "soon")
+    with pytest.raises(WrongConfig, match="WIDTHxHEIGHT"):
+        pixels("--size", "big")
+    assert pixels("--size", "128X64") == (128, 64)
+
+
+def test_sizes_have_names() -> None:
+    shapes = [Shape(width=s, height=s) for s in (128, 64, 256)]
+    assert [named_size(n, shapes)[0] for n in ("small", "medium", "large")] == [64, 128, 256]
+    with pytest.raises(MeshStopped):
+        named_size("small", [])
+
+
+def test_a_replaced_prompt_is_named() -> None:
+    told = replaced_words("a wyvern", "a dragon")
+    assert told == "no 'wyvern' in this model's vocabulary; showing 'a dragon'"
+    assert replaced_words("A  Red Fox", "a red fox") == ""
+
+
+def test_step_runs_are_compressed() -> None:
+    steps = [Progress(step=k, steps=8, degree=1, workers=["w0"]) for k in range(1, 4)]
+    steps += [Progress(step=k, steps=8, degree=2, workers=["w0", "w1"]) for k in range(4, 8)]
+    steps += [Progress(step=8, steps=8, degree=1, workers=["w3"])]
+    assert step_runs(steps) == "steps 1-3 x1 [w0], 4-7 x2 [w0 w1], 8 x1 [w3]"
+    assert step_runs([]) == "no steps seen"
+
+
+def test_a_summary_says_what_a_person_wants_to_know() -> None:
+    run = Run("a fox", 128, 4.0, Accepted(request_id="r1"), path=Path("out/r1.png"))
+    run.finished = Finished(latency_us=2_000_000, predicted_latency_us=1_500_000, on_time=True)
+    told = summary(run)
+    for part in ("128x128 'a fox'", "r1", "predicted 1.50 s, took 2.00 s", "kept", "out/r1.png"):
+        assert part in told
+    run.finished.on_time = False
+    assert "MISSED" in summary(run)
+
+
+def test_the_last_lines_of_generate() -> None:
+    accepted = Accepted(request_id="r1", predicted_latency_us=1_000_000)
+    finished = Finished(latency_us=1_200_000, on_time=True, degree_changes=2)
+    told = farewell(accepted, finished, Path("x.png"))
+    assert "took 1.20 s, predicted 1.00 s, on time, 2 degree changes" in told
+    assert "hocket trace r1" in told
+
+
+def test_results_are_named_by_request_and_kind() -> None:
+    video = MediaInfo(media_type="video/mp4")
+    assert target(None, "r1", video) == Path("out/r1.mp4")
+    assert target(Path("x"), "r1", video) == Path("x")
