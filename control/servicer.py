@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from weakref import WeakValueDictionary
 
 import grpc
 from opentelemetry.trace import Tracer
@@ -55,7 +56,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self._tracer = tracer
         self._policy = policy
         self._open_max = requests_open_max
-        self._admitting = asyncio.Lock()
+        self._admitting: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._membership = asyncio.Condition()
 
     async def Submit(
@@ -67,7 +68,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             span.set_attribute(spans.REQUEST, request.request_id)
             if not request.request.idempotency_key:
                 return await self._admit(request)
-            async with self._admitting:  # two calls with one key must not both be new
+            # Two calls with one key must not both be new.
+            key = f"{request.request.tenant}/{request.request.idempotency_key}"
+            async with self._admitting.setdefault(key, asyncio.Lock()):
                 known = self._records.same_key(request)
                 return _repeat(known) if known is not None else await self._admit(request)
 

@@ -179,6 +179,7 @@ class Agent:
             transfer_time_us=_side_us(note, spans.TRANSFER),
             media=media,
             report_sequence=self._reports,
+            resolved_prompt=note.resolved_prompt,
         )
         if note.suspects:
             report.failure.metadata["suspects"] = ",".join(note.suspects)
@@ -187,6 +188,7 @@ class Agent:
 
     def _trace(self, note: RunNote) -> None:
         assignment = note.assignment
+        denoising = assignment.node == "dit"
         for member in assignment.batch:
             common: dict[str, str | int | list[str]] = {
                 spans.REQUEST: member.request_id,
@@ -214,8 +216,8 @@ class Agent:
                     parent=member.traceparent,
                     attributes={
                         **common,
-                        spans.STEP_INDEX: step.step + 1,
-                        spans.STEPS: member.steps_total,
+                        spans.STEP_INDEX: step.step + 1 if denoising else 1,
+                        spans.STEPS: member.steps_total if denoising else 1,
                         spans.PREDICTED_US: assignment.predicted_step_time_us,
                         spans.SEQUENCE: assignment.sequence,
                     },

@@ -147,7 +147,8 @@ class Engine:
         )
         self._shelf.put(member.request_id, state)
         run.steps.append(began.step(0))
-        return self._note(run, 0, last=True)
+        given = self._card(run).resolve(spec.prompt)
+        return self._note(run, 0, last=True, resolved_prompt=given if given != spec.prompt else "")
 
     def _denoise(self, run: _Run, state: LatentState, listener: Listener) -> RunNote:
         card, request = self._card(run), run.member.request_id
@@ -306,6 +307,7 @@ class Engine:
         last: bool = False,
         content: bytes | None = None,
         media_info: types_pb2.MediaInfo | None = None,
+        resolved_prompt: str = "",
     ) -> RunNote:
         note = RunNote(
             assignment=run.assignment,
@@ -315,6 +317,7 @@ class Engine:
             last=last,
             media=content,
             media_info=media_info,
+            resolved_prompt=resolved_prompt,
         )
         run.steps.clear()
         run.sides.clear()

@@ -69,6 +69,7 @@ class RunNote:
     suspects: tuple[str, ...] = ()
     media: bytes | None = None
     media_info: types_pb2.MediaInfo | None = None
+    resolved_prompt: str = ""  # by an encode node, where it is not the one asked for
 
 
 Listener = Callable[[RunNote], None]

@@ -166,7 +166,7 @@ def model_info(facts: CardFacts) -> generation_pb2.ModelInfo:
         steps_min=facts.steps_min,
         steps_max=facts.steps_max,
         steps_default=facts.steps_default,
-        guidance_kind=facts.guidance,
+        guidance_kind="cfg" if facts.guidance == "true_cfg" else facts.guidance,
         guidance_min=facts.guidance_min,
         guidance_max=facts.guidance_max,
         guidance_default=facts.guidance_default,

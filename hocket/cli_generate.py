@@ -181,14 +181,17 @@ async def _show(client: HocketClient, wanted: GenerateRequest, output: Path | No
                 match event:
                     case Accepted():
                         accepted = event
-                        live.console.print(_greeting(accepted, wanted))
+                        live.console.print(_greeting(accepted))
                     case Progress():
                         line.plain = describe(event)
+                        shown = event.resolved_prompt
+                        if shown and (told := replaced_words(wanted.spec.prompt, shown)):
+                            live.console.print(told)
                         bar.update(completed=event.step, total=max(event.steps, 1))
                     case Degraded():
                         spec = event.effective_spec
-                        told = f"{spec.steps} steps at {spec.shape.width}x{spec.shape.height}"
-                        live.console.print(f"to be on time: {told}")
+                        cheaper = f"{spec.steps} steps at {spec.shape.width}x{spec.shape.height}"
+                        live.console.print(f"to be on time: {cheaper}")
                     case MediaChunk():
                         whole += event.data
                     case Finished():
@@ -197,7 +200,7 @@ async def _show(client: HocketClient, wanted: GenerateRequest, output: Path | No
                         live.console.print(farewell(accepted, event, path))
 
 
-def _greeting(accepted: Accepted, wanted: GenerateRequest) -> str:
+def _greeting(accepted: Accepted) -> str:
     spec = accepted.effective_spec
     late = "" if accepted.predicted_on_time else ", later than its deadline"
     lines = [
@@ -206,8 +209,7 @@ def _greeting(accepted: Accepted, wanted: GenerateRequest) -> str:
         f"predicted {accepted.predicted_latency_us / 1e6:.2f} s{late}; "
         f"{accepted.queue_depth} before it",
     ]
-    replaced = replaced_words(wanted.spec.prompt, spec.prompt)
-    return "\n".join([*lines, replaced] if replaced else lines)
+    return "\n".join(lines)
 
 
 def farewell(accepted: Accepted, finished: Finished, path: Path) -> str:

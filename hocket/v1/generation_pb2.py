@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from hocket.v1 import types_pb2 as hocket_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahocket/v1/generation.proto\x12\thocket.v1\x1a\x15hocket/v1/types.proto\"\xbc\x01\n\x0fGenerateRequest\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x1b\n\x03slo\x18\x02 \x01(\x0b\x32\x0e.hocket.v1.Slo\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x05 \x01(\t\x12\x10\n\x08\x64\x65tached\x18\x06 \x01(\x08\x12\x16\n\x0eprogress_every\x18\x07 \x01(\r\"\xe7\x01\n\x10GenerateResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.hocket.v1.AcceptedH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.hocket.v1.ProgressH\x00\x12&\n\x05media\x18\x03 \x01(\x0b\x32\x15.hocket.v1.MediaChunkH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12\'\n\x08\x64\x65graded\x18\x05 \x01(\x0b\x32\x13.hocket.v1.DegradedH\x00\x42\x07\n\x05\x65vent\"\xb1\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\x12\x19\n\x11predicted_on_time\x18\x03 \x01(\x08\x12\x10\n\x08trace_id\x18\x04 \x01(\t\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_spec\x18\x05 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\"\x9c\x01\n\x08Progress\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65gree\x18\x04 \x01(\r\x12\x0f\n\x07workers\x18\x05 \x03(\t\x12\x14\n\x0cstep_time_us\x18\x06 \x01(\x04\x12\x1e\n\x16predicted_step_time_us\x18\x07 \x01(\x04\x12\x0e\n\x06\x65ta_us\x18\x08 \x01(\x04\"N\n\nMediaChunk\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.hocket.v1.MediaInfo\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xad\x01\n\x08\x46inished\x12\x12\n\nlatency_us\x18\x01 \x01(\x04\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\x12\x0f\n\x07on_time\x18\x03 \x01(\x08\x12\x16\n\x0e\x64\x65gree_changes\x18\x04 \x01(\r\x12\r\n\x05moves\x18\x05 \x01(\r\x12\x12\n\nsteps_lost\x18\x06 \x01(\r\x12#\n\x05media\x18\x07 \x01(\x0b\x32\x14.hocket.v1.MediaInfo\"[\n\x08\x44\x65graded\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_spec\x18\x01 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x0e\x43\x61ncelResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.hocket.v1.ModelInfo\"\x9b\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x11\n\tworkflows\x18\x03 \x03(\t\x12 \n\x06shapes\x18\x04 \x03(\x0b\x32\x10.hocket.v1.Shape\x12\x11\n\tsteps_min\x18\x05 \x01(\r\x12\x11\n\tsteps_max\x18\x06 \x01(\r\x12\x15\n\rsteps_default\x18\x07 \x01(\r\x12\x15\n\rguidance_kind\x18\x08 \x01(\t\x12\x14\n\x0cguidance_min\x18\t \x01(\x01\x12\x14\n\x0cguidance_max\x18\n \x01(\x01\x12\x18\n\x10guidance_default\x18\x0b \x01(\x01\x12\x0f\n\x07\x64\x65grees\x18\x0c \x03(\r\x12\x10\n\x08\x65xamples\x18\r \x03(\t2\xe4\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1a.hocket.v1.GenerateRequest\x1a\x1b.hocket.v1.GenerateResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.hocket.v1.CancelRequest\x1a\x19.hocket.v1.CancelResponse\x12I\n\nListModels\x12\x1c.hocket.v1.ListModelsRequest\x1a\x1d.hocket.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahocket/v1/generation.proto\x12\thocket.v1\x1a\x15hocket/v1/types.proto\"\xbc\x01\n\x0fGenerateRequest\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x1b\n\x03slo\x18\x02 \x01(\x0b\x32\x0e.hocket.v1.Slo\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x05 \x01(\t\x12\x10\n\x08\x64\x65tached\x18\x06 \x01(\x08\x12\x16\n\x0eprogress_every\x18\x07 \x01(\r\"\xe7\x01\n\x10GenerateResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.hocket.v1.AcceptedH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.hocket.v1.ProgressH\x00\x12&\n\x05media\x18\x03 \x01(\x0b\x32\x15.hocket.v1.MediaChunkH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12\'\n\x08\x64\x65graded\x18\x05 \x01(\x0b\x32\x13.hocket.v1.DegradedH\x00\x42\x07\n\x05\x65vent\"\xb1\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\x12\x19\n\x11predicted_on_time\x18\x03 \x01(\x08\x12\x10\n\x08trace_id\x18\x04 \x01(\t\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_spec\x18\x05 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\"\xb5\x01\n\x08Progress\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65gree\x18\x04 \x01(\r\x12\x0f\n\x07workers\x18\x05 \x03(\t\x12\x14\n\x0cstep_time_us\x18\x06 \x01(\x04\x12\x1e\n\x16predicted_step_time_us\x18\x07 \x01(\x04\x12\x0e\n\x06\x65ta_us\x18\x08 \x01(\x04\x12\x17\n\x0fresolved_prompt\x18\t \x01(\t\"N\n\nMediaChunk\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.hocket.v1.MediaInfo\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xad\x01\n\x08\x46inished\x12\x12\n\nlatency_us\x18\x01 \x01(\x04\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\x12\x0f\n\x07on_time\x18\x03 \x01(\x08\x12\x16\n\x0e\x64\x65gree_changes\x18\x04 \x01(\r\x12\r\n\x05moves\x18\x05 \x01(\r\x12\x12\n\nsteps_lost\x18\x06 \x01(\r\x12#\n\x05media\x18\x07 \x01(\x0b\x32\x14.hocket.v1.MediaInfo\"[\n\x08\x44\x65graded\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_spec\x18\x01 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x0e\x43\x61ncelResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.hocket.v1.ModelInfo\"\x9b\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x11\n\tworkflows\x18\x03 \x03(\t\x12 \n\x06shapes\x18\x04 \x03(\x0b\x32\x10.hocket.v1.Shape\x12\x11\n\tsteps_min\x18\x05 \x01(\r\x12\x11\n\tsteps_max\x18\x06 \x01(\r\x12\x15\n\rsteps_default\x18\x07 \x01(\r\x12\x15\n\rguidance_kind\x18\x08 \x01(\t\x12\x14\n\x0cguidance_min\x18\t \x01(\x01\x12\x14\n\x0cguidance_max\x18\n \x01(\x01\x12\x18\n\x10guidance_default\x18\x0b \x01(\x01\x12\x0f\n\x07\x64\x65grees\x18\x0c \x03(\r\x12\x10\n\x08\x65xamples\x18\r \x03(\t2\xe4\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1a.hocket.v1.GenerateRequest\x1a\x1b.hocket.v1.GenerateResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.hocket.v1.CancelRequest\x1a\x19.hocket.v1.CancelResponse\x12I\n\nListModels\x12\x1c.hocket.v1.ListModelsRequest\x1a\x1d.hocket.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,23 +39,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACCEPTED']._serialized_start=490
   _globals['_ACCEPTED']._serialized_end=667
   _globals['_PROGRESS']._serialized_start=670
-  _globals['_PROGRESS']._serialized_end=826
-  _globals['_MEDIACHUNK']._serialized_start=828
-  _globals['_MEDIACHUNK']._serialized_end=906
-  _globals['_FINISHED']._serialized_start=909
-  _globals['_FINISHED']._serialized_end=1082
-  _globals['_DEGRADED']._serialized_start=1084
-  _globals['_DEGRADED']._serialized_end=1175
-  _globals['_CANCELREQUEST']._serialized_start=1177
-  _globals['_CANCELREQUEST']._serialized_end=1212
-  _globals['_CANCELRESPONSE']._serialized_start=1214
-  _globals['_CANCELRESPONSE']._serialized_end=1251
-  _globals['_LISTMODELSREQUEST']._serialized_start=1253
-  _globals['_LISTMODELSREQUEST']._serialized_end=1272
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1274
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1332
-  _globals['_MODELINFO']._serialized_start=1335
-  _globals['_MODELINFO']._serialized_end=1618
-  _globals['_GENERATIONSERVICE']._serialized_start=1621
-  _globals['_GENERATIONSERVICE']._serialized_end=1849
+  _globals['_PROGRESS']._serialized_end=851
+  _globals['_MEDIACHUNK']._serialized_start=853
+  _globals['_MEDIACHUNK']._serialized_end=931
+  _globals['_FINISHED']._serialized_start=934
+  _globals['_FINISHED']._serialized_end=1107
+  _globals['_DEGRADED']._serialized_start=1109
+  _globals['_DEGRADED']._serialized_end=1200
+  _globals['_CANCELREQUEST']._serialized_start=1202
+  _globals['_CANCELREQUEST']._serialized_end=1237
+  _globals['_CANCELRESPONSE']._serialized_start=1239
+  _globals['_CANCELRESPONSE']._serialized_end=1276
+  _globals['_LISTMODELSREQUEST']._serialized_start=1278
+  _globals['_LISTMODELSREQUEST']._serialized_end=1297
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1299
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1357
+  _globals['_MODELINFO']._serialized_start=1360
+  _globals['_MODELINFO']._serialized_end=1643
+  _globals['_GENERATIONSERVICE']._serialized_start=1646
+  _globals['_GENERATIONSERVICE']._serialized_end=1874
 # @@protoc_insertion_point(module_scope)

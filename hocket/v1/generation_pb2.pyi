@@ -177,6 +177,7 @@ class Progress(_message.Message):
     STEP_TIME_US_FIELD_NUMBER: _builtins.int
     PREDICTED_STEP_TIME_US_FIELD_NUMBER: _builtins.int
     ETA_US_FIELD_NUMBER: _builtins.int
+    RESOLVED_PROMPT_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Workflow node, for example "text", "dit" or "vae"."""
     step: _builtins.int
@@ -191,6 +192,10 @@ class Progress(_message.Message):
     """What had been predicted, in microseconds."""
     eta_us: _builtins.int
     """Predicted time until the finish, in microseconds."""
+    resolved_prompt: _builtins.str
+    """On the text node's message: the prompt that the model was given, where it is not the one asked for
+    (a small model's vocabulary has no word for everything).
+    """
     @_builtins.property
     def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Their names, first member first."""
@@ -206,10 +211,11 @@ class Progress(_message.Message):
         step_time_us: _builtins.int = ...,
         predicted_step_time_us: _builtins.int = ...,
         eta_us: _builtins.int = ...,
+        resolved_prompt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degree", b"degree", "eta_us", b"eta_us", "node", b"node", "predicted_step_time_us", b"predicted_step_time_us", "step", b"step", "step_time_us", b"step_time_us", "steps", b"steps", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degree", b"degree", "eta_us", b"eta_us", "node", b"node", "predicted_step_time_us", b"predicted_step_time_us", "resolved_prompt", b"resolved_prompt", "step", b"step", "step_time_us", b"step_time_us", "steps", b"steps", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -375,6 +375,7 @@ class StepReport(_message.Message):
     TRANSFER_TIME_US_FIELD_NUMBER: _builtins.int
     MEDIA_FIELD_NUMBER: _builtins.int
     REPORT_SEQUENCE_FIELD_NUMBER: _builtins.int
+    RESOLVED_PROMPT_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker that reports."""
     incarnation: _builtins.str
@@ -393,6 +394,8 @@ class StepReport(_message.Message):
     """Time spent on getting latents, before the first step."""
     report_sequence: _builtins.int
     """Raised by one with each report of an incarnation, so that a repeated one is noticed."""
+    resolved_prompt: _builtins.str
+    """By an encode node: the prompt that the model was given, where it is not the one asked for."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepResult]:
         """The jobs, in batch order."""
@@ -430,10 +433,11 @@ class StepReport(_message.Message):
         transfer_time_us: _builtins.int = ...,
         media: _types_pb2.MediaInfo | None = ...,
         report_sequence: _builtins.int = ...,
+        resolved_prompt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "media", b"media"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "group_time_us", b"group_time_us", "incarnation", b"incarnation", "last", b"last", "media", b"media", "members", b"members", "node", b"node", "report_sequence", b"report_sequence", "results", b"results", "sequence", b"sequence", "step_time_us", b"step_time_us", "term", b"term", "transfer_time_us", b"transfer_time_us", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "group_time_us", b"group_time_us", "incarnation", b"incarnation", "last", b"last", "media", b"media", "members", b"members", "node", b"node", "report_sequence", b"report_sequence", "resolved_prompt", b"resolved_prompt", "results", b"results", "sequence", b"sequence", "step_time_us", b"step_time_us", "term", b"term", "transfer_time_us", b"transfer_time_us", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
