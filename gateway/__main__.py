@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -17,14 +18,16 @@ from hocket.errors import HocketError
 
 
 def main(
-    cluster: str | None = None,
-    nats_url: str | None = None,
-    state_dir: Path | None = None,
-    listen: str | None = None,
-    control: str | None = None,
-    grace_s: float | None = None,
-    log_level: str | None = None,
-    config: Path | None = None,
+    cluster: Annotated[str | None, typer.Option(help="Name of the cluster.")] = None,
+    nats_url: Annotated[str | None, typer.Option(help="Where nats-server listens.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Run state: endpoints, traces.")] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port; port 0 picks one.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="ControlService; default: as the state folder says.")
+    ] = None,
+    grace_s: Annotated[float | None, typer.Option(help="Time for calls to end at a stop.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with a [gateway] table.")] = None,
 ) -> None:
     """Serves the public API: validation, streams of progress and media, health, reflection.
 

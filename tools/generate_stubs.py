@@ -4,7 +4,9 @@ The stubs are committed, so that neither users nor CI need the generator; a test
 into a temporary folder and compares.
 """
 
+import os
 import sys
+import sysconfig
 from pathlib import Path
 
 from grpc_tools import protoc
@@ -14,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def generate(out: Path) -> None:
     """Writes stubs of every proto file below `out`; raises RuntimeError when protoc refuses one."""
+    # protoc looks its plugins (mypy-protobuf) up on the PATH.
+    os.environ["PATH"] = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"
     protos = sorted(str(p.relative_to(ROOT / "proto")) for p in (ROOT / "proto").rglob("*.proto"))
     for name in protos:
         services = ["--grpc_python_out", str(out)] if _has_service(ROOT / "proto" / name) else []

@@ -17,35 +17,35 @@ class Thing(NamedTuple):
 
 
 _ROWS = """
-cat|cat-face|kitten,kitty
+cat|cat-face|kitten,kitty,pussycat
 dog|dog-face|puppy,hound
-fox|fox|
+fox|fox|wolf
 bear|bear|grizzly
 panda|panda|panda bear
 koala|koala|
-tiger|tiger-face|
+tiger|tiger-face|leopard
 lion|lion|
 cow|cow-face|bull
 pig|pig-face|piglet
 frog|frog|toad
 monkey|monkey-face|ape,chimp
 rabbit|rabbit-face|bunny,hare
-unicorn|unicorn|horse,pony
-chicken|chicken|hen,rooster,bird
+unicorn|unicorn|horse,pony,zebra
+chicken|chicken|hen,rooster,bird,turkey
 penguin|penguin|
 owl|owl|
-duck|duck|mallard
+duck|duck|mallard,goose,swan
 butterfly|butterfly|moth
 bee|honeybee|honeybee,wasp
 ladybug|lady-beetle|ladybird,beetle
-snail|snail|slug
+snail|snail|slug,shell
 turtle|turtle|tortoise
 tropical fish|tropical-fish|fish,goldfish
-whale|spouting-whale|dolphin
-octopus|octopus|squid
+whale|spouting-whale|dolphin,shark,orca
+octopus|octopus|squid,jellyfish
 crab|crab|
-elephant|elephant|
-dinosaur|sauropod|dino,dragon
+elephant|elephant|mammoth
+dinosaur|sauropod|dino,dragon,lizard,crocodile
 red apple|red-apple|apple
 banana|banana|
 lemon|lemon|lime
@@ -61,48 +61,48 @@ carrot|carrot|
 corn|ear-of-corn|maize,ear of corn
 avocado|avocado|
 broccoli|broccoli|
-pumpkin|jack-o-lantern|jack-o-lantern,halloween
-mushroom|mushroom|toadstool
+pumpkin|jack-o-lantern|jack-o-lantern,halloween,squash
+mushroom|mushroom|toadstool,fungus
 pizza|pizza|slice of pizza
-hamburger|hamburger|burger,cheeseburger
+hamburger|hamburger|burger,cheeseburger,sandwich
 french fries|french-fries|fries,chips
 fried egg|cooking|egg,omelette
 cheese|cheese-wedge|
 croissant|croissant|bread
-doughnut|doughnut|donut
-birthday cake|birthday-cake|cake
+doughnut|doughnut|donut,bagel
+birthday cake|birthday-cake|cake,birthday,party cake
 ice cream|soft-ice-cream|ice cream cone,gelato
-coffee|hot-beverage|cup of coffee,tea,cup of tea,espresso,cup
+coffee|hot-beverage|cup of coffee,tea,cup of tea,espresso,cup,mug,hot drink
 popcorn|popcorn|
 car|automobile|automobile,taxi,cab
-bus|bus|coach
+bus|bus|coach,van,truck,lorry
 train|locomotive|locomotive,steam train
 bicycle|bicycle|bike,cycle,scooter,motorcycle
-airplane|airplane|plane,aeroplane,jet
+airplane|airplane|plane,aeroplane,jet,aircraft
 rocket|rocket|spaceship,space rocket
 helicopter|helicopter|chopper
-sailboat|sailboat|boat,ship,sailing boat
+sailboat|sailboat|boat,ship,sailing boat,yacht
 sun|sun|sunshine
 moon|crescent-moon|crescent moon
-star|star|
+star|star|gold star
 cloud|cloud|
 rainbow|rainbow|
 snowman|snowman|
-snowflake|snowflake|snow
+snowflake|snowflake|snow,ice,winter
 fire|fire|flame
-tree|deciduous-tree|oak
+tree|deciduous-tree|oak,forest,wood
 pine tree|evergreen-tree|fir,fir tree,pine
-palm tree|palm-tree|palm
-cactus|cactus|
+palm tree|palm-tree|palm,beach,coconut tree
+cactus|cactus|desert
 sunflower|sunflower|flower,daisy
-rose|rose|
+rose|rose|red rose
 volcano|volcano|mountain
 planet|ringed-planet|saturn
 earth|globe-showing-europe-africa|globe,world
 lightning|high-voltage|lightning bolt,thunder,bolt
-house|house|home,cottage
-castle|castle|
-guitar|guitar|
+house|house|home,cottage,building,hut
+castle|castle|palace,tower
+guitar|guitar|music,violin,electric guitar
 key|key|
 lock|locked|padlock
 light bulb|light-bulb|lamp,lightbulb,bulb
@@ -112,17 +112,17 @@ balloon|balloon|
 soccer ball|soccer-ball|football,ball
 basketball|basketball|
 trophy|trophy|cup trophy,award
-crown|crown|
-diamond|gem-stone|gem,jewel
-camera|camera|
-alarm clock|alarm-clock|clock
-book|closed-book|
+crown|crown|king,queen
+diamond|gem-stone|gem,jewel,ring,crystal
+camera|camera|photo
+alarm clock|alarm-clock|clock,watch,time
+book|closed-book|red book,novel
 teddy bear|teddy-bear|teddy
-robot|robot|android
+robot|robot|android,machine
 alien|alien|
-ghost|ghost|
+ghost|ghost|spirit
 skull|skull|
-smiley|grinning-face|smiley face,smile,happy face,face
+smiley|grinning-face|smiley face,smile,happy face,face,emoji,grin
 red heart|red-heart|heart,love
 green heart|green-heart|
 blue heart|blue-heart|
