@@ -40,7 +40,8 @@ test: setup  ## all tests
 	@python -m pytest
 
 lint: setup  ## style, import contracts, protobuf lint
-	@ruff check . && ruff format --check . && lint-imports && buf lint
+	@ruff check . && ruff format --check . && lint-imports && buf lint && \
+	if git rev-parse -q --verify main >/dev/null; then buf breaking --against '.git#branch=main'; fi
 
 types: setup  ## mypy --strict
 	@mypy

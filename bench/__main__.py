@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bench import mesh_bench, profile_bench
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
@@ -18,7 +19,7 @@ from bench.sim.loop import run
 from hocket.errors import HocketError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 @app.command()
@@ -33,7 +34,7 @@ def mesh(
     with console.status("measuring: a mesh of one worker, pairs of requests, groups of 2 and 4 …"):
         found = asyncio.run(mesh_bench.measure(pairs, admissions))
     mesh_bench.write(found, out, f"python -m bench mesh --pairs {pairs} --admissions {admissions}")
-    table = Table("figure", "unit", "n", "p50", "p99", "min", "max", "aim")
+    table = Table(Column("figure", no_wrap=True), "unit", "n", "p50", "p99", "min", "max", "aim")
     for figure in found.figures:
         table.add_row(*(str(cell) for cell in figure.row().values()))
     console.print(table)

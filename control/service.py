@@ -24,7 +24,7 @@ from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.values import WorkerLost, WorkerUp
 from control.servicer import ControlServicer
-from hocket import endpoints
+from hocket import endpoints, telemetry
 from hocket.bus import Bus, Subjects
 from hocket.channels import SERVER_OPTIONS
 from hocket.clock import Clock
@@ -61,12 +61,7 @@ class Intake:
             return  # about an assignment of an earlier leader, whose numbers mean nothing here
         event = translate.to_event(report, self.driver.stamp())
         if report.HasField("failure"):
-            log.warning(
-                "assignment %d failed on %s: %s",
-                report.sequence,
-                report.worker,
-                report.failure.message,
-            )
+            self._log_failure(report)
             for suspect in getattr(event, "suspects", ()):
                 self.leases.suspect(suspect)
         if report.HasField("media"):
@@ -81,6 +76,20 @@ class Intake:
     def _left_us(self, request: str, now_us: int) -> int:
         finish_us = self.driver.scheduler.eta_us(request, now_us)
         return 0 if finish_us is None else max(0, finish_us - now_us)
+
+    def _log_failure(self, report: mesh_pb2.StepReport) -> None:
+        for result in report.results:
+            record = self.records.get(result.request_id)
+            with telemetry.within(record.traceparent if record is not None else ""):
+                log.warning(
+                    "assignment %d (%s of %s) failed on %s after step %d: %s",
+                    report.sequence,
+                    report.node,
+                    result.request_id,
+                    report.worker,
+                    result.steps_done,
+                    report.failure.message,
+                )
 
     async def _changed(self, facts: tuple[WorkerUp | WorkerLost, ...]) -> None:
         for fact in facts:

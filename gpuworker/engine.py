@@ -27,7 +27,7 @@ from gpuworker.inbox import Inbox
 from gpuworker.latents import LatentShelf
 from gpuworker.models.card import ModelCard
 from gpuworker.state import LatentState
-from hocket import spans
+from hocket import spans, telemetry
 from hocket.v1 import mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ class Engine:
         torch.set_grad_enabled(False)
         while (assignment := self._inbox.take()) is not None:
             run = _Run(assignment)
-            note = self._run(run, listener)
+            with telemetry.within(run.member.traceparent):
+                note = self._run(run, listener)
             if run.leads(self._worker) or note.failure is not None:
                 listener(note)
 

@@ -14,7 +14,8 @@ import logging
 import re
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import grpc
 import msgspec
 from opentelemetry import trace
-from opentelemetry.context import Context
+from opentelemetry.context import Context, attach, detach
 from opentelemetry.instrumentation.grpc import aio_client_interceptors, aio_server_interceptor
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -104,6 +105,16 @@ def traceparent(context: Context | None = None) -> str:
 def context_from(traceparent: str) -> Context:
     """The context that a W3C traceparent names; an empty one when it is empty or malformed."""
     return _W3C.extract({"traceparent": traceparent}, Context())
+
+
+@contextmanager
+def within(traceparent: str) -> Iterator[None]:
+    """Makes a request's trace the current one, so that log lines written inside carry its id."""
+    token = attach(context_from(traceparent))
+    try:
+        yield
+    finally:
+        detach(token)
 
 
 def trace_id(traceparent: str) -> str:

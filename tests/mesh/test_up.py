@@ -1,0 +1,59 @@
+"""`hocket up` as a user runs it: ready, used, Ctrl-C, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+WAIT_S = 120.0
+
+
+async def test_ctrl_c_leaves_no_process_and_no_port(tmp_path: Path) -> None:
+    up = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "hocket.cli",
+        "up",
+        "--workers=2",
+        f"--state-dir={tmp_path}",
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert up.stdout is not None
+    async with asyncio.timeout(WAIT_S):
+        while b"ready" not in (line := await up.stdout.readline()):
+            assert line, "it ended before it was ready"
+    children = json.loads((tmp_path / "mesh.json").read_text())
+    pids = [child["pid"] for child in children]
+    pids += [json.loads((tmp_path / f"w{i}.json").read_text())["pid"] for i in range(2)]
+    assert len(children) == 4 and all(alive(pid) for pid in pids)
+    address = json.loads((tmp_path / "gateway.json").read_text())["address"]
+    os.killpg(up.pid, signal.SIGINT)  # as the terminal does
+    async with asyncio.timeout(WAIT_S):
+        await up.communicate()
+    assert up.returncode in (0, 130)
+    assert not any(alive(pid) for pid in pids)
+    assert not await listens(address)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        _, writer = await asyncio.open_connection(host, int(port))
+    except OSError:
+        return False
+    writer.close()
+    return True
