@@ -153,8 +153,6 @@ class Scheduler:
         At its fastest degree. TetriServe section 4.2; which shape counts, the paper leaves open.
         """
         s, ledger = self._settings, self._ledger
-        if s.round_us:
-            return max(s.round_us, 2 * s.lead_us)
         slowest_us = 0
         for tracked in ledger.tracked.values():
             if tracked.jobs[DIT].state is JobState.DONE:
@@ -167,8 +165,11 @@ class Scheduler:
             }
             fastest_us = min(ledger.predict(request, DIT, d, gpus).mean_us for d in degrees)
             slowest_us = max(slowest_us, fastest_us)
-        round_us = min(s.round_us_max, max(s.round_us_min, s.step_granularity * slowest_us))
-        return max(round_us, 2 * s.lead_us)
+        wanted_us = s.round_us or min(
+            s.round_us_max, max(s.round_us_min, s.step_granularity * slowest_us)
+        )
+        # A round into which no step of some shape fits would never start that shape.
+        return max(wanted_us, slowest_us, 2 * s.lead_us)
 
     def _wants_denoising(self, forecast: Forecast) -> bool:
         """Some job has steps that nobody was given yet, and somebody could take them.

@@ -174,8 +174,7 @@ def _bind(
     steps = steps_in(
         window.end_us - max(start_us, window.start_us), step_us, straddle, choice.steps
     )
-    if steps == 0 and choice.reason == "overdue":
-        steps = 1
+    steps = max(steps, choice.steps_min)
     if steps == 0:
         return None
     placement.bind(members)

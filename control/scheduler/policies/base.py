@@ -61,6 +61,7 @@ class Choice:
     degree: int
     steps: int  # at most that many
     reason: str
+    steps_min: int = 0  # that many start even if the window is shorter than one of them
 
 
 class Policy(Protocol):

@@ -38,5 +38,6 @@ class Fixed:
             if degree > left:
                 break
             left -= degree
-            choices.append(Choice(c.request, degree, c.steps_left, "fcfs"))
+            # Not a round-based policy: a step longer than a round must start all the same.
+            choices.append(Choice(c.request, degree, c.steps_left, "fcfs", steps_min=1))
         return tuple(choices)

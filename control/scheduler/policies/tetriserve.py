@@ -172,7 +172,7 @@ class TetriServe:
             degree = c.degrees[0]
             if degree <= workers:
                 steps = max(1, c.fits(window, degree, self._straddle))
-                return [Choice(c.request, degree, steps, "overdue")]
+                return [Choice(c.request, degree, steps, "overdue", steps_min=1)]
         return []
 
     def _widen(
