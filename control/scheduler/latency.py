@@ -1,6 +1,7 @@
 """The latency model: what one call takes, as a mean and as a safe quantile.
 
     profile cell, or an estimate where there is none   x   ratio of measured to predicted, by cell
+                                                           (an unmeasured cell borrows its kin's)
 
 The ratio is the median of the last few measured ones, begun with two ones: a single outlier moves
 nothing, three equal measurements outvote the profile. Deadline arithmetic uses the safe quantile,
@@ -56,6 +57,7 @@ class LatencyModel:
         self._ratios: dict[CellKey, tuple[float, ...]] = {}
         self._base_us: dict[CellKey, int] = {}
         self._predictions: dict[CellKey, Prediction] = {}
+        self._borrowers: set[CellKey] = set()  # predicted without a measurement of their own
 
     def predict(self, key: CellKey) -> Prediction:
         """The time of one call; never fails: what nobody profiled is estimated."""
@@ -68,7 +70,7 @@ class LatencyModel:
         """One measured call."""
         ratio = min(RATIO_MAX, max(RATIO_MIN, call_us / self._base(key)))
         self._ratios[key] = (*self._ratios.get(key, PRIOR), ratio)[-WINDOW:]
-        self._predictions.pop(key, None)
+        self._forget(key)
 
     def snapshot(self) -> tuple[CellSnapshot, ...]:
         """All refined cells, sorted; `restore` takes them back."""
@@ -88,18 +90,38 @@ class LatencyModel:
         for c in cells:
             key = CellKey(c.model, c.gpu, c.node, c.shape, c.layout, c.batch)
             self._ratios[key] = tuple(c.ratios)[-WINDOW:]
-            self._predictions.pop(key, None)
+            self._forget(key)
 
     def _predict(self, key: CellKey) -> Prediction:
         base_us = self._base(key)
         ratios = self._ratios.get(key)
         if ratios is None:
-            return Prediction(base_us, round(base_us * self._settings.safe_factor))
+            self._borrowers.add(key)
+            mean_us = max(1, round(base_us * self._borrowed(key)))
+            return Prediction(mean_us, round(mean_us * self._settings.safe_factor))
         ordered = sorted(ratios)
-        mean = base_us * ordered[len(ordered) // 2]
+        mean = base_us * _middle(ratios)
         # floor: never the largest of two or more, unless the quantile is 1
         safe = base_us * ordered[int(self._settings.safe_quantile * (len(ordered) - 1))]
         return Prediction(max(1, round(mean)), max(1, round(max(mean, safe))))
+
+    def _borrowed(self, key: CellKey) -> float:
+        """The ratio of an unmeasured cell: what its measured relatives have in common.
+
+        Without it, whatever was never tried looks better than it is on a machine that is slower
+        than its profile, and jobs are widened for no gain. Other layouts of the same shape tell
+        most; other shapes of the node are asked where there is none.
+        """
+        kin = [k for k in sorted(self._ratios) if k[:3] == key[:3]]
+        same_shape = [k for k in kin if k.shape == key.shape]
+        middles = sorted(_middle(self._ratios[k]) for k in same_shape or kin)
+        return middles[(len(middles) - 1) // 2] if middles else 1.0
+
+    def _forget(self, key: CellKey) -> None:
+        self._predictions.pop(key, None)
+        self._borrowers.discard(key)
+        for borrower in [b for b in sorted(self._borrowers) if b[:3] == key[:3]]:
+            self._predictions.pop(borrower, None)
 
     def _base(self, key: CellKey) -> int:
         base_us = self._base_us.get(key)
@@ -108,6 +130,10 @@ class LatencyModel:
                 1, round(estimate_us(self._profile, key, self._settings))
             )
         return base_us
+
+
+def _middle(ratios: tuple[float, ...]) -> float:
+    return sorted(ratios)[len(ratios) // 2]
 
 
 def estimate_us(profile: Profile, key: CellKey, settings: Settings) -> float:

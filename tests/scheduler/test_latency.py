@@ -70,7 +70,6 @@ def test_measurements_outvote_the_profile_cell_by_cell(model):
     for _ in range(3):
         model.observe(key(), 111_000)
     assert model.predict(key()).mean_us == 111_000
-    assert model.predict(key(degree=2)).mean_us == 60_000
 
 
 def test_ratios_are_bounded(model):
@@ -95,3 +94,15 @@ def test_a_snapshot_restores(model):
     other.restore(model.snapshot())
     assert other.snapshot() == model.snapshot()
     assert other.predict(key()) == model.predict(key())
+
+
+def test_an_unmeasured_layout_borrows_what_its_shape_has_learned(model):
+    """A machine twice as slow as its profile is so at every degree, tried or not."""
+    narrow, wide = key(degree=1), key(degree=2)
+    before = model.predict(wide).mean_us
+    for _ in range(5):
+        model.observe(narrow, 2 * 55_500)
+    assert model.predict(wide).mean_us == pytest.approx(2 * before, rel=0.01)
+    for _ in range(5):
+        model.observe(wide, before)
+    assert model.predict(wide).mean_us == pytest.approx(before, rel=0.01)
