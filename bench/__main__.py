@@ -31,8 +31,9 @@ def mesh(
     ),
 ) -> None:
     """The mesh against the plain diffusers loop, groups, transfers, admission."""
-    with console.status("measuring: a mesh of one worker, pairs of requests, groups of 2 and 4 …"):
-        found = asyncio.run(mesh_bench.measure(pairs, admissions))
+    # No spinner: what it costs would be measured too.
+    console.print("measuring for about a minute: pairs of requests, admissions, groups of 2 and 4")
+    found = asyncio.run(mesh_bench.measure(pairs, admissions))
     mesh_bench.write(found, out, f"python -m bench mesh --pairs {pairs} --admissions {admissions}")
     table = Table(Column("figure", no_wrap=True), "unit", "n", "p50", "p99", "min", "max", "aim")
     for figure in found.figures:

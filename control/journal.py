@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+import nats.errors
 from nats.js.api import DeliverPolicy, RetentionPolicy, StreamConfig
 from nats.js.errors import KeyWrongLastSequenceError, NotFoundError
 
 from hocket.bus import Bus, Subjects
+from hocket.errors import BrokerUnavailable
 from hocket.v1 import journal_pb2
 
 _BYTES_MAX = 1 << 30  # oldest entries go first
@@ -52,12 +54,18 @@ class Journal:
         return cls(bus, subjects, await _take_term(bus, subjects))
 
     async def append(self, entry: journal_pb2.JournalEntry, message_id: str) -> None:
-        """Returns once the broker has stored the entry; a repeated `message_id` is stored once."""
-        await self._bus.jetstream.publish(
-            self._subject(entry),
-            self._numbered(entry).SerializeToString(),
-            headers={"Nats-Msg-Id": message_id},
-        )
+        """Returns once the broker has stored the entry; a repeated `message_id` is stored once.
+
+        Raises BrokerUnavailable when it does not say so in time; then nothing was promised.
+        """
+        try:
+            await self._bus.jetstream.publish(
+                self._subject(entry),
+                self._numbered(entry).SerializeToString(),
+                headers={"Nats-Msg-Id": message_id},
+            )
+        except nats.errors.Error as error:
+            raise BrokerUnavailable(url="JetStream", cause=str(error) or "no answer") from error
 
     async def note(self, entry: journal_pb2.JournalEntry) -> None:
         """Hands the entry to the broker without waiting for its disk."""

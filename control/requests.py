@@ -78,6 +78,7 @@ class Records:
     def end(self, request: str, event: mesh_pb2.RequestEvent) -> None:
         record = self._open.pop(request)
         record.ended = event
+        record.predicted_us.clear()
         self._ended[request] = record
         while len(self._ended) > self._ended_max:
             _, forgotten = self._ended.popitem(last=False)

@@ -20,7 +20,7 @@ from control.requests import Record, Records
 from control.scheduler.values import Arrived, CancelRequested, DrainRequested, Request
 from hocket import spans, telemetry
 from hocket.clock import Clock, unix_ns
-from hocket.errors import UnknownRequest, UnknownWorker, to_status
+from hocket.errors import HocketError, UnknownRequest, UnknownWorker, to_status
 from hocket.v1 import (
     control_pb2,
     control_pb2_grpc,
@@ -66,13 +66,20 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     ) -> control_pb2.SubmitResponse:
         with self._tracer.start_as_current_span(spans.ADMIT) as span:
             span.set_attribute(spans.REQUEST, request.request_id)
-            if not request.request.idempotency_key:
-                return await self._admit(request)
-            # Two calls with one key must not both be new.
-            key = f"{request.request.tenant}/{request.request.idempotency_key}"
-            async with self._admitting.setdefault(key, asyncio.Lock()):
-                known = self._records.same_key(request)
-                return _repeat(known) if known is not None else await self._admit(request)
+            try:
+                return await self._admit_once(request)
+            except HocketError as error:
+                await context.abort_with_status(to_status(error))
+                raise AssertionError("abort_with_status raises") from error
+
+    async def _admit_once(self, request: control_pb2.SubmitRequest) -> control_pb2.SubmitResponse:
+        if not request.request.idempotency_key:
+            return await self._admit(request)
+        # Two calls with one key must not both be new.
+        key = f"{request.request.tenant}/{request.request.idempotency_key}"
+        async with self._admitting.setdefault(key, asyncio.Lock()):
+            known = self._records.same_key(request)
+            return _repeat(known) if known is not None else await self._admit(request)
 
     async def CancelRequest(
         self,

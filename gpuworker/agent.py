@@ -16,6 +16,7 @@ import io
 import logging
 import secrets
 
+from nats.js.api import ObjectStoreConfig
 from nats.js.errors import NotFoundError
 from nats.js.object_store import ObjectStore
 from opentelemetry.trace import Tracer
@@ -28,6 +29,9 @@ from hocket.clock import Clock, unix_ns
 from hocket.v1 import mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)
+
+_MEDIA_KEPT_S = 24 * 3600.0  # finished media can be fetched again for a day …
+_MEDIA_BYTES_MAX = 8 << 30  # … or until so much newer has been stored
 
 
 class Agent:
@@ -229,7 +233,10 @@ async def media_store(bus: Bus, subjects: Subjects) -> ObjectStore:
     try:
         return await bus.jetstream.object_store(subjects.media_bucket)
     except NotFoundError:
-        return await bus.jetstream.create_object_store(subjects.media_bucket)
+        config = ObjectStoreConfig(
+            bucket=subjects.media_bucket, ttl=_MEDIA_KEPT_S, max_bytes=_MEDIA_BYTES_MAX
+        )
+        return await bus.jetstream.create_object_store(subjects.media_bucket, config)
 
 
 def _side_us(note: RunNote, name: str) -> int:
