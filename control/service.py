@@ -16,6 +16,7 @@ from control.config import ControlSettings, profile_csv, scheduler_settings
 from control.driver import Driver
 from control.journal import Journal
 from control.leases import Leases
+from control.lost_messages import LostMessages
 from control.publisher import Publisher
 from control.recovery import recover
 from control.requests import Records
@@ -49,9 +50,16 @@ class Intake:
     servicer: ControlServicer
     records: Records
     health: health.aio.HealthServicer
+    lost_messages: LostMessages
 
     async def heartbeat(self, beat: mesh_pb2.Heartbeat) -> None:
-        await self._changed(self.leases.heartbeat(beat, self.driver.stamp()))
+        now_us = self.driver.stamp()
+        await self._changed(self.leases.heartbeat(beat, now_us))
+        for lost in self.lost_messages.check(beat, self.driver.scheduler.outstanding(), now_us):
+            log.warning(
+                "assignment %d never reached %s, or its report us", lost.sequence, beat.worker
+            )
+            self.driver.post(lost)
 
     async def expire(self) -> None:
         await self._changed(self.leases.expire(self.driver.stamp()))
@@ -154,7 +162,14 @@ async def _lead(
         )
     )
     intake = Intake(
-        journal.term, leases, driver, publisher, servicer, records, health.aio.HealthServicer()
+        journal.term,
+        leases,
+        driver,
+        publisher,
+        servicer,
+        records,
+        health.aio.HealthServicer(),
+        LostMessages(journal.term),
     )
     server, port = await _listen(settings, told, servicer, intake)
     await bus.subscribe(subjects.heartbeat("*"), mesh_pb2.Heartbeat, intake.heartbeat)

@@ -15,7 +15,9 @@ import hashlib
 import io
 import logging
 import secrets
+from contextlib import suppress
 
+import nats.errors
 from nats.js.api import ObjectStoreConfig
 from nats.js.errors import NotFoundError
 from nats.js.object_store import ObjectStore
@@ -30,6 +32,7 @@ from hocket.v1 import mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)
 
+_GOODBYE_S = 1.0
 _MEDIA_KEPT_S = 24 * 3600.0  # finished media can be fetched again for a day …
 _MEDIA_BYTES_MAX = 8 << 30  # … or until so much newer has been stored
 
@@ -57,7 +60,7 @@ class Agent:
         self._notes: asyncio.Queue[RunNote] = asyncio.Queue()
         self._beats = 0
         self._reports = 0
-        self._uploads: set[asyncio.Task[None]] = set()
+        self._storing: set[int] = set()  # assignments whose media are on their way to the store
 
     async def run(self) -> None:
         """Serves until cancelled; then says goodbye, so that the lease ends at once."""
@@ -115,11 +118,15 @@ class Agent:
             assignment_sequence=sequence,
             leaving=leaving,
             host=self._settings.host,
+            pending_sequences=sorted({*self._executor.pending(), *self._storing}),
         )
 
     async def _say_goodbye(self) -> None:
-        await self._bus.publish(self._subjects.heartbeat(self.name), self._heartbeat(leaving=True))
-        await self._bus.flush()
+        goodbye = self._heartbeat(leaving=True)
+        with suppress(nats.errors.Error, OSError, TimeoutError):  # the lease ends by itself too
+            async with asyncio.timeout(_GOODBYE_S):
+                await self._bus.publish(self._subjects.heartbeat(self.name), goodbye)
+                await self._bus.flush()
 
     # ------------------------------------------------------------------------------------------
     # reports
@@ -131,6 +138,7 @@ class Agent:
                 if note.media is None:
                     await self._report(note)
                 else:
+                    self._storing.add(note.assignment.sequence)
                     uploads.create_task(self._store_and_report(note))
 
     async def _store_and_report(self, note: RunNote) -> None:
@@ -157,6 +165,7 @@ class Agent:
             },
         )
         await self._report(note, info)
+        self._storing.discard(note.assignment.sequence)
 
     async def _report(self, note: RunNote, media: types_pb2.MediaInfo | None = None) -> None:
         assignment = note.assignment

@@ -137,6 +137,9 @@ class EmulatedExecutor:
     def progress(self) -> tuple[int, int]:
         return self._inbox.term, self._inbox.sequence
 
+    def pending(self) -> tuple[int, ...]:
+        return self._inbox.pending()
+
     async def offer_latent(self, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
         return mesh_pb2.LatentReply(
             failure=types_pb2.Failure(reason="EMULATED", message="emulated workers hold no latents")
@@ -153,10 +156,10 @@ class EmulatedExecutor:
             if assignment is None:
                 self._arrived.clear()
                 await self._arrived.wait()
-            elif assignment.group.members[0] == self._worker:
-                await self._lead(assignment, listener)
             else:
-                await self._follow(assignment)
+                leads = assignment.group.members[0] == self._worker
+                await (self._lead(assignment, listener) if leads else self._follow(assignment))
+                self._inbox.done(assignment)
 
     async def _lead(self, assignment: mesh_pb2.Assignment, listener: Listener) -> None:
         host, member = self._host, assignment.batch[0]

@@ -101,6 +101,7 @@ class Engine:
                 note = self._run(run, listener)
             if run.leads(self._worker) or note.failure is not None:
                 listener(note)
+            self._inbox.done(assignment)
 
     def _run(self, run: _Run, listener: Listener) -> RunNote:
         try:

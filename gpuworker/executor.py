@@ -106,6 +106,9 @@ class Executor(Protocol):
     def progress(self) -> tuple[int, int]:
         """(term, highest assignment sequence received), for the heartbeat."""
 
+    def pending(self) -> tuple[int, ...]:
+        """Assignments of the term that were received and are not over, by sequence number."""
+
     async def offer_latent(self, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
         """Makes a latent ready to be fetched, waiting for its step to end if need be."""
 

@@ -34,6 +34,7 @@ class Inbox:
         self._waiting: list[mesh_pb2.Assignment] = []
         self._marks: dict[str, StopMark] = {}
         self._closed = False
+        self._pending: set[tuple[int, int]] = set()  # (term, sequence) received and not over
         self.term = 0
         self.sequence = 0  # highest one received in this term
         self.refused = 0  # messages of an older term
@@ -50,6 +51,7 @@ class Inbox:
                 self.term, self.sequence = term, 0
                 self._waiting.clear()
                 self._marks.clear()
+                self._pending.clear()
             return True
 
     def put(self, assignment: mesh_pb2.Assignment) -> None:
@@ -58,7 +60,18 @@ class Inbox:
                 return  # delivered twice
             self.sequence = assignment.sequence
             self._waiting.append(assignment)
+            self._pending.add((self.term, assignment.sequence))
             self._changed.notify_all()
+
+    def done(self, assignment: mesh_pb2.Assignment) -> None:
+        """The assignment is over, well or not."""
+        with self._changed:
+            self._pending.discard((assignment.term, assignment.sequence))
+
+    def pending(self) -> tuple[int, ...]:
+        """Sequence numbers of the current term that were received and are not over."""
+        with self._changed:
+            return tuple(sorted(seq for term, seq in self._pending if term == self.term))
 
     def truncate(self, request: str, mark: StopMark) -> None:
         with self._changed:

@@ -102,6 +102,9 @@ class TorchExecutor:
     def progress(self) -> tuple[int, int]:
         return self._inbox.term, self._inbox.sequence
 
+    def pending(self) -> tuple[int, ...]:
+        return self._inbox.pending()
+
     async def offer_latent(self, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
         return await asyncio.get_running_loop().run_in_executor(
             self._offering, self._shelf.offer, asked

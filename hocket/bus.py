@@ -179,7 +179,8 @@ class Bus:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if not self._client.is_closed:
-            await self._client.close()
+            with suppress(OSError):  # a broker that is gone takes no goodbye
+                await self._client.close()
 
     def _own(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -202,7 +203,10 @@ class Bus:
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, SlowConsumerError):
             self.drops += 1
-        log.warning("broker: %s", error)
+        # Each failed try to reconnect is no news; the loss itself was told.
+        log.log(
+            logging.DEBUG if isinstance(error, OSError) else logging.WARNING, "broker: %s", error
+        )
 
     async def _on_disconnect(self) -> None:
         if not self._client.is_closed:

@@ -15,6 +15,8 @@ from .values import TEXT, Assignment, AssignmentFailed, Ended, JobProgress, Outc
 
 # The reporter asked the named holders in vain: they do not have what we believed they had.
 LATENT_MISSING = "LATENT_MISSING"
+# A message was lost on its way (the broker restarted, say): nobody's fault, and no strike.
+MESSAGE_LOST = "MESSAGE_LOST"
 
 
 def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
@@ -66,6 +68,7 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
         if (
             member is not None
             and not fact.suspects
+            and fact.reason != MESSAGE_LOST
             and _struck_out(ledger, tracked, assignment.node)
         ):
             ended.append(ledger.end(tracked, Outcome.FAILED, fact.at_us, fact.reason))

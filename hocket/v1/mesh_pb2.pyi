@@ -40,6 +40,7 @@ class Heartbeat(_message.Message):
     ASSIGNMENT_SEQUENCE_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    PENDING_SEQUENCES_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     incarnation: _builtins.str
@@ -68,6 +69,12 @@ class Heartbeat(_message.Message):
     def latents(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLatent]:
         """Latents it holds."""
 
+    @_builtins.property
+    def pending_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Assignments of that term which it has received and whose end it has not yet reported. Control takes
+        one that stays absent for lost on the way, and plans its steps anew.
+        """
+
     def __init__(
         self,
         *,
@@ -82,10 +89,11 @@ class Heartbeat(_message.Message):
         assignment_sequence: _builtins.int = ...,
         leaving: _builtins.bool = ...,
         host: _builtins.str = ...,
+        pending_sequences: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_sequence", b"assignment_sequence", "device", b"device", "host", b"host", "incarnation", b"incarnation", "latents", b"latents", "leaving", b"leaving", "models", b"models", "sequence", b"sequence", "store_address", b"store_address", "term", b"term", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_sequence", b"assignment_sequence", "device", b"device", "host", b"host", "incarnation", b"incarnation", "latents", b"latents", "leaving", b"leaving", "models", b"models", "pending_sequences", b"pending_sequences", "sequence", b"sequence", "store_address", b"store_address", "term", b"term", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

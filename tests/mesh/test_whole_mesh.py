@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ PROMPT = "a fox on a green background"
 GUIDANCE = 2.0
 WAIT_S = 120.0
 STEPS_LONG = 60
+BROKERS: list[asyncio.subprocess.Process] = []  # started in place of the mesh's own
 
 
 class Called:
@@ -99,6 +101,9 @@ async def running(state_dir: Path) -> AsyncIterator[RunningMesh]:
     plan = MeshPlan(state_dir=state_dir, workers=4, log_level="warning")
     async with mesh(plan, lambda _: None) as started:
         yield started
+    for broker in BROKERS:
+        broker.terminate()
+        await broker.wait()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -214,6 +219,26 @@ async def test_the_journal_replays_to_the_same_plans(running: RunningMesh) -> No
     arrival = next(e for e in entries if '"arrived"' in e.observed_json)
     arrival.observed_json = arrival.observed_json.replace('"width":', '"width":1')
     assert replay(entries).differing
+
+
+async def test_a_broker_that_dies_and_comes_back_loses_no_request(
+    client: HocketClient, state_dir: Path
+) -> None:
+    """kill -9 of nats-server mid-request: everyone reconnects, what got lost is planned anew."""
+    call = Called()
+    task = asyncio.ensure_future(call.run(client, asked(128, STEPS_LONG, 7)))
+    async with asyncio.timeout(WAIT_S):
+        await call.denoising.wait()
+    children = json.loads((state_dir / "mesh.json").read_text())
+    broker = next(child for child in children if "nats-server" in child["command"])
+    os.kill(broker["pid"], signal.SIGKILL)
+    second = await asyncio.create_subprocess_exec(
+        *broker["command"].split(), stderr=asyncio.subprocess.DEVNULL
+    )
+    BROKERS.append(second)
+    await task
+    assert call.finished is not None
+    assert levels_apart(call.picture, plain_picture(128, STEPS_LONG, 7)) <= 1
 
 
 async def test_a_new_leader_takes_up_what_the_old_one_had_accepted(
