@@ -19,7 +19,10 @@ help:  ## this list
 setup: $(STAMP)  ## makes .venv with everything (TORCH_SPEC=… for another torch build)
 
 $(STAMP): pyproject.toml
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Hocket needs Python 3.11 or newer: make PYTHON=/path/to/python3 …"; exit 1; }
+	@test -x $(BIN)/python || { echo "setting up 1/3: $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "setting up 2/3: torch and the rest (1.5 GB unpacked; 1 to 3 minutes the first time)"
 	@if command -v uv >/dev/null; then \
 	  export UV_COMPILE_BYTECODE=1 VIRTUAL_ENV=$(CURDIR)/$(VENV); \
 	  uv pip install "$(TORCH_SPEC)" && uv pip install -e ".[dev]"; \
@@ -28,6 +31,7 @@ $(STAMP): pyproject.toml
 	  PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pip install -q -e ".[dev]"; \
 	fi
 	@if command -v nvidia-smi >/dev/null; then $(BIN)/python -m pip install -q -e ".[cuda]"; fi
+	@echo "setting up 3/3: done"
 	@touch $@
 
 demo: setup  ## the whole mesh on this machine; makes pictures at three sizes, then stops

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import pytest
 from hocket.children import Child, Children, is_error, readable, stop_leftovers
 from hocket.errors import MeshStopped
 from hocket.launcher import MeshPlan, mesh
+from tests.waiting import alive, until
 
 READY = "import signal, sys; print('ready', flush=True); "
 OBEDIENT = READY + "signal.pause()"
@@ -29,24 +28,13 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Polls: what is waited for happens in another process."""
-    async with asyncio.timeout(20):
-        while True:
-            if condition():
-                return
-            await asyncio.sleep(0.01)
-
-
 async def first_line(child: Child) -> str:
     await until(lambda: child.log.read_text().endswith("\n"))
     return child.log.read_text().strip()
 
 
 def gone(pid: int) -> bool:
-    """Whether the process is gone, or a zombie of somebody else."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
-    return state.stdout.strip()[:1] in ("", "Z")
+    return not alive(pid)
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from tests.waiting import alive
+
 WAIT_S = 120.0
 
 
@@ -39,14 +41,6 @@ async def test_ctrl_c_leaves_no_process_and_no_port(tmp_path: Path) -> None:
     assert up.returncode in (0, 130)
     assert not any(alive(pid) for pid in pids)
     assert not await listens(address)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 async def listens(address: str) -> bool:

@@ -25,9 +25,10 @@ from hocket import endpoints, spans
 from hocket.client import HocketClient
 from hocket.errors import InvalidRequest
 from hocket.launcher import MeshPlan, RunningMesh, mesh
-from hocket.span_file import read_spans
+from hocket.span_file import SpanRecord, read_spans
 from hocket.v1.generation_pb2 import Accepted, Finished, GenerateRequest, MediaChunk, Progress
 from hocket.v1.types_pb2 import GenerationSpec, Shape, Slo
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -130,14 +131,14 @@ async def test_a_request_is_one_trace_down_to_each_step(
 ) -> None:
     call = await Called().run(client, asked(64, 5, 1))
     assert call.accepted is not None
-    async with asyncio.timeout(WAIT_S):
-        while True:
-            found = [
-                s for s in read_spans(state_dir / "traces") if s.trace_id == call.accepted.trace_id
-            ]
-            if {s.name for s in found} >= {spans.GENERATE, spans.ADMIT, spans.QUEUE, spans.STEP}:
-                break
-            await asyncio.sleep(0)
+    wanted = {spans.GENERATE, spans.ADMIT, spans.QUEUE, spans.STEP}
+    name = call.accepted.trace_id
+
+    def recorded() -> list[SpanRecord]:
+        return [s for s in read_spans(state_dir / "traces") if s.trace_id == name]
+
+    await until(lambda: {s.name for s in recorded()} >= wanted)
+    found = recorded()
     steps = [s for s in found if s.name == spans.STEP and s.attributes[spans.NODE] == "dit"]
     assert sorted(int(str(s.attributes[spans.STEP_INDEX])) for s in steps) == [1, 2, 3, 4, 5]
     assert {s.service for s in found} == {"gateway", "control", "gpuworker"}

@@ -85,7 +85,6 @@ def test_a_planted_fault_is_seen(pool: Pool, family: str, request: pytest.Fixtur
     assert level_error(frames, reference) > 1
 
 
-@pytest.mark.skipif(not (EMOJI / "card.json").exists(), reason="the shipped model is not there")
 def test_the_shipped_model_equals_the_plain_loop(pool: Pool) -> None:
     reference = emoji_reference(width=64, height=64, steps=4, seed=5)
     check(pool, reference, [((0,), 1), ((1, 0), 1), ((2, 3, 0, 1), 1), ((3,), 1)])
