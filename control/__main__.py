@@ -15,7 +15,7 @@ from control.service import serve
 from hocket import telemetry
 from hocket.clock import SystemClock
 from hocket.config import load_or_exit
-from hocket.errors import BrokerUnavailable, WrongConfig
+from hocket.errors import HocketError
 
 
 def main(
@@ -56,7 +56,7 @@ def main(
     }
     try:
         asyncio.run(_run(load_or_exit(ControlSettings, options, config)))
-    except (BrokerUnavailable, WrongConfig) as error:
+    except HocketError as error:
         print(f"control: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
 

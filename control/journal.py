@@ -53,6 +53,13 @@ class Journal:
         )
         return cls(bus, subjects, await _take_term(bus, subjects))
 
+    async def raise_term(self, above: int) -> None:
+        """Sees to it that the next leader's term is higher than `above`."""
+        store = await self._bus.jetstream.key_value(self._subjects.leader_bucket)
+        revision = self.term
+        while revision < above:
+            revision = await store.put("leader", b"")
+
     async def append(self, entry: journal_pb2.JournalEntry, message_id: str) -> None:
         """Returns once the broker has stored the entry; a repeated `message_id` is stored once.
 

@@ -20,7 +20,6 @@ class Lease:
     heartbeat: mesh_pb2.Heartbeat  # the newest one
     seen_us: int
     suspect: bool = False  # a peer reported trouble with it since its last heartbeat
-    draining: bool = False
 
 
 class Leases:
@@ -31,6 +30,7 @@ class Leases:
     def __init__(self, lease_us: int) -> None:
         self._lease_us = lease_us
         self._leases: dict[str, Lease] = {}
+        self._draining: set[str] = set()  # wishes outlive a lease: they are the operator's
 
     @property
     def alive(self) -> Mapping[str, Lease]:
@@ -60,8 +60,13 @@ class Leases:
             self._leases[worker].suspect = True
 
     def drain(self, worker: str, draining: bool) -> None:
-        if worker in self._leases:
-            self._leases[worker].draining = draining
+        if draining:
+            self._draining.add(worker)
+        else:
+            self._draining.discard(worker)
+
+    def is_draining(self, worker: str) -> bool:
+        return worker in self._draining
 
     def next_expiry_us(self) -> int | None:
         ends = [lease.seen_us + self._lease_us for lease in self._leases.values()]

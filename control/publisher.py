@@ -80,11 +80,11 @@ class Publisher:
             self._trace(plan, assignment)
 
     async def progressed(self, report: mesh_pb2.StepReport, eta_us: dict[str, int]) -> None:
-        """Tells the callers of a report's requests how far they are."""
+        """Tells callers how far their requests are; `eta_us` names those that shall hear."""
         denoising = report.node == values.DIT
         for result in report.results:
             record = self._records.get(result.request_id)
-            if record is None or record.ended is not None or not report.step_time_us:
+            if record is None or record.id not in eta_us or not report.step_time_us:
                 continue
             progress = generation_pb2.Progress(
                 node=report.node,
@@ -94,7 +94,7 @@ class Publisher:
                 workers=report.members,
                 step_time_us=report.step_time_us[-1],
                 predicted_step_time_us=record.predicted_us.get(report.sequence, 0),
-                eta_us=eta_us.get(result.request_id, 0),
+                eta_us=eta_us[record.id],
                 resolved_prompt=report.resolved_prompt,
             )
             await self._tell(record, mesh_pb2.RequestEvent(request_id=record.id, progress=progress))

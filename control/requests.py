@@ -24,6 +24,8 @@ class Record:
     events: int = 0  # request events published so far
     first_run: bool = False  # an assignment was published
     last_run_sequence: int = -1
+    estimated_us: int = -(1 << 60)  # when its finish was last estimated
+    finish_us: int = 0  # that estimate
     media: types_pb2.MediaInfo | None = None
     ended: mesh_pb2.RequestEvent | None = None
     predicted_us: dict[int, int] = field(default_factory=dict)  # step time, by assignment
@@ -80,6 +82,8 @@ class Records:
         record.ended = event
         record.predicted_us.clear()
         self._ended[request] = record
+        if event.HasField("cancelled"):  # whoever asks again wants it made, not refused
+            self._by_key.pop(_key(record.submit), None)
         while len(self._ended) > self._ended_max:
             _, forgotten = self._ended.popitem(last=False)
             self._by_key.pop(_key(forgotten.submit), None)

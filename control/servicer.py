@@ -79,7 +79,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         key = f"{request.request.tenant}/{request.request.idempotency_key}"
         async with self._admitting.setdefault(key, asyncio.Lock()):
             known = self._records.same_key(request)
-            return _repeat(known) if known is not None else await self._admit(request)
+            if known is None:
+                return await self._admit(request)
+            return _repeat(known) if _same_wish(known.submit, request) else _key_reused(request)
 
     async def CancelRequest(
         self,
@@ -206,7 +208,13 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         workers = []
         for name, lease in sorted(self._leases.alive.items()):
             device = lease.heartbeat.device
-            state = "suspect" if lease.suspect else "draining" if lease.draining else "alive"
+            state = (
+                "suspect"
+                if lease.suspect
+                else "draining"
+                if self._leases.is_draining(name)
+                else "alive"
+            )
             workers.append(
                 control_pb2.WorkerStatus(
                     name=name,
@@ -239,6 +247,28 @@ def _repeat(record: Record) -> control_pb2.SubmitResponse:
         answer.rejected.reason = "CANCELLED"
         answer.rejected.message = "the first request with this idempotency key was cancelled"
     return answer
+
+
+def _same_wish(first: control_pb2.SubmitRequest, again: control_pb2.SubmitRequest) -> bool:
+    """Whether two calls ask for the same; where no seed was given, each call drew its own."""
+    wishes = []
+    for submit in (first, again):
+        wish = generation_pb2.GenerateRequest()
+        wish.CopyFrom(submit.request)
+        wish.spec.ClearField("seed")
+        wish.ClearField("progress_every")
+        wishes.append(wish)
+    return wishes[0] == wishes[1]
+
+
+def _key_reused(submit: control_pb2.SubmitRequest) -> control_pb2.SubmitResponse:
+    return _rejected(
+        submit,
+        types_pb2.Failure(
+            reason="IDEMPOTENCY_KEY_REUSED",
+            message="idempotency_key: an earlier call with this key asked for something else",
+        ),
+    )
 
 
 def _rejected(

@@ -8,7 +8,6 @@ from control.requests import Record
 from control.scheduler import values
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
-_FAILURE_NEVER_SUSPECTS = frozenset({"MODEL_ERROR", "OUT_OF_MEMORY", "LATENT_MISSING"})
 _COLLECTIVE_TIMEOUT_STEPS = 8  # a collective counts as hung after this many predicted step times …
 _COLLECTIVE_TIMEOUT_MIN_US = 5_000_000  # … but never sooner than this
 
@@ -63,12 +62,8 @@ def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
 
 
 def _suspects(report: mesh_pb2.StepReport) -> tuple[str, ...]:
-    if report.failure.reason in _FAILURE_NEVER_SUSPECTS:
-        return ()
     named = report.failure.metadata.get("suspects", "")
-    if named:
-        return tuple(named.split(","))
-    return tuple(member for member in report.members if member != report.worker)
+    return tuple(named.split(",")) if named else ()
 
 
 def to_assignment(

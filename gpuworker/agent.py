@@ -18,6 +18,7 @@ import secrets
 from contextlib import suppress
 
 import nats.errors
+import nats.js.errors
 from nats.js.api import ObjectStoreConfig
 from nats.js.errors import NotFoundError
 from nats.js.object_store import ObjectStore
@@ -33,8 +34,8 @@ from hocket.v1 import mesh_pb2, types_pb2
 log = logging.getLogger(__name__)
 
 _GOODBYE_S = 1.0
-_MEDIA_KEPT_S = 24 * 3600.0  # finished media can be fetched again for a day …
-_MEDIA_BYTES_MAX = 8 << 30  # … or until so much newer has been stored
+_MEDIA_KEPT_S = 24 * 3600.0  # finished media can be fetched again for a day
+_STORE_WAITS_US = (0, 500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000)  # before each try
 
 
 class Agent:
@@ -150,8 +151,10 @@ class Agent:
         info.sha256 = hashlib.sha256(note.media).hexdigest()
         info.size_bytes = len(note.media)
         info.object_name = request.request_id
-        store = await media_store(self._bus, self._subjects)
-        await store.put(info.object_name, io.BytesIO(note.media))
+        if (problem := await self._store(info.object_name, note.media)) is not None:
+            await self._report(_not_stored(note, problem))
+            self._storing.discard(note.assignment.sequence)
+            return
         telemetry.record_span(
             self._tracer,
             spans.PUBLISH,
@@ -167,6 +170,21 @@ class Agent:
         await self._report(note, info)
         self._storing.discard(note.assignment.sequence)
 
+    async def _store(self, name: str, media: bytes) -> str | None:
+        """Puts media into the object store; after several tries in vain, what the matter is."""
+        problem = ""
+        for wait_us in _STORE_WAITS_US:
+            await self._clock.sleep_until(self._clock.now_us() + wait_us)
+            try:
+                store = await media_store(self._bus, self._subjects)
+                await store.put(name, io.BytesIO(media))
+            except (nats.errors.Error, nats.js.errors.Error, OSError, TimeoutError) as error:
+                problem = f"{type(error).__name__}: {error}"
+                log.warning("cannot store the media of %s yet: %s", name, problem)
+            else:
+                return None
+        return problem
+
     async def _report(self, note: RunNote, media: types_pb2.MediaInfo | None = None) -> None:
         assignment = note.assignment
         self._reports += 1
@@ -176,14 +194,7 @@ class Agent:
             term=assignment.term,
             sequence=assignment.sequence,
             node=assignment.node,
-            results=[
-                mesh_pb2.StepResult(
-                    request_id=member.request_id,
-                    attempt=member.attempt,
-                    steps_done=note.steps_done,
-                )
-                for member in assignment.batch
-            ],
+            results=_results(note),
             members=assignment.group.members,
             step_time_us=[step.duration_us for step in note.steps],
             last=note.last,
@@ -194,7 +205,7 @@ class Agent:
             report_sequence=self._reports,
             resolved_prompt=note.resolved_prompt,
         )
-        if note.suspects:
+        if note.failure is not None:
             report.failure.metadata["suspects"] = ",".join(note.suspects)
         await self._bus.publish(self._subjects.report(self.name), report)
         self._trace(note)
@@ -242,10 +253,29 @@ async def media_store(bus: Bus, subjects: Subjects) -> ObjectStore:
     try:
         return await bus.jetstream.object_store(subjects.media_bucket)
     except NotFoundError:
-        config = ObjectStoreConfig(
-            bucket=subjects.media_bucket, ttl=_MEDIA_KEPT_S, max_bytes=_MEDIA_BYTES_MAX
-        )
+        config = ObjectStoreConfig(bucket=subjects.media_bucket, ttl=_MEDIA_KEPT_S)
         return await bus.jetstream.create_object_store(subjects.media_bucket, config)
+
+
+def _results(note: RunNote) -> list[mesh_pb2.StepResult]:
+    """Where the jobs stand; nothing for one of which this worker holds no latent."""
+    if note.steps_done is None:
+        return []
+    return [
+        mesh_pb2.StepResult(
+            request_id=member.request_id, attempt=member.attempt, steps_done=note.steps_done
+        )
+        for member in note.assignment.batch
+    ]
+
+
+def _not_stored(note: RunNote, problem: str) -> RunNote:
+    return RunNote(
+        assignment=note.assignment,
+        steps_done=note.steps_done,
+        last=True,
+        failure=types_pb2.Failure(reason="MEDIA_NOT_STORED", message=problem),
+    )
 
 
 def _side_us(note: RunNote, name: str) -> int:

@@ -53,6 +53,10 @@ class LatentMissing(Exception):
         return f"no latent of {self.request} after step {self.steps_done}; tried {self.tried}"
 
 
+class _Truncated(Exception):
+    """A job of one step was called off before it began."""
+
+
 @dataclass
 class _Run:
     """An assignment in hand."""
@@ -107,8 +111,12 @@ class Engine:
         try:
             run.group = self._join(run)
             return self._work(run, listener)
+        except _Truncated:
+            return self._failed(run, "TRUNCATED", "called off before it began")
         except GroupLost as lost:
-            return self._failed(run, "GROUP_LOST", str(lost), lost.suspects)
+            # Forming, it names who was missing; inside a collective nobody knows who failed.
+            suspects = lost.suspects if run.group is None else self._others(run)
+            return self._failed(run, "GROUP_LOST", str(lost), suspects)
         except (LatentMissing, BlobLost) as missing:
             self._abort(run)
             return self._failed(run, "LATENT_MISSING", str(missing))
@@ -134,8 +142,8 @@ class Engine:
 
     def _encode(self, run: _Run) -> RunNote:
         member, spec = run.member, run.member.spec
-        if self._inbox.must_stop(member.request_id, member.attempt, 0):
-            return self._note(run, 0, last=True)
+        if self._must_stop(run, 0):
+            raise _Truncated
         began = Stopwatch()
         state = self._card(run).encode(
             prompt=spec.prompt,
@@ -173,8 +181,8 @@ class Engine:
         return self._note(run, state.steps_done, last=True)
 
     def _decode(self, run: _Run, state: LatentState) -> RunNote:
-        if self._inbox.must_stop(run.member.request_id, run.member.attempt, state.steps_done):
-            return self._note(run, state.steps_done, last=True)
+        if self._must_stop(run, state.steps_done):
+            raise _Truncated
         began = Stopwatch()
         frames = self._card(run).decode(state)
         content, media_type = media.encode_media(frames)
@@ -195,7 +203,7 @@ class Engine:
             tuple(named.members),
             run.assignment.rendezvous_address,
             _FORM_TIMEOUT_S,
-            _Off(self._inbox, run.member),
+            _Off(self._inbox, run.assignment),
         )
         group.timeout_s = run.assignment.collective_timeout_us / 1e6
         if began.elapsed_ns() > _GROUP_SPAN_AT_LEAST_NS:
@@ -204,11 +212,17 @@ class Engine:
 
     def _goes_on(self, run: _Run, steps_done: int) -> bool:
         """Settles, on every member alike, whether the next step is run."""
-        stop = self._inbox.must_stop(run.member.request_id, run.member.attempt, steps_done)
+        stop = self._must_stop(run, steps_done)
         if run.group is None:
             return not stop
         word = (_STOP if stop else _GO) if run.group.rank == 0 else None
         return run.group.broadcast_word(word) == _GO
+
+    def _must_stop(self, run: _Run, steps_done: int) -> bool:
+        return self._inbox.must_stop(run.assignment, steps_done)
+
+    def _others(self, run: _Run) -> tuple[str, ...]:
+        return tuple(name for name in run.assignment.group.members if name != self._worker)
 
     def _settle(self, run: _Run) -> None:
         """Returns when the step has ended on this member's device."""
@@ -284,7 +298,7 @@ class Engine:
                 holder.store_address,
                 reply.key,
                 run.assignment.collective_timeout_us / 1e6,
-                _Off(self._inbox, member),
+                _Off(self._inbox, run.assignment),
             )
             run.sides.append(
                 began.side(
@@ -341,14 +355,14 @@ class Engine:
 class _Off(threading.Event):
     """Looks like an event; is set once the assignment's attempt has been truncated."""
 
-    def __init__(self, inbox: Inbox, member: mesh_pb2.BatchMember) -> None:
+    def __init__(self, inbox: Inbox, assignment: mesh_pb2.Assignment) -> None:
         super().__init__()
         self._inbox = inbox
-        self._member = member
+        self._assignment = assignment
 
     def is_set(self) -> bool:
-        member = self._member
-        return self._inbox.must_stop(member.request_id, member.attempt, member.first_step)
+        first_step = self._assignment.batch[0].first_step
+        return self._inbox.must_stop(self._assignment, first_step)
 
 
 def _source(assignment: mesh_pb2.Assignment) -> int | None:

@@ -61,7 +61,7 @@ class RunNote:
     """News of an assignment: becomes one StepReport and the spans of its steps."""
 
     assignment: mesh_pb2.Assignment
-    steps_done: int  # of the job, now (in this worker's hands, when it failed)
+    steps_done: int | None  # of the job, now; of a failed one: behind the latent held here, if any
     steps: tuple[StepNote, ...] = ()
     sides: tuple[SideNote, ...] = ()
     last: bool = False

@@ -93,11 +93,19 @@ class Inbox:
         with self._changed:
             return self._waiting.pop(0) if self._waiting and not self._closed else None
 
-    def must_stop(self, request: str, attempt: int, steps_done: int) -> bool:
-        """Whether a job that has `steps_done` steps behind it has to stop here."""
+    def must_stop(self, assignment: mesh_pb2.Assignment, steps_done: int) -> bool:
+        """Whether an assignment whose job has `steps_done` steps behind it has to stop here.
+
+        A new leader plans from the latents that exist: what the old one had under way stops too.
+        """
+        member = assignment.batch[0]
         with self._changed:
-            mark = self._marks.get(request)
-        return mark is not None and attempt <= mark.attempt and steps_done >= mark.stop_at_step
+            mark, term = self._marks.get(member.request_id), self.term
+        if assignment.term < term:
+            return True
+        return (
+            mark is not None and member.attempt <= mark.attempt and steps_done >= mark.stop_at_step
+        )
 
     def close(self) -> None:
         with self._changed:

@@ -40,11 +40,11 @@ class LatentShelf:
             state = self._states.get(request)
         return state if state is not None and state.steps_done == steps_done else None
 
-    def steps_done(self, request: str) -> int:
-        """Steps behind the held latent; 0 where none is held."""
+    def steps_done(self, request: str) -> int | None:
+        """Steps behind the held latent; None where none is held."""
         with self._changed:
             state = self._states.get(request)
-        return 0 if state is None else state.steps_done
+        return None if state is None else state.steps_done
 
     def release(self, request: str) -> None:
         with self._changed:

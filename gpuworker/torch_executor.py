@@ -23,7 +23,7 @@ from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)
 
-_OFFERING_THREADS = 4
+_OFFERING_THREADS = 16
 _ASK_MARGIN_US = 500_000  # the answer's way back, beyond the holder's own waiting time
 
 

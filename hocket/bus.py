@@ -20,8 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import NoRespondersError, SlowConsumerError
-from nats.errors import TimeoutError as NatsTimeoutError
+from nats.errors import OutboundBufferLimitError, SlowConsumerError
 from nats.js import JetStreamContext
 
 from hocket.errors import BrokerUnavailable, PeerSilent
@@ -117,7 +116,12 @@ class Bus:
         return self._client.max_payload
 
     async def publish(self, subject: str, message: Message) -> None:
-        await self._client.publish(subject, message.SerializeToString())
+        """Hands a message to the broker, or to the buffer while it is away; a full one drops it."""
+        try:
+            await self._client.publish(subject, message.SerializeToString())
+        except OutboundBufferLimitError:
+            self.drops += 1
+            log.warning("the broker is away and the buffer full: dropped a message on %s", subject)
 
     async def subscribe(
         self, subject: str, kind: type[M], handler: Callable[[M], Awaitable[None]]
@@ -166,7 +170,7 @@ class Bus:
             raw = await self._client.request(
                 subject, message.SerializeToString(), timeout=wait_us / 1e6
             )
-        except (NoRespondersError, NatsTimeoutError) as error:
+        except (nats.errors.Error, OSError) as error:
             raise PeerSilent(subject=subject, waited_us=wait_us) from error
         return kind.FromString(raw.data)
 

@@ -190,6 +190,7 @@ _CODES: dict[type[HocketError], grpc.StatusCode] = {
 # Reasons whose code is not that of their class.
 _REASON_CODES: dict[str, grpc.StatusCode] = {
     "DEADLINE_UNATTAINABLE": grpc.StatusCode.FAILED_PRECONDITION,
+    "IDEMPOTENCY_KEY_REUSED": grpc.StatusCode.INVALID_ARGUMENT,
     "NO_WORKERS": grpc.StatusCode.UNAVAILABLE,
     "MODEL_NOT_SERVED": grpc.StatusCode.NOT_FOUND,
     "CANCELLED": grpc.StatusCode.CANCELLED,

@@ -27,33 +27,54 @@ def assignment(sequence: int, worker: str = "w0") -> Assignment:
     )
 
 
-def beat(*pending: int, term: int = TERM) -> mesh_pb2.Heartbeat:
+def beat(number: int, *pending: int, term: int = TERM) -> dict[str, mesh_pb2.Heartbeat]:
     latent = mesh_pb2.HeldLatent(request_id="r", steps_done=5)
-    return mesh_pb2.Heartbeat(worker="w0", term=term, pending_sequences=pending, latents=[latent])
+    return {
+        "w0": mesh_pb2.Heartbeat(
+            worker="w0",
+            sequence=number,
+            term=term,
+            pending_sequences=pending,
+            latents=[latent],
+        )
+    }
 
 
-def test_an_assignment_absent_from_four_heartbeats_is_lost() -> None:
+def checks(lost: LostMessages, numbers: range, *pending: int) -> list[tuple[object, ...]]:
+    """A check every 250 ms, each with the next heartbeat."""
+    return [lost.check(beat(n, *pending), (assignment(7),), n * 250_000) for n in numbers]
+
+
+def test_an_assignment_absent_for_a_second_and_four_heartbeats_is_lost_once() -> None:
     lost = LostMessages(TERM)
-    found = [lost.check(beat(), (assignment(7),), at) for at in range(4)]
-    assert found[:3] == [(), (), ()]
-    (failed,) = found[3]
+    assert checks(lost, range(4)) == [()] * 4
+    ((failed,),) = checks(lost, range(4, 5))
     assert failed.sequence == 7 and failed.reason == "MESSAGE_LOST" and failed.suspects == ()
     assert failed.jobs[0].steps_done == 5  # the latent that the worker still holds
+    assert checks(lost, range(5, 20)) == [()] * 15
 
 
 def test_naming_it_once_starts_the_count_anew() -> None:
     lost = LostMessages(TERM)
-    for pending in ((), (), (), (7,), (), (), ()):
-        assert not lost.check(beat(*pending), (assignment(7),), 0)
-    assert lost.check(beat(), (assignment(7),), 0)
+    assert not any(checks(lost, range(4)))
+    assert not any(checks(lost, range(4, 5), 7))
+    assert not any(checks(lost, range(5, 9)))
+    assert checks(lost, range(9, 10)) != [()]
+
+
+def test_many_old_heartbeats_at_once_prove_nothing() -> None:
+    """After a pause of control, a second's heartbeats come in one moment."""
+    lost = LostMessages(TERM)
+    assert not any(lost.check(beat(n), (assignment(7),), 5_000_000) for n in range(40))
 
 
 def test_numbers_of_another_term_name_nothing() -> None:
     lost = LostMessages(TERM)
-    found = [lost.check(beat(7, term=TERM - 1), (assignment(7),), 0) for _ in range(4)]
-    assert found[3]
+    old = [lost.check(beat(n, 7, term=TERM - 1), (assignment(7),), n * 250_000) for n in range(6)]
+    assert any(old)
 
 
 def test_other_workers_assignments_are_not_its_business() -> None:
     lost = LostMessages(TERM)
-    assert not any(lost.check(beat(), (assignment(7, "w5"),), 0) for _ in range(9))
+    for n in range(9):
+        assert not lost.check(beat(n), (assignment(7, "w5"),), n * 250_000)

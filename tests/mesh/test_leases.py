@@ -1,0 +1,73 @@
+"""Leases: who lives, judged by control's own clock and by nothing else."""
+
+from __future__ import annotations
+
+from control.leases import Leases
+from control.scheduler.values import WorkerLost, WorkerUp
+from hocket.v1 import generation_pb2, mesh_pb2
+
+LEASE_US = 2_000_000
+
+
+def beat(worker: str = "w0", incarnation: str = "a", **fields: object) -> mesh_pb2.Heartbeat:
+    model = generation_pb2.ModelInfo(name="m", degrees=[1, 2])
+    return mesh_pb2.Heartbeat(
+        worker=worker,
+        incarnation=incarnation,
+        models=[model],
+        device=mesh_pb2.Device(profile_name="cpu"),
+        **fields,
+    )
+
+
+def test_a_first_heartbeat_brings_a_worker_up_and_the_next_says_nothing_new() -> None:
+    leases = Leases(LEASE_US)
+    (up,) = leases.heartbeat(beat(), 10)
+    assert isinstance(up, WorkerUp) and up.at_us == 10 and up.gpu == "cpu"
+    assert up.models[0].degrees == (1, 2)
+    assert leases.heartbeat(beat(), 20) == ()
+
+
+def test_a_lease_ends_exactly_when_it_is_due() -> None:
+    leases = Leases(LEASE_US)
+    leases.heartbeat(beat(), 0)
+    assert leases.next_expiry_us() == LEASE_US
+    assert leases.expire(LEASE_US - 1) == ()
+    (lost,) = leases.expire(LEASE_US)
+    assert lost == WorkerLost(at_us=LEASE_US, worker="w0", reason="lease")
+    assert not leases.alive
+
+
+def test_a_goodbye_ends_it_at_once() -> None:
+    leases = Leases(LEASE_US)
+    leases.heartbeat(beat(), 0)
+    (lost,) = leases.heartbeat(beat(leaving=True), 5)
+    assert isinstance(lost, WorkerLost) and lost.reason == "leaving"
+    assert leases.heartbeat(beat("stranger", leaving=True), 5) == ()
+
+
+def test_a_new_incarnation_is_news() -> None:
+    leases = Leases(LEASE_US)
+    leases.heartbeat(beat(), 0)
+    (up,) = leases.heartbeat(beat(incarnation="b"), 5)
+    assert isinstance(up, WorkerUp) and up.incarnation == "b"
+
+
+def test_a_suspect_is_cleared_by_its_next_heartbeat() -> None:
+    leases = Leases(LEASE_US)
+    leases.heartbeat(beat(), 0)
+    leases.suspect("w0")
+    (up,) = leases.heartbeat(beat(), 5)
+    assert isinstance(up, WorkerUp)
+    assert not leases.alive["w0"].suspect
+
+
+def test_a_drain_outlives_the_lease() -> None:
+    leases = Leases(LEASE_US)
+    leases.heartbeat(beat(), 0)
+    leases.drain("w0", True)
+    leases.expire(LEASE_US)
+    leases.heartbeat(beat(), LEASE_US + 1)
+    assert leases.is_draining("w0")
+    leases.drain("w0", False)
+    assert not leases.is_draining("w0")
