@@ -38,7 +38,7 @@ demo: setup  ## the whole mesh on this machine; makes pictures at three sizes, t
 	@hocket demo
 
 up: setup  ## the whole mesh on this machine, until Ctrl-C
-	@hocket up
+	@hocket up --listen 127.0.0.1:50051
 
 test: setup  ## all tests
 	@python -m pytest

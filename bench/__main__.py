@@ -35,7 +35,9 @@ def mesh(
     console.print("measuring for about a minute: pairs of requests, admissions, groups of 2 and 4")
     found = asyncio.run(mesh_bench.measure(pairs, admissions))
     mesh_bench.write(found, out, f"python -m bench mesh --pairs {pairs} --admissions {admissions}")
-    table = Table(Column("figure", no_wrap=True), "unit", "n", "p50", "p99", "min", "max", "aim")
+    table = Table(
+        Column("figure", no_wrap=True), "unit", "n", "p50", "p99", "min", "max", "aim", "verdict"
+    )
     for figure in found.figures:
         table.add_row(*(str(cell) for cell in figure.row().values()))
     console.print(table)

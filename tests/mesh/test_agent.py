@@ -1,0 +1,77 @@
+"""The agent against a real broker: what it does when the object store refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from nats.js.api import ObjectStoreConfig
+from opentelemetry.trace import NoOpTracer
+
+from gpuworker.agent import Agent
+from gpuworker.config import WorkerSettings
+from gpuworker.emulated import EmulatedExecutor, EmulatedHost
+from hocket.bus import Bus, Subjects
+from hocket.clock import ManualClock
+from hocket.v1 import mesh_pb2, types_pb2
+
+STEP_US = 1000
+WAIT_S = 60.0
+
+
+async def test_media_that_cannot_be_stored_are_a_reported_failure(
+    nats_url: str, tmp_path: Path
+) -> None:
+    """A full store: the agent tries again for a while, reports, and lives on."""
+    bus = await Bus.connect(nats_url, "agent")
+    subjects = Subjects("full-store")
+    full = ObjectStoreConfig(bucket=subjects.media_bucket, max_bytes=16)
+    await bus.jetstream.create_object_store(subjects.media_bucket, full)
+    clock = ManualClock()
+    cell = ("m", "text", 8, 8, 1, 1)
+    host = EmulatedHost(clock, {cell: STEP_US, ("m", "vae", 8, 8, 1, 1): STEP_US})
+    executor = EmulatedExecutor("w0", host, "cpu")
+    settings = WorkerSettings(cluster="full-store", state_dir=tmp_path, heartbeat_us=1 << 40)
+    agent = Agent("w0", settings, bus, executor, clock, NoOpTracer())
+    beats = await bus.follow(subjects.heartbeat("w0"), mesh_pb2.Heartbeat)
+    reports = await bus.follow(subjects.report("w0"), mesh_pb2.StepReport)
+    running = asyncio.ensure_future(agent.run())
+    async with asyncio.timeout(WAIT_S):
+        await beats.next()
+        message = mesh_pb2.Assign(term=1, assignments=[job(1, "text"), job(2, "vae")])
+        await bus.publish(subjects.assign("w0"), message)
+        failed = await report_of(reports, 2, clock)
+    assert failed.failure.reason == "MEDIA_NOT_STORED"
+    assert not running.done()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await executor.close()
+    await bus.close()
+
+
+def job(sequence: int, node: str) -> mesh_pb2.Assignment:
+    spec = types_pb2.GenerationSpec(model="m", shape=types_pb2.Shape(width=8, height=8), steps=1)
+    holder = types_pb2.LatentHolder(worker="w0", steps_done=0)
+    member = mesh_pb2.BatchMember(request_id="r", spec=spec, steps_total=1, holders=[holder])
+    return mesh_pb2.Assignment(
+        sequence=sequence,
+        node=node,
+        term=1,
+        steps=1,
+        batch=[member],
+        group=types_pb2.Group(epoch=1, members=["w0"]),
+    )
+
+
+async def report_of(reports: object, sequence: int, clock: ManualClock) -> mesh_pb2.StepReport:
+    """The assignment's report; time goes on whenever somebody waits for it."""
+    next_report = asyncio.ensure_future(reports.next())  # type: ignore[attr-defined]
+    while True:
+        await asyncio.wait([next_report], timeout=0.01)
+        if next_report.done():
+            if next_report.result().sequence == sequence:
+                return next_report.result()
+            next_report = asyncio.ensure_future(reports.next())  # type: ignore[attr-defined]
+        wake_us = clock.next_wake_us()
+        if wake_us is not None and wake_us < 1 << 39:
+            clock.advance_to(wake_us)
