@@ -62,13 +62,7 @@ class Publisher:
         self._records.end(record.id, event)
 
     async def planned(self, plan: values.Plan, plan_time_us: int) -> None:
-        note = journal_pb2.PlanRecord(
-            round=plan.round,
-            now_us=plan.now_us,
-            digest=plan.digest,
-            assignments=len(plan.assignments),
-            plan_time_us=plan_time_us,
-        )
+        note = translate.to_plan_record(plan, plan_time_us)
         for message, worker in self._assigns(plan):
             await self._bus.publish(self._subjects.assign(worker), message)
         for truncation in plan.truncations:

@@ -17,7 +17,7 @@ from control.driver import Driver
 from control.journal import Journal
 from control.leases import Leases
 from control.requests import Record, Records
-from control.scheduler.values import Arrived, CancelRequested, DrainRequested, Request
+from control.scheduler.values import Arrived, CancelRequested, DrainRequested
 from hocket import spans, telemetry
 from hocket.clock import Clock, unix_ns
 from hocket.errors import HocketError, UnknownRequest, UnknownWorker, to_status
@@ -150,7 +150,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         finish_us = self._driver.scheduler.predict_finish_us(request, accepted_us)
         late = request.deadline_us is not None and finish_us > request.deadline_us
         if late and submit.request.slo.on_miss == types_pb2.ON_MISS_REJECT:
-            return _rejected(submit, _unattainable(request, finish_us, accepted_us))
+            return _rejected(submit, translate.to_unattainable(request, finish_us, accepted_us))
         traceparent = telemetry.traceparent()
         accepted = generation_pb2.Accepted(
             request_id=submit.request_id,
@@ -275,17 +275,3 @@ def _rejected(
     submit: control_pb2.SubmitRequest, failure: types_pb2.Failure
 ) -> control_pb2.SubmitResponse:
     return control_pb2.SubmitResponse(rejected=failure, request_id=submit.request_id)
-
-
-def _unattainable(request: Request, finish_us: int, now_us: int) -> types_pb2.Failure:
-    assert request.deadline_us is not None
-    late_us = finish_us - request.deadline_us
-    return types_pb2.Failure(
-        reason="DEADLINE_UNATTAINABLE",
-        message=(
-            f"predicted to take {(finish_us - now_us) / 1e6:.2f} s, "
-            f"{late_us / 1e6:.2f} s more than the deadline allows"
-        ),
-        retry_after_us=late_us,
-        metadata={"predicted_latency_us": str(finish_us - now_us)},
-    )

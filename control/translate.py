@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from control.requests import Record
 from control.scheduler import values
-from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _COLLECTIVE_TIMEOUT_STEPS = 8  # a collective counts as hung after this many predicted step times …
 _COLLECTIVE_TIMEOUT_MIN_US = 5_000_000  # … but never sooner than this
@@ -142,3 +142,29 @@ def to_ending(ended: values.Ended, record: Record, steps_total: int) -> mesh_pb2
             f"gave up after {ended.steps_done} of {steps_total} steps: {ended.reason.lower()}"
         )
     return event
+
+
+def to_plan_record(plan: values.Plan, plan_time_us: int) -> journal_pb2.PlanRecord:
+    """What the journal keeps of a plan: enough to compare a replay with."""
+    return journal_pb2.PlanRecord(
+        round=plan.round,
+        now_us=plan.now_us,
+        digest=plan.digest,
+        assignments=len(plan.assignments),
+        plan_time_us=plan_time_us,
+    )
+
+
+def to_unattainable(request: values.Request, finish_us: int, now_us: int) -> types_pb2.Failure:
+    """The refusal of a request that cannot be on time."""
+    assert request.deadline_us is not None
+    late_us = finish_us - request.deadline_us
+    return types_pb2.Failure(
+        reason="DEADLINE_UNATTAINABLE",
+        message=(
+            f"predicted to take {(finish_us - now_us) / 1e6:.2f} s, "
+            f"{late_us / 1e6:.2f} s more than the deadline allows"
+        ),
+        retry_after_us=late_us,
+        metadata={"predicted_latency_us": str(finish_us - now_us)},
+    )
