@@ -31,7 +31,7 @@ CARD = {
     "sizes": [[side, side] for side in SIZE_WORDS],
     "default_size": [128, 128],
     "steps": {"min": 1, "max": 100, "default": 20},
-    "guidance": {"kind": "cfg", "default": 1.5, "min": 1.0, "max": 4.0},
+    "guidance": {"kind": "cfg", "default": 1.8, "min": 1.0, "max": 4.0},
     "patch_px": PATCH_PX,
     "packing": 1,
     "position_span": POSITION_SPAN,

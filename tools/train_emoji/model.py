@@ -44,7 +44,7 @@ def new_transformer() -> FluxTransformer2DModel:
 
 def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Plain flow-match Euler; the shift spends more of the steps where the noise is high."""
-    return FlowMatchEulerDiscreteScheduler(shift=2.0)
+    return FlowMatchEulerDiscreteScheduler(shift=2.5)
 
 
 def image_ids(rows: int, columns: int) -> torch.Tensor:

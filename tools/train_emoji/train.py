@@ -2,8 +2,8 @@
 
 The rate is constant after a warm-up until `--decay` is given, when it falls linearly to zero over
 the run: how long a run is need not be known beforehand, and any checkpoint can be cooled down to
-a usable model. Hidden matrices are trained by Muon, all else by AdamW (Muon needs about half
-the steps here, and CPU time is what we lack). Start it again to go on from the last checkpoint.
+a usable model. Hidden matrices are trained by Muon, which makes more of each step where
+CPU time is scarce, all else by AdamW. Start it again to go on from the last checkpoint.
 """
 
 import argparse
