@@ -21,6 +21,7 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxTran
 from gpuworker.models.word_text import WordTextEncoder
 from hocket.clock import steady_ns
 
+_PLAIN = {"low_cpu_mem_usage": False}  # the other way needs accelerate, and says so
 ASSETS = Path(__file__).parent / "assets" / "hocket-emoji"
 
 
@@ -38,9 +39,9 @@ class Reference:
     def load(cls, folder: Path = ASSETS) -> Reference:
         torch.set_num_threads(1)
         return cls(
-            WordTextEncoder.from_pretrained(folder / "text_encoder").float().eval(),
-            FluxTransformer2DModel.from_pretrained(folder / "transformer").float().eval(),
-            AutoencoderTiny.from_pretrained(folder / "vae").float().eval(),
+            WordTextEncoder.from_pretrained(folder / "text_encoder", **_PLAIN).float().eval(),
+            FluxTransformer2DModel.from_pretrained(folder / "transformer", **_PLAIN).float().eval(),
+            AutoencoderTiny.from_pretrained(folder / "vae", **_PLAIN).float().eval(),
             FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
             json.loads((folder / "card.json").read_text()),
         )

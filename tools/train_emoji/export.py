@@ -52,7 +52,8 @@ def export(networks: Networks, vae: AutoencoderTiny, folder: Path) -> None:
     networks.transformer.half().save_pretrained(fresh / "transformer")
     networks.text.half().save_pretrained(fresh / "text_encoder")
     vae.half().save_pretrained(fresh / "vae")
-    _drop_unread_key(fresh / "vae" / "config.json", "block_out_channels")
+    for key in ("block_out_channels", "_name_or_path"):
+        _drop_unread_key(fresh / "vae" / "config.json", key)
     new_scheduler().save_pretrained(fresh / "scheduler")
     (fresh / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
     (fresh / "card.json").write_text(json.dumps(CARD, indent=2) + "\n")
