@@ -29,6 +29,7 @@ class ControlSettings(Common, frozen=True, kw_only=True):
     amend: bool = True  # idle workers take waiting jobs inside a round
     round_us: Micros = 0  # planning interval; 0 derives it from the step times in flight
     lead_us: Micros = 20_000  # plans leave this long before their boundary
+    stages_ahead: Annotated[int, msgspec.Meta(ge=1)] = 8  # encodes and decodes sent to a worker
     lease_us: Annotated[int, msgspec.Meta(ge=100_000)] = 2_000_000
     requests_open_max: Annotated[int, msgspec.Meta(ge=1)] = 10_000
 
@@ -49,6 +50,7 @@ def scheduler_settings(settings: ControlSettings, term: int) -> Settings:
             amend=settings.amend,
             round_us=settings.round_us,
             lead_us=settings.lead_us,
+            stages_ahead=settings.stages_ahead,
             epoch_base=term << 32,
         )
     except SettingError as error:

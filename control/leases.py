@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from control.scheduler.values import ModelFacts, WorkerLost, WorkerUp
+from control.scheduler.values import Held, ModelFacts, WorkerLost, WorkerUp
 from hocket.v1 import generation_pb2, mesh_pb2
 
 
@@ -98,5 +98,8 @@ def _up(beat: mesh_pb2.Heartbeat, now_us: int) -> WorkerUp:
         host=beat.host,
         models=tuple(
             ModelFacts(name=model.name, degrees=tuple(model.degrees)) for model in beat.models
+        ),
+        latents=tuple(
+            Held(request=held.request_id, steps_done=held.steps_done) for held in beat.latents
         ),
     )

@@ -1,7 +1,8 @@
 """What a new leader does first: take up every accepted request that had not ended.
 
-Their latents may still lie on workers; as long as nobody says so, they start again from the encode
-node, which gives the same picture, since everything is drawn from the seed.
+Their latents may still lie on workers, whose heartbeats say so: then they go on from there. Where
+nobody holds one, they start again from the encode node, which gives the same picture, since
+everything is drawn from the seed.
 """
 
 from __future__ import annotations

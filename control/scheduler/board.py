@@ -39,6 +39,13 @@ class Forecast:
     start_us: dict[int, int]  # by sequence
     end_us: dict[int, int]
 
+    def enter(self, assignment: Assignment) -> None:
+        """Takes in an assignment issued now, on workers that it does not leave idle before."""
+        self.start_us[assignment.sequence] = assignment.start_us
+        self.end_us[assignment.sequence] = assignment.end_us
+        for worker in assignment.workers:
+            self.free_us[worker] = assignment.end_us
+
 
 @dataclass(slots=True)
 class Board:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from .lifecycle import WORKER_MOVES, WorkerState, moved
 from .values import ModelFacts, WorkerUp
+
+EPOCHS_MAX = 65_536  # groups whose epoch is remembered
 
 
 @dataclass(slots=True)
@@ -21,6 +23,7 @@ class Worker:
     state: WorkerState = WorkerState.UP
     draining: bool = False
     freed_us: int = 0  # not before this can it start what it gets next
+    unclaimed: dict[str, int] = field(default_factory=dict)  # latents of requests not inside yet
 
     @property
     def usable(self) -> bool:
@@ -38,15 +41,22 @@ class Worker:
 
 @dataclass(slots=True)
 class Cluster:
-    """All workers ever seen, and the epoch of each group that was ever asked for."""
+    """The workers seen, and the epoch of each group asked for; both bounded.
+
+    A group that is forgotten starts over at an epoch above all that were ever forgotten.
+    """
 
     epoch_base: int
     workers: dict[str, Worker] = field(default_factory=dict)
     _epochs: dict[tuple[str, ...], int] = field(default_factory=dict)
+    _formed: dict[tuple[str, ...], int] = field(default_factory=dict)  # epoch that ran a step
+    _ordered: list[Worker] = field(default_factory=list)  # empty: to be sorted again
 
     def ordered(self) -> list[Worker]:
         """All workers in cluster order: the order that blocks are aligned in."""
-        return sorted(self.workers.values(), key=lambda w: (w.host, w.name))
+        if not self._ordered:
+            self._ordered = sorted(self.workers.values(), key=lambda w: (w.host, w.name))
+        return self._ordered
 
     def usable(self) -> list[Worker]:
         """Those that may get new work, in cluster order."""
@@ -71,11 +81,39 @@ class Cluster:
         worker.host, worker.gpu, worker.models = fact.host, fact.gpu, models
         worker.incarnation = fact.incarnation
         worker.move(WorkerState.UP)
+        self._ordered = []
         return worker
+
+    def forget_lost(self, needed: Container[str]) -> None:
+        """Drops lost workers, but those needed, and the groups that they were in."""
+        gone = {
+            w.name
+            for w in self.workers.values()
+            if w.state is WorkerState.LOST and w.name not in needed
+        }
+        for name in gone:
+            del self.workers[name]
+        self._ordered = []
+        self._forget_groups([g for g in self._epochs if not gone.isdisjoint(g)])
 
     def epoch(self, members: tuple[str, ...]) -> int:
         """The group's epoch; asking makes the group known."""
-        return self._epochs.setdefault(members, self.epoch_base)
+        if members not in self._epochs:
+            if len(self._epochs) >= EPOCHS_MAX:
+                self._thin_groups()
+            self._epochs[members] = self.epoch_base
+        return self._epochs[members]
+
+    def formed(self, members: tuple[str, ...], epoch: int) -> None:
+        """The group ran a step together: its communicator stands."""
+        if len(members) > 1 and self._epochs.get(members) == epoch:
+            self._formed[members] = epoch
+
+    def abandon(self, members: tuple[str, ...], epoch: int) -> None:
+        """An assignment was called off: an epoch in which nobody saw the group run is spent."""
+        unsure = self._formed.get(members) != epoch
+        if len(members) > 1 and unsure and self._epochs.get(members) == epoch:
+            self._epochs[members] += 1
 
     def warm(self, members: tuple[str, ...]) -> bool:
         """Was asked for before: its members probably still have the communicator."""
@@ -91,3 +129,19 @@ class Cluster:
         for members in self._epochs:
             if members == group or not gone.isdisjoint(members):
                 self._epochs[members] += 1
+
+    def _thin_groups(self) -> None:
+        """Makes room: groups with a member that is gone first, then the oldest quarter."""
+        lost = [
+            g
+            for g in self._epochs
+            if any(m not in self.workers or self.workers[m].state is WorkerState.LOST for m in g)
+        ]
+        self._forget_groups(lost)
+        if len(self._epochs) >= EPOCHS_MAX:
+            self._forget_groups(list(self._epochs)[: max(1, EPOCHS_MAX // 4)])
+
+    def _forget_groups(self, groups: list[tuple[str, ...]]) -> None:
+        for group in groups:
+            self.epoch_base = max(self.epoch_base, self._epochs.pop(group) + 1)
+            self._formed.pop(group, None)

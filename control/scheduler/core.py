@@ -47,6 +47,7 @@ class Scheduler:
         self._ledger = Ledger(
             settings, LatencyModel(profile, settings), Cluster(settings.epoch_base)
         )
+        self._estimates = prediction.Estimates(self._ledger, self._policy)
         self._planned_us: int | None = None
 
     # -------------------------------------------------------------------------------- the two verbs
@@ -56,6 +57,7 @@ class Scheduler:
 
         Duplicates, and reports of work that was called off, are harmless. Returns what ended by it.
         """
+        self._estimates.forget()
         return facts.apply(self._ledger, event)
 
     def plan(self, now_us: int) -> Plan:
@@ -63,9 +65,10 @@ class Scheduler:
         ledger = self._ledger
         ledger.due = False
         self._planned_us = now_us
-        assignments = self._stage_assignments(now_us)
+        self._estimates.forget()
         start_us = now_us
         forecast = ledger.board.forecast(ledger.cluster, now_us)
+        assignments = self._stage_assignments(forecast, now_us)
         if self._wants_denoising(forecast):
             round_us = self._round_us()
             window = self._grid.open(now_us, round_us, self._denoising())
@@ -111,14 +114,14 @@ class Scheduler:
 
     def predict_finish_us(self, request: Request, now_us: int) -> int:
         """When a newcomer would finish under the present load (an estimate, from mean times)."""
-        return prediction.newcomer_finish_us(self._ledger, self._policy, request, now_us)
+        return self._estimates.newcomer_finish_us(request, now_us)
 
     def eta_us(self, request_id: str, now_us: int) -> int | None:
         """When a request inside will finish, by the same estimate; None if it is not inside."""
         tracked = self._ledger.tracked.get(request_id)
         if tracked is None:
             return None
-        return prediction.finish_us(self._ledger, self._policy, tracked, now_us)
+        return self._estimates.finish_us(tracked, now_us)
 
     def job(self, request_id: str) -> JobView | None:
         """State of a request inside; None once it ended."""
@@ -130,7 +133,7 @@ class Scheduler:
         return tuple(job_view(t) for t in self._ledger.tracked.values())
 
     def workers(self) -> tuple[WorkerView, ...]:
-        """All workers ever seen, in cluster order."""
+        """All workers seen and not forgotten, in cluster order."""
         return worker_views(self._ledger)
 
     def outstanding(self) -> tuple[Assignment, ...]:
@@ -143,6 +146,7 @@ class Scheduler:
 
     def restore_latencies(self, cells: tuple[CellSnapshot, ...]) -> None:
         """Takes over what an earlier scheduler had learned; before the first fact."""
+        self._estimates.forget()
         self._ledger.latency.restore(cells)
 
     # -------------------------------------------------------------------------------- rounds
@@ -201,12 +205,13 @@ class Scheduler:
 
     # -------------------------------------------------------------------------------- assignments
 
-    def _stage_assignments(self, now_us: int) -> list[Assignment]:
+    def _stage_assignments(self, forecast: Forecast, now_us: int) -> list[Assignment]:
+        """Encodes and decodes for now; the forecast follows what they add."""
         ledger = self._ledger
         made: list[Assignment] = []
+        room = stages.Room(ledger, forecast.free_us, now_us)
         for tracked, job in stages.waiting(ledger):
-            forecast = ledger.board.forecast(ledger.cluster, now_us)
-            choice = stages.choose_worker(ledger, tracked, job, forecast.free_us, now_us)
+            choice = room.choose(tracked, job)
             if choice is None:
                 continue
             holders = () if job.node == TEXT else tracked.latest()
@@ -230,6 +235,8 @@ class Scheduler:
                     ),
                 )
             )
+            forecast.enter(made[-1])
+        ledger.stages_wait = room.short
         return made
 
     def _denoise_assignment(self, b: denoise.Bound, now_us: int) -> Assignment:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from . import failures
+from . import failures, latents
 from .board import Flight
 from .ledger import Ledger
 from .lifecycle import JobState, WorkerState
@@ -19,6 +19,7 @@ from .values import (
     DrainRequested,
     Ended,
     Event,
+    Held,
     Outcome,
     StepsEnded,
     WorkerLost,
@@ -86,6 +87,10 @@ def _arrived(ledger: Ledger, fact: Arrived) -> tuple[Ended, ...]:
         return ()
     ledger.tracked[request.id] = Tracked(request, ledger.arrivals, fact.at_us, fact.at_us)
     ledger.arrivals += 1
+    for worker in ledger.cluster.workers.values():
+        if request.id in worker.unclaimed:
+            held = Held(request=request.id, steps_done=worker.unclaimed.pop(request.id))
+            latents.adopt(ledger, worker.name, (held,), fact.at_us, fresh=True)
     ledger.due = True
     return ()
 
@@ -97,13 +102,20 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
     if known is not None and restarted and known.state is not WorkerState.LOST:
         ended = failures.worker_lost(ledger, fact.worker, fact.at_us)
     news = known is None or known.state is not WorkerState.UP
+    fresh = known is None or restarted or known.state is WorkerState.LOST
     worker = ledger.cluster.lease(fact)
     if known is None or restarted:
         worker.freed_us = fact.at_us
         worker.draining = False
+    latents.adopt(ledger, fact.worker, fact.latents, fact.at_us, fresh=fresh)
+    worker.unclaimed = {
+        held.request: held.steps_done for held in fact.latents if held.request not in ledger.tracked
+    }
+    if known is None:
+        ledger.forget_workers()
     if news:
         for tracked in list(ledger.tracked.values()):
-            failures.profit(ledger, tracked.id)
+            latents.profit(ledger, tracked.id)
         ledger.due = ledger.due or bool(ledger.tracked)
     return ended
 
@@ -124,6 +136,7 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
     _learn(ledger, flight, fact)
     flight.reported_us = fact.at_us
     assignment = flight.assignment
+    ledger.cluster.formed(assignment.workers, assignment.epoch)
     if fact.last:
         ledger.board.end(fact.sequence)
         for name in assignment.workers:
@@ -168,6 +181,8 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
     job = tracked.jobs[assignment.node]
     job.outstanding.remove(assignment.sequence)
     settings = ledger.settings
+    if ledger.stages_wait and assignment.node != DIT:
+        ledger.due = True
     if assignment.node == VAE:
         job.move(JobState.DONE)
         return (ledger.end(tracked, Outcome.DONE, at_us),)
@@ -181,7 +196,7 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
         ledger.due = ledger.due or settings.amend or not settings.rounds or idle
         return ()
     if flight.steps_left:  # ended early: what follows it starts from a step that nobody reached
-        failures.restart(ledger, tracked, at_us)
+        latents.restart(ledger, tracked, at_us)
     elif tracked.steps_done >= tracked.request.steps:
         job.move(JobState.DONE)
         tracked.jobs[VAE].move(JobState.READY)

@@ -8,15 +8,20 @@ counted on.
 
 from __future__ import annotations
 
+from . import latents
+from .latents import restart
 from .ledger import Ledger
 from .lifecycle import WorkerState
 from .tracker import Tracked
-from .values import TEXT, Assignment, AssignmentFailed, Ended, JobProgress, Outcome, StepsEnded
+from .values import Assignment, AssignmentFailed, Ended, Outcome, StepsEnded
 
 # The reporter asked the named holders in vain: they do not have what we believed they had.
 LATENT_MISSING = "LATENT_MISSING"
-# A message was lost on its way (the broker restarted, say): nobody's fault, and no strike.
+# A message was lost on its way (the broker restarted, say): nobody's fault, and no strike, unless
+# it is always this one that gets lost.
 MESSAGE_LOST = "MESSAGE_LOST"
+MESSAGES_LOST_MAX = 20  # in a row at one place
+BLAMED_FACTOR = 4  # failures that a worker is blamed for end a request at this many failures_max
 
 
 def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
@@ -31,7 +36,7 @@ def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
         if _depends_on(ledger, tracked, name):
             restart(ledger, tracked, at_us)
         elif held is not None and not tracked.outstanding:
-            fall_back(ledger, tracked)
+            latents.fall_back(ledger, tracked)
     ledger.due = True
     return ()
 
@@ -45,10 +50,10 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
     requests = {m.request for m in assignment.batch}
     copies = [p for p in fact.jobs if p.request in requests]
     for progress in copies:  # what a worker says of its own copy is exact
-        _hold(ledger, progress, fact.worker, exact=True)
+        latents.hold(ledger, progress.request, fact.worker, progress.steps_done, exact=True)
     if flight is None:
         for progress in copies:
-            profit(ledger, progress.request)
+            latents.profit(ledger, progress.request)
         return ()
     for name in fact.suspects:
         worker = ledger.cluster.workers.get(name)
@@ -61,36 +66,18 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
     ended: list[Ended] = []
     for tracked in concerned:
         member = next((m for m in assignment.batch if m.request == tracked.id), None)
+        struck_out = member is not None and _struck_out(ledger, tracked, assignment.node, fact)
         if member is not None and fact.reason == LATENT_MISSING:
-            for holder in member.holders:
-                if holder.worker != fact.worker:
-                    tracked.holders.pop(holder.worker, None)
-        if (
-            member is not None
-            and not fact.suspects
-            and fact.reason != MESSAGE_LOST
-            and _struck_out(ledger, tracked, assignment.node)
-        ):
+            held = any(p.request == tracked.id for p in copies)
+            for name in (*(h.worker for h in member.holders), fact.worker):
+                if name != fact.worker or not held:
+                    tracked.holders.pop(name, None)
+        if struck_out:
             ended.append(ledger.end(tracked, Outcome.FAILED, fact.at_us, fact.reason))
         else:
             restart(ledger, tracked, fact.at_us)
     ledger.due = True
     return tuple(ended)
-
-
-def restart(ledger: Ledger, tracked: Tracked, at_us: int) -> None:
-    """Calls everything off and goes on from what survived, as a new attempt."""
-    ledger.call_off(tracked, at_us)
-    tracked.attempt += 1
-    fall_back(ledger, tracked)
-    ledger.due = True
-
-
-def fall_back(ledger: Ledger, tracked: Tracked) -> None:
-    """Stands a request without outstanding work at its latest surviving latent."""
-    assert not tracked.outstanding
-    surviving = [done for w, done in tracked.holders.items() if ledger.cluster.living(w)]
-    tracked.resume_from(max(surviving, default=None))
 
 
 def late_report(ledger: Ledger, fact: StepsEnded) -> None:
@@ -100,19 +87,8 @@ def late_report(ledger: Ledger, fact: StepsEnded) -> None:
         return
     for progress in fact.jobs:
         for name in assignment.workers:
-            _hold(ledger, progress, name, exact=False)
-        profit(ledger, progress.request)
-
-
-def profit(ledger: Ledger, request: str) -> None:
-    """A request that still waits goes on from the best latent there is now."""
-    tracked = ledger.tracked.get(request)
-    if tracked is None or tracked.outstanding or not tracked.holders:
-        return
-    before = tracked.steps_done, tracked.jobs[TEXT].state
-    fall_back(ledger, tracked)
-    if before != (tracked.steps_done, tracked.jobs[TEXT].state):
-        ledger.due = True
+            latents.hold(ledger, progress.request, name, progress.steps_done, exact=False)
+        latents.profit(ledger, progress.request)
 
 
 def _depends_on(ledger: Ledger, tracked: Tracked, name: str) -> bool:
@@ -140,16 +116,19 @@ def _concerned(
     return any(_depends_on(ledger, tracked, name) for name in suspects)
 
 
-def _struck_out(ledger: Ledger, tracked: Tracked, node: str) -> bool:
-    """Counts a failure that no worker is blamed for; true at the last one allowed at this place."""
-    place = (node, tracked.steps_done)
+def _struck_out(ledger: Ledger, tracked: Tracked, node: str, fact: AssignmentFailed) -> bool:
+    """Counts a failure by whose fault it was; true at the last one allowed at this place."""
+    failures_max = ledger.settings.failures_max
+    limits = {
+        "message": MESSAGES_LOST_MAX,
+        "worker": failures_max * BLAMED_FACTOR,
+        "own": failures_max,
+    }
+    kind = "worker" if fact.suspects else "own"
+    if fact.reason == MESSAGE_LOST:
+        kind = "message"
+    else:
+        tracked.failures.pop((node, tracked.steps_done, "message"), None)
+    place = (node, tracked.steps_done, kind)
     tracked.failures[place] = tracked.failures.get(place, 0) + 1
-    return tracked.failures[place] >= ledger.settings.failures_max
-
-
-def _hold(ledger: Ledger, progress: JobProgress, worker: str, *, exact: bool) -> None:
-    tracked = ledger.tracked.get(progress.request)
-    if tracked is None or not ledger.cluster.living(worker):
-        return
-    known = tracked.holders.get(worker, -1)
-    tracked.holders[worker] = progress.steps_done if exact else max(known, progress.steps_done)
+    return tracked.failures[place] >= limits[kind]

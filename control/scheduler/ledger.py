@@ -14,6 +14,8 @@ from .settings import Settings
 from .tracker import Tracked
 from .values import VAE, Ended, Layout, Outcome, Request, Truncation
 
+WORKERS_MAX = 4096  # beyond these, lost workers are forgotten
+
 
 @dataclass(slots=True)
 class Ledger:
@@ -29,6 +31,7 @@ class Ledger:
     truncations: list[Truncation] = field(default_factory=list)  # for the next plan
     released: list[str] = field(default_factory=list)  # for the next plan
     due: bool = False  # an event made an immediate plan worthwhile
+    stages_wait: bool = False  # the last plan left encode or decode jobs for want of room
 
     def cell(self, request: Request, gpu: str, node: str, layout: Layout) -> CellKey:
         return CellKey(request.model, gpu, node, request.shape, layout, 1)
@@ -59,7 +62,9 @@ class Ledger:
         called_off = tracked.outstanding
         for sequence in called_off:
             free_us = self.board.step_end_us(sequence, forecast, now_us)
-            for name in self.board.call_off(sequence).assignment.workers:
+            flight = self.board.call_off(sequence)
+            self.cluster.abandon(flight.assignment.workers, flight.assignment.epoch)
+            for name in flight.assignment.workers:
                 involved.add(name)
                 worker = self.cluster.workers[name]
                 worker.freed_us = max(worker.freed_us, free_us)
@@ -74,6 +79,18 @@ class Ledger:
             )
         elif release:
             self.released.append(tracked.id)
+
+    def forget_workers(self) -> None:
+        """Keeps the list of workers bounded: drops lost ones that nothing here refers to."""
+        if len(self.cluster.workers) <= WORKERS_MAX:
+            return
+        needed: set[str] = set()
+        for flight in self.board.flights.values():
+            needed.update(flight.assignment.workers)
+            needed.update(h.worker for m in flight.assignment.batch for h in m.holders)
+        for tracked in self.tracked.values():
+            needed.update(tracked.holders, tracked.group)
+        self.cluster.forget_lost(needed)
 
     def end(self, tracked: Tracked, outcome: Outcome, at_us: int, reason: str = "") -> Ended:
         """Takes a request off the books; its latents are dropped with the next plan."""

@@ -43,6 +43,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     safe_quantile: float = 0.9  # of measured step times
     default_step_us: int = 1_000_000  # of a model without any profile row, at degree 1
     failures_max: int = 3  # failures at one place, for reasons other than workers, end a request
+    stages_ahead: int = 8  # encode and decode jobs that a worker is given at a time
 
     def __post_init__(self) -> None:
         for key, low, high in (
@@ -57,6 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ("safe_quantile", 0.5, 1.0),
             ("default_step_us", 1, 3_600_000_000),
             ("failures_max", 1, 1_000),
+            ("stages_ahead", 1, 1_000_000),
         ):
             value = getattr(self, key)
             if isinstance(value, bool) or not low <= value <= high:

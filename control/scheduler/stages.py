@@ -2,7 +2,7 @@
 
 They are short and at the two ends of a deadline, so they do not wait for boundaries: an idle worker
 takes them at once (decode: one that holds the latent, if it can), otherwise the one that is free
-first.
+first. A burst is not bound all at once: a worker is given a few ahead, the others wait.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .cluster import Worker
 from .ledger import Ledger
 from .lifecycle import JobState
 from .tracker import Job, Tracked
-from .values import TEXT, VAE
+from .values import DIT, TEXT, VAE
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +36,51 @@ def waiting(ledger: Ledger) -> list[tuple[Tracked, Job]]:
     return sorted(ready, key=lambda pair: _urgency(pair[0]))
 
 
-def choose_worker(
-    ledger: Ledger, tracked: Tracked, job: Job, free_us: dict[str, int], now_us: int
-) -> StageChoice | None:
-    """The worker for one such job; None while no usable worker has the model."""
-    able = [w for w in ledger.cluster.usable() if w.can(tracked.request.model)]
-    if not able:
-        return None
-    holders = {h.worker for h in tracked.latest()} if job.node == VAE else set()
+class Room:
+    """What workers can still be given in one plan: at most `stages_ahead` such jobs at a time.
 
-    def preference(worker: Worker) -> tuple[int, bool]:
-        return max(now_us, free_us[worker.name]), worker.name not in holders
+    The rest waits here, where a more urgent job or a lost worker still changes its place.
+    """
 
-    return StageChoice(tracked, job, min(able, key=preference).name)
+    def __init__(self, ledger: Ledger, free_us: dict[str, int], now_us: int) -> None:
+        """`free_us` is the forecast's, and follows what the caller issues."""
+        self._ledger = ledger
+        self._free_us = free_us
+        self._now_us = now_us
+        self._ahead: dict[str, int] = {}
+        for flight in ledger.board.flights.values():
+            if flight.assignment.node != DIT:
+                for name in flight.assignment.workers:
+                    self._ahead[name] = self._ahead.get(name, 0) + 1
+        limit = ledger.settings.stages_ahead
+        self._usable = ledger.cluster.usable()
+        self._open = [w for w in self._usable if self._ahead.get(w.name, 0) < limit]
+        self._able: dict[str, list[Worker]] = {}  # by model, of the open ones
+        self.short = False  # some job waits for room, and for nothing else
+
+    def choose(self, tracked: Tracked, job: Job) -> StageChoice | None:
+        """The worker for one such job; None while no usable worker has the model, or room."""
+        model = tracked.request.model
+        if model not in self._able:
+            self._able[model] = [w for w in self._open if w.can(model)]
+        able = self._able[model]
+        if not able:
+            self.short = self.short or any(w.can(model) for w in self._usable)
+            return None
+        holders = {h.worker for h in tracked.latest()} if job.node == VAE else set()
+
+        def preference(worker: Worker) -> tuple[int, bool]:
+            return max(self._now_us, self._free_us[worker.name]), worker.name not in holders
+
+        chosen = min(able, key=preference)
+        self._take(chosen)
+        return StageChoice(tracked, job, chosen.name)
+
+    def _take(self, worker: Worker) -> None:
+        self._ahead[worker.name] = self._ahead.get(worker.name, 0) + 1
+        if self._ahead[worker.name] >= self._ledger.settings.stages_ahead:
+            self._open.remove(worker)
+            self._able.clear()
 
 
 def _urgency(tracked: Tracked) -> tuple[int, bool, int, int]:

@@ -47,7 +47,7 @@ class Tracked:
     steps_run: int = 0  # ended, whether or not their result survived
     degree_changes: int = 0
     moves: int = 0
-    failures: dict[tuple[str, int], int] = field(default_factory=dict)  # by node and steps_done
+    failures: dict[tuple[str, int, str], int] = field(default_factory=dict)  # node, steps, kind
 
     def __post_init__(self) -> None:
         self.jobs = {node: Job(self.request.id, node) for node in NODES}

@@ -87,15 +87,23 @@ class CancelRequested(_Value, frozen=True, tag_field="kind", tag="cancel_request
     request: str
 
 
+class Held(_Value, frozen=True):
+    """A latent that a worker says it holds."""
+
+    request: str
+    steps_done: int
+
+
 class WorkerUp(_Value, frozen=True, tag_field="kind", tag="worker_up"):
     """A worker's lease lives. Repeated for a known incarnation, it clears a suspicion."""
 
     at_us: int
     worker: str
-    incarnation: str  # a new one means: the worker restarted and holds nothing
+    incarnation: str  # a new one means: the worker restarted and lost what it held
     gpu: str  # as the profile calls it
     host: str = ""
     models: tuple[ModelFacts, ...] = ()
+    latents: tuple[Held, ...] = ()  # what it holds now, as it says; naming none denies nothing
 
 
 class WorkerLost(_Value, frozen=True, tag_field="kind", tag="worker_lost"):
@@ -140,7 +148,7 @@ class AssignmentFailed(_Value, frozen=True, tag_field="kind", tag="assignment_fa
     at_us: int
     sequence: int
     worker: str  # who reports
-    jobs: tuple[JobProgress, ...]  # last latent that this worker still holds
+    jobs: tuple[JobProgress, ...]  # last latent that this worker still holds; empty: none
     reason: str  # upper-snake-case
     suspects: tuple[str, ...] = ()  # members not to be used until their next heartbeat
 

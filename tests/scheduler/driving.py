@@ -16,12 +16,14 @@ from control.scheduler.values import (
     Assignment,
     AssignmentFailed,
     Ended,
+    Held,
     JobProgress,
     ModelFacts,
     Plan,
     Request,
     Shape,
     StepsEnded,
+    WorkerLost,
     WorkerUp,
 )
 
@@ -42,7 +44,13 @@ class World:
         for i in range(workers):
             self.up(f"w{i}", host=f"h{i // 8}")
 
-    def up(self, worker: str, incarnation: str = "1", host: str = "h0") -> None:
+    def up(
+        self,
+        worker: str,
+        incarnation: str = "1",
+        host: str = "h0",
+        latents: dict[str, int] | None = None,
+    ) -> None:
         self.observe(
             WorkerUp(
                 at_us=self.now_us,
@@ -51,8 +59,15 @@ class World:
                 gpu="h100",
                 host=host,
                 models=(FLUX,),
+                latents=tuple(
+                    Held(request=request, steps_done=done)
+                    for request, done in (latents or {}).items()
+                ),
             )
         )
+
+    def lose(self, worker: str) -> None:
+        self.observe(WorkerLost(at_us=self.now_us, worker=worker))
 
     def observe(self, *facts: Any) -> None:
         for fact in facts:

@@ -1,6 +1,9 @@
 """What a failure costs: the steps since the last surviving latent, and never a request."""
 
+import pytest
+
 from control.scheduler.values import (
+    CancelRequested,
     DrainRequested,
     JobProgress,
     Outcome,
@@ -194,3 +197,56 @@ def test_one_lost_worker_leaves_other_requests_alone():
     assert a.workers != b.workers
     lose(world, a.workers[0])
     assert world.view("b").attempt == 0 and world.view("b").outstanding == (b.sequence,)
+
+
+@pytest.mark.parametrize("steps_seen", [0, 1])
+def test_a_group_cancelled_before_its_first_step_is_formed_anew(steps_seen):
+    world, running = wide(steps_seen)
+    world.observe(CancelRequested(at_us=world.now_us, request="a"))
+    world.plan()
+    world.now_us += 10_000_000
+    again = only(world.encoded("b", px=2048, slo_us=60_000_000))
+    assert again.workers == running.workers
+    assert again.epoch == running.epoch + (0 if steps_seen else 1)
+
+
+def test_a_restart_of_a_group_raises_its_epoch_once():
+    world, running = wide(0)
+    world.fail(running, "w0", "GROUP_LOST", holds=0)
+    again = only(world.plan())
+    assert again.workers == running.workers and again.epoch == running.epoch + 1
+
+
+def fail_always(reason, suspects):
+    """A request whose every denoise assignment fails; how often until it ends."""
+    world = World(workers=1)
+    running = only(world.encoded("a"))
+    for count in range(1, 100):
+        world.fail(running, "w0", reason, holds=0, suspects=suspects)
+        if world.ended:
+            (ended,) = world.ended
+            assert (ended.outcome, ended.reason) == (Outcome.FAILED, reason)
+            return count
+        world.up("w0")
+        running = only(world.plan())
+        if running.node == "text":
+            world.over(running)
+            running = only(world.plan())
+    return None
+
+
+def test_failures_that_are_always_blamed_on_a_worker_end_the_request():
+    assert fail_always("PEER_LOST", ("w0",)) == 12
+
+
+def test_messages_lost_again_and_again_end_the_request():
+    assert fail_always("MESSAGE_LOST", ()) == 20
+
+
+def test_messages_lost_count_only_in_a_row():
+    world = World(workers=1)
+    running = only(world.encoded("a"))
+    for count in range(1, 30):
+        world.fail(running, "w0", "GROUP_LOST" if count == 15 else "MESSAGE_LOST", holds=0)
+        running = only(world.plan())
+    assert not world.ended
