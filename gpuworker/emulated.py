@@ -3,8 +3,8 @@ computing.
 
 For tests and load runs of the control plane with up to thousands of workers; never a stand-in for a
 test of a worker. All emulated workers of one process share an `EmulatedHost`, which plays the part
-of groups and latents: an assignment starts when all its members have come to it and its latent
-exists.
+of groups and latents: an assignment starts when all its members have come to it and a holder that
+it names has a copy with exactly the steps that it names.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -44,15 +44,87 @@ def profile_cells(lines: Iterable[str], name: str) -> dict[Cell, int]:
 
 
 @dataclass
+class Meeting:
+    """An assignment whose members are at it; it is dropped once all of them have left."""
+
+    members: frozenset[str]
+    came: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)
+    started: bool = False
+    over: bool = False  # the first member has left
+
+
+@dataclass
 class EmulatedHost:
     """What the emulated workers of one process share."""
 
     clock: Clock
     profile: dict[Cell, int]
-    steps_done: dict[tuple[str, int], int] = field(default_factory=dict)  # by request, attempt
-    joined: dict[int, set[str]] = field(default_factory=dict)  # members at an assignment
-    finished: set[int] = field(default_factory=set)
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    copies: dict[str, dict[str, int]] = field(default_factory=dict)  # worker -> request -> steps
+    meetings: dict[tuple[int, int], Meeting] = field(default_factory=dict)  # by term, sequence
+    gone: set[str] = field(default_factory=set)  # workers that were closed
+    term: int = 0  # the newest one met with
+    waiting: dict[str, list[asyncio.Future[None]]] = field(default_factory=dict)  # by request
+
+    async def until(self, request: str, condition: Callable[[], bool]) -> None:
+        """Returns once the condition holds; it is looked at whenever `tell` names the request."""
+        while not condition():
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self.waiting.setdefault(request, []).append(waiter)
+            await waiter
+
+    def tell(self, request: str) -> None:
+        """Something has changed about a request."""
+        for waiter in self.waiting.pop(request, ()):
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def enter(self, assignment: mesh_pb2.Assignment, worker: str) -> Meeting:
+        """A worker comes to an assignment, as the next of its members or as the first one."""
+        self.gone.discard(worker)
+        if assignment.term > self.term:
+            self.term = assignment.term
+            self._drop_left()
+        fresh = Meeting(frozenset(assignment.group.members))
+        meeting = self.meetings.setdefault((assignment.term, assignment.sequence), fresh)
+        meeting.came.add(worker)
+        self.tell(assignment.batch[0].request_id)
+        return meeting
+
+    def leave(self, assignment: mesh_pb2.Assignment, worker: str) -> None:
+        """A worker is through with an assignment, or gives it up."""
+        key = (assignment.term, assignment.sequence)
+        meeting = self.meetings[key]
+        meeting.left.add(worker)
+        meeting.over = meeting.over or worker == assignment.group.members[0]
+        if self._all_left(key):
+            del self.meetings[key]
+        self.tell(assignment.batch[0].request_id)
+
+    def close(self, worker: str) -> None:
+        """A worker is no more."""
+        self.gone.add(worker)
+        self.copies.pop(worker, None)
+        self._drop_left()
+
+    def holds(self, member: mesh_pb2.BatchMember) -> bool:
+        """Whether a named holder has exactly the named steps behind its copy."""
+        return any(
+            self.copies.get(holder.worker, {}).get(member.request_id) == holder.steps_done
+            for holder in member.holders
+        )
+
+    def _all_left(self, key: tuple[int, int]) -> bool:
+        """Nobody is at it and nobody will come: closed workers never do, and those that obey a
+        newer term have forgotten it.
+        """
+        meeting = self.meetings[key]
+        absent = meeting.members - meeting.left - self.gone
+        return meeting.came <= meeting.left and (not absent or key[0] < self.term)
+
+    def _drop_left(self) -> None:
+        for key in [key for key in self.meetings if self._all_left(key)]:
+            del self.meetings[key]
 
     def step_time_us(self, assignment: mesh_pb2.Assignment) -> int:
         spec = assignment.batch[0].spec
@@ -95,7 +167,7 @@ class EmulatedExecutor:
         self._media = media
         self._inbox = Inbox()
         self._arrived = asyncio.Event()
-        self._held: dict[str, int] = {}
+        self._at: str | None = None  # request of the assignment in hand
         self._task: asyncio.Task[None] | None = None
         self.models = host.models()
         self.store_address = f"emulated/{worker}"
@@ -110,7 +182,9 @@ class EmulatedExecutor:
         self._task = asyncio.get_running_loop().create_task(self._run(listener))
 
     def accept_term(self, term: int) -> bool:
-        return self._inbox.accept_term(term)
+        accepted = self._inbox.accept_term(term)
+        self._look_again()
+        return accepted
 
     def submit(self, assignment: mesh_pb2.Assignment) -> None:
         self._inbox.put(assignment)
@@ -121,17 +195,15 @@ class EmulatedExecutor:
         self._inbox.truncate(truncate.request_id, mark)
         if truncate.release:
             self.release(truncate.request_id)
-        self._arrived.set()
+        self._look_again()
 
     def release(self, request: str) -> None:
-        self._held.pop(request, None)
-        for key in [k for k in self._host.steps_done if k[0] == request]:
-            del self._host.steps_done[key]
+        self._copies.pop(request, None)
 
     def held(self) -> tuple[mesh_pb2.HeldLatent, ...]:
         return tuple(
             mesh_pb2.HeldLatent(request_id=request, steps_done=steps)
-            for request, steps in self._held.items()
+            for request, steps in self._copies.items()
         )
 
     def progress(self) -> tuple[int, int]:
@@ -149,6 +221,16 @@ class EmulatedExecutor:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._host.close(self._worker)
+
+    @property
+    def _copies(self) -> dict[str, int]:
+        return self._host.copies.setdefault(self._worker, {})
+
+    def _look_again(self) -> None:
+        """Lets the assignment in hand see that it may have to stop."""
+        if self._at is not None:
+            self._host.tell(self._at)
 
     async def _run(self, listener: Listener) -> None:
         while True:
@@ -156,19 +238,36 @@ class EmulatedExecutor:
             if assignment is None:
                 self._arrived.clear()
                 await self._arrived.wait()
-            else:
-                leads = assignment.group.members[0] == self._worker
-                await (self._lead(assignment, listener) if leads else self._follow(assignment))
-                self._inbox.done(assignment)
+                continue
+            self._at = assignment.batch[0].request_id
+            meeting = self._host.enter(assignment, self._worker)
+            try:
+                if assignment.group.members[0] == self._worker:
+                    await self._lead(assignment, meeting, listener)
+                else:
+                    await self._follow(assignment, meeting)
+            finally:
+                self._host.leave(assignment, self._worker)
+            self._at = None
+            self._inbox.done(assignment)
 
-    async def _lead(self, assignment: mesh_pb2.Assignment, listener: Listener) -> None:
+    async def _lead(
+        self, assignment: mesh_pb2.Assignment, meeting: Meeting, listener: Listener
+    ) -> None:
         host, member = self._host, assignment.batch[0]
-        await self._gather(assignment)
         first = member.first_step
+
+        def ready() -> bool:
+            here = meeting.came == meeting.members
+            latent = assignment.node == "text" or host.holds(member)
+            return (here and latent) or self._inbox.must_stop(assignment, first)
+
+        await host.until(member.request_id, ready)
+        meeting.started = True
         step_us, began_us = host.step_time_us(assignment), host.clock.now_us()
         done = first
         for step in range(first, first + assignment.steps):
-            if self._inbox.must_stop(member.request_id, member.attempt, step):
+            if self._inbox.must_stop(assignment, step):
                 break
             await host.clock.sleep_until(began_us + (step - first + 1) * step_us)
             done = step + 1
@@ -179,39 +278,27 @@ class EmulatedExecutor:
             listener(RunNote(assignment=assignment, steps_done=first, last=True))
         elif done < first + assignment.steps and assignment.node == "dit":
             listener(RunNote(assignment=assignment, steps_done=done, last=True))
-        async with host.changed:
-            host.finished.add(assignment.sequence)
-            host.joined.pop(assignment.sequence, None)
-            host.changed.notify_all()
 
-    async def _follow(self, assignment: mesh_pb2.Assignment) -> None:
-        host = self._host
-        async with host.changed:
-            host.joined.setdefault(assignment.sequence, set()).add(self._worker)
-            host.changed.notify_all()
-            await host.changed.wait_for(lambda: assignment.sequence in host.finished)
+    async def _follow(self, assignment: mesh_pb2.Assignment, meeting: Meeting) -> None:
+        """Stays until the first member is through; leaves alone only what has not started."""
+        member = assignment.batch[0]
 
-    async def _gather(self, assignment: mesh_pb2.Assignment) -> None:
-        """Waits for the other members and for the latent to start from."""
-        host, member = self._host, assignment.batch[0]
-        others = set(assignment.group.members[1:])
-        key = (member.request_id, member.attempt)
-        need = -1 if assignment.node == "text" else member.first_step
+        def through() -> bool:
+            off = self._inbox.must_stop(assignment, member.first_step)
+            return meeting.over or (off and not meeting.started)
 
-        def ready() -> bool:
-            here = host.joined.get(assignment.sequence, set()) >= others
-            off = self._inbox.must_stop(member.request_id, member.attempt, member.first_step)
-            return here and (off or need < 0 or host.steps_done.get(key, -1) >= need)
-
-        async with host.changed:
-            await host.changed.wait_for(ready)
+        await self._host.until(member.request_id, through)
 
     def _keep(self, assignment: mesh_pb2.Assignment, done: int) -> None:
-        member = assignment.batch[0]
+        """Every member now has a copy of the latent behind the step."""
+        if assignment.node == "vae":
+            return
+        request = assignment.batch[0].request_id
         steps = 0 if assignment.node == "text" else done
-        if assignment.node != "vae":
-            self._held[member.request_id] = steps
-            self._host.steps_done[member.request_id, member.attempt] = steps
+        for worker in assignment.group.members:
+            if worker not in self._host.gone:  # the latents of a closed one are gone
+                self._host.copies.setdefault(worker, {})[request] = steps
+        self._host.tell(request)
 
     def _note(
         self, assignment: mesh_pb2.Assignment, step: int, done: int, step_us: int, *, last: bool

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from pathlib import Path
 
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
-from gpuworker.emulated import EmulatedExecutor, EmulatedHost, profile_cells
+from gpuworker.emulated import Cell, EmulatedExecutor, EmulatedHost, profile_cells
 from hocket import telemetry
 from hocket.bus import Bus
 from hocket.clock import SystemClock
@@ -25,18 +26,30 @@ def run(settings: WorkerSettings) -> int:
     return 0
 
 
+def read_profile(path: Path | None) -> dict[Cell, int]:
+    """The call times to emulate by; raises WrongConfig where there are none."""
+    wanted = "a profile CSV to emulate by"
+    if path is None:
+        raise WrongConfig(key="profile", value="", allowed=wanted)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WrongConfig(key="profile", value=str(path), allowed=f"{wanted} ({reason})") from error
+    cells = profile_cells(text.splitlines(), str(path))
+    if not cells:
+        raise WrongConfig(key="profile", value=str(path), allowed=f"{wanted} (it has no rows)")
+    return cells
+
+
 async def _serve(settings: WorkerSettings) -> None:
-    if settings.profile is None:
-        raise WrongConfig(key="profile", value="", allowed="a profile CSV to emulate by")
+    profile = read_profile(settings.profile)
     told = telemetry.setup("gpuworker", "emulated", settings.state_dir, settings.log_level)
     stop = asyncio.Event()
     for sign in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(sign, stop.set)
     clock = SystemClock()
-    text = settings.profile.read_text(encoding="utf-8")
-    host = EmulatedHost(
-        clock=clock, profile=profile_cells(text.splitlines(), str(settings.profile))
-    )
+    host = EmulatedHost(clock=clock, profile=profile)
     bus = await Bus.connect(settings.nats_url, "emulated")
     executors = []
     try:

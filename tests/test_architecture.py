@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hocket", "gateway", "control", "gpuworker", "bench", "tests", "tools")
 LINES_A_FUNCTION, LINES_A_FILE, COLUMNS = 70, 400, 100
 SERVICE_RUST_FREE = ("gateway", "control", "client")
+READS_ENVIRONMENT = re.compile(
+    r"\bos\.environ\b(?!\.setdefault)|\bfrom os import [^\n]*\benviron\b"
+)
 
 
 def sources() -> list[Path]:
@@ -87,16 +91,32 @@ def test_clock_and_environment_bans_bite() -> None:
         assert "TID251" in run.stdout
 
 
+def environment_readers(texts: dict[str, str]) -> set[str]:
+    """Names of those source texts that read the environment; setting a default is none."""
+    return {name for name, text in texts.items() if READS_ENVIRONMENT.search(text)}
+
+
 def test_environment_is_read_in_one_place() -> None:
-    reads = re.compile(r"os\.environ\b(?!\.setdefault)")
-    allowed = {"hocket/config.py", "hocket/telemetry.py"}
-    found = [
-        str(p.relative_to(ROOT))
+    texts = {
+        str(p.relative_to(ROOT)): p.read_text()
         for p in sources()
-        if p.parts[len(ROOT.parts)] in ("hocket", "gateway", "control", "gpuworker")
-        and reads.search(p.read_text())
-    ]
-    assert set(found) <= allowed, found
+        if p.relative_to(ROOT).parts[0] in ("hocket", "gateway", "control", "gpuworker")
+    }
+    found = environment_readers(texts)
+    assert "hocket/config.py" in found
+    assert found <= {"hocket/config.py", "hocket/telemetry.py"}, found
+
+
+def test_environment_rule_sees_a_read() -> None:
+    planted = {
+        "item": "import os\nX = os.environ['X']\n",
+        "get": "import os\nX = os.environ.get('X')\n",
+        "copy": "import os\nX = {**os.environ}\n",
+        "name": "from os import path, environ\nX = environ['X']\n",
+        "default": "import os\nos.environ.setdefault('X', '1')\n",
+        "other": "import os\nX = os.getcwd()\n",
+    }
+    assert environment_readers(planted) == {"item", "get", "copy", "name"}
 
 
 def test_types() -> None:
@@ -104,23 +124,96 @@ def test_types() -> None:
     assert run.returncode == 0, run.stdout
 
 
+def test_types_see_what_is_wrong(tmp_path: Path) -> None:
+    """Under our settings, which are strict."""
+    found = {}
+    for name, line in {
+        "right": "def f(x: int) -> str:\n    return str(x)\n",
+        "wrong": "def f(x: int) -> str:\n    return x\n",
+        "untyped": "def f(x):\n    return x\n",
+    }.items():
+        (tmp_path / f"planted_{name}.py").write_text(line)
+        settings = ("--config-file", str(ROOT / "pyproject.toml"))
+        run = _tool("mypy", *settings, str(tmp_path / f"planted_{name}.py"))
+        found[name] = (run.returncode, set(re.findall(r"\[([a-z-]+)\]", run.stdout)))
+    assert found == {
+        "right": (0, set()),
+        "wrong": (1, {"return-value"}),
+        "untyped": (1, {"no-untyped-def"}),
+    }
+
+
+def planted_proto(folder: Path, file: str, old: str, new: str) -> Path:
+    """A copy of what the contract is made of, in which one text stands for another."""
+    shutil.copytree(ROOT / "proto", folder / "proto")
+    shutil.copy(ROOT / "buf.yaml", folder)
+    path = folder / "proto/hocket/v1" / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return folder
+
+
 def test_proto_lint() -> None:
     run = _tool("buf", "lint")
     assert run.returncode == 0, run.stdout
 
 
-def test_generated_stubs_are_in_step_with_proto(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, str(ROOT / "tools/generate_stubs.py"), str(tmp_path)],
-        check=True,
-        capture_output=True,
-        cwd=ROOT,
-    )
-    fresh = {p.name: p.read_text() for p in (tmp_path / "hocket/v1").glob("*_pb2*")}
+def test_proto_lint_sees_a_wrong_package(tmp_path: Path) -> None:
+    planted = tmp_path / "proto/hocket/v1/planted.proto"
+    planted.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "buf.yaml", tmp_path)
+    planted.write_text('syntax = "proto3";\n\npackage hocket.v1;\n')
+    assert _tool("buf", "lint", at=tmp_path).returncode == 0
+    planted.write_text('syntax = "proto3";\n\npackage hocket.other;\n')
+    run = _tool("buf", "lint", at=tmp_path)
+    assert run.returncode != 0 and "hocket.other" in run.stdout, run.stdout + run.stderr
+
+
+def breaking(new: Path, old: str) -> subprocess.CompletedProcess[str]:
+    return _tool("buf", "breaking", "proto", "--against", old, at=new)
+
+
+def test_proto_breaks_nothing_of_main() -> None:
+    """Passes without a comparison only where there is no main with a contract to compare with."""
+    if (
+        shutil.which("git") is None
+        or _git("rev-parse", "--verify", "--quiet", "main:proto").returncode != 0
+    ):
+        return
+    folder = _git("rev-parse", "--path-format=absolute", "--git-common-dir").stdout.strip()
+    run = breaking(ROOT, f"{folder}#format=git,branch=main,subdir=proto")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_proto_comparison_sees_a_break(tmp_path: Path) -> None:
+    taken = "uint32 stop_at_step = 4;"
+    planted_proto(tmp_path, "mesh.proto", taken, "uint32 stop_at_step = 14;")
+    run = breaking(tmp_path, str(ROOT / "proto"))
+    assert run.returncode != 0 and "mesh.proto" in run.stdout, run.stdout + run.stderr
+
+
+def stale_stubs(root: Path, out: Path) -> list[str]:
+    """Committed stubs that are not what the proto files below `root` give."""
+    command = [sys.executable, str(root / "tools/generate_stubs.py"), str(out)]
+    subprocess.run(command, check=True, capture_output=True, cwd=root)
+    fresh = {p.name: p.read_text() for p in (out / "hocket/v1").glob("*_pb2*")}
     committed = {p.name: p.read_text() for p in (ROOT / "hocket/v1").glob("*_pb2*")}
     assert fresh.keys() == committed.keys()
-    stale = [name for name in fresh if fresh[name] != committed[name]]
+    return [name for name in fresh if fresh[name] != committed[name]]
+
+
+def test_generated_stubs_are_in_step_with_proto(tmp_path: Path) -> None:
+    stale = stale_stubs(ROOT, tmp_path)
     assert not stale, f"run `make proto`: {stale}"
+
+
+def test_stub_comparison_sees_a_changed_field(tmp_path: Path) -> None:
+    planted_proto(tmp_path, "mesh.proto", "uint32 stop_at_step = 4;", "uint64 stop_at_step = 4;")
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools/generate_stubs.py", tmp_path / "tools")
+    (tmp_path / "out").mkdir()
+    assert "mesh_pb2.py" in stale_stubs(tmp_path, tmp_path / "out")
 
 
 def closure(extras: tuple[str, ...]) -> dict[str, metadata.Distribution]:
@@ -178,8 +271,14 @@ def test_services_import_no_torch(module: str) -> None:
     assert run.stdout.strip() == "False", run.stderr
 
 
-def _tool(name: str, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+def _tool(
+    name: str, *arguments: str, text: str | None = None, at: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     path = Path(sysconfig.get_path("scripts")) / name
     return subprocess.run(
-        [str(path), *arguments], capture_output=True, text=True, cwd=ROOT, input=text
+        [str(path), *arguments], capture_output=True, text=True, cwd=at, input=text
     )
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)

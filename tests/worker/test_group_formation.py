@@ -12,6 +12,8 @@ from tests.worker import worker_tasks as tasks
 from tests.worker.worker_jobs import meet
 from tests.worker.worker_pool import CPU, Pool
 
+NEVER_S = 3600.0  # a time-out that no test lives to see: what ends before has another cause
+
 
 @pytest.mark.parametrize("lengths", [(3, 1), (2, 2), (4, 0), (3, 2, 1, 1), (1, 0, 0, 2)])
 def test_collectives_of_uneven_length(pool: Pool, lengths: tuple[int, ...]) -> None:
@@ -41,7 +43,7 @@ def test_a_cached_group_is_found_without_its_peers(pool: Pool) -> None:
     pair = pool.names[:2]
     meeting = meet(pool, pair)
     pool.each(pair, tasks.join, meeting)
-    assert isinstance(pool.one(pair[0], tasks.join, meeting), int)
+    assert pool.one(pair[0], tasks.join, meeting) is True
     assert (meeting.epoch, meeting.members) in pool.one(pair[1], tasks.cached)
     assert pool.each(pair, tasks.rank_sum, meeting) == [1, 1]
     drain(pool, pair)
@@ -82,26 +84,23 @@ def test_the_cache_is_bounded_and_never_remakes_a_name(pool: Pool) -> None:
 def test_formation_without_a_member_ends_by_time_out(pool: Pool) -> None:
     here, absent = pool.names[:2]
     loss = pool.one(here, tasks.join, meet(pool, (here, absent)), 0.3)
-    assert loss.suspects == (absent,)
-    assert 0.3e6 <= loss.after_us < 5e6
+    assert (loss.cause, loss.suspects) == ("not formed: time-out", (absent,))
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_formation_can_be_cancelled(pool: Pool, first: bool) -> None:
     here, absent = pool.names[:2]
     members = (here, absent) if first else (absent, here)
-    loss = pool.one(here, tasks.join, meet(pool, members), 30.0, 0.1)
+    loss = pool.one(here, tasks.join, meet(pool, members), NEVER_S, 0.1)
     assert (loss.cause, loss.suspects) == ("not formed: cancelled", ())
-    assert loss.after_us < 5e6
 
 
-def test_formation_at_a_dead_rendezvous_fails_at_once(pool: Pool) -> None:
+def test_formation_at_a_dead_rendezvous_needs_no_time_out(pool: Pool) -> None:
     here, dead = pool.names[:2]
     meeting = meet(pool, (dead, here))
     pool.kill(dead)
-    loss = pool.one(here, tasks.join, meeting, 30.0)
-    assert loss.suspects == (dead,)
-    assert loss.after_us < 5e6
+    loss = pool.one(here, tasks.join, meeting, NEVER_S)
+    assert loss.suspects == (dead,) and "refused" in loss.cause
 
 
 def test_formation_at_a_stopped_rendezvous_ends_by_time_out(pool: Pool) -> None:
@@ -112,8 +111,7 @@ def test_formation_at_a_stopped_rendezvous_ends_by_time_out(pool: Pool) -> None:
         loss = pool.one(here, tasks.join, meeting, 0.3)
     finally:
         pool.kill(stopped)
-    assert loss.suspects == (stopped,)
-    assert loss.after_us < 5e6
+    assert (loss.cause, loss.suspects) == ("not formed: time-out", (stopped,))
 
 
 def test_blobs_larger_than_a_store_value_are_fetched_whole(pool: Pool) -> None:
@@ -126,14 +124,14 @@ def test_blobs_larger_than_a_store_value_are_fetched_whole(pool: Pool) -> None:
     assert "time-out" in pool.one(other, tasks.fetch, pool.address(holder), "big", 0.2).cause
 
 
-def test_fetching_from_a_holder_that_dies_fails_at_once(pool: Pool) -> None:
+def test_fetching_from_a_holder_that_dies_needs_no_time_out(pool: Pool) -> None:
     holder, other = pool.names[:2]
     pool.one(holder, tasks.put, "once", 256)
     assert len(pool.one(other, tasks.fetch, pool.address(holder), "once", 20.0)) == 256
-    pool.start(other, tasks.fetch, pool.address(holder), "never", 30.0)
+    pool.start(other, tasks.fetch, pool.address(holder), "never", NEVER_S)
     pool.kill(holder)
     loss = pool.result(other)
-    assert isinstance(loss, tasks.Loss) and loss.after_us < 5e6
+    assert isinstance(loss, tasks.Loss) and "time-out" not in loss.cause
 
 
 def test_an_error_of_a_closed_group_names_it() -> None:

@@ -1,4 +1,6 @@
-"""Losing a member in the middle of a step: the others know soon, and redo the step exactly."""
+"""Losing a member in the middle of a step: the others learn of it, by the loss itself and not by
+a time-out where there is a sign of it, and redo the step exactly.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from tests.worker.tiny_models import Reference
 from tests.worker.worker_jobs import LATENT_TOLERANCE, Job, latent_error, meet
 from tests.worker.worker_pool import Pool
 
-SOON_US = 2_000_000  # milliseconds on an idle machine; far below the collectives' 20 s
+NEVER_S = 3600.0  # a time-out that no test lives to see: what ends before has another cause
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -22,14 +24,14 @@ def test_kill_in_a_collective_and_redo(pool: Pool, flux: Reference, size: int) -
     job.encode(names[0])
     assert job.run(names, 3) == [3] * size
     *survivors, victim = names
-    segment = job.segment(names, 3, 20.0, "suicide")
+    segment = job.segment(names, 3, NEVER_S, "suicide")
     for name in names:
         pool.start(name, tasks.denoise, segment)
-    killed_us = pool.note(victim)
+    assert pool.note(victim) == "dies"
     losses = [pool.result(name) for name in survivors]
     pool.kill(victim)  # it is dead already; this waits until the system says so
     assert all(isinstance(loss, tasks.Loss) for loss in losses), losses
-    assert max(loss.at_us - killed_us for loss in losses) < SOON_US
+    assert all(loss.members == segment.meeting.members for loss in losses), losses
     job.holders = tuple(survivors)
     assert len(set(job.states())) == 1, "survivors are left with the same state"
     team = survivors if size == 2 else survivors[:2]  # heads divide by 1, 2, 4
@@ -49,8 +51,9 @@ def test_a_hung_member_is_found_by_the_time_out(pool: Pool) -> None:
         losses = pool.each(names[:2], tasks.rank_sum, meeting)
     finally:
         pool.kill(names[2])
-    for loss in losses:
-        assert isinstance(loss, tasks.Loss) and 0.3e6 < loss.after_us < SOON_US
+    assert all(isinstance(loss, tasks.Loss) for loss in losses), losses
+    assert all(loss.members == meeting.members for loss in losses), losses
+    assert any("Timed out" in loss.cause for loss in losses), losses
     for name in names[:2]:
         assert pool.note(name) == "joined"
     again = meet(pool, names[:2])
@@ -62,13 +65,13 @@ def test_a_hung_member_is_found_by_the_time_out(pool: Pool) -> None:
 def test_an_abort_wakes_the_peers(pool: Pool) -> None:
     """A member that gives up (out of memory, a bug) closes its sockets: nobody waits for it."""
     waiting, aborting = pool.names[:2]
-    meeting = meet(pool, (waiting, aborting))
+    meeting = meet(pool, (waiting, aborting), timeout_s=NEVER_S)
     pool.start(waiting, tasks.rank_sum, meeting)
     pool.start(aborting, tasks.join_and_abort, meeting)
     assert pool.note(waiting) == "joined" and pool.note(aborting) == "joined"
-    aborted_us, loss = pool.result(aborting), pool.result(waiting)
-    assert isinstance(loss, tasks.Loss)
-    assert loss.at_us - aborted_us < SOON_US
+    pool.result(aborting)
+    loss = pool.result(waiting)
+    assert isinstance(loss, tasks.Loss) and loss.members == meeting.members
 
 
 def test_the_first_member_settles_where_to_stop(pool: Pool, flux: Reference) -> None:

@@ -110,10 +110,10 @@ def flux_reference(folder: Path) -> Reference:
     return Reference(str(folder), settings, latents, (images * 255).round().astype(np.uint8))
 
 
-def wan_reference(folder: Path) -> Reference:
-    """Wan of 2 blocks, 9 frames of 48x32 px (18 video tokens), real guidance."""
+def wan_pipeline() -> WanPipeline:
+    """Wan of 2 blocks, with the same weights at every call."""
     torch.manual_seed(2)
-    pipeline = WanPipeline(
+    return WanPipeline(
         tokenizer=_tokenizer(TEXT_TOKENS),
         text_encoder=UMT5EncoderModel(
             UMT5Config(
@@ -146,15 +146,36 @@ def wan_reference(folder: Path) -> Reference:
             rope_max_seq_len=32,
         ).eval(),
     )
+
+
+def wan_reference(folder: Path) -> Reference:
+    """9 frames of 48x32 px (18 video tokens), real guidance."""
+    pipeline = wan_pipeline()
     settings = _settings(width=48, height=32, frames=9, steps=8, guidance_scale=4.0)
     settings["negative_prompt"] = "the night"
     _save(pipeline, folder)
-    arguments = {"max_sequence_length": TEXT_TOKENS, **_of_pipeline(settings)}
-    arguments["negative_prompt"] = settings["negative_prompt"]
-    arguments["num_frames"] = settings["frames"]
+    arguments = _of_wan(settings)
     latents = pipeline(**arguments, generator=_generator(settings), output_type="latent").frames
     frames = pipeline(**arguments, generator=_generator(settings), output_type="np").frames[0]
     return Reference(str(folder), settings, latents, (frames * 255).round().astype(np.uint8))
+
+
+def wan_latents(settings: dict[str, Any]) -> list[Tensor]:
+    """What the stock pipeline has after each step."""
+    pipeline, behind = wan_pipeline(), []
+    pipeline.set_progress_bar_config(disable=True)
+
+    def note(_: Any, __: int, ___: Any, have: dict[str, Tensor]) -> dict[str, Tensor]:
+        behind.append(have["latents"].clone())
+        return have
+
+    pipeline(
+        **_of_wan(settings),
+        generator=_generator(settings),
+        output_type="latent",
+        callback_on_step_end=note,
+    )
+    return behind
 
 
 def _settings(**others: Any) -> dict[str, Any]:
@@ -171,6 +192,15 @@ def _of_pipeline(settings: dict[str, Any]) -> dict[str, Any]:
     }
     names["guidance_scale"] = "guidance_scale"
     return {theirs: settings[ours] for ours, theirs in names.items()}
+
+
+def _of_wan(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "max_sequence_length": TEXT_TOKENS,
+        "negative_prompt": settings["negative_prompt"],
+        "num_frames": settings["frames"],
+        **_of_pipeline(settings),
+    }
 
 
 def _generator(settings: dict[str, Any]) -> torch.Generator:

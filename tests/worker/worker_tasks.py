@@ -15,10 +15,8 @@ from torch import Tensor
 from gpuworker.elastic import AttentionInputs, Communicator, ulysses
 from gpuworker.groups import BlobLost, Group, GroupCache, GroupLost
 from gpuworker.state import LatentState
-from hocket.clock import SystemClock
 from tests.worker.worker_pool import CPU, Member
 
-_CLOCK = SystemClock()
 FORM_S = 20.0
 
 
@@ -40,12 +38,15 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Loss:
-    """A GroupLost as it travels through a pipe; `at_us` and `after_us` on the machine's clock."""
+    """A GroupLost (or, without members, a BlobLost) as it travels through a pipe."""
 
     cause: str
     suspects: tuple[str, ...]
-    at_us: int
-    after_us: int
+    members: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, lost: GroupLost) -> Loss:
+        return cls(lost.cause, lost.suspects, lost.members)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,6 @@ def pictures(member: Member, folder: str, job: str) -> object:
 
 def denoise(member: Member, segment: Segment) -> int | Loss:
     """Runs a segment; the steps done, or how the group was lost (the last good state is kept)."""
-    began_us = _CLOCK.now_us()
     try:
         group = segment.meeting.join(member)
         state = _received(member, segment, group)
@@ -104,8 +104,7 @@ def denoise(member: Member, segment: Segment) -> int | Loss:
             member.groups.acknowledge()
         return state.steps_done
     except GroupLost as lost:
-        now_us = _CLOCK.now_us()
-        return Loss(lost.cause, lost.suspects, now_us, now_us - began_us)
+        return Loss.of(lost)
 
 
 def _received(member: Member, segment: Segment, group: Group) -> LatentState:
@@ -142,7 +141,7 @@ class ReversedGather:
 
 
 class Suicide(ReversedGather):
-    """Kills its process at the n-th exchange, having told when."""
+    """Kills its process at the n-th exchange, having said so."""
 
     def __init__(self, group: Group, member: Member, after: int) -> None:
         super().__init__(group)
@@ -151,7 +150,7 @@ class Suicide(ReversedGather):
     def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         self._left -= 1
         if self._left == 0:
-            self._member.notes.send(_CLOCK.now_us())
+            self._member.notes.send("dies")
             os.kill(os.getpid(), signal.SIGKILL)
         return super().all_to_all(flat, send, receive)
 
@@ -174,39 +173,34 @@ def acknowledge(member: Member) -> None:
 
 def join(
     member: Member, meeting: Meeting, form_s: float = FORM_S, cancel_after_s: float | None = None
-) -> float | Loss:
-    """Joins a group; microseconds that it took, or the loss."""
+) -> bool | Loss:
+    """Joins a group; true, or the loss."""
     cancel = threading.Event()
     if cancel_after_s is not None:
         threading.Timer(cancel_after_s, cancel.set).start()
-    began_us = _CLOCK.now_us()
     try:
         member.groups.get(meeting.epoch, meeting.members, meeting.address, form_s, cancel)
     except GroupLost as lost:
-        now_us = _CLOCK.now_us()
-        return Loss(lost.cause, lost.suspects, now_us, now_us - began_us)
-    return _CLOCK.now_us() - began_us
+        return Loss.of(lost)
+    return True
 
 
 def rank_sum(member: Member, meeting: Meeting) -> int | Loss:
     """One collective over the group: every member learns the sum of all ranks."""
-    began_us = _CLOCK.now_us()
     try:
         group = meeting.join(member)
         member.notes.send("joined")
         ranks = group.all_gather(torch.tensor([group.rank]), 0, [1] * group.size)
         return int(ranks.sum())
     except GroupLost as lost:
-        now_us = _CLOCK.now_us()
-        return Loss(lost.cause, lost.suspects, now_us, now_us - began_us)
+        return Loss.of(lost)
 
 
-def join_and_abort(member: Member, meeting: Meeting) -> int:
-    """Joins a group and gives it up, as a worker does that ran out of memory; tells when."""
+def join_and_abort(member: Member, meeting: Meeting) -> None:
+    """Joins a group and gives it up, as a worker does that ran out of memory."""
     group = meeting.join(member)
     member.notes.send("joined")
     group.abort("out of memory")
-    return _CLOCK.now_us()
 
 
 def collectives(member: Member, meeting: Meeting, lengths: tuple[int, ...]) -> list[object]:
@@ -252,12 +246,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> 
 
 def fetch(member: Member, address: str, key: str, timeout_s: float) -> bytes | Loss:
     """Fetches a blob from another member's store."""
-    began_us = _CLOCK.now_us()
     try:
         return member.rendezvous.fetch(address, key, timeout_s)
     except BlobLost as lost:
-        now_us = _CLOCK.now_us()
-        return Loss(lost.cause, (), now_us, now_us - began_us)
+        return Loss(lost.cause, ())
 
 
 def put(member: Member, key: str, size: int) -> None:

@@ -1,0 +1,147 @@
+"""Same picture in another family: a tiny random Wan (video, real guidance, two forwards a step),
+served from an ordinary diffusers folder, ends at the latent of the stock WanPipeline.
+
+Real worker processes, a real broker, a scripted leader in control's place.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.scripted_leader import Leader, Piece, WorkerPool
+from gpuworker.state import LatentState
+from hocket.bus import Bus
+from hocket.v1 import types_pb2
+from tests.worker.tiny_models import Reference, wan_latents, wan_reference
+from tests.worker.worker_jobs import LATENT_TOLERANCE, random_schedule
+
+STEPS = 8
+LONG = 100  # steps of the job whose worker is killed: the kill shall find it under way
+_terms = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the workers need the cores
+    made = wan_reference(tmp_path_factory.mktemp("models") / "tiny-wan")
+    assert made.settings["steps"] == STEPS
+    yield made
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pool(
+    nats_url: str, wan: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[WorkerPool]:
+    state = tmp_path_factory.mktemp("pool")
+    with WorkerPool(nats_url, "other-family", state, (wan.folder,)) as workers:
+        yield workers
+
+
+@pytest.fixture
+async def leader(nats_url: str, pool: WorkerPool) -> AsyncIterator[Leader]:
+    bus = await Bus.connect(nats_url, "leader")
+    scripted = Leader(bus, pool.cluster, next(_terms))
+    await scripted.listen(pool.count)
+    yield scripted
+    await bus.close()
+
+
+def spec(wan: Reference, **changed: Any) -> types_pb2.GenerationSpec:
+    """The reference's settings as the API says them; the model is named like its folder."""
+    have = {**wan.settings, **changed}
+    return types_pb2.GenerationSpec(
+        model=Path(wan.folder).name,
+        prompt=have["prompt"],
+        negative_prompt=have["negative_prompt"],
+        shape=types_pb2.Shape(width=have["width"], height=have["height"], frames=have["frames"]),
+        steps=have["steps"],
+        guidance_scale=have["guidance_scale"],
+        seed=have["seed"],
+    )
+
+
+def drawn(seed: int) -> list[Piece]:
+    """A random schedule: pieces on 1, 2 or 4 workers in any order."""
+    return [
+        Piece(steps, tuple(f"w{place}" for place in places))
+        for places, steps in random_schedule(seed, STEPS)
+    ]
+
+
+SCHEDULES = {
+    "1-2-4-2-1": [
+        Piece(1, ("w0",)),
+        Piece(2, ("w0", "w1")),
+        Piece(2, ("w3", "w0", "w2", "w1")),
+        Piece(2, ("w2", "w1")),
+        Piece(1, ("w1",)),
+    ],
+    "disjoint-moves": [Piece(3, ("w0", "w1")), Piece(3, ("w3", "w2")), Piece(2, ("w0",))],
+    **{f"drawn-with-seed-{seed}": drawn(seed) for seed in range(200, 204)},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+async def test_final_latent_is_that_of_the_stock_pipeline(
+    name: str, leader: Leader, wan: Reference
+) -> None:
+    schedule = SCHEDULES[name]
+    await leader.run(name, spec(wan), schedule)
+    state = await leader.latent(name, schedule[-1].workers[0], STEPS)
+    assert difference(state, wan.latents) <= LATENT_TOLERANCE, f"{name}: {schedule}"
+
+
+async def test_comparison_sees_another_seed(leader: Leader, wan: Reference) -> None:
+    """The planted negative."""
+    await leader.run("planted", spec(wan, seed=12), SCHEDULES["disjoint-moves"])
+    state = await leader.latent("planted", "w0", STEPS)
+    assert difference(state, wan.latents) > 0.1
+    theirs = wan_latents({**wan.settings, "seed": 12})
+    assert difference(state, theirs[-1]) <= LATENT_TOLERANCE
+
+
+async def test_a_killed_worker_costs_steps_and_no_video(
+    nats_url: str, tmp_path: Path, wan: Reference
+) -> None:
+    """kill -9 in the middle of a group's steps: the survivor's latent goes on, on one, then two."""
+    bus = await Bus.connect(nats_url, "leader")
+    long = spec(wan, steps=LONG)
+    with WorkerPool(nats_url, "other-killed", tmp_path, (wan.folder,), 3) as workers:
+        leader = Leader(bus, "other-killed", 1)
+        await leader.listen(3)
+        await leader.assign("text", Piece(1, ("w0",)), leader.member("killed", long, 0, ()))
+        member = leader.member("killed", long, 0, ("w0",))
+        sequence = await leader.assign("dit", Piece(LONG, ("w0", "w1")), member)
+        await leader.progress(sequence, at_least=3)
+        workers.kill("w1")
+        failed = await leader.ending(sequence)
+        assert (failed.failure.reason, failed.worker) == ("GROUP_LOST", "w0")
+        done = failed.results[0].steps_done
+        assert 3 <= done < LONG - STEPS, "killed under way"
+        alone = leader.member("killed", long, done, ("w0",), attempt=1)
+        await leader.assign("dit", Piece(3, ("w2",)), alone)
+        pair = leader.member("killed", long, done + 3, ("w2",), attempt=1)
+        await leader.assign("dit", Piece(STEPS - 3, ("w0", "w2")), pair, epoch=2)
+        state = await leader.latent("killed", "w2", done + STEPS)
+    await bus.close()
+    theirs = wan_latents({**wan.settings, "steps": LONG})[done + STEPS - 1]
+    assert difference(state, theirs) <= LATENT_TOLERANCE, f"killed after step {done}"
+
+
+def difference(ours: LatentState, theirs: torch.Tensor) -> float:
+    latents = ours.tensors["latents"]
+    assert latents.shape == theirs.shape and latents.dtype == theirs.dtype == torch.float32
+    return float((latents - theirs).abs().max())
+
+
+def test_schedules_are_drawn_the_same_everywhere() -> None:
+    assert drawn(200) == drawn(200)
+    assert {len(p.workers) for s in range(200, 204) for p in drawn(s)} == {1, 2, 4}
