@@ -1,4 +1,4 @@
-"""`hocket demo`: three prompts at three sizes at once, a worker drained under them, checked.
+"""`hocket demo`: five prompts at three sizes at once, workers drained under one of them, checked.
 
 It shows what the mesh is for: each request's degree of parallelism changes between steps, and a
 job moves to other workers when its own is taken away. When the plan happened to need neither, the
@@ -34,13 +34,16 @@ if TYPE_CHECKING:
     from hocket.v1.control_pb2_grpc import ControlServiceAsyncStub  # exists for types only
 
 PROMPTS = ("a red apple", "a fox", "a lighthouse")
-SIDES = (64, 128, 256)
-DEADLINES_S = (4.0, 8.0, 16.0)
+# The first one starts alone and is split over two workers; then the others come, and there are more
+# requests than workers; at the end there are fewer again.
+SIDES = (256, 64, 128, 256, 256)
+DEADLINES_S = {64: 4.0, 128: 8.0, 256: 20.0}
+_ALONE_STEPS = 3
 _ROUNDS_MAX = 4
 _DENOISER = "dit"
 _DRAIN_S = 10.0
 _CALL_S = 120.0  # listening to one request
-_DRAIN_FROM, _DRAIN_TO = 0.2, 0.6  # part of a job's steps within which its worker is drained
+_DRAIN_FROM, _DRAIN_TO = 0.4, 0.8  # part of a job's steps within which its worker is drained
 
 
 @dataclass
@@ -108,23 +111,24 @@ def summary(run: Run) -> str:
 
 def _runs(model: ModelInfo, number: int) -> list[Run]:
     served = sorted({shape.width for shape in model.shapes})
-    sides = [side for side in SIDES if side in served] or served[: len(SIDES)]
+    sides = [side if side in served else served[-1] for side in SIDES]
     prompts = list(model.examples) or list(PROMPTS)
     shift = number * len(sides)
     return [
-        Run(prompts[(shift + k) % len(prompts)], side, DEADLINES_S[k])
+        Run(prompts[(shift + k) % len(prompts)], side, DEADLINES_S.get(side, 60.0))
         for k, side in enumerate(sides)
     ]
 
 
 async def _make(runs: list[Run], client: HocketClient, control: str, output: Path) -> None:
-    """Runs the requests at once; drains the workers of the largest when it is under way."""
+    """Runs the first request, soon all of them; drains the first one's workers under way."""
     drain = _Drain(control)
+    crowded = asyncio.Event()
     try:
         with Live(console=console, transient=True, refresh_per_second=8) as live:
             async with asyncio.TaskGroup() as tasks:
                 for one in runs:
-                    tasks.create_task(_follow(one, runs, client, drain, live, output))
+                    tasks.create_task(_follow(one, runs, client, drain, crowded, live, output))
     except* HocketError as errors:
         raise errors.exceptions[0] from None
     finally:
@@ -132,9 +136,18 @@ async def _make(runs: list[Run], client: HocketClient, control: str, output: Pat
 
 
 async def _follow(
-    run: Run, runs: list[Run], client: HocketClient, drain: _Drain, live: Live, output: Path
+    run: Run,
+    runs: list[Run],
+    client: HocketClient,
+    drain: _Drain,
+    crowded: asyncio.Event,
+    live: Live,
+    output: Path,
 ) -> None:
     whole = bytearray()
+    first = run is runs[0]
+    if not first:
+        await crowded.wait()
     wanted = request(run.prompt, shape=(run.side, run.side), deadline_s=run.deadline_s)
     async with aclosing(client.generate(wanted, timeout_s=_CALL_S)) as events:
         async for event in events:
@@ -146,11 +159,14 @@ async def _follow(
                     run.line = describe(event)
                     if event.node == _DENOISER:
                         run.steps.append(event)
-                        if run is runs[-1]:  # the largest: its steps are long enough to hit
+                        if first:
                             await drain.consider(event)
+                        if event.step >= _ALONE_STEPS:
+                            crowded.set()
                 case MediaChunk():
                     whole += event.data
                 case Finished():
+                    crowded.set()
                     run.finished, run.line = event, "done"
                     run.path = target(None, run.accepted.request_id, event.media)
                     run.path = output / run.path.name
