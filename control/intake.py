@@ -88,7 +88,14 @@ class Intake:
             await self._changed(self.leases.expire(now_us))
         flights = self.driver.scheduler.outstanding()
         beats = {name: lease.heartbeat for name, lease in self.leases.alive.items()}
-        for lost in self._lost_messages.check(beats, flights, self.driver.stamp()):
+        for worker in self._lost_messages.still_running(beats, flights):
+            await self.publisher.truncate_again(worker)
+        now_us = self.driver.stamp()
+        found = self._lost_messages.check(beats, flights, now_us)
+        if found:  # reports were lost too: what workers hold is news
+            for up in self.leases.restate(now_us):
+                self.driver.post(up)
+        for lost in found:
             log.warning(
                 "assignment %d never reached %s, or its report us", lost.sequence, lost.worker
             )

@@ -55,6 +55,10 @@ class Leases:
         ]
         return tuple(self._end(name, now_us, "lease") for name in sorted(late))
 
+    def restate(self, now_us: int) -> tuple[WorkerUp, ...]:
+        """All living workers with the latents they hold, for when messages were lost."""
+        return tuple(_up(self._leases[name].heartbeat, now_us) for name in sorted(self._leases))
+
     def suspect(self, worker: str) -> None:
         if worker in self._leases:
             self._leases[worker].suspect = True

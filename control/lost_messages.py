@@ -26,13 +26,33 @@ class _Absence:
     beat: int  # number of the heartbeat that began it
     told: bool = False
 
+    def is_long(self, now_us: int, beat: int) -> bool:
+        return now_us - self.since_us >= _ABSENT_US and beat - self.beat >= _ABSENT_BEATS
+
 
 class LostMessages:
-    """Remembers since when each outstanding assignment has not been named by its first member."""
+    """Remembers since when each outstanding assignment has not been named by a member."""
 
     def __init__(self, term: int) -> None:
         self._term = term
-        self._absent: dict[int, _Absence] = {}
+        self._absent: dict[tuple[int, str], _Absence] = {}  # by sequence and member
+        self._called_off: dict[str, int] = {}  # heartbeat that first named what is called off
+
+    def still_running(
+        self, beats: Mapping[str, mesh_pb2.Heartbeat], outstanding: Sequence[Assignment]
+    ) -> tuple[str, ...]:
+        """Workers that go on naming assignments which were called off: a truncation was lost."""
+        known = {assignment.sequence for assignment in outstanding}
+        called_off: dict[str, int] = {}
+        for worker, beat in sorted(beats.items()):
+            if beat.term == self._term and not known.issuperset(beat.pending_sequences):
+                called_off[worker] = self._called_off.get(worker, beat.sequence)
+        self._called_off = called_off
+        return tuple(
+            worker
+            for worker, first in called_off.items()
+            if beats[worker].sequence - first >= _ABSENT_BEATS
+        )
 
     def check(
         self,
@@ -44,26 +64,25 @@ class LostMessages:
 
         `beats` holds the newest heartbeat of each living worker.
         """
-        absent: dict[int, _Absence] = {}
-        lost = []
-        named: dict[str, set[int]] = {}
+        absent: dict[tuple[int, str], _Absence] = {}
+        lost: dict[int, AssignmentFailed] = {}
+        named = {
+            worker: set(beat.pending_sequences) if beat.term == self._term else set()
+            for worker, beat in beats.items()
+        }
         for assignment in outstanding:
-            worker = assignment.workers[0]
-            beat = beats.get(worker)
-            if beat is None:
-                continue  # its lease says what became of it
-            if worker not in named:
-                named[worker] = set(beat.pending_sequences) if beat.term == self._term else set()
-            if assignment.sequence in named[worker]:
-                continue
-            known = self._absent.get(assignment.sequence) or _Absence(now_us, beat.sequence)
-            absent[assignment.sequence] = known
-            long = now_us - known.since_us >= _ABSENT_US
-            if not known.told and long and beat.sequence - known.beat >= _ABSENT_BEATS:
-                known.told = True
-                lost.append(_failed(assignment, beat, now_us))
+            # Those without a lease need no look: its end says what became of their assignments.
+            for worker in (w for w in assignment.workers if w in beats):
+                if assignment.sequence in named[worker]:
+                    continue
+                key, beat = (assignment.sequence, worker), beats[worker]
+                known = self._absent.get(key) or _Absence(now_us, beat.sequence)
+                absent[key] = known
+                if not known.told and known.is_long(now_us, beat.sequence):
+                    known.told = True
+                    lost.setdefault(assignment.sequence, _failed(assignment, beat, now_us))
         self._absent = absent
-        return tuple(lost)
+        return tuple(lost.values())
 
 
 def _failed(assignment: Assignment, beat: mesh_pb2.Heartbeat, now_us: int) -> AssignmentFailed:

@@ -6,6 +6,8 @@ journal, then client. Nothing here decides anything.
 
 from __future__ import annotations
 
+from collections import deque
+
 import msgspec
 from opentelemetry.trace import Tracer
 
@@ -18,6 +20,8 @@ from hocket import spans, telemetry
 from hocket.bus import Bus, Subjects
 from hocket.clock import unix_ns
 from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2
+
+_TRUNCATES_KEPT = 64  # a worker
 
 
 class Publisher:
@@ -38,6 +42,7 @@ class Publisher:
         self._records = records
         self._leases = leases
         self._tracer = tracer
+        self._truncates: dict[str, deque[mesh_pb2.Truncate]] = {}  # newest ones, by worker
 
     async def observed(self, event: values.Event) -> None:
         text = msgspec.json.encode(event).decode()
@@ -68,10 +73,16 @@ class Publisher:
         for truncation in plan.truncations:
             stop = translate.to_truncate(truncation, self._journal.term)
             for worker in truncation.workers:
+                self._truncates.setdefault(worker, deque(maxlen=_TRUNCATES_KEPT)).append(stop)
                 await self._bus.publish(self._subjects.truncate(worker), stop)
         await self._journal.note(journal_pb2.JournalEntry(stamped_us=plan.now_us, plan=note))
         for assignment in plan.assignments:
             self._trace(plan, assignment)
+
+    async def truncate_again(self, worker: str) -> None:
+        """Repeats the newest truncations to a worker that seems to have missed one."""
+        for stop in self._truncates.get(worker, ()):
+            await self._bus.publish(self._subjects.truncate(worker), stop)
 
     async def progressed(self, report: mesh_pb2.StepReport, eta_us: dict[str, int]) -> None:
         """Tells callers how far their requests are; `eta_us` names those that shall hear."""

@@ -73,6 +73,14 @@ class EmulatedHost:
             self.waiting.setdefault(request, []).append(waiter)
             await waiter
 
+    def have_passed(self, member: mesh_pb2.BatchMember) -> bool:
+        """Whether every named holder is beyond the named steps: that latent is no more."""
+        copies = [
+            (self.copies.get(h.worker, {}).get(member.request_id, -1), h.steps_done)
+            for h in member.holders
+        ]
+        return bool(copies) and all(have > named for have, named in copies)
+
     def tell(self, request: str) -> None:
         """Something has changed about a request."""
         for waiter in self.waiting.pop(request, ()):
@@ -262,7 +270,12 @@ class EmulatedExecutor:
             latent = assignment.node == "text" or host.holds(member)
             return (here and latent) or self._inbox.must_stop(assignment, first)
 
-        await host.until(member.request_id, ready)
+        def decided() -> bool:
+            return ready() or (assignment.node != "text" and host.have_passed(member))
+
+        if not (await self._in_time(assignment, decided) and ready()):
+            listener(self._in_vain(assignment, meeting))
+            return
         meeting.started = True
         step_us, began_us = host.step_time_us(assignment), host.clock.now_us()
         done = first
@@ -278,6 +291,38 @@ class EmulatedExecutor:
             listener(RunNote(assignment=assignment, steps_done=first, last=True))
         elif done < first + assignment.steps and assignment.node == "dit":
             listener(RunNote(assignment=assignment, steps_done=done, last=True))
+
+    async def _in_time(self, assignment: mesh_pb2.Assignment, ready: Callable[[], bool]) -> bool:
+        """Whether an assignment could start within its collectives' time-out."""
+        if ready():
+            return True
+        clock, timeout_us = self._host.clock, assignment.collective_timeout_us
+        request = assignment.batch[0].request_id
+        if not timeout_us:
+            await self._host.until(request, ready)
+            return True
+        waits: list[asyncio.Future[None]] = [
+            asyncio.ensure_future(self._host.until(request, ready)),
+            asyncio.ensure_future(clock.sleep_until(clock.now_us() + timeout_us)),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return ready()
+
+    def _in_vain(self, assignment: mesh_pb2.Assignment, meeting: Meeting) -> RunNote:
+        """What a torch worker says whose peers or whose latent do not come."""
+        missing = tuple(sorted(meeting.members - meeting.came))
+        reason = "GROUP_LOST" if missing else "LATENT_MISSING"
+        return RunNote(
+            assignment=assignment,
+            steps_done=self._copies.get(assignment.batch[0].request_id),
+            last=True,
+            failure=types_pb2.Failure(reason=reason, message="waited in vain"),
+            suspects=missing,
+        )
 
     async def _follow(self, assignment: mesh_pb2.Assignment, meeting: Meeting) -> None:
         """Stays until the first member is through; leaves alone only what has not started."""

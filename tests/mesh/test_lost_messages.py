@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from control.lost_messages import LostMessages
 from control.scheduler.values import Assignment, Holder, Layout, Member
 from hocket.v1 import mesh_pb2
@@ -74,7 +76,28 @@ def test_numbers_of_another_term_name_nothing() -> None:
     assert any(old)
 
 
+def test_a_follower_that_never_got_it_counts_too() -> None:
+    """Its first member would wait for it in vain."""
+    lost = LostMessages(TERM)
+    follower = beat(0)["w0"]
+    found: list[object] = []
+    for n in range(6):
+        leader = mesh_pb2.Heartbeat(worker="w5", sequence=n, term=TERM, pending_sequences=[9])
+        follower.sequence = n
+        led = msgspec.structs.replace(assignment(9, "w5"), workers=("w5", "w0"))
+        found += lost.check({"w5": leader, "w0": follower}, (led,), n * 250_000)
+    assert len(found) == 1
+
+
 def test_other_workers_assignments_are_not_its_business() -> None:
     lost = LostMessages(TERM)
     for n in range(9):
         assert not lost.check(beat(n), (assignment(7, "w5"),), n * 250_000)
+
+
+def test_a_worker_that_goes_on_with_what_is_called_off_is_told_again() -> None:
+    lost = LostMessages(TERM)
+    found = [lost.still_running(beat(n, 7), (assignment(8),)) for n in range(5)]
+    assert found == [(), (), (), (), ("w0",)]
+    assert lost.still_running(beat(5, 8), (assignment(8),)) == ()
+    assert lost.still_running(beat(6, 7), (assignment(8),)) == ()
