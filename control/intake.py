@@ -144,10 +144,11 @@ class Intake:
         record = self.records.get(report.results[0].request_id) if report.results else None
         with telemetry.within(record.traceparent if record is not None else ""):
             log.warning(
-                "assignment %d (%s) failed on %s: %s",
+                "assignment %d (%s) failed on %s: %s: %s",
                 report.sequence,
                 report.node,
                 report.worker,
+                report.failure.reason,
                 report.failure.message,
             )
 
