@@ -206,7 +206,7 @@ class Scheduler:
     # -------------------------------------------------------------------------------- assignments
 
     def _stage_assignments(self, forecast: Forecast, now_us: int) -> list[Assignment]:
-        """Encodes and decodes for now; the forecast follows what they add."""
+        """Encodes and decodes that can start; the forecast follows what they add."""
         ledger = self._ledger
         made: list[Assignment] = []
         room = stages.Room(ledger, forecast.free_us, now_us)

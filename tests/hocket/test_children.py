@@ -74,6 +74,7 @@ async def test_what_a_crashed_child_left_behind_is_killed(children: Children) ->
     os.kill(grandchild, 0)
     await children.stop()
     await until(lambda: gone(grandchild))
+    assert not alive(grandchild)
 
 
 async def test_a_vital_death_is_told_and_another_is_survived(

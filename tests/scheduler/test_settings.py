@@ -35,4 +35,4 @@ def test_a_wrong_setting_is_named(given, key):
 
 def test_whole_floats_are_integers():
     settings = Settings(policy="fixed", policy_settings={"degree": 4.0})
-    Scheduler(settings, Profile.from_csv(FLUX_CSV))
+    assert Scheduler(settings, Profile.from_csv(FLUX_CSV)).jobs() == ()
