@@ -23,6 +23,7 @@ class Flight:
 
     assignment: Assignment
     issued_us: int
+    setup_us: int = 0  # loads, transfers and group before the first step, as predicted
     steps_done: int = 0  # reported of its own steps
     reported_us: int | None = None  # when its last report came
 
@@ -92,7 +93,7 @@ class Board:
             if flight.reported_us is not None:
                 end = flight.reported_us + flight.steps_left * a.step_time_us
             else:
-                end = begin + a.steps * a.step_time_us
+                end = begin + flight.setup_us + a.steps * a.step_time_us
             start_us[sequence], end_us[sequence] = begin, max(end, now_us)
             for worker in a.workers:
                 idle_us[worker] = free_us[worker] = end_us[sequence]

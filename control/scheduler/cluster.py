@@ -22,6 +22,8 @@ class Worker:
     models: dict[str, ModelFacts]
     state: WorkerState = WorkerState.UP
     draining: bool = False
+    memory_mib: int = 0  # for weights; 0: everything it can run is there
+    island: str = ""  # of close links, inside its host
     freed_us: int = 0  # not before this can it start what it gets next
     unclaimed: dict[str, int] = field(default_factory=dict)  # latents of requests not inside yet
 
@@ -55,7 +57,7 @@ class Cluster:
     def ordered(self) -> list[Worker]:
         """All workers in cluster order: the order that blocks are aligned in."""
         if not self._ordered:
-            self._ordered = sorted(self.workers.values(), key=lambda w: (w.host, w.name))
+            self._ordered = sorted(self.workers.values(), key=lambda w: (w.host, w.island, w.name))
         return self._ordered
 
     def usable(self) -> list[Worker]:
@@ -64,7 +66,8 @@ class Cluster:
 
     def canonical(self, names: Iterable[str]) -> tuple[str, ...]:
         """The one order in which these workers form a group: one set, one group."""
-        return tuple(sorted(names, key=lambda n: (self.workers[n].host, n)))
+        known = self.workers
+        return tuple(sorted(names, key=lambda n: (known[n].host, known[n].island, n)))
 
     def living(self, name: str) -> bool:
         """Its lease lives (a suspect's does: what it holds may still be fetched, so not here)."""
@@ -79,6 +82,7 @@ class Cluster:
             worker = Worker(fact.worker, fact.host, fact.gpu, fact.incarnation, models)
             self.workers[fact.worker] = worker
         worker.host, worker.gpu, worker.models = fact.host, fact.gpu, models
+        worker.memory_mib, worker.island = fact.memory_mib, fact.island
         worker.incarnation = fact.incarnation
         worker.move(WorkerState.UP)
         self._ordered = []

@@ -18,7 +18,7 @@ from .policies import Candidate, Choice, Policy
 from .policies.base import steps_in
 from .rounds import Window, WindowKind
 from .tracker import Tracked
-from .values import DIT, TEXT, Holder
+from .values import DIT, TEXT, VAE, Holder, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,28 @@ def standing(ledger: Ledger, tracked: Tracked, forecast: Forecast, now_us: int) 
     return Standing(done, forecast.end_us[sequence], holders, group)
 
 
+def standing_for(ledger: Ledger, tracked: Tracked, node: str) -> tuple[int, tuple[Holder, ...]]:
+    """First step and latent holders of a job's next assignment, behind what is outstanding."""
+    if node == TEXT:
+        return 0, ()
+    if node == VAE or tracked.jobs[DIT].state is JobState.READY:
+        return tracked.steps_done, tracked.latest()
+    text, dit = tracked.jobs[TEXT], tracked.jobs[DIT]
+    sequence = (dit.outstanding or text.outstanding)[-1]
+    assignment = ledger.board.flights[sequence].assignment
+    member = next(m for m in assignment.batch if m.request == tracked.id)
+    done = member.first_step + (assignment.steps if assignment.node == DIT else 0)
+    return done, tuple(Holder(worker=w, steps_done=done) for w in assignment.workers)
+
+
+def group_before(ledger: Ledger, tracked: Tracked) -> tuple[str, ...]:
+    """The group that runs, or ran, the job's denoising steps before its next assignment."""
+    outstanding = tracked.jobs[DIT].outstanding
+    if not outstanding:
+        return tracked.group
+    return ledger.board.flights[outstanding[-1]].assignment.workers
+
+
 def plannable(
     ledger: Ledger, window: Window, forecast: Forecast, now_us: int
 ) -> dict[str, Standing]:
@@ -92,6 +114,21 @@ def workers_of(ledger: Ledger, window: Window, forecast: Forecast, now_us: int) 
     }
 
 
+def degrees_of(ledger: Ledger, request: Request) -> tuple[int, ...]:
+    """Widths in which a request's denoiser can run on the usable workers, ascending."""
+    able = [w for w in ledger.cluster.usable() if w.can(request.model)]
+    offered = {d for w in able for d in (*w.models[request.model].degrees, 1)}
+    return tuple(d for d in sorted(offered) if sum(w.can(request.model, d) for w in able) >= d)
+
+
+def fastest_us(ledger: Ledger, request: Request) -> int:
+    """Its shortest step, whatever the width."""
+    able = [w for w in ledger.cluster.usable() if w.can(request.model)]
+    gpus = ledger.gpus(w.name for w in able)
+    degrees = {1} | {d for w in able for d in w.models[request.model].degrees if d <= len(able)}
+    return min(ledger.predict(request, DIT, d, gpus).mean_us for d in degrees)
+
+
 def candidate(
     ledger: Ledger, tracked: Tracked, where: Standing, open_: Mapping[str, int]
 ) -> Candidate | None:
@@ -103,8 +140,7 @@ def candidate(
     able = [w for w in ledger.cluster.usable() if w.can(request.model)]
     if not any(w.name in open_ for w in able):
         return None
-    offered = {d for w in able for d in (*w.models[request.model].degrees, 1)}
-    degrees = tuple(d for d in sorted(offered) if sum(w.can(request.model, d) for w in able) >= d)
+    degrees = degrees_of(ledger, request)
     gpus = ledger.gpus(w.name for w in able)
     times = {d: ledger.predict(request, DIT, d, gpus) for d in degrees}
     return Candidate(

@@ -87,6 +87,7 @@ def _arrived(ledger: Ledger, fact: Arrived) -> tuple[Ended, ...]:
         return ()
     ledger.tracked[request.id] = Tracked(request, ledger.arrivals, fact.at_us, fact.at_us)
     ledger.arrivals += 1
+    ledger.touched[request.id] = None
     for worker in ledger.cluster.workers.values():
         if request.id in worker.unclaimed:
             held = Held(request=request.id, steps_done=worker.unclaimed.pop(request.id))
@@ -134,6 +135,8 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
         failures.late_report(ledger, fact)
         return ()
     _learn(ledger, flight, fact)
+    if flight.reported_us is None:
+        ledger.moving.observe(fact)
     flight.reported_us = fact.at_us
     assignment = flight.assignment
     ledger.cluster.formed(assignment.workers, assignment.epoch)
@@ -180,7 +183,7 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
     assignment = flight.assignment
     job = tracked.jobs[assignment.node]
     job.outstanding.remove(assignment.sequence)
-    settings = ledger.settings
+    ledger.touched[tracked.id] = None
     if ledger.stages_wait and assignment.node != DIT:
         ledger.due = True
     if assignment.node == VAE:
@@ -193,7 +196,7 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
         if tracked.jobs[DIT].state is JobState.BLOCKED:
             tracked.jobs[DIT].move(JobState.READY)
         idle = not ledger.board.denoising()
-        ledger.due = ledger.due or settings.amend or not settings.rounds or idle
+        ledger.due = ledger.due or ledger.eager or idle
         return ()
     if flight.steps_left:  # ended early: what follows it starts from a step that nobody reached
         latents.restart(ledger, tracked, at_us)
@@ -203,5 +206,5 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
         ledger.due = True
     elif not job.outstanding:
         job.move(JobState.READY)
-        ledger.due = ledger.due or settings.amend or not settings.rounds
+        ledger.due = ledger.due or ledger.eager
     return ()

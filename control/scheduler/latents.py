@@ -17,15 +17,8 @@ def restart(ledger: Ledger, tracked: Tracked, at_us: int) -> None:
     """Calls everything off and goes on from what survived, as a new attempt."""
     ledger.call_off(tracked, at_us)
     tracked.attempt += 1
-    fall_back(ledger, tracked)
+    ledger.fall_back(tracked)
     ledger.due = True
-
-
-def fall_back(ledger: Ledger, tracked: Tracked) -> None:
-    """Stands a request without outstanding work at its latest surviving latent."""
-    assert not tracked.outstanding
-    surviving = [done for w, done in tracked.holders.items() if ledger.cluster.living(w)]
-    tracked.resume_from(max(surviving, default=None))
 
 
 def profit(ledger: Ledger, request: str) -> None:
@@ -34,7 +27,7 @@ def profit(ledger: Ledger, request: str) -> None:
     if tracked is None or tracked.outstanding or not tracked.holders:
         return
     before = tracked.steps_done, tracked.jobs[TEXT].state
-    fall_back(ledger, tracked)
+    ledger.fall_back(tracked)
     if before != (tracked.steps_done, tracked.jobs[TEXT].state):
         ledger.due = True
 

@@ -9,7 +9,9 @@ from .board import Board
 from .cluster import Cluster
 from .latency import LatencyModel, Prediction
 from .lifecycle import JobState
+from .moving import Moving
 from .profile import CellKey
+from .residency import Residency
 from .settings import Settings
 from .tracker import Tracked
 from .values import VAE, Ended, Layout, Outcome, Request, Truncation
@@ -24,6 +26,8 @@ class Ledger:
     settings: Settings
     latency: LatencyModel
     cluster: Cluster
+    moving: Moving
+    residency: Residency
     board: Board = field(default_factory=Board)
     tracked: dict[str, Tracked] = field(default_factory=dict)  # in order of arrival
     arrivals: int = 0
@@ -31,15 +35,20 @@ class Ledger:
     truncations: list[Truncation] = field(default_factory=list)  # for the next plan
     released: list[str] = field(default_factory=list)  # for the next plan
     due: bool = False  # an event made an immediate plan worthwhile
+    eager: bool = True  # every end of an assignment makes a plan worthwhile
+    touched: dict[str, None] = field(default_factory=dict)  # requests changed since a plan
     stages_wait: bool = False  # the last plan left encode or decode jobs for want of room
 
     def cell(self, request: Request, gpu: str, node: str, layout: Layout) -> CellKey:
         return CellKey(request.model, gpu, node, request.shape, layout, 1)
 
-    def predict(self, request: Request, node: str, degree: int, gpus: Iterable[str]) -> Prediction:
+    def predict(
+        self, request: Request, node: str, degree: int, gpus: Iterable[str], batch: int = 1
+    ) -> Prediction:
         """One call on a group with these GPU kinds: the slowest member sets the pace."""
         layout = Layout(ulysses=degree)
-        each = [self.latency.predict(self.cell(request, g, node, layout)) for g in gpus]
+        keys = [self.cell(request, g, node, layout)._replace(batch=batch) for g in gpus]
+        each = [self.latency.predict(key) for key in keys]
         return Prediction(max(p.mean_us for p in each), max(p.safe_us for p in each))
 
     def gpus(self, workers: Iterable[str]) -> tuple[str, ...]:
@@ -60,9 +69,11 @@ class Ledger:
         forecast = self.board.forecast(self.cluster, now_us)
         involved: set[str] = set(tracked.holders) if release else set()
         called_off = tracked.outstanding
+        mates: dict[str, None] = {}
         for sequence in called_off:
             free_us = self.board.step_end_us(sequence, forecast, now_us)
             flight = self.board.call_off(sequence)
+            mates.update(dict.fromkeys(m.request for m in flight.assignment.batch))
             self.cluster.abandon(flight.assignment.workers, flight.assignment.epoch)
             for name in flight.assignment.workers:
                 involved.add(name)
@@ -70,6 +81,8 @@ class Ledger:
                 worker.freed_us = max(worker.freed_us, free_us)
         for job in tracked.jobs.values():
             job.outstanding.clear()
+        self.touched[tracked.id] = None
+        self._part(tracked, list(mates), called_off, now_us)
         if called_off:
             workers = self.cluster.canonical(w for w in involved if w in self.cluster.workers)
             self.truncations.append(
@@ -79,6 +92,25 @@ class Ledger:
             )
         elif release:
             self.released.append(tracked.id)
+
+    def fall_back(self, tracked: Tracked) -> None:
+        """Stands a request without outstanding work at its latest surviving latent."""
+        assert not tracked.outstanding
+        surviving = [done for w, done in tracked.holders.items() if self.cluster.living(w)]
+        tracked.resume_from(max(surviving, default=None))
+        self.touched[tracked.id] = None
+
+    def _part(self, tracked: Tracked, mates: list[str], called_off: list[int], now_us: int) -> None:
+        """Those who shared a called-off batch stop with it and go on by themselves."""
+        for name in mates:
+            mate = self.tracked.get(name)
+            if mate is None or mate is tracked:
+                continue
+            for job in mate.jobs.values():
+                job.outstanding[:] = [s for s in job.outstanding if s not in called_off]
+            self.call_off(mate, now_us)
+            mate.attempt += 1
+            self.fall_back(mate)
 
     def forget_workers(self) -> None:
         """Keeps the list of workers bounded: drops lost ones that nothing here refers to."""
@@ -99,6 +131,7 @@ class Ledger:
             if job.state is not JobState.DONE:
                 job.move(JobState.DROPPED)
         del self.tracked[tracked.id]
+        self.touched[tracked.id] = None
         self.board.forget(tracked.id)
         self.due = True
         deadline_us = tracked.request.deadline_us

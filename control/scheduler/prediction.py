@@ -13,7 +13,7 @@ from itertools import accumulate
 from .board import Forecast
 from .ledger import Ledger
 from .lifecycle import JobState
-from .policies import Policy
+from .planners import Planner
 from .tracker import Tracked
 from .values import DIT, TEXT, VAE, Request, Shape
 
@@ -26,7 +26,7 @@ class Estimates:
     Until then the queue is summed up once, so that each question costs a search in it.
     """
 
-    def __init__(self, ledger: Ledger, policy: Policy) -> None:
+    def __init__(self, ledger: Ledger, policy: Planner) -> None:
         self._ledger = ledger
         self._policy = policy
         self.forget()

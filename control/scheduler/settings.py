@@ -43,6 +43,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     safe_quantile: float = 0.9  # of measured step times
     default_step_us: int = 1_000_000  # of a model without any profile row, at degree 1
     failures_max: int = 3  # failures at one place, for reasons other than workers, end a request
+    group_change_us: int = 0  # a job that goes on on other workers, until reports say
+    group_cold_us: int = 0  # a group that forms for the first time, until reports say
     stages_ahead: int = 8  # encode and decode jobs that a worker is given at a time
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ("default_step_us", 1, 3_600_000_000),
             ("failures_max", 1, 1_000),
             ("stages_ahead", 1, 1_000_000),
+            ("group_change_us", 0, 3_600_000_000),
+            ("group_cold_us", 0, 3_600_000_000),
         ):
             value = getattr(self, key)
             if isinstance(value, bool) or not low <= value <= high:

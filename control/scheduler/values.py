@@ -68,6 +68,7 @@ class ModelFacts(_Value, frozen=True):
 
     name: str
     degrees: tuple[int, ...] = (1,)  # ways its denoiser can be split
+    batch_max: int = 1  # jobs of one shape that it steps, encodes or decodes together
 
 
 # -------------------------------------------------------------------------------- facts in
@@ -104,6 +105,8 @@ class WorkerUp(_Value, frozen=True, tag_field="kind", tag="worker_up"):
     host: str = ""
     models: tuple[ModelFacts, ...] = ()
     latents: tuple[Held, ...] = ()  # what it holds now, as it says; naming none denies nothing
+    memory_mib: int = 0  # for weights and activations; 0: all its models always fit
+    island: str = ""  # workers of one host with the same island are linked closely; "": one island
 
 
 class WorkerLost(_Value, frozen=True, tag_field="kind", tag="worker_lost"):
@@ -140,6 +143,7 @@ class StepsEnded(_Value, frozen=True, tag_field="kind", tag="steps_ended"):
     last: bool  # the assignment is over
     group_time_us: int = 0  # making the group, before the first step
     transfer_time_us: int = 0  # getting latents, before the first step
+    load_time_us: int = 0  # loading weights, before the first step
 
 
 class AssignmentFailed(_Value, frozen=True, tag_field="kind", tag="assignment_failed"):
@@ -211,32 +215,17 @@ class Truncation(_Value, frozen=True):
     release: bool = False  # the request ended: drop its latents
 
 
-class Plan(_Value, frozen=True):
-    """All decisions of one call, as one value."""
-
-    round: int
-    now_us: int  # when it was made
-    start_us: int  # boundary that it is for (== now_us for an amendment)
-    assignments: tuple[Assignment, ...] = ()
-    truncations: tuple[Truncation, ...] = ()
-    released: tuple[str, ...] = ()  # requests whose latents may be dropped
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the plan's JSON: equal plans, equal digests, on every machine."""
-        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
-
-
 class Outcome(StrEnum):
     """How a request ended."""
 
     DONE = "done"
     CANCELLED = "cancelled"
     FAILED = "failed"
+    REJECTED = "rejected"  # by its policy's own admission
 
 
 class Ended(_Value, frozen=True, tag_field="kind", tag="ended"):
-    """A request ended; `observe` returns it."""
+    """A request ended; `observe` and plans tell of it."""
 
     request: str
     outcome: Outcome
@@ -247,3 +236,32 @@ class Ended(_Value, frozen=True, tag_field="kind", tag="ended"):
     moves: int = 0  # steps begun on workers of which none had run the one before
     steps_lost: int = 0
     reason: str = ""
+
+
+class Load(_Value, frozen=True):
+    """Weights that a worker gets onto its GPU before an assignment; it does nothing else then."""
+
+    sequence: int  # of the assignment that needs them
+    worker: str
+    model: str
+    node: str
+    load_us: int  # predicted
+    evict: tuple[tuple[str, str], ...] = ()  # (model, node) that make room first
+
+
+class Plan(_Value, frozen=True):
+    """All decisions of one call, as one value."""
+
+    round: int
+    now_us: int  # when it was made
+    start_us: int  # boundary that it is for (== now_us for an amendment)
+    assignments: tuple[Assignment, ...] = ()
+    truncations: tuple[Truncation, ...] = ()
+    released: tuple[str, ...] = ()  # requests whose latents may be dropped
+    loads: tuple[Load, ...] = ()
+    ended: tuple[Ended, ...] = ()  # requests that the policy turned away
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan's JSON: equal plans, equal digests, on every machine."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()

@@ -162,8 +162,8 @@ file = "flux.csv"
 [workload]
 trace = "trace.jsonl"
 [settings]
-policy = "fixed"
-policy_settings = { degree = 2 }
+policy = "fixed-2"
+policy_settings = { overtake = false }
 """
 
 

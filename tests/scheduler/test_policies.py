@@ -155,10 +155,3 @@ def test_best_effort_does_not_starve():
     crowd = [candidate(f"r{i}", i, 34_000_000, SMALL) for i in range(8)]
     assert choose([*crowd, patient], window=late)["patient"].reason == "overdue"
     assert "patient" not in choose([*crowd, patient], window=late, patience_us=0)
-
-
-def test_fixed_is_first_come_first_served_at_one_degree():
-    policy = make_policy(Settings(policy="fixed", policy_settings={"degree": 4}))
-    jobs = tuple(candidate(f"r{i}", i, deadline_us=10 - i) for i in range(3))
-    chosen = policy.choose(WINDOW, jobs, 8)
-    assert [(c.request, c.degree) for c in chosen] == [("r0", 4), ("r1", 4)]

@@ -13,9 +13,9 @@ from .driving import FLUX_CSV
     ("given", "key"),
     [
         ({"policy": "best"}, "policy"),
-        ({"policy": "fixed", "policy_settings": {"degree": 3}}, "fixed.degree"),
-        ({"policy": "fixed", "policy_settings": {"degree": True}}, "fixed.degree"),
-        ({"policy": "fixed", "policy_settings": {"width": 1}}, "fixed.width"),
+        ({"policy": "fixed-3"}, "policy"),
+        ({"policy": "fixed-2", "policy_settings": {"overtake": 1}}, "fixed-2.overtake"),
+        ({"policy": "fixed-2", "policy_settings": {"width": 1}}, "fixed-2.width"),
         ({"policy_settings": {"patience_us": -1}}, "tetriserve.patience_us"),
         ({"policy_settings": {"fill": "yes"}}, "tetriserve.fill"),
         ({"policy_settings": {"scale_up_gain": "none"}}, "tetriserve.scale_up_gain"),
@@ -34,5 +34,5 @@ def test_a_wrong_setting_is_named(given, key):
 
 
 def test_whole_floats_are_integers():
-    settings = Settings(policy="fixed", policy_settings={"degree": 4.0})
+    settings = Settings(policy_settings={"patience_us": 4.0})
     assert Scheduler(settings, Profile.from_csv(FLUX_CSV)).jobs() == ()

@@ -36,7 +36,7 @@ rows = st.lists(
 )
 ways = st.fixed_dictionaries(
     {
-        "policy": st.sampled_from(["tetriserve", "fixed"]),
+        "policy": st.sampled_from(["tetriserve", "fixed-1", "fixed-2"]),
         "rounds": st.booleans(),
         "amend": st.booleans(),
         "lead_us": st.sampled_from([0, 5_000, 40_000]),
@@ -192,7 +192,7 @@ def test_end_to_end_with_a_crash_and_a_newcomer():
 
 
 def test_fixed_keeps_its_degree_and_workers():
-    result = run(case(ROWS, policy="fixed", policy_settings={"degree": 2}))
+    result = run(case(ROWS, policy="fixed-2"))
     groups = {}
     for plan in result.plans:
         for a in plan.assignments:

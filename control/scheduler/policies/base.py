@@ -1,17 +1,23 @@
-"""What a policy is: given the denoise jobs and the workers of one window, who runs how wide.
+"""What a policy is. Two kinds: those that choose widths for a window (a round), and those that
+decide at events what starts.
 
-A policy decides widths, not places and not times: `placement.py` binds widths to workers, and an
-assignment's steps follow from the start that the binding gives.
+A window policy decides widths, not places and not times: `placement.py` binds widths to workers,
+and an assignment's steps follow from the start that the binding gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..rounds import Window
-from ..settings import SettingValue, Spec
+from ..settings import Settings, SettingValue, Spec
+from ..starts import Decision
+
+if TYPE_CHECKING:
+    from ..scene import Scene
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +84,26 @@ class Policy(Protocol):
         ...
 
 
-class PolicyClass(Protocol):
-    """How a policy is made from its settings (all of SPECS, checked) and the straddle rule."""
+class EventPolicy(ABC):
+    """Decides at events what starts now; asked at every arrival and end of an assignment.
 
-    SPECS: Mapping[str, Spec]
+    A policy may keep notes of its own, but a new leader starts without them and must do.
+    """
 
-    def __call__(self, settings: Mapping[str, SettingValue], straddle: float) -> Policy: ...
+    SPECS: ClassVar[Mapping[str, Spec]] = {}
+
+    @abstractmethod
+    def decide(self, scene: Scene) -> Decision:
+        """What starts now: only idle workers, each once; only works of the scene, each once."""
+
+    def likely_degree(self, step_us: Mapping[int, int]) -> int:
+        """The degree at which most steps of a request will run, for estimates."""
+        return min(step_us, key=lambda k: (step_us[k], k))
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """How a policy is made: its settings, and a maker that gets all of them, checked."""
+
+    specs: Mapping[str, Spec]
+    make: Callable[[Settings, Mapping[str, SettingValue]], Policy | EventPolicy]

@@ -1,43 +1,53 @@
 """Fixed degree, first come first served: the `xDiT SP=k` baseline (TetriServe section 6.1).
 
-A request gets the one degree, keeps its workers round after round, and is not preempted. FIFO is
-the natural reading; the paper does not state the queue discipline. A shape that cannot be split
-that far runs at the widest degree below.
+Every request runs all its steps at one degree, in order of arrival, without preemption. The paper
+leaves the queue discipline open: `overtake` says whether narrower work may pass a head that does
+not fit. A shape that cannot be split that far runs at the widest degree below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
-from ..rounds import Window
-from ..settings import SettingValue, Spec
-from .base import Candidate, Choice
+from ..settings import Settings, SettingValue, Spec
+from ..starts import Decision, Start
+from ..values import DIT
+from .base import EventPolicy
+
+if TYPE_CHECKING:
+    from ..scene import Scene
 
 
-class Fixed:
+class Fixed(EventPolicy):
     """Every request at one degree, to completion."""
 
-    SPECS: ClassVar[Mapping[str, Spec]] = {"degree": Spec(1, allowed=(1, 2, 4, 8))}
+    SPECS: ClassVar[Mapping[str, Spec]] = {"overtake": Spec(False)}
 
-    def __init__(self, settings: Mapping[str, SettingValue], straddle: float) -> None:
-        self._degree = int(settings["degree"])
+    def __init__(self, degree: int, overtake: bool) -> None:
+        self._degree = degree
+        self._overtake = overtake
+
+    @classmethod
+    def of_degree(cls, degree: int) -> Callable[[Settings, Mapping[str, SettingValue]], Fixed]:
+        """The maker for one degree."""
+        return lambda settings, read: cls(degree, bool(read["overtake"]))
 
     def likely_degree(self, step_us: Mapping[int, int]) -> int:
         """The one, or the widest below it."""
         return max((k for k in step_us if k <= self._degree), default=min(step_us))
 
-    def choose(
-        self, window: Window, candidates: tuple[Candidate, ...], workers: int
-    ) -> tuple[Choice, ...]:
-        """Started requests first: they keep their workers; then by arrival, no overtaking."""
-        choices: list[Choice] = []
-        left = workers
-        for c in sorted(candidates, key=lambda c: (not c.group, -c.priority, c.order)):
-            degree = self.likely_degree(c.mean_us)
-            if degree > left:
+    def decide(self, scene: Scene) -> Decision:
+        """Higher priority first, then by arrival."""
+        placement = scene.placement()
+        starts: list[Start] = []
+        for work in sorted(scene.works, key=lambda w: (-w.request.priority, w.order)):
+            degree = 1
+            if work.node == DIT:
+                degree = self.likely_degree(dict.fromkeys(scene.degrees(work.request), 0))
+            members = scene.place(placement, work, degree)
+            if members is not None:
+                starts.append(Start((work.id,), work.node, members, work.steps_left, "fcfs"))
+            elif not self._overtake:
                 break
-            left -= degree
-            # Not a round-based policy: a step longer than a round must start all the same.
-            choices.append(Choice(c.request, degree, c.steps_left, "fcfs", steps_min=1))
-        return tuple(choices)
+        return Decision(starts)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from ..rounds import Window
-from ..settings import SettingValue, Spec
+from ..settings import Settings, SettingValue, Spec
 from .allocation import minimal_allocation
 from .base import Candidate, Choice
 from .knapsack import Item, pack
@@ -49,6 +49,11 @@ class TetriServe:
         self._scale_up_steps_min = int(settings["scale_up_steps_min"])
         self._best_effort_step_max_us = int(settings["best_effort_step_max_us"])
         self._patience_us = int(settings["patience_us"])
+
+    @classmethod
+    def made(cls, settings: Settings, read: Mapping[str, SettingValue]) -> TetriServe:
+        """From the scheduler's settings and its own."""
+        return cls(read, settings.straddle)
 
     def likely_degree(self, step_us: Mapping[int, int]) -> int:
         """Scale-up tends towards the fastest."""

@@ -1,0 +1,232 @@
+"""What a policy that decides at events sees: every job that could start now, every worker.
+
+    Scene: works (jobs whose latent is there)   seats (workers)   running (what they do now)
+      │
+      ▼ policy
+    Decision: starts (these jobs, these steps, on these workers), rejections, when to ask again
+
+A scene is a picture of one instant; nothing a policy does to it reaches the ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from . import denoise
+from .board import Forecast
+from .cluster import Worker
+from .ledger import Ledger
+from .lifecycle import JobState
+from .placement import Demand, Placement
+from .starts import Decision, Start
+from .tracker import Tracked
+from .values import DIT, TEXT, VAE, Holder, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A worker."""
+
+    index: int  # in cluster order, among usable workers
+    worker: Worker
+    free_us: int  # when what it was given is over; not before now
+    idle: bool  # can be given work now
+
+    @property
+    def name(self) -> str:
+        return self.worker.name
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A job that could start now."""
+
+    request: Request
+    node: str
+    order: int  # rank of arrival
+    arrived_us: int
+    available_us: int  # now, or within the lead
+    waiting_since_us: int  # last time it made progress
+    first_step: int
+    steps_left: int  # 1 for encode and decode
+    group: tuple[str, ...]  # ran its last denoising step
+    holders: tuple[Holder, ...]  # have its latent
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def where(self) -> tuple[str, ...]:
+        """Workers from which it goes on without a move."""
+        return self.group or tuple(h.worker for h in self.holders)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """An assignment under way."""
+
+    sequence: int
+    node: str
+    requests: tuple[str, ...]
+    workers: tuple[str, ...]
+    steps_left: int  # of the assignment
+    step_us: int
+    end_us: int  # predicted
+
+
+class Scene:
+    """One instant, as policies see it."""
+
+    def __init__(self, ledger: Ledger, forecast: Forecast, now_us: int) -> None:
+        self._ledger = ledger
+        self.now_us = now_us
+        lead_us = ledger.settings.lead_us
+        self.seats: tuple[Seat, ...] = tuple(
+            Seat(i, w, forecast.free_us[w.name], forecast.free_us[w.name] <= now_us + lead_us)
+            for i, w in enumerate(ledger.cluster.usable())
+        )
+        self.works: tuple[Work, ...] = tuple(_works(ledger, forecast, now_us, now_us + lead_us))
+        self._available_us = {w.id: w.available_us for w in self.works}
+        self._free_us = forecast.free_us
+        self.running: tuple[Running, ...] = tuple(
+            Running(
+                sequence,
+                f.assignment.node,
+                tuple(m.request for m in f.assignment.batch),
+                f.assignment.workers,
+                f.steps_left,
+                f.assignment.step_time_us,
+                forecast.end_us[sequence],
+            )
+            for sequence, f in ledger.board.flights.items()
+        )
+
+    # ------------------------------------------------------------------------------ prices
+
+    def call_us(self, request: Request, node: str, degree: int = 1, batch: int = 1) -> int:
+        """Mean time of one call (for DIT: one step) on the usable workers' slowest kind."""
+        return self._ledger.predict(request, node, degree, self._gpus(request), batch).mean_us
+
+    def safe_us(self, request: Request, node: str, degree: int = 1, batch: int = 1) -> int:
+        """As `call_us`, the safe quantile."""
+        return self._ledger.predict(request, node, degree, self._gpus(request), batch).safe_us
+
+    def degrees(self, request: Request) -> tuple[int, ...]:
+        """Widths in which its denoiser can run on the usable workers, ascending."""
+        return denoise.degrees_of(self._ledger, request)
+
+    def batch_max(self, request: Request) -> int:
+        """Most jobs of its model and shape that a worker takes at once."""
+        able = [s.worker for s in self.seats if s.worker.can(request.model)]
+        return min((w.models[request.model].batch_max for w in able), default=1)
+
+    def move_us(self, work: Work, workers: tuple[str, ...]) -> int:
+        """Setting up a run there: moving the latent, forming the group."""
+        if work.node == TEXT:
+            return 0
+        moving, cluster = self._ledger.moving, self._ledger.cluster
+        return moving.cost_us(cluster, work.where, workers, work.node == VAE)
+
+    def load_us(self, request: Request, node: str, workers: Iterable[str]) -> int:
+        """Getting the node's weights onto all of these workers; they load at the same time."""
+        known = self._ledger.cluster.workers
+        residency = self._ledger.residency
+        return max((residency.load_us(known[w], request.model, node) for w in workers), default=0)
+
+    def resident(self, worker: str) -> tuple[tuple[str, str], ...]:
+        """(model, node) of the weights on a worker, least recently used first."""
+        return self._ledger.residency.parts(self._ledger.cluster.workers[worker])
+
+    # ------------------------------------------------------------------------------ state
+
+    def tracked(self) -> Iterable[Tracked]:
+        """All requests inside, in order of arrival: to be read only."""
+        return self._ledger.tracked.values()
+
+    def idle(self, request: Request | None = None, degree: int = 1) -> list[Seat]:
+        """Idle workers that could take part in such a run, in cluster order."""
+        return [
+            s
+            for s in self.seats
+            if s.idle and (request is None or s.worker.can(request.model, degree))
+        ]
+
+    def begin_us(self, start: Start) -> int:
+        """When workers and jobs of a start are all there."""
+        times = [self._available_us[r] for r in start.requests]
+        return max(times + [self._free_us[w] for w in start.workers])
+
+    def placement(self) -> Placement:
+        """Binds the idle workers, one group after the other."""
+        return Placement(self._ledger.cluster, {s.name: s.free_us for s in self.seats if s.idle})
+
+    def place(self, placement: Placement, work: Work, degree: int) -> tuple[str, ...] | None:
+        """The best group of that width among what `placement` has left, bound; None: too few."""
+        demand = Demand(
+            degree,
+            self.call_us(work.request, work.node, degree),
+            max(work.available_us, self.now_us),
+            work.group,
+            tuple(h.worker for h in work.holders),
+        )
+        model = work.request.model
+        members = placement.find(
+            demand, (s.name for s in self.seats if s.worker.can(model, degree))
+        )
+        if members is not None:
+            placement.bind(members)
+        return members
+
+    def _gpus(self, request: Request) -> tuple[str, ...]:
+        return self._ledger.gpus(s.name for s in self.seats if s.worker.can(request.model))
+
+
+def _works(ledger: Ledger, forecast: Forecast, now_us: int, until_us: int) -> Iterable[Work]:
+    for tracked in ledger.tracked.values():
+        text, dit, vae = (tracked.jobs[n].state for n in (TEXT, DIT, VAE))
+        if text is JobState.READY:
+            yield _work(tracked, TEXT, now_us, 0, 1, (), ())
+        elif vae is JobState.READY:
+            done, copies = tracked.steps_done, tracked.latest()
+            yield _work(tracked, VAE, now_us, done, 1, tracked.group, copies)
+        elif dit is not JobState.DONE and (text is JobState.DONE or dit is not JobState.BLOCKED):
+            where = denoise.standing(ledger, tracked, forecast, now_us)
+            left = 0 if where is None else tracked.request.steps - where.first_step
+            if where is not None and left > 0 and where.available_us <= until_us:
+                yield _work(
+                    tracked,
+                    DIT,
+                    where.available_us,
+                    where.first_step,
+                    left,
+                    where.group,
+                    where.holders,
+                )
+
+
+def _work(
+    tracked: Tracked,
+    node: str,
+    available_us: int,
+    first_step: int,
+    steps_left: int,
+    group: tuple[str, ...],
+    holders: tuple[Holder, ...],
+) -> Work:
+    return Work(
+        tracked.request,
+        node,
+        tracked.order,
+        tracked.arrived_us,
+        available_us,
+        tracked.progressed_us,
+        first_step,
+        steps_left,
+        group,
+        holders,
+    )
+
+
+__all__ = ["Decision", "Running", "Scene", "Seat", "Start", "Work"]

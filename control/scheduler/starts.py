@@ -1,0 +1,27 @@
+"""What planners and policies hand over: runs to begin, requests to turn away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Several jobs of one model and shape (or one) for some steps on an ordered list of workers."""
+
+    requests: tuple[str, ...]
+    node: str
+    workers: tuple[str, ...]
+    steps: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a policy wants; starts in the order in which they go out."""
+
+    starts: Sequence[Start] = ()
+    rejects: Mapping[str, str] = field(default_factory=dict)  # request -> reason
+    wake_us: int | None = None  # ask again then, whatever happens
+    evicts: Mapping[str, frozenset[tuple[str, str]]] = field(default_factory=dict)  # worker -> keep
