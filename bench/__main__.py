@@ -1,4 +1,4 @@
-"""`python -m bench`: benchmarks, replay, simulator."""
+"""`python -m bench`: benchmarks, replay, simulator, reports."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 from rich.table import Column, Table
 
 from bench import mesh_bench, profile_bench
+from bench.bound import bound_command
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
-from bench.sim.case import load_case
-from bench.sim.loop import run
+from bench.report import report_command, timeline_command
+from bench.sim_command import sim_command, solver_command
 from hocket.errors import HocketError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -87,16 +87,11 @@ def replay_command(
         raise typer.Exit(1)
 
 
-@app.command()
-def sim(
-    case: Annotated[Path, typer.Option(help="Case file (TOML).")],
-    schedule_log: Annotated[Path | None, typer.Option(help="Write the schedule log.")] = None,
-) -> None:
-    """Runs one Case in the simulator and prints its summary."""
-    result = run(load_case(case))
-    if schedule_log is not None:
-        schedule_log.write_text(result.log.text())
-    console.print_json(msgspec.json.encode(result.summary).decode())
+app.command("sim")(sim_command)
+app.command("solver")(solver_command)
+app.command("report")(report_command)
+app.command("timeline")(timeline_command)
+app.command("bound")(bound_command)
 
 
 if __name__ == "__main__":

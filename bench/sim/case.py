@@ -1,30 +1,51 @@
-"""A Case: cluster, profile, workload, settings; everything a run depends on, as one value.
+"""A Case: cluster, profile, workload, settings, costs; everything a run depends on, as one value.
 
     [cluster]                                   [workload]
     hosts = 1                                   trace = "uniform.jsonl"     # or
-    [[workload.requests]] workers = 8      # a host gpu = "h100"
-    [settings]                  # of the scheduler models = [{ name = "flux.1-dev", degrees = [1, 2,
-    4, 8] }]              policy = "tetriserve" [profile]
-    [settings.policy_settings] file = "flux.1-dev_h100_h28.csv"            fill = true
+    workers = 8      # a host                   [[workload.requests]]
+    gpu = "h100"                                [settings]                  # of the scheduler
+    models = [{ name = "flux.1-dev",            policy = "tetriserve"
+                degrees = [1, 2, 4, 8] }]       [settings.policy_settings]
+    [profile]                                   fill = true
+    file = "flux.1-dev_h100_h28.csv"            [costs]
+    loads = "flux.1-dev_h100_loads.csv"         group_change_us = 3000
 
-Paths are relative to the Case's file. Faults are for tests: [[faults]] with at_us, kind and worker
-(or request): `lost`, `up` (restarted: a new incarnation), `beat` (alive after all), `drain`, `fail`
-(breaks the group it runs in, and is suspected of it), `cancel`.
+Paths are relative to the Case's file, then to `bench/assets`. A gpu kind or models that are not
+named are those of the profile. `experiment.py` adds what makes many runs of one file.
+
+Faults are for tests: [[faults]] with at_us, kind and worker (or request): `lost`, `up` (restarted:
+a new incarnation), `beat` (alive after all), `drain`, `fail` (breaks the group it runs in, and is
+suspected of it), `cancel`. [[stragglers]] with worker, from_us, until_us, factor.
 """
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from control.scheduler.loads import LoadTable
 from control.scheduler.profile import Profile
 from control.scheduler.settings import SettingError, Settings
-from control.scheduler.values import ModelFacts, WorkerUp
+from control.scheduler.values import DIT, TEXT, VAE, ModelFacts, WorkerUp
 
+from .costs import CostError, Costs, Straggler
 from .trace import TraceRequest, read_trace
+
+T = TypeVar("T")
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+class CaseError(ValueError):
+    """A Case's field has a value that is not allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{field} = {value!r}: allowed is {allowed}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,10 +61,11 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Equal hosts of equal workers."""
 
-    workers: int
-    gpu: str
-    models: tuple[ModelFacts, ...]
+    workers: int  # a host
+    gpu: str = ""  # "": the one kind that has all of the profile's nodes
+    models: tuple[ModelFacts, ...] = ()  # (): all of the profile
     hosts: int = 1
+    memory_mib: int = 0  # a worker's, for weights; 0: all models always fit
 
     def leases(self, at_us: int) -> tuple[WorkerUp, ...]:
         """The facts by which the workers join, in cluster order."""
@@ -55,10 +77,55 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 gpu=self.gpu,
                 host=f"host{host:03d}",
                 models=self.models,
+                memory_mib=self.memory_mib,
             )
             for host in range(self.hosts)
             for i in range(self.workers)
         )
+
+    def completed(self, profile: Profile) -> ClusterSpec:
+        """With the profile's gpu kind and models where none are named. Raises: CaseError."""
+        for name, value, low in (
+            ("cluster.workers", self.workers, 1),
+            ("cluster.hosts", self.hosts, 1),
+            ("cluster.memory_mib", self.memory_mib, 0),
+        ):
+            if value < low:
+                raise CaseError(name, value, f"{low} or more")
+        kinds = sorted({k.gpu for k in profile.cells})
+        gpu = self.gpu
+        if not gpu:
+            nodes = {kind: {k.node for k in profile.cells if k.gpu == kind} for kind in kinds}
+            whole = [kind for kind in kinds if nodes[kind] == set().union(*nodes.values())]
+            if len(whole) != 1:
+                raise CaseError("cluster.gpu", gpu, f"one of the profile's: {', '.join(kinds)}")
+            gpu = whole[0]
+        models = self.models or models_of(profile, gpu)
+        if not models:
+            raise CaseError("cluster.gpu", gpu, f"a kind with models: {', '.join(kinds)}")
+        return msgspec.structs.replace(self, gpu=gpu, models=models)
+
+
+def models_of(profile: Profile, gpu: str) -> tuple[ModelFacts, ...]:
+    """What workers of a kind can run by a profile: models, degrees, the batches of all stages."""
+    degrees: dict[str, set[int]] = {}
+    batches: dict[str, dict[str, int]] = {}
+    for key in profile.cells:
+        if key.gpu != gpu or key.node not in (TEXT, DIT, VAE):
+            continue
+        if key.node == DIT:
+            degrees.setdefault(key.model, set()).add(key.layout.degree)
+        if key.layout.degree == 1:
+            largest = batches.setdefault(key.model, {})
+            largest[key.node] = max(key.batch, largest.get(key.node, 1))
+    return tuple(
+        ModelFacts(
+            name=model,
+            degrees=tuple(sorted(degrees[model])),
+            batch_max=min(batches.get(model, {}).values(), default=1),
+        )
+        for model in sorted(degrees)
+    )
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,15 +136,26 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     trace: tuple[TraceRequest, ...]
     settings: Settings = Settings()
     faults: tuple[Fault, ...] = ()
+    loads_csv: str = ""
+    costs: Costs = Costs()
+    stragglers: tuple[Straggler, ...] = ()
+    seed: int = 0  # of the noise
 
     @property
     def profile(self) -> Profile:
         return Profile.from_csv(self.profile_csv)
 
+    @property
+    def loads(self) -> LoadTable:
+        return LoadTable.from_csv(*([self.loads_csv] if self.loads_csv else []))
 
-class _ProfileSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+
+class ProfileSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the call times come from, and the weights."""
+
     file: str = ""
     csv: str = ""
+    loads: str = ""
 
 
 class _WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,34 +165,63 @@ class _WorkloadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 class _CaseFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cluster: ClusterSpec
-    profile: _ProfileSpec
+    profile: ProfileSpec
     workload: _WorkloadSpec
     settings: Settings = Settings()
     faults: tuple[Fault, ...] = ()
+    costs: Costs = Costs()
+    stragglers: tuple[Straggler, ...] = ()
+    seed: int = 0
 
 
 def load_case(path: Path) -> Case:
-    """Reads a Case from TOML.
+    """Reads a Case of one run from TOML.
 
     Raises:
         OSError, tomllib.TOMLDecodeError, msgspec.ValidationError: a file that cannot be read as a
-        Case. ProfileError, TraceError, SettingError: one of its parts.
+        Case. ProfileError, TraceError, SettingError, CostError, CaseError: one of its parts.
     """
-    raw = tomllib.loads(path.read_text())
-    try:
-        read = msgspec.convert(raw, _CaseFile)
-    except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, SettingError):
-            raise error.__cause__ from None
-        raise
-    profile, workload = read.profile, read.workload
-    trace = workload.requests
-    if workload.trace:
-        trace = read_trace((path.parent / workload.trace).read_text())
+    read = convert(tomllib.loads(path.read_text()), _CaseFile)
+    trace = read.workload.requests
+    if read.workload.trace:
+        trace = read_trace((path.parent / read.workload.trace).read_text())
+    profile_csv, loads_csv = read_profile(read.profile, path.parent)
     return Case(
-        cluster=read.cluster,
-        profile_csv=(path.parent / profile.file).read_text() if profile.file else profile.csv,
+        cluster=read.cluster.completed(Profile.from_csv(profile_csv)),
+        profile_csv=profile_csv,
+        loads_csv=loads_csv,
         trace=trace,
         settings=read.settings,
         faults=read.faults,
+        costs=read.costs,
+        stragglers=read.stragglers,
+        seed=read.seed,
     )
+
+
+def convert(raw: dict[str, Any], kind: type[T]) -> T:
+    """Builds a value; an error of one of our own checks comes out as itself."""
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, SettingError | CostError | CaseError):
+            raise error.__cause__ from None
+        raise
+
+
+def read_profile(spec: ProfileSpec, folder: Path) -> tuple[str, str]:
+    """Texts of the profile and of the weights ("" where none are named). Raises: CaseError."""
+    if bool(spec.file) == bool(spec.csv):
+        raise CaseError("profile.file", spec.file, "a file, or csv with the text, not both")
+    text = spec.csv or _found("profile.file", spec.file, folder, "profiles").read_text()
+    if not spec.loads:
+        return text, ""
+    return text, _found("profile.loads", spec.loads, folder, "loads").read_text()
+
+
+def _found(field: str, name: str, folder: Path, kind: str) -> Path:
+    for path in (folder / name, ASSETS / kind / name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(p.name for p in (ASSETS / kind).glob("*.csv")))
+    raise CaseError(field, name, f"a path beside the Case's file, or one of {known}")

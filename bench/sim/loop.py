@@ -3,64 +3,54 @@
     earliest of (next happening, scheduler's wake)  ──▶  observe all facts of that instant
                                                    ──▶  plan, if due or at the wake  ──▶ workers
 
-A worker runs its assignments in sequence order. One starts as soon as it is at the head of all its
-members' queues, they are idle and a named holder has the latent; each step takes the profile's
-time, and its end is a fact. Transfers and group creation cost nothing here.
+`workers.py` says what happens to a plan, `costs.py` what that costs, `invariants.py` what must hold
+all along. The loop reads no clock: who wants to know what plans cost passes a timer.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from control.scheduler.core import Scheduler
 from control.scheduler.facts import in_order
-from control.scheduler.latency import estimate_us
-from control.scheduler.profile import CellKey, Profile
 from control.scheduler.schedule_log import ScheduleLog
 from control.scheduler.summary import Summary, summarise
 from control.scheduler.values import (
     DIT,
     TEXT,
+    VAE,
     Arrived,
-    Assignment,
-    AssignmentFailed,
     CancelRequested,
     DrainRequested,
     Ended,
     Event,
-    JobProgress,
-    Member,
     Plan,
-    Request,
-    StepsEnded,
-    Truncation,
     WorkerLost,
     WorkerUp,
 )
 
 from .case import Case, Fault
+from .invariants import Checker, InvariantError
+from .workers import Workers
+
+Timer = Callable[[], int]  # nanoseconds since some origin
+PLANS_A_CENSUS = 256  # so often the requests inside are counted
+PLANS_AN_INSTANT = 10_000  # more than that without time going on: the run will never end
 
 
 @dataclass(slots=True)
-class Running:
-    """An assignment in the workers' hands."""
-
-    assignment: Assignment
-    step_us: int
-    started: bool = False
-    stopping: bool = False
-    steps_done: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did."""
+    """What a run did. `plans` and `facts` stay empty where nobody wanted them kept."""
 
-    plans: tuple[Plan, ...]
-    facts: tuple[Event, ...]
-    ended: tuple[Ended, ...]
     log: ScheduleLog
+    plans: list[Plan] = field(default_factory=list)
+    facts: list[Event] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+    plan_count: int = 0
+    plan_ms: list[float] = field(default_factory=list)  # wall time of each plan, with a timer
+    operations: list[int] = field(default_factory=list)  # of each plan, where the planner counts
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -68,218 +58,155 @@ class Result:
 
     @property
     def summary(self) -> Summary:
-        return summarise(self.log)
+        return summarise(self.log, self.plan_ms)
 
 
-@dataclass(slots=True)
-class Workers:
-    """The simulated cluster: queues, latents, steps under way."""
+def run(case: Case, *, timer: Timer | None = None, check: bool = True, keep: bool = True) -> Result:
+    """Runs a Case to its end: until nothing can happen any more.
 
-    profile: Profile
-    case: Case
-    requests: dict[str, Request] = field(default_factory=dict)
-    incarnations: dict[str, int] = field(default_factory=dict)
-    queues: dict[str, list[Running]] = field(default_factory=dict)
-    latents: dict[str, dict[str, int]] = field(default_factory=dict)  # request -> worker -> steps
-    step_ends: list[tuple[int, int, Running]] = field(default_factory=list)  # heap
-
-    def receive(self, plan: Plan) -> None:
-        """Takes a plan in: truncations first, then assignments behind what is queued."""
-        for truncation in plan.truncations:
-            self._truncate(truncation)
-        for request in plan.released:
-            self.latents.pop(request, None)
-        for assignment in plan.assignments:
-            running = Running(assignment, self._step_us(assignment))
-            for worker in assignment.workers:
-                self.queues[worker].append(running)
-
-    def start(self, now_us: int) -> None:
-        """Starts whatever can start; a start never enables another."""
-        for worker in sorted(self.queues):
-            queue = self.queues[worker]
-            if queue and self._ready(queue[0]):
-                queue[0].started = True
-                self._push(now_us, queue[0])
-
-    def next_us(self) -> int | None:
-        """End of the next step."""
-        while self.step_ends and not self._live(self.step_ends[0][2]):
-            heapq.heappop(self.step_ends)
-        return self.step_ends[0][0] if self.step_ends else None
-
-    def ended(self, now_us: int) -> list[Event]:
-        """Facts of the steps that end now."""
-        facts: list[Event] = []
-        while self.next_us() == now_us:
-            running = heapq.heappop(self.step_ends)[2]
-            facts.append(self._step_ended(now_us, running))
-        return facts
-
-    def lose(self, worker: str) -> None:
-        """A worker dies: what it ran with others dies with it, its latents are gone."""
-        for running in list(self.queues.pop(worker, [])):
-            for other in running.assignment.workers:
-                if running in self.queues.get(other, []):
-                    self.queues[other].remove(running)
-        for copies in self.latents.values():
-            copies.pop(worker, None)
-
-    def incarnation(self, worker: str) -> str:
-        return str(self.incarnations.get(worker, 0))
-
-    def fail(self, now_us: int, worker: str) -> list[Event]:
-        """Breaks what a worker runs with others: each member reports, all but itself accuse it."""
-        queue = self.queues.get(worker, [])
-        if not queue or not queue[0].started:
-            return []
-        running = queue[0]
-        a = running.assignment
-        for member in a.workers:
-            self.queues[member].remove(running)
-        return [
-            AssignmentFailed(
-                at_us=now_us,
-                sequence=a.sequence,
-                worker=reporter,
-                jobs=tuple(self._progress(m, reporter) for m in a.batch if self._has(m, reporter)),
-                reason="GROUP_BROKEN",
-                suspects=(worker,),
-            )
-            for reporter in a.workers
-            if reporter != worker or len(a.workers) == 1
-        ]
-
-    def _has(self, member: Member, worker: str) -> bool:
-        return worker in self.latents.get(member.request, {})
-
-    def _progress(self, member: Member, worker: str) -> JobProgress:
-        done = self.latents[member.request][worker]
-        return JobProgress(request=member.request, attempt=member.attempt, steps_done=done)
-
-    def _step_ended(self, now_us: int, running: Running) -> StepsEnded:
-        a = running.assignment
-        running.steps_done += 1
-        last = running.stopping or running.steps_done == a.steps
-        jobs: list[JobProgress] = []
-        for member in a.batch:
-            done = member.first_step + (running.steps_done if a.node == DIT else 0)
-            jobs.append(
-                JobProgress(request=member.request, attempt=member.attempt, steps_done=done)
-            )
-            copies = self.latents.setdefault(member.request, {})
-            copies.update({w: done for w in a.workers})
-        if last:
-            for worker in a.workers:
-                self.queues[worker].remove(running)
-        else:
-            self._push(now_us, running)
-        return StepsEnded(
-            at_us=now_us,
-            sequence=a.sequence,
-            jobs=tuple(jobs),
-            step_time_us=(running.step_us,),
-            last=last,
-        )
-
-    def _push(self, now_us: int, running: Running) -> None:
-        end_us = now_us + running.step_us
-        heapq.heappush(self.step_ends, (end_us, running.assignment.sequence, running))
-
-    def _live(self, running: Running) -> bool:
-        return any(running in self.queues.get(w, []) for w in running.assignment.workers)
-
-    def _ready(self, running: Running) -> bool:
-        a = running.assignment
-        if running.started or any(self.queues[w][0] is not running for w in a.workers):
-            return False
-        if a.node == TEXT:
-            return True
-        return all(
-            any(self.latents[m.request].get(h.worker) == h.steps_done for h in m.holders)
-            for m in a.batch
-            if m.request in self.latents
-        ) and all(m.request in self.latents for m in a.batch)
-
-    def _truncate(self, truncation: Truncation) -> None:
-        for queue in self.queues.values():
-            for running in list(queue):
-                batch = running.assignment.batch
-                if not any(
-                    m.request == truncation.request and m.attempt <= truncation.attempt
-                    for m in batch
-                ):
-                    continue
-                if running.started:
-                    running.stopping = True
-                else:
-                    queue.remove(running)
-        if truncation.release:
-            self.latents.pop(truncation.request, None)
-
-    def _step_us(self, a: Assignment) -> int:
-        request = self.requests[a.batch[0].request]
-        gpu = self.case.cluster.gpu
-        key = CellKey(request.model, gpu, a.node, request.shape, a.layout, len(a.batch))
-        return max(1, round(estimate_us(self.profile, key, self.case.settings)))
+    Raises:
+        InvariantError: with `check`, as soon as something happened that must not.
+    """
+    loop = Loop(case, timer=timer, check=check, keep=keep)
+    loop.run()
+    return loop.result
 
 
-def run(case: Case) -> Result:
-    """Runs a Case to its end: until nothing can happen any more."""
-    profile = case.profile
-    scheduler = Scheduler(case.settings, profile)
-    workers = Workers(profile, case)
-    log = ScheduleLog(0)
-    coming: list[tuple[int, int, Event | Fault]] = []
-    happenings: list[Event | Fault] = [*case.cluster.leases(0), *case.faults]
-    happenings += [Arrived(at_us=t.arrival_us, request=t.to_request()) for t in case.trace]
-    for i, happening in enumerate(happenings):
-        heapq.heappush(coming, (happening.at_us, i, happening))
-    plans: list[Plan] = []
-    facts: list[Event] = []
-    ended: list[Ended] = []
-    now_us = 0
-    while True:
-        times = [workers.next_us(), scheduler.wake_us(), coming[0][0] if coming else None]
-        if all(t is None for t in times):
-            break
-        now_us = max(now_us, min(t for t in times if t is not None))
-        new = workers.ended(now_us)
-        while coming and coming[0][0] == now_us:
-            new += _happen(workers, heapq.heappop(coming)[2])
-        for fact in in_order(new):
-            over = scheduler.observe(fact)
-            log.observed(fact, over)
-            facts.append(fact)
-            ended += over
-        wake_us = scheduler.wake_us()
-        if scheduler.due(now_us) or (wake_us is not None and now_us >= wake_us):
-            plan = scheduler.plan(now_us)
-            log.planned(plan)
-            plans.append(plan)
-            workers.receive(plan)
-        workers.start(now_us)
-    return Result(tuple(plans), tuple(facts), tuple(ended), log)
+class Loop:
+    """One run, instant by instant."""
 
+    def __init__(
+        self, case: Case, *, timer: Timer | None = None, check: bool = True, keep: bool = True
+    ) -> None:
+        profile = case.profile
+        self.scheduler = Scheduler(case.settings, profile, case.loads)
+        self.result = Result(ScheduleLog(0))
+        self.now_us = 0
+        self._case = case
+        self._timer = timer
+        self._keep = keep
+        self._checker = _checker(case) if check else None
+        self._workers = Workers(profile, case, self._checker)
+        self._coming: list[tuple[int, int, Event | Fault]] = []
+        happenings: list[Event | Fault] = [*case.cluster.leases(0), *case.faults]
+        happenings += [Arrived(at_us=t.arrival_us, request=t.to_request()) for t in case.trace]
+        self._added = 0  # breaks ties: what was added first happens first
+        for happening in happenings:
+            self.add(happening)
+        self._wake_us: int | None = None
+        self._planned_us = (-1, 0)  # the last plan's instant, and how many plans it had
 
-def _happen(workers: Workers, happening: Event | Fault) -> list[Event]:
-    """Lets something happen to the workers; returns the facts that control learns."""
-    if isinstance(happening, Fault):
-        if happening.kind == "fail":
-            return workers.fail(happening.at_us, happening.worker)
-        happening = _fact(workers, happening)
-    match happening:
-        case Arrived():
-            workers.requests[happening.request.id] = happening.request
-        case WorkerLost():
-            workers.lose(happening.worker)
-        case WorkerUp() if happening.incarnation != workers.incarnation(happening.worker):
-            workers.lose(happening.worker)
-            workers.queues[happening.worker] = []
-            workers.incarnations[happening.worker] = int(happening.incarnation)
-        case _:
+    def add(self, happening: Event | Fault) -> None:
+        """Something more that will happen, not before now."""
+        assert happening.at_us >= self.now_us
+        self._added += 1
+        heapq.heappush(self._coming, (happening.at_us, self._added, happening))
+
+    def run(self) -> None:
+        """To the end. Raises: InvariantError."""
+        while self.instant():
             pass
-    return [happening]
+        if self._checker:
+            self._checker.inside((j.request for j in self.scheduler.jobs()), self.now_us)
+
+    def instant(self) -> bool:
+        """All that happens at the next instant; false when nothing is left to happen."""
+        coming, workers, scheduler = self._coming, self._workers, self.scheduler
+        times = (workers.next_us(), self._wake_us, coming[0][0] if coming else None)
+        at_us = min((t for t in times if t is not None), default=None)
+        if at_us is None:
+            return False
+        now_us = self.now_us = max(self.now_us, at_us)
+        new: list[Event] = list(workers.ended(now_us))
+        while coming and coming[0][0] <= now_us:
+            new += self._happen(heapq.heappop(coming)[2])
+        if len(new) > 1:
+            new = in_order(new)
+        for fact in new:
+            self._observe(fact)
+        if new and not scheduler.due(now_us):
+            self._wake_us = scheduler.wake_us()
+        if scheduler.due(now_us) or (self._wake_us is not None and now_us >= self._wake_us):
+            self._plan(now_us)
+            self._wake_us = scheduler.wake_us()
+        workers.start(now_us)
+        return True
+
+    def _observe(self, fact: Event) -> None:
+        over = self.scheduler.observe(fact)
+        result = self.result
+        result.log.observed(fact, over)
+        if self._keep:
+            result.facts.append(fact)
+        if over:
+            result.ended += over
+            if self._checker:
+                for end in over:
+                    self._checker.ended(end)
+
+    def _plan(self, now_us: int) -> None:
+        timer, result = self._timer, self.result
+        begin_ns = timer() if timer else 0
+        plan = self.scheduler.plan(now_us)
+        if timer:
+            result.plan_ms.append((timer() - begin_ns) / 1e6)
+        result.operations.append(self.scheduler.operations)
+        result.plan_count += 1
+        result.log.planned(plan)
+        if self._keep:
+            result.plans.append(plan)
+        if self._checker:
+            self._checker.planned(plan)
+        for end in plan.ended:
+            result.log.rejected(end.request, end.at_us, end.reason)
+            result.ended.append(end)
+            if self._checker:
+                self._checker.ended(end)
+        if self._checker and result.plan_count % PLANS_A_CENSUS == 0:
+            self._checker.inside((j.request for j in self.scheduler.jobs()), now_us)
+        self._workers.receive(plan)
+        count = self._planned_us[1] + 1 if self._planned_us[0] == now_us else 1
+        self._planned_us = (now_us, count)
+        if count > PLANS_AN_INSTANT:
+            raise InvariantError("time-goes-on", "scheduler", now_us, f"{count} plans at once")
+
+    def _happen(self, happening: Event | Fault) -> list[Event]:
+        """Lets something happen to the workers; returns the facts that control learns."""
+        workers = self._workers
+        if isinstance(happening, Fault):
+            if happening.kind == "fail":
+                return list(workers.fail(happening.at_us, happening.worker))
+            happening = _fact(workers, happening)
+        match happening:
+            case Arrived():
+                workers.requests[happening.request.id] = happening.request
+                if self._checker:
+                    self._checker.arrived(happening.request, happening.at_us)
+            case WorkerLost():
+                workers.lose(happening.worker)
+            case WorkerUp():
+                incarnation = int(happening.incarnation)
+                if incarnation != workers.incarnations.get(happening.worker, 0):
+                    workers.lose(happening.worker)
+                    workers.join(happening.worker, incarnation)
+            case _:
+                pass
+        return [happening]
+
+
+def _checker(case: Case) -> Checker:
+    """Knows the weights of every part that a model of the cluster can be made of."""
+    loads, gpu = case.loads, case.cluster.gpu
+    parts: list[tuple[str, str]] = []
+    for model in case.cluster.models:
+        base, *adapters = model.name.split("+")
+        parts += [(name, node) for name in (model.name, base) for node in (TEXT, DIT, VAE)]
+        parts += [(base, f"controlnet-{adapter}") for adapter in adapters]
+    weights_mib = {(m, node): loads.weights(m, gpu, node).mib for m, node in parts}
+    return Checker(
+        memory_mib=case.cluster.memory_mib if loads else 0,
+        weights_mib={part: mib for part, mib in weights_mib.items() if mib},
+    )
 
 
 def _fact(workers: Workers, fault: Fault) -> Event:
@@ -289,13 +216,15 @@ def _fact(workers: Workers, fault: Fault) -> Event:
         return DrainRequested(at_us=fault.at_us, worker=fault.worker)
     if fault.kind == "cancel":
         return CancelRequested(at_us=fault.at_us, request=fault.request)
-    lives = fault.worker in workers.queues
+    lives = workers.lives(fault.worker)
     count = workers.incarnations.get(fault.worker, 0) + (fault.kind == "up" or not lives)
+    cluster = workers.case.cluster
     return WorkerUp(
         at_us=fault.at_us,
         worker=fault.worker,
         incarnation=str(count),
-        gpu=workers.case.cluster.gpu,
+        gpu=cluster.gpu,
         host=fault.host,
-        models=workers.case.cluster.models,
+        models=cluster.models,
+        memory_mib=cluster.memory_mib,
     )

@@ -76,6 +76,10 @@ class Board:
             if any(m.request == request for m in assignment.batch):
                 del self.retired[sequence]
 
+    def busy(self) -> set[str]:
+        """Workers that have something outstanding."""
+        return {w for f in self.flights.values() for w in f.assignment.workers}
+
     def denoising(self) -> bool:
         return any(f.assignment.node == DIT for f in self.flights.values())
 

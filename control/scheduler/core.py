@@ -219,8 +219,8 @@ class Scheduler:
             )
             for w in start.workers
         ]
-        self._loads += [load for load in loads if load is not None]
-        load_us = max((load.load_us for load in loads if load is not None), default=0)
+        self._loads += [load for each in loads for load in each]
+        load_us = max(sum(load.load_us for load in each) for each in loads)
         if start.node == TEXT:
             return load_us
         where = denoise.group_before(ledger, tracked) or tuple(h.worker for h in member.holders)

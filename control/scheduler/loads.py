@@ -51,6 +51,9 @@ class LoadTable:
     def weights(self, model: str, gpu: str, node: str) -> Weights:
         return self._weights.get((model, gpu, node), NOTHING)
 
+    def knows(self, model: str, gpu: str, node: str) -> bool:
+        return (model, gpu, node) in self._weights
+
     def __bool__(self) -> bool:
         return bool(self._weights)
 

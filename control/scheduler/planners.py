@@ -169,6 +169,9 @@ class EventPlanner:
         scene = Scene(ledger, forecast, now_us)
         decision = self._policy.decide(scene)
         self._wake_us = decision.wake_us
+        for worker, parts in decision.preloads.items():
+            for model, node in parts:
+                ledger.residency.preload(ledger.cluster.workers[worker], model, node)
         for worker, keep in decision.evicts.items():
             ledger.residency.evict(ledger.cluster.workers[worker], keep)
         for start in decision.starts:

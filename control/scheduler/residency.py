@@ -2,6 +2,9 @@
 
 A worker that names its memory keeps the weights it used last; what does not fit is evicted, least
 recently used first, before a load. A worker without a memory figure has everything it can run.
+
+A model named `base+adapter` for which the table has no rows of its own shares the weights of `base`
+and adds those of the base's node `controlnet-adapter` to denoising.
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .cluster import Worker
-from .loads import LoadTable
-from .values import Load
+from .loads import LoadTable, Weights
+from .values import DIT, TEXT, VAE, Load
 
 Part = tuple[str, str]  # model, node
 
@@ -21,6 +24,8 @@ class Residency:
 
     table: LoadTable
     _held: dict[str, dict[Part, int]] = field(default_factory=dict)  # worker -> part -> MiB, LRU
+    _untold: dict[str, set[Part]] = field(default_factory=dict)  # preloaded, in no plan's loads yet
+    _dropped: dict[str, list[Part]] = field(default_factory=dict)  # in no plan's evictions yet
     _incarnation: dict[str, str] = field(default_factory=dict)
 
     def bounded(self, worker: Worker) -> bool:
@@ -31,47 +36,97 @@ class Residency:
         """What is loaded, least recently used first."""
         return tuple(self._of(worker))
 
+    def needs(self, worker: Worker, model: str, node: str) -> tuple[Part, ...]:
+        """The parts that a node's run uses."""
+        base, *adapters = model.split("+")
+        if not adapters or self.table.knows(model, worker.gpu, node):
+            return ((model, node),)
+        extra = adapters if node == DIT else []
+        return ((base, node), *((base, f"controlnet-{a}") for a in extra))
+
+    def footprint_mib(self, worker: Worker, model: str) -> int:
+        """All of a model's weights and its largest activations; 0 where memory does not count."""
+        if not self.bounded(worker):
+            return 0
+        parts = [p for node in (TEXT, DIT, VAE) for p in self.needs(worker, model, node)]
+        return self._room_mib([self._weights(worker, p) for p in dict.fromkeys(parts)])
+
     def load_us(self, worker: Worker, model: str, node: str) -> int:
         """Time to get the weights there now; 0 when they are there."""
-        if not self.bounded(worker) or (model, node) in self._of(worker):
-            return 0
-        return self.table.weights(model, worker.gpu, node).load_us
-
-    def bring(self, worker: Worker, model: str, node: str, sequence: int) -> Load | None:
-        """Enters a use; the load that it takes, or None."""
         if not self.bounded(worker):
-            return None
+            return 0
         held = self._of(worker)
-        weights = self.table.weights(model, worker.gpu, node)
-        part = (model, node)
-        known = held.pop(part, None)
-        evicted: list[Part] = []
-        total = sum(held.values()) + max(weights.mib, weights.peak_mib)
+        missing = [p for p in self.needs(worker, model, node) if p not in held]
+        return sum(self._weights(worker, p).load_us for p in missing)
+
+    def bring(self, worker: Worker, model: str, node: str, sequence: int) -> tuple[Load, ...]:
+        """Enters a use; the loads that it takes, one after the other, evictions before the first.
+
+        Weights that lie there and that no plan has told of come as a load that takes no time.
+        """
+        if not self.bounded(worker):
+            return ()
+        held = self._of(worker)
+        wanted = {p: self._weights(worker, p) for p in self.needs(worker, model, node)}
+        untold = self._untold[worker.name]
+        missing = [p for p in wanted if held.pop(p, None) is None]
+        evicted, self._dropped[worker.name] = self._dropped[worker.name], []
+        total = sum(held.values()) + self._room_mib(list(wanted.values()))
         for other in list(held):
             if total <= worker.memory_mib:
                 break
             total -= held.pop(other)
             evicted.append(other)
-        held[part] = weights.mib
-        if known is not None and not evicted:
-            return None
-        return Load(
-            sequence=sequence,
-            worker=worker.name,
-            model=model,
-            node=node,
-            load_us=0 if known is not None else weights.load_us,
-            evict=tuple(evicted),
+        held.update({p: w.mib for p, w in wanted.items()})
+        told = [p for p in wanted if p in missing or p in untold]
+        untold.difference_update(wanted, evicted)
+        return tuple(
+            Load(
+                sequence=sequence,
+                worker=worker.name,
+                model=part[0],
+                node=part[1],
+                load_us=wanted[part].load_us if part in missing else 0,
+                evict=tuple(evicted) if i == 0 else (),
+            )
+            for i, part in enumerate(told or (list(wanted)[:1] if evicted else []))
         )
 
+    def preload(self, worker: Worker, model: str, node: str) -> None:
+        """Weights that were put there before the first request, if they fit beside the others.
+
+        The first plan that uses them says so, in a load that takes no time.
+        """
+        if not self.bounded(worker):
+            return
+        held = self._of(worker)
+        new = {
+            p: self._weights(worker, p) for p in self.needs(worker, model, node) if p not in held
+        }
+        if sum(held.values()) + self._room_mib(list(new.values())) <= worker.memory_mib:
+            held.update({p: w.mib for p, w in new.items()})
+            self._untold[worker.name].update(new)
+
     def evict(self, worker: Worker, keep: frozenset[Part] = frozenset()) -> None:
-        """Forgets all weights but some: a process that starts anew."""
+        """Forgets all weights but some: a process that starts anew. The next load says so."""
         held = self._of(worker)
         for part in [p for p in held if p not in keep]:
             del held[part]
+            self._untold[worker.name].discard(part)
+            self._dropped[worker.name].append(part)
+
+    def _weights(self, worker: Worker, part: Part) -> Weights:
+        return self.table.weights(part[0], worker.gpu, part[1])
+
+    def _room_mib(self, weights: list[Weights]) -> int:
+        """What these weights take while one of them runs."""
+        activations = max((w.peak_mib - w.mib for w in weights), default=0)
+        return sum(w.mib for w in weights) + max(0, activations)
 
     def _of(self, worker: Worker) -> dict[Part, int]:
         if self._incarnation.get(worker.name) != worker.incarnation:
             self._incarnation[worker.name] = worker.incarnation
             self._held[worker.name] = {}
+            self._untold[worker.name] = set()
+            self._dropped[worker.name] = []
         return self._held[worker.name]

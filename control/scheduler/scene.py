@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from . import denoise
 from .board import Forecast
 from .cluster import Worker
+from .latency import Prediction
 from .ledger import Ledger
 from .lifecycle import JobState
 from .placement import Demand, Placement
 from .starts import Decision, Start
 from .tracker import Tracked
-from .values import DIT, TEXT, VAE, Holder, Request
+from .values import DIT, TEXT, VAE, Holder, Request, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,19 @@ class Scene:
 
     def __init__(self, ledger: Ledger, forecast: Forecast, now_us: int) -> None:
         self._ledger = ledger
+        self._prices: dict[tuple[str, Shape, str, int, int], Prediction] = {}
+        self._degrees: dict[str, tuple[int, ...]] = {}  # by model
         self.now_us = now_us
         lead_us = ledger.settings.lead_us
+        # Without a lead, whoever is late is not done: it is its report that ends an assignment.
+        late = set() if lead_us else ledger.board.busy()
         self.seats: tuple[Seat, ...] = tuple(
-            Seat(i, w, forecast.free_us[w.name], forecast.free_us[w.name] <= now_us + lead_us)
+            Seat(
+                i,
+                w,
+                forecast.free_us[w.name],
+                forecast.free_us[w.name] <= now_us + lead_us and w.name not in late,
+            )
             for i, w in enumerate(ledger.cluster.usable())
         )
         self.works: tuple[Work, ...] = tuple(_works(ledger, forecast, now_us, now_us + lead_us))
@@ -107,15 +117,18 @@ class Scene:
 
     def call_us(self, request: Request, node: str, degree: int = 1, batch: int = 1) -> int:
         """Mean time of one call (for DIT: one step) on the usable workers' slowest kind."""
-        return self._ledger.predict(request, node, degree, self._gpus(request), batch).mean_us
+        return self._predict(request, node, degree, batch).mean_us
 
     def safe_us(self, request: Request, node: str, degree: int = 1, batch: int = 1) -> int:
         """As `call_us`, the safe quantile."""
-        return self._ledger.predict(request, node, degree, self._gpus(request), batch).safe_us
+        return self._predict(request, node, degree, batch).safe_us
 
     def degrees(self, request: Request) -> tuple[int, ...]:
         """Widths in which its denoiser can run on the usable workers, ascending."""
-        return denoise.degrees_of(self._ledger, request)
+        known = self._degrees.get(request.model)
+        if known is None:
+            known = self._degrees[request.model] = denoise.degrees_of(self._ledger, request)
+        return known
 
     def batch_max(self, request: Request) -> int:
         """Most jobs of its model and shape that a worker takes at once."""
@@ -138,6 +151,14 @@ class Scene:
     def resident(self, worker: str) -> tuple[tuple[str, str], ...]:
         """(model, node) of the weights on a worker, least recently used first."""
         return self._ledger.residency.parts(self._ledger.cluster.workers[worker])
+
+    def parts(self, worker: str, model: str, node: str) -> tuple[tuple[str, str], ...]:
+        """(model, node) of the weights that a node needs there: those it shares are its base's."""
+        return self._ledger.residency.needs(self._ledger.cluster.workers[worker], model, node)
+
+    def footprint_mib(self, worker: str, model: str) -> int:
+        """Memory of a whole model there, with its largest activations; 0: memory is no matter."""
+        return self._ledger.residency.footprint_mib(self._ledger.cluster.workers[worker], model)
 
     # ------------------------------------------------------------------------------ state
 
@@ -179,6 +200,16 @@ class Scene:
             placement.bind(members)
         return members
 
+    def _predict(self, request: Request, node: str, degree: int, batch: int) -> Prediction:
+        """Prices do not change within a scene: each is worked out once."""
+        key = (request.model, request.shape, node, degree, batch)
+        known = self._prices.get(key)
+        if known is None:
+            gpus = self._gpus(request)
+            known = self._ledger.predict(request, node, degree, gpus, batch)
+            self._prices[key] = known
+        return known
+
     def _gpus(self, request: Request) -> tuple[str, ...]:
         return self._ledger.gpus(s.name for s in self.seats if s.worker.can(request.model))
 
@@ -194,7 +225,8 @@ def _works(ledger: Ledger, forecast: Forecast, now_us: int, until_us: int) -> It
         elif dit is not JobState.DONE and (text is JobState.DONE or dit is not JobState.BLOCKED):
             where = denoise.standing(ledger, tracked, forecast, now_us)
             left = 0 if where is None else tracked.request.steps - where.first_step
-            if where is not None and left > 0 and where.available_us <= until_us:
+            late = until_us == now_us and dit is not JobState.READY  # its report is still to come
+            if where is not None and left > 0 and where.available_us <= until_us and not late:
                 yield _work(
                     tracked,
                     DIT,

@@ -25,3 +25,5 @@ class Decision:
     rejects: Mapping[str, str] = field(default_factory=dict)  # request -> reason
     wake_us: int | None = None  # ask again then, whatever happens
     evicts: Mapping[str, frozenset[tuple[str, str]]] = field(default_factory=dict)  # worker -> keep
+    # worker -> (model, node) that lie there already: put there before the first request
+    preloads: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)

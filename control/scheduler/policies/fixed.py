@@ -35,7 +35,7 @@ class Fixed(EventPolicy):
 
     def likely_degree(self, step_us: Mapping[int, int]) -> int:
         """The one, or the widest below it."""
-        return max((k for k in step_us if k <= self._degree), default=min(step_us))
+        return max((k for k in step_us if k <= self._degree), default=min(step_us, default=1))
 
     def decide(self, scene: Scene) -> Decision:
         """Higher priority first, then by arrival."""

@@ -1,0 +1,1 @@
+"""What no schedule can exceed: the relaxation behind `bench.bound`, in seconds and GPU seconds."""

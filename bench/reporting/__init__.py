@@ -1,0 +1,1 @@
+"""Reports of benchmark runs: rows in, statistics, charts and pages out. Needs the `bench` extra."""

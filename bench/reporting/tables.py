@@ -1,0 +1,214 @@
+"""The tables of a report, as entries that Markdown and HTML both print."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from control.scheduler.summary import percentile
+
+from .analysis import Carried, CellStanding, ClassStanding, Compared, Standing, Sweep
+from .charts import class_title
+from .statistics import Interval, Ratio, Sustained, Verdict
+from .style import axis_title, cell_title
+
+SIGNS = {
+    Verdict.AHEAD: ("▲ ahead", "good"),
+    Verdict.LEVEL: ("= level", ""),
+    Verdict.BEHIND: ("▼ behind", "bad"),
+    Verdict.UNKNOWN: ("one seed", ""),
+}
+METRICS = {
+    "attainment": "attainment",
+    "p50": "p50 latency (s)",
+    "p90": "p90 latency (s)",
+    "p99": "p99 latency (s)",
+    "mean": "mean latency (s)",
+}
+SHARES = ("attainment", "utilisation")
+
+
+class Entry(NamedTuple):
+    """One field of a table; `tone` is "good", "bad" or nothing."""
+
+    text: str
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns whose name ends in a bar "|" hold words (left aligned); all others hold numbers."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    strong: frozenset[int] = frozenset()  # rows that stand out
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return tuple(c.rstrip("|") for c in self.columns)
+
+    @property
+    def words(self) -> tuple[bool, ...]:
+        return tuple(c.endswith("|") for c in self.columns)
+
+
+def percent(interval: Interval, signed: bool = False) -> str:
+    """`92.2 ± 0.8`, in percent or points."""
+    mean = f"{interval.mean * 100:{'+' if signed else ''}.1f}"
+    return mean if interval.half is None else f"{mean} ± {interval.half * 100:.1f}"
+
+
+def plain(interval: Interval, signed: bool = False) -> str:
+    """`12.3 ± 0.4`, with at most three significant digits and two decimals."""
+    digits = max(0, 2 - math.floor(math.log10(abs(interval.mean)))) if interval.mean else 0
+    digits = min(digits, 2)
+    mean = f"{interval.mean:{'+' if signed else ''}.{digits}f}"
+    return mean if interval.half is None else f"{mean} ± {interval.half:.{digits}f}"
+
+
+def cell_table(cell: CellStanding, baseline: str) -> Table:
+    """All policies of one cell, best first."""
+    ranked = sorted(cell.standings, key=lambda s: -s.attainment.mean)
+    bounded = cell.bound is not None
+    columns = ["policy|", "on time (%)", "p50 (s)", "p99 (s)", "preemptions", "degree changes"]
+    columns += ["rejected", "utilisation (%)", f"{baseline} leads by (points)", f"{baseline} is|"]
+    columns += ["gap to bound (points)"] if bounded else []
+    rows = [_standing_row(s, bounded) for s in ranked]
+    strong = {i for i, s in enumerate(ranked) if s.series == baseline}
+    if cell.bound is not None:
+        blank = [Entry("")] * (len(columns) - 2)
+        rows.insert(0, (Entry("bound"), Entry(percent(cell.bound)), *blank))
+        strong = {i + 1 for i in strong}
+    return Table(tuple(columns), tuple(rows), frozenset(strong))
+
+
+def overview_table(cells: Sequence[CellStanding], baseline: str, names: tuple[str, ...]) -> Table:
+    """A line a cell: the baseline, its best rival, what lies between them, the bound."""
+    bounded = any(c.bound is not None for c in cells)
+    columns = ["cell|", f"{baseline} (%)", "best rival|", "rival (%)", "lead (points)", "verdict|"]
+    columns += ["bound (%)", "gap to bound (points)"] if bounded else []
+    rows = []
+    for cell in cells:
+        ours, rival = cell.of(baseline), cell.best_rival
+        row = [Entry(cell_title(cell.cell, names))]
+        row.append(Entry(percent(ours.attainment) if ours else "–"))
+        row.append(Entry(rival.series if rival else "–"))
+        row.append(Entry(percent(rival.attainment) if rival else "–"))
+        difference = rival.difference if rival else None
+        row.append(Entry(percent(difference, signed=True) if difference else "–"))
+        row.append(_verdict(rival))
+        if bounded:
+            row.append(Entry(percent(cell.bound) if cell.bound else "–"))
+            row.append(Entry(percent(ours.gap) if ours and ours.gap else "–"))
+        rows.append(tuple(row))
+    return Table(tuple(columns), tuple(rows))
+
+
+def class_table(classes: Mapping[str, Sequence[ClassStanding]], baseline: str) -> Table:
+    """Attainment and p99 of each class: a row a policy."""
+    names = list(classes)
+    columns = ["policy|"]
+    for name in names:
+        columns += [f"{class_title(name)}: on time (%)", "p99 (s)"]
+    series = dict.fromkeys(s.series for standings in classes.values() for s in standings)
+    rows = []
+    for one in series:
+        row = [Entry(one)]
+        for name in names:
+            found = next((s for s in classes[name] if s.series == one), None)
+            row.append(Entry(percent(found.attainment) if found else "–"))
+            latency_s = found.latency_s if found else ()
+            row.append(Entry(f"{percentile(latency_s, 99):.1f}" if latency_s else "–"))
+        rows.append(tuple(row))
+    strong = frozenset(i for i, one in enumerate(series) if one == baseline)
+    return Table(tuple(columns), tuple(rows), strong)
+
+
+def sweep_table(
+    sweep: Sweep, found: Sequence[Carried], baseline: str, names: tuple[str, ...]
+) -> Table:
+    """The load that each policy sustains, and how much more the baseline does."""
+    what = axis_title(sweep.name)
+    where = cell_title(sweep.rest, names) if set(dict(sweep.rest)) & set(names) else ""
+    first = f"policy ({where})|" if where else "policy|"
+    order = sorted(found, key=lambda c: (c.load.edge != "≥", -c.load.value))
+    rows = [(Entry(c.series), Entry(_sustained(c.load)), Entry(_ratio(c.ratio))) for c in order]
+    strong = frozenset(i for i, c in enumerate(order) if c.series == baseline)
+    return Table((first, what, f"{baseline} over it (×)"), tuple(rows), strong)
+
+
+def paper_table(found: Sequence[Compared], names: tuple[str, ...]) -> Table:
+    """Published numbers beside ours."""
+    columns = ("policy|", "cell|", "metric|", "paper", "ours", "difference", "source and remark|")
+    rows = []
+    for one in found:
+        paper = one.paper
+        cell = cell_title(one.cell if one.cell is not None else tuple(paper.cell.items()), names)
+        share = paper.metric in SHARES or paper.metric.startswith("class:")
+        share = share and not paper.over
+        metric = METRICS.get(paper.metric, paper.metric.removeprefix("class:").replace("_", " "))
+        if share:
+            metric += " (%)"
+        if paper.over:
+            metric += f", ratio to {paper.over}'s"
+        remark = ". ".join(t.rstrip(".") for t in (paper.source, paper.remark) if t)
+        theirs = f"{paper.value * 100:.1f}" if share else f"{paper.value:g}"
+        ours, away = "not run", "–"
+        if one.ours is not None:
+            lead = one.ours.mean - paper.value
+            ours = percent(one.ours) if share else plain(one.ours)
+            away = f"{lead * 100:+.1f}" if share else plain(Interval(lead, None, 1), signed=True)
+        fields = (paper.policy, cell, metric, theirs, ours, away, remark)
+        rows.append(tuple(Entry(f) for f in fields))
+    return Table(columns, tuple(rows))
+
+
+def markdown(table: Table) -> str:
+    """A GitHub table."""
+
+    def line(fields: Sequence[str]) -> str:
+        return "| " + " | ".join(f.replace("|", "\\|") for f in fields) + " |"
+
+    rules = [":---" if w else "---:" for w in table.words]
+    lines = [line(table.heads), line(rules)]
+    for place, row in enumerate(table.rows):
+        bold = place in table.strong
+        lines.append(line([f"**{e.text}**" if bold and e.text else e.text for e in row]))
+    return "\n".join(lines) + "\n"
+
+
+def _standing_row(s: Standing, bounded: bool) -> tuple[Entry, ...]:
+    row = [
+        Entry(s.series),
+        Entry(percent(s.attainment)),
+        Entry(plain(s.p50_s)),
+        Entry(plain(s.p99_s)),
+        Entry(f"{s.preemptions:.0f}"),
+        Entry(f"{s.degree_changes:.0f}"),
+        Entry(f"{s.rejected:.0f}"),
+        Entry(f"{s.utilisation * 100:.0f}"),
+        Entry(percent(s.difference, signed=True) if s.difference else ""),
+        _verdict(s),
+    ]
+    if bounded:
+        row.append(Entry(percent(s.gap) if s.gap else "–"))
+    return tuple(row)
+
+
+def _verdict(standing: Standing | None) -> Entry:
+    if standing is None or standing.verdict is None:
+        return Entry("")
+    return Entry(*SIGNS[standing.verdict])
+
+
+def _sustained(load: Sustained) -> str:
+    return f"{load.edge} {load.value:.3g}".strip()
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return ""
+    text = f"{ratio.edge} {ratio.value:.2f}".strip()
+    return text if math.isnan(ratio.low) else f"{text} ({ratio.low:.2f} … {ratio.high:.2f})"

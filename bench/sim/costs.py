@@ -1,0 +1,107 @@
+"""What a run adds to the profile's times: moving, late reports, noise, stragglers.
+
+Moving costs lie inside the run's interval, before its first step, and are told by its first report.
+
+    group change   the job goes on on other workers: its latent moves
+    cold group     these workers, in this order and epoch, never worked together: they form a group
+    noise          each step takes 1 + x times the profile's time, x exponential
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import msgspec
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class CostError(ValueError):
+    """A cost or a straggler has a value that is not allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"{field} = {value!r}: allowed is {allowed}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Microseconds, but for the noise. Raises CostError when built with what makes no sense."""
+
+    group_change_us: int = 0  # a denoise or decode run on other workers than the job's last run
+    group_cold_us: int = 0  # in addition, the first run of a group of several workers
+    noise: float = 0.0  # coefficient of variation of a step's time
+    report_delay_us: int = 0  # from the end of a step to the report's coming in
+    report_us: int = 0  # steps shorter than that are reported together; 0: each by itself
+
+    def __post_init__(self) -> None:
+        for name in ("group_change_us", "group_cold_us", "report_delay_us", "report_us"):
+            value = getattr(self, name)
+            if value < 0:
+                raise CostError(name, value, "0 or more microseconds")
+        if not 0 <= self.noise < 1:
+            raise CostError("noise", self.noise, "a coefficient of variation in 0 <= CV < 1")
+
+
+class Straggler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A worker is slower for a while; its groups wait for it. Raises CostError as `Costs` does."""
+
+    worker: str
+    from_us: int
+    until_us: int
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.from_us < self.until_us:
+            raise CostError("from_us", self.from_us, f"0..{self.until_us - 1}, before until_us")
+        if not 1 <= self.factor <= 1000:
+            raise CostError("factor", self.factor, "1..1000")
+
+
+class Noise:
+    """Factors of step times: a function of seed, request, node and step, so that policies meet the
+    same noise.
+    """
+
+    def __init__(self, cv: float, seed: int) -> None:
+        """`cv`: 0 <= cv < 1; 1 + x with x exponential of mean cv / (1 - cv) has just that CV."""
+        self._mean = cv / (1 - cv)
+        self._seed = (seed * _GOLDEN) & _MASK
+        self._streams: dict[tuple[str, str], int] = {}
+
+    def factor(self, request: str, node: str, step: int) -> float:
+        """At least 1."""
+        if not self._mean:
+            return 1.0
+        stream = self._streams.get((request, node))
+        if stream is None:
+            text = zlib.crc32(f"{node}/{request}".encode())
+            stream = self._streams[request, node] = _mix(self._seed ^ _mix(text))
+        unit = (_mix((stream + step * _GOLDEN) & _MASK) >> 11) / (1 << 53)
+        return 1.0 - self._mean * math.log1p(-unit)
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+class Slowness:
+    """How much slower a group is at a time."""
+
+    def __init__(self, stragglers: tuple[Straggler, ...]) -> None:
+        self._spans: dict[str, list[Straggler]] = {}
+        for straggler in stragglers:
+            self._spans.setdefault(straggler.worker, []).append(straggler)
+
+    def factor(self, workers: tuple[str, ...], at_us: int) -> float:
+        """Of a step that starts then: its slowest member's, at least 1."""
+        if not self._spans:
+            return 1.0
+        spans = [s for w in workers for s in self._spans.get(w, ())]
+        return max((s.factor for s in spans if s.from_us <= at_us < s.until_us), default=1.0)

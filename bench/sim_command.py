@@ -1,0 +1,369 @@
+"""`python -m bench sim` and `python -m bench solver`: the simulator's command line.
+
+sim --trace T --profile P --gpus N --policy NAME    one run: schedule log, summary
+sim --case FILE --seeds 0-19 --out DIR              an experiment: DIR/runs.jsonl and its Case
+sim --case FILE                                     a plain Case: its summary
+solver --gpus N --requests R --rounds K             what a plan costs
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from bench.bound import bound
+from bench.machine import machine_kind
+from bench.sim.case import Case, CaseError, ClusterSpec, load_case
+from bench.sim.costs import CostError, Costs
+from bench.sim.experiment import (
+    Experiment,
+    RunSpec,
+    check_models,
+    load_experiment,
+    parse_seeds,
+    run_row,
+    settings_of,
+)
+from bench.sim.invariants import InvariantError
+from bench.sim.loop import Result, run
+from bench.sim.solver import measure_plans
+from bench.sim.trace import TraceError, read_trace
+from bench.sim.workloads import generate
+from control.scheduler.profile import Profile, ProfileError
+from control.scheduler.settings import SettingError, Settings, SettingValue
+from control.scheduler.summary import percentile
+from hocket.clock import steady_ns
+
+console = Console(width=None if sys.stdout.isatty() else 150)
+P = ParamSpec("P")
+T = TypeVar("T")
+BAD_INPUT = (
+    CaseError,
+    CostError,
+    SettingError,
+    TraceError,
+    ProfileError,
+    msgspec.ValidationError,
+    tomllib.TOMLDecodeError,
+    OSError,
+)
+
+
+def explained(command: Callable[P, None]) -> Callable[P, None]:
+    """Bad input exits 2 with one line, a broken invariant 1, Ctrl-C 130."""
+
+    @functools.wraps(command)
+    def explaining(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except BAD_INPUT as error:
+            console.print(str(error), style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+        except InvariantError as error:
+            console.print(f"broken: {error}", style="red", markup=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            console.print("interrupted; nothing was written")
+            raise typer.Exit(130) from None
+
+    return explaining
+
+
+@explained
+def sim_command(
+    case: Annotated[Path | None, typer.Option(help="Case file (TOML).")] = None,
+    seeds: Annotated[
+        str, typer.Option(help="Of a Case's runs: 0-19 or 3,5; default: its own.")
+    ] = "",
+    policies: Annotated[str, typer.Option(help="Labels or names out of the Case.")] = "",
+    jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder for a Case's runs.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Trace (JSONL) of a single run.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Profile (CSV).")] = None,
+    loads: Annotated[Path | None, typer.Option(help="Weights (CSV).")] = None,
+    gpus: Annotated[int, typer.Option(help="Workers in all.", min=1)] = 8,
+    hosts: Annotated[int, typer.Option(help="Hosts that they stand on.", min=1)] = 1,
+    gpu: Annotated[str, typer.Option(help="GPU kind, where the profile has several.")] = "",
+    memory_mib: Annotated[int, typer.Option(help="A worker's; 0: all models fit.", min=0)] = 0,
+    policy: Annotated[str, typer.Option(help="Policy of a single run.")] = "tetriserve",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    group_change_us: Annotated[int, typer.Option(help="Cost of going on elsewhere.")] = 0,
+    group_cold_us: Annotated[int, typer.Option(help="Cost of a group's first run.")] = 0,
+    noise: Annotated[float, typer.Option(help="Coefficient of variation of step times.")] = 0.0,
+    report_delay_us: Annotated[int, typer.Option(help="Reports come in so much later.")] = 0,
+    report_us: Annotated[int, typer.Option(help="Shorter steps are reported together.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    schedule_log: Annotated[Path | None, typer.Option(help="Write the schedule log.")] = None,
+    summary: Annotated[Path | None, typer.Option(help="Write the summary.")] = None,
+    check: Annotated[bool, typer.Option(help="Check invariants all along.")] = True,
+    bounds: Annotated[bool, typer.Option(help="Also bound each trace (linear; slower).")] = False,
+) -> None:
+    """Runs the real scheduler in the simulator: a trace, a Case, or all runs of a Case."""
+    if (case is None) == (trace is None):
+        raise CaseError("--case", case, "a Case file or --trace, and not both")
+    names = [p.strip() for p in policies.split(",") if p.strip()]
+    if case is not None and out is not None:
+        _sweep(load_experiment(case), seeds, names, jobs, out, check, bounds)
+        return
+    if case is not None:
+        one = _only_case(case, seeds, names, check)
+    else:
+        assert trace is not None
+        if profile is None:
+            raise CaseError("--profile", profile, "a profile (CSV) for --trace")
+        costs = Costs(
+            group_change_us=group_change_us,
+            group_cold_us=group_cold_us,
+            noise=noise,
+            report_delay_us=report_delay_us,
+            report_us=report_us,
+        )
+        if gpus % hosts:
+            raise CaseError("--gpus", gpus, f"a multiple of --hosts, {hosts}")
+        one = _case_of(
+            trace.read_text(),
+            profile.read_text(),
+            loads.read_text() if loads else "",
+            ClusterSpec(workers=gpus // hosts, hosts=hosts, gpu=gpu, memory_mib=memory_mib),
+            settings_of(policy, read_pairs(set_ or []), Settings(), costs),
+            costs,
+            seed,
+        )
+    begin_ns = steady_ns()
+    result = run(one, timer=steady_ns, check=check, keep=False)
+    _write_run(result, (steady_ns() - begin_ns) / 1e9, schedule_log, summary)
+
+
+def _only_case(path: Path, seeds: str, names: list[str], check: bool) -> Case:
+    """A plain Case, or the one run that is left of an experiment. Raises: CaseError."""
+    experiment = load_experiment(path)
+    if experiment.plain:
+        return load_case(path)
+    specs = experiment.runs(parse_seeds(seeds or experiment.file.seeds), names, check=check)
+    if len(specs) != 1:
+        raise CaseError("--out", None, f"a folder, for the {len(specs)} runs of {path.name}")
+    return specs[0].to_case()
+
+
+def read_pairs(pairs: list[str]) -> dict[str, SettingValue]:
+    """`key=value` texts as a mapping. Raises: CaseError."""
+    found: dict[str, SettingValue] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise CaseError("--set", pair, "key=value")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def _case_of(
+    trace: str,
+    profile_csv: str,
+    loads_csv: str,
+    cluster: ClusterSpec,
+    settings: Settings,
+    costs: Costs,
+    seed: int,
+) -> Case:
+    requests = read_trace(trace)
+    cluster = cluster.completed(Profile.from_csv(profile_csv))
+    check_models(requests, cluster)
+    return Case(
+        cluster=cluster,
+        profile_csv=profile_csv,
+        loads_csv=loads_csv,
+        trace=requests,
+        settings=settings,
+        costs=costs,
+        seed=seed,
+    )
+
+
+def _write_run(
+    result: Result, wall_s: float, schedule_log: Path | None, summary: Path | None
+) -> None:
+    found = result.summary
+    if schedule_log is not None:
+        schedule_log.write_text(result.log.text())
+    if summary is not None:
+        summary.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
+    table = Table(
+        "requests",
+        "met",
+        "attainment",
+        "p50 s",
+        "p99 s",
+        "utilisation",
+        "plans",
+        "plan p99 ms",
+        "wall s",
+    )
+    table.add_row(
+        str(found.requests),
+        str(found.met),
+        f"{found.attainment:.4f}",
+        f"{found.latency_s.p50:.2f}",
+        f"{found.latency_s.p99:.2f}",
+        f"{found.utilisation:.3f}",
+        str(result.plan_count),
+        f"{found.plan_ms.p99:.2f}",
+        f"{wall_s:.2f}",
+    )
+    console.print(table)
+
+
+# ---------------------------------------------------------------------------------- experiments
+
+
+def timed_row(spec: RunSpec) -> dict[str, Any]:
+    """One run with its wall time; what a process of the pool does."""
+    begin_ns = steady_ns()
+    row = run_row(spec, steady_ns)
+    return {**row, "wall_s": round((steady_ns() - begin_ns) / 1e9, 3)}
+
+
+def upper_bound(spec: RunSpec) -> float:
+    """What no schedule of the run's trace can exceed, moving and loads for free."""
+    gpus = spec.cluster.workers * spec.cluster.hosts
+    trace = spec.trace or generate(spec.workload, spec.seed, spec.parameters)
+    return bound(trace, spec.profile_csv, gpus, mip_seconds=0).bound
+
+
+def _sweep(
+    experiment: Experiment,
+    seeds: str,
+    names: list[str],
+    jobs: int,
+    out: Path,
+    check: bool,
+    bounds: bool,
+) -> None:
+    specs = experiment.runs(parse_seeds(seeds or experiment.file.seeds), names, check=check)
+    rows = list(_rows(timed_row, specs, jobs, experiment.name))
+    if bounds:
+        traces = {(msgspec.json.encode(s.cell), s.seed): s for s in specs}
+        found = list(_rows(upper_bound, list(traces.values()), jobs, "bounds"))
+        by_trace = dict(zip(traces, found, strict=True))
+        for row in rows:
+            row["bound"] = by_trace[msgspec.json.encode(row["cell"]), row["seed"]]
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = msgspec.json.Encoder()
+    (out / "runs.jsonl").write_bytes(b"".join(encoder.encode(r) + b"\n" for r in rows))
+    shutil.copyfile(experiment.path, out / "case.toml")
+    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    (out / "command.txt").write_text(f"{command}\n{_commit()}\n{machine_kind()}\n")
+    console.print(_table(rows))
+    console.print(f"{len(rows)} runs in {out}")
+
+
+def _rows(work: Callable[[RunSpec], T], specs: list[RunSpec], jobs: int, name: str) -> Iterator[T]:
+    """Results in the order of the specs, by as many processes as wanted, with a progress bar."""
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn())
+    shown = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+    if jobs == 1 or len(specs) == 1:
+        with shown:
+            yield from (work(spec) for spec in shown.track(specs, description=name))
+        return
+    # Forked before the progress bar's thread begins; children leave Ctrl-C to us.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(min(jobs, len(specs)), context, _ignore_interrupts)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    try:
+        futures = [pool.submit(work, spec) for spec in specs]
+        with shown:
+            task = shown.add_task(name, total=len(futures))
+            waiting: set[Future[T]] = set(futures)
+            while waiting:
+                over, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                shown.advance(task, len(over))
+                for future in over:
+                    future.result()  # a failed run ends the experiment at once
+        yield from (future.result() for future in futures)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    pool.shutdown()
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _commit() -> str:
+    """The commit that ran, `+` where files differ from it."""
+    here = Path(__file__).parent
+    arguments = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(arguments, capture_output=True, text=True, cwd=here)
+    return f"commit {found.stdout.strip() or 'unknown'}"
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """Mean attainment in percent, cells down, policies across."""
+    labels = list(dict.fromkeys(r["label"] for r in rows))
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        cell = ", ".join(f"{k} {v}" for k, v in row["cell"].items())
+        met = found.setdefault(cell, {}).setdefault(row["label"], [])
+        met.append(100 * row["summary"]["attainment"])
+    table = Table("attainment, %", *labels)
+    for cell, by_label in found.items():
+        means = (by_label.get(label, []) for label in labels)
+        table.add_row(cell, *(f"{sum(m) / len(m):.1f}" if m else "" for m in means))
+    return table
+
+
+# ---------------------------------------------------------------------------------- solver
+
+
+@explained
+def solver_command(
+    gpus: Annotated[int, typer.Option(help="Workers.", min=1)] = 8,
+    requests: Annotated[int, typer.Option(help="Open requests, kept up.", min=1)] = 50,
+    rounds: Annotated[int, typer.Option(help="Plans to measure.", min=1)] = 200,
+    policy: Annotated[str, typer.Option(help="Policy.")] = "hocket",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Of shapes and deadlines.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """What a plan costs: wall time and operations, with so many workers and open requests."""
+    settings = settings_of(policy, read_pairs(set_ or []), Settings(), Costs())
+    result = measure_plans(gpus, requests, rounds, settings, seed, steady_ns)
+    plan_ms, operations = sorted(result.plan_ms), sorted(result.operations)
+    figures = {
+        "policy": policy,
+        "gpus": gpus,
+        "requests": requests,
+        "plans": len(plan_ms),
+        "p50_ms": percentile(plan_ms, 50),
+        "p99_ms": percentile(plan_ms, 99),
+        "max_ms": plan_ms[-1],
+        "operations_p50": percentile(operations, 50),
+        "operations_max": operations[-1],
+    }
+    table = Table(*(k.replace("_", " ") for k in figures))
+    table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in figures.values()))
+    console.print(table)
+    if out is not None:
+        text = {**figures, "machine": machine_kind()}
+        out.write_bytes(msgspec.json.format(msgspec.json.encode(text), indent=2) + b"\n")

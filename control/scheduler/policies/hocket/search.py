@@ -1,0 +1,235 @@
+"""The decision of one pod: whom to serve on time, what starts now, what fills the rest.
+
+    give up ──▶ base start ──▶ improve ──▶ fill
+    (jointly, by rollouts)     (one start differently, by rollouts)   (best effort, short steps)
+
+Compiled (numba); bounded by `operations_max`: when they are spent, what stands is kept.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from .improve import BUSY, HOLD, Limits, Start, denoises, improve
+from .kernel import (
+    AGED,
+    AVAIL,
+    DEADLINE,
+    EPS,
+    FINISH,
+    KIND,
+    NEVER,
+    STEPS_LEFT,
+    TEXT_LEFT,
+    VAE_LEFT,
+    WIDTH,
+    Floats,
+    Ints,
+    Rules,
+    Scratch,
+    Tables,
+    rollout,
+    smallest,
+)
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def decide(
+    now: float,
+    gpus: int,
+    free: int,
+    jobs: Floats,
+    on: Ints,
+    move_us: Floats,
+    tab: Tables,
+    rules: Rules,
+    limits: Limits,
+    trial: Floats,
+    start: Start,
+    s: Scratch,
+) -> int:
+    """Fills `on` and `start` (choice, head). Operations that it took."""
+    n = jobs.shape[0]
+    for i in range(n):
+        start.head[i] = i
+        start.choice[i] = HOLD if jobs[i, AVAIL] <= now else BUSY
+    operations = give_up(now, gpus, jobs, on, tab, rules, limits, s)
+    room = _aged(now, free, jobs, on, tab, limits, start)
+    _base(now, room, jobs, on, tab, start)
+    operations += improve(
+        now, gpus, room, jobs, on, move_us, tab, rules, limits, operations, trial, start, s
+    )
+    _fill(free, jobs, on, tab, limits, start)
+    return operations
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def give_up(
+    now: float,
+    gpus: int,
+    jobs: Floats,
+    on: Ints,
+    tab: Tables,
+    rules: Rules,
+    limits: Limits,
+    s: Scratch,
+) -> int:
+    """Turns `on` off for the hopeless, and for as few others as it takes to keep the rest on time.
+
+    As Moore and Hodgson: at the first job that gets late, one of those not due later goes; here
+    it is the one whose going leaves the best rollout.
+    """
+    operations = 0
+    wanted = 0
+    for i in range(jobs.shape[0]):
+        begin = max(now, jobs[i, AVAIL])
+        fastest = jobs[i, STEPS_LEFT] * tab.fastest_us[int(jobs[i, KIND])]
+        need = jobs[i, TEXT_LEFT] + fastest + jobs[i, VAE_LEFT]
+        on[i] = 1 if jobs[i, AGED] <= 0.0 and begin + need <= jobs[i, DEADLINE] + EPS else 0
+        wanted += on[i]
+    while wanted > 0:
+        _, used = rollout(now, gpus, jobs, on, tab, rules, s)
+        operations += used
+        late = _first_late(on, s)
+        if late < 0:
+            break
+        if operations >= limits.operations_max:
+            on[late] = 0
+        else:
+            operations += _drop_one(now, gpus, late, jobs, on, tab, rules, limits, s)
+        wanted -= 1
+    return operations
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _first_late(on: Ints, s: Scratch) -> int:
+    for i in range(on.shape[0]):
+        if on[i] and s.floats[FINISH, i] < 0.0:
+            return i
+    return -1
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _drop_one(
+    now: float,
+    gpus: int,
+    late: int,
+    jobs: Floats,
+    on: Ints,
+    tab: Tables,
+    rules: Rules,
+    limits: Limits,
+    s: Scratch,
+) -> int:
+    """Gives up one job due no later than `late`: it, or one of those with the most work left."""
+    operations = 0
+    best = late
+    best_score = -NEVER
+    below = NEVER
+    candidate = late
+    for _ in range(limits.candidates):
+        on[candidate] = 0
+        score, used = rollout(now, gpus, jobs, on, tab, rules, s)
+        on[candidate] = 1
+        operations += used
+        if score > best_score:
+            best_score = score
+            best = candidate
+        # the next most work left, ties to the earlier deadline
+        most = -1.0
+        found = -1
+        for i in range(late):
+            work = jobs[i, STEPS_LEFT] * tab.step_us[int(jobs[i, KIND]), 0] + jobs[i, VAE_LEFT]
+            if on[i] and most < work < below:
+                most = work
+                found = i
+        if found < 0:
+            break
+        candidate = found
+        below = most
+    on[best] = 0
+    return operations
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _aged(
+    now: float,
+    free: int,
+    jobs: Floats,
+    on: Ints,
+    tab: Tables,
+    limits: Limits,
+    start: Start,
+) -> int:
+    """Best effort that has waited too long goes first, on few workers. What is left of `free`."""
+    room = free
+    allowed = limits.aged_workers
+    for i in range(jobs.shape[0]):
+        if jobs[i, AGED] > 0.0 and start.choice[i] == BUSY:
+            allowed -= int(jobs[i, WIDTH])
+    while room > 0 and allowed > 0:
+        first = -1
+        for i in range(jobs.shape[0]):
+            waits = jobs[i, AGED] > 0.0 and start.choice[i] == HOLD
+            if waits and (first < 0 or jobs[i, AGED] > jobs[first, AGED]):
+                first = i
+        if first < 0:
+            break
+        start.choice[first] = 0
+        room -= tab.widths[0]
+        allowed -= tab.widths[0]
+    return room
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _base(now: float, room: int, jobs: Floats, on: Ints, tab: Tables, start: Start) -> None:
+    """The base rule's start at this instant."""
+    n = jobs.shape[0]
+    for i in range(n):
+        if room <= 0 or start.choice[i] != HOLD or not on[i]:
+            continue
+        k = 0
+        if denoises(jobs, i):
+            budget = jobs[i, DEADLINE] - jobs[i, VAE_LEFT] - now
+            kind = int(jobs[i, KIND])
+            k = smallest(jobs[i, STEPS_LEFT], budget, room, kind, tab.step_us, tab.widths)
+        if k >= 0:
+            start.choice[i] = k
+            room -= tab.widths[k]
+    for i in range(n):
+        if start.choice[i] < 0 or not on[i] or not denoises(jobs, i):
+            continue
+        steps = tab.step_us[int(jobs[i, KIND])]
+        for k in range(start.choice[i] + 1, tab.widths.shape[0]):
+            more = tab.widths[k] - tab.widths[start.choice[i]]
+            if more > room:
+                break
+            if steps[k] < steps[start.choice[i]]:
+                room -= more
+                start.choice[i] = k
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _fill(
+    free: int, jobs: Floats, on: Ints, tab: Tables, limits: Limits, start: Start
+) -> None:
+    """Best effort on what is left: narrow, and only with steps that are soon over."""
+    room = free
+    for i in range(jobs.shape[0]):
+        if start.choice[i] >= 0 and start.head[i] == i:
+            room -= tab.widths[start.choice[i]]
+    for i in range(jobs.shape[0]):
+        if start.choice[i] != HOLD or on[i]:
+            continue
+        if not denoises(jobs, i):
+            if room > 0:
+                start.choice[i] = 0
+                room -= 1
+            continue
+        steps = tab.step_us[int(jobs[i, KIND])]
+        for k in range(tab.widths.shape[0]):
+            if tab.widths[k] > room:
+                break
+            if steps[k] <= limits.fill_step_us:
+                start.choice[i] = k
+                room -= tab.widths[k]
+                break
