@@ -54,6 +54,7 @@ class Board:
 
     flights: dict[int, Flight] = field(default_factory=dict)
     retired: dict[int, Assignment] = field(default_factory=dict)
+    _retired_of: dict[str, list[int]] = field(default_factory=dict)  # by request
 
     def add(self, flight: Flight) -> None:
         sequence = flight.assignment.sequence
@@ -68,13 +69,14 @@ class Board:
         """Takes off an assignment that shall not go on; a late report of it can still be told."""
         flight = self.flights.pop(sequence)
         self.retired[sequence] = flight.assignment
+        for member in flight.assignment.batch:
+            self._retired_of.setdefault(member.request, []).append(sequence)
         return flight
 
     def forget(self, request: str) -> None:
         """Drops called-off assignments of a request that ended."""
-        for sequence, assignment in list(self.retired.items()):
-            if any(m.request == request for m in assignment.batch):
-                del self.retired[sequence]
+        for sequence in self._retired_of.pop(request, ()):
+            self.retired.pop(sequence, None)
 
     def busy(self) -> set[str]:
         """Workers that have something outstanding."""
@@ -85,24 +87,28 @@ class Board:
 
     def forecast(self, cluster: Cluster, now_us: int) -> Forecast:
         """Predicts starts and ends from mean step times, the last reports, and now."""
-        free_us = {w.name: max(now_us, w.freed_us) for w in cluster.ordered()}
         idle_us = {w.name: w.freed_us for w in cluster.ordered()}  # without the "not before now"
+        free_us = {name: us if us > now_us else now_us for name, us in idle_us.items()}
         start_us: dict[int, int] = {}
         end_us: dict[int, int] = {}
         job_us: dict[str, int] = {}
         for sequence, flight in self.flights.items():
             a = flight.assignment
-            begin = max(flight.issued_us, *(idle_us.get(w, 0) for w in a.workers))
-            begin = max(begin, *(job_us.get(m.request, 0) for m in a.batch))
+            begin = flight.issued_us
+            for worker in a.workers:
+                begin = max(begin, idle_us.get(worker, 0))
+            for member in a.batch:
+                begin = max(begin, job_us.get(member.request, 0))
             if flight.reported_us is not None:
                 end = flight.reported_us + flight.steps_left * a.step_time_us
             else:
                 end = begin + flight.setup_us + a.steps * a.step_time_us
-            start_us[sequence], end_us[sequence] = begin, max(end, now_us)
+            end = max(end, now_us)
+            start_us[sequence], end_us[sequence] = begin, end
             for worker in a.workers:
-                idle_us[worker] = free_us[worker] = end_us[sequence]
+                idle_us[worker] = free_us[worker] = end
             for member in a.batch:
-                job_us[member.request] = end_us[sequence]
+                job_us[member.request] = end
         return Forecast(free_us, start_us, end_us)
 
     def step_end_us(self, sequence: int, forecast: Forecast, now_us: int) -> int:

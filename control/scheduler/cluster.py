@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 from .lifecycle import WORKER_MOVES, WorkerState, moved
 from .values import ModelFacts, WorkerUp
 
 EPOCHS_MAX = 65_536  # groups whose epoch is remembered
+ANSWERS_MAX = 16_384  # about the workers as they are, by model or group
+
+
+def _nothing() -> None:
+    """Nobody minds that a worker changes."""
 
 
 @dataclass(slots=True)
@@ -26,6 +31,7 @@ class Worker:
     island: str = ""  # of close links, inside its host
     freed_us: int = 0  # not before this can it start what it gets next
     unclaimed: dict[str, int] = field(default_factory=dict)  # latents of requests not inside yet
+    changed: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
 
     @property
     def usable(self) -> bool:
@@ -38,36 +44,117 @@ class Worker:
         return facts is not None and (degree == 1 or degree in facts.degrees)
 
     def move(self, target: WorkerState) -> None:
-        self.state = moved(f"worker {self.name}", self.state, target, WORKER_MOVES)
+        before = self.state
+        self.state = moved(f"worker {self.name}", before, target, WORKER_MOVES)
+        if target is not before:
+            self.changed()
+
+    def drain(self, draining: bool) -> None:
+        """Gets nothing new from now on, or gets work again."""
+        if draining is not self.draining:
+            self.draining = draining
+            self.changed()
+
+
+@dataclass(slots=True)
+class _Answers:
+    """What follows from the workers as they are now; made anew whenever one of them changes."""
+
+    ordered: list[Worker]
+    usable: list[Worker]
+    rank: dict[str, int]  # in cluster order
+    able: dict[tuple[str, int], tuple[Worker, ...]] = field(default_factory=dict)
+    names: dict[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
+    degrees: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    gpus: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+
+    def bound(self) -> None:
+        """Models and groups are asked about by whoever sends requests: not without end."""
+        if len(self.able) + len(self.names) + len(self.degrees) + len(self.gpus) >= ANSWERS_MAX:
+            for answers in (self.able, self.names, self.degrees, self.gpus):
+                answers.clear()
 
 
 @dataclass(slots=True)
 class Cluster:
     """The workers seen, and the epoch of each group asked for; both bounded.
 
-    A group that is forgotten starts over at an epoch above all that were ever forgotten.
+    A group that is forgotten starts over at an epoch above all that were ever forgotten. `version`
+    counts changes of leases, drains, losses and suspicions: answers are kept from one to the next.
     """
 
     epoch_base: int
     workers: dict[str, Worker] = field(default_factory=dict)
     _epochs: dict[tuple[str, ...], int] = field(default_factory=dict)
     _formed: dict[tuple[str, ...], int] = field(default_factory=dict)  # epoch that ran a step
-    _ordered: list[Worker] = field(default_factory=list)  # empty: to be sorted again
+    _sized: dict[int, list[tuple[str, ...]]] = field(default_factory=dict)  # groups by size
+    version: int = 0
+    _answers: _Answers | None = None
+
+    def changed(self) -> None:
+        """A worker is not what it was: nothing said about the workers holds any more."""
+        self.version += 1
+        self._answers = None
 
     def ordered(self) -> list[Worker]:
-        """All workers in cluster order: the order that blocks are aligned in."""
-        if not self._ordered:
-            self._ordered = sorted(self.workers.values(), key=lambda w: (w.host, w.island, w.name))
-        return self._ordered
+        """All workers in cluster order: the order that blocks are aligned in. To be read only."""
+        return self._now().ordered
 
     def usable(self) -> list[Worker]:
-        """Those that may get new work, in cluster order."""
-        return [w for w in self.ordered() if w.usable]
+        """Those that may get new work, in cluster order. To be read only."""
+        return self._now().usable
+
+    def able(self, model: str, degree: int = 1) -> tuple[Worker, ...]:
+        """The usable workers that can run the model that wide, in cluster order."""
+        now = self._now()
+        found = now.able.get((model, degree))
+        if found is None:
+            now.bound()
+            found = tuple(w for w in now.usable if w.can(model, degree))
+            now.able[model, degree] = found
+        return found
+
+    def able_names(self, model: str, degree: int = 1) -> tuple[str, ...]:
+        """As `able`, the names."""
+        now = self._now()
+        found = now.names.get((model, degree))
+        if found is None:
+            found = tuple(w.name for w in self.able(model, degree))
+            now.names[model, degree] = found
+        return found
+
+    def degrees(self, model: str) -> tuple[int, ...]:
+        """Widths in which the model's denoiser can run on the usable workers, ascending."""
+        now = self._now()
+        found = now.degrees.get(model)
+        if found is None:
+            offered = {d for w in self.able(model) for d in (*w.models[model].degrees, 1)}
+            found = tuple(d for d in sorted(offered) if len(self.able(model, d)) >= d)
+            now.degrees[model] = found
+        return found
+
+    def gpus(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """GPU kinds of some workers, sorted; of all when there are none."""
+        now = self._now()
+        found = now.gpus.get(names)
+        if found is None:
+            now.bound()
+            known = self.workers
+            some = [w for w in names if w in known] or list(known)
+            found = now.gpus[names] = tuple(sorted({known[w].gpu for w in some})) or ("",)
+        return found
 
     def canonical(self, names: Iterable[str]) -> tuple[str, ...]:
         """The one order in which these workers form a group: one set, one group."""
-        known = self.workers
-        return tuple(sorted(names, key=lambda n: (known[n].host, known[n].island, n)))
+        return tuple(sorted(names, key=self._now().rank.__getitem__))
+
+    def _now(self) -> _Answers:
+        now = self._answers
+        if now is None:
+            ordered = sorted(self.workers.values(), key=lambda w: (w.host, w.island, w.name))
+            rank = {w.name: i for i, w in enumerate(ordered)}
+            now = self._answers = _Answers(ordered, [w for w in ordered if w.usable], rank)
+        return now
 
     def living(self, name: str) -> bool:
         """Its lease lives (a suspect's does: what it holds may still be fetched, so not here)."""
@@ -80,12 +167,16 @@ class Cluster:
         worker = self.workers.get(fact.worker)
         if worker is None:
             worker = Worker(fact.worker, fact.host, fact.gpu, fact.incarnation, models)
+            worker.changed = self.changed
             self.workers[fact.worker] = worker
+            self.changed()
+        before = (worker.host, worker.gpu, worker.island, worker.models)
         worker.host, worker.gpu, worker.models = fact.host, fact.gpu, models
         worker.memory_mib, worker.island = fact.memory_mib, fact.island
         worker.incarnation = fact.incarnation
+        if before != (fact.host, fact.gpu, fact.island, models):
+            self.changed()
         worker.move(WorkerState.UP)
-        self._ordered = []
         return worker
 
     def forget_lost(self, needed: Container[str]) -> None:
@@ -97,16 +188,18 @@ class Cluster:
         }
         for name in gone:
             del self.workers[name]
-        self._ordered = []
+        self.changed()
         self._forget_groups([g for g in self._epochs if not gone.isdisjoint(g)])
 
     def epoch(self, members: tuple[str, ...]) -> int:
         """The group's epoch; asking makes the group known."""
-        if members not in self._epochs:
+        epoch = self._epochs.get(members)
+        if epoch is None:
             if len(self._epochs) >= EPOCHS_MAX:
                 self._thin_groups()
-            self._epochs[members] = self.epoch_base
-        return self._epochs[members]
+            epoch = self._epochs[members] = self.epoch_base
+            self._sized.setdefault(len(members), []).append(members)
+        return epoch
 
     def formed(self, members: tuple[str, ...], epoch: int) -> None:
         """The group ran a step together: its communicator stands."""
@@ -124,8 +217,8 @@ class Cluster:
         return members in self._epochs
 
     def warm_groups(self, degree: int) -> list[tuple[str, ...]]:
-        """Known groups of one size, in the order in which they came up."""
-        return [g for g in self._epochs if len(g) == degree]
+        """Known groups of one size, in the order in which they came up. To be read only."""
+        return self._sized.get(degree, [])
 
     def raise_epochs(self, names: Iterable[str], group: tuple[str, ...] = ()) -> None:
         """Makes every known group with one of these members, and that one group, be formed anew."""
@@ -149,3 +242,6 @@ class Cluster:
         for group in groups:
             self.epoch_base = max(self.epoch_base, self._epochs.pop(group) + 1)
             self._formed.pop(group, None)
+        self._sized = {}
+        for group in self._epochs:
+            self._sized.setdefault(len(group), []).append(group)

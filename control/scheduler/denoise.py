@@ -116,17 +116,12 @@ def workers_of(ledger: Ledger, window: Window, forecast: Forecast, now_us: int) 
 
 def degrees_of(ledger: Ledger, request: Request) -> tuple[int, ...]:
     """Widths in which a request's denoiser can run on the usable workers, ascending."""
-    able = [w for w in ledger.cluster.usable() if w.can(request.model)]
-    offered = {d for w in able for d in (*w.models[request.model].degrees, 1)}
-    return tuple(d for d in sorted(offered) if sum(w.can(request.model, d) for w in able) >= d)
+    return ledger.cluster.degrees(request.model)
 
 
 def fastest_us(ledger: Ledger, request: Request) -> int:
     """Its shortest step, whatever the width."""
-    able = [w for w in ledger.cluster.usable() if w.can(request.model)]
-    gpus = ledger.gpus(w.name for w in able)
-    degrees = {1} | {d for w in able for d in w.models[request.model].degrees if d <= len(able)}
-    return min(ledger.predict(request, DIT, d, gpus).mean_us for d in degrees)
+    return min(ledger.rates(request).width_us.values())
 
 
 def candidate(
@@ -137,12 +132,9 @@ def candidate(
     Degrees and times are those of all usable workers: what is open only limits what fits.
     """
     request = tracked.request
-    able = [w for w in ledger.cluster.usable() if w.can(request.model)]
-    if not any(w.name in open_ for w in able):
+    if open_.keys().isdisjoint(ledger.cluster.able_names(request.model)):
         return None
-    degrees = degrees_of(ledger, request)
-    gpus = ledger.gpus(w.name for w in able)
-    times = {d: ledger.predict(request, DIT, d, gpus) for d in degrees}
+    rates = ledger.rates(request)
     return Candidate(
         request=request.id,
         order=tracked.order,
@@ -151,9 +143,9 @@ def candidate(
         available_us=where.available_us,
         waiting_since_us=tracked.progressed_us,
         steps_left=request.steps - where.first_step,
-        degrees=degrees,
-        mean_us={d: t.mean_us for d, t in times.items()},
-        safe_us={d: t.safe_us for d, t in times.items()},
+        degrees=rates.degrees,
+        mean_us=rates.mean_us,
+        safe_us=rates.safe_us,
         group=where.group,
         holders=tuple(h.worker for h in where.holders),
     )

@@ -8,6 +8,7 @@ from . import failures, latents
 from .board import Flight
 from .ledger import Ledger
 from .lifecycle import JobState, WorkerState
+from .profile import CellKey
 from .tracker import Tracked
 from .values import (
     DIT,
@@ -107,7 +108,7 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
     worker = ledger.cluster.lease(fact)
     if known is None or restarted:
         worker.freed_us = fact.at_us
-        worker.draining = False
+        worker.drain(False)
     latents.adopt(ledger, fact.worker, fact.latents, fact.at_us, fresh=fresh)
     worker.unclaimed = {
         held.request: held.steps_done for held in fact.latents if held.request not in ledger.tracked
@@ -124,7 +125,7 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
 def _drain(ledger: Ledger, fact: DrainRequested) -> tuple[Ended, ...]:
     worker = ledger.cluster.workers.get(fact.worker)
     if worker is not None:
-        worker.draining = fact.draining
+        worker.drain(fact.draining)
         ledger.due = ledger.due or (not fact.draining and bool(ledger.tracked))
     return ()
 
@@ -162,8 +163,12 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
 
 def _tells_of(fact: StepsEnded, flight: Flight) -> bool:
     """The report is of this very assignment: its requests, in their present attempts."""
+    batch = flight.assignment.batch
+    if len(batch) == 1 == len(fact.jobs):
+        job, member = fact.jobs[0], batch[0]
+        return job.request == member.request and job.attempt == member.attempt
     reported = {(p.request, p.attempt) for p in fact.jobs}
-    return reported == {(m.request, m.attempt) for m in flight.assignment.batch}
+    return reported == {(m.request, m.attempt) for m in batch}
 
 
 def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded) -> None:
@@ -173,9 +178,11 @@ def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded) -> None:
     tracked = ledger.tracked.get(assignment.batch[0].request)
     if len(gpus) != 1 or tracked is None:
         return
-    key = ledger.cell(tracked.request, gpus[0], assignment.node, assignment.layout)
+    model, shape = tracked.request.model, tracked.request.shape
+    layout, batch = assignment.layout, len(assignment.batch)
+    key = CellKey(model, gpus[0], assignment.node, shape, layout, batch)
     for step_us in fact.step_time_us:
-        ledger.latency.observe(key._replace(batch=len(assignment.batch)), step_us)
+        ledger.latency.observe(key, step_us)
 
 
 def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> tuple[Ended, ...]:

@@ -24,6 +24,10 @@ from .values import DIT, Layout, Shape
 WINDOW = 15  # measured ratios kept a cell
 PRIOR = (1.0, 1.0)
 RATIO_MIN, RATIO_MAX = 0.05, 20.0
+KEPT_MAX = 65_536  # predictions kept until what they rest on changes
+
+Family = tuple[str, str, str]  # model, gpu, node
+Call = tuple[str, Shape, str, int, tuple[str, ...], int]  # model .. node, degree, gpus, batch
 
 
 class Prediction(NamedTuple):
@@ -57,20 +61,45 @@ class LatencyModel:
         self._ratios: dict[CellKey, tuple[float, ...]] = {}
         self._base_us: dict[CellKey, int] = {}
         self._predictions: dict[CellKey, Prediction] = {}
-        self._borrowers: set[CellKey] = set()  # predicted without a measurement of their own
+        self._calls: dict[Call, Prediction] = {}
+        self._calls_of: dict[CellKey, dict[Call, None]] = {}  # what a cell's prediction went into
+        # Without a measurement of their own, predicted from their kin's.
+        self._borrowers: dict[Family, dict[CellKey, None]] = {}
+        self._middles: dict[Family, dict[Shape, dict[CellKey, float]]] = {}  # of measured cells
+        self.version = 0  # counts the times that a prediction was taken back
 
     def predict(self, key: CellKey) -> Prediction:
         """The time of one call; never fails: what nobody profiled is estimated."""
         known = self._predictions.get(key)
         if known is None:
+            if len(self._predictions) >= KEPT_MAX:
+                self._forget_all()
             known = self._predictions[key] = self._predict(key)
+        return known
+
+    def predict_call(self, call: Call) -> Prediction:
+        """One call on a group with these GPU kinds: the slowest member sets the pace."""
+        known = self._calls.get(call)
+        if known is None:
+            model, shape, node, degree, gpus, batch = call
+            layout = Layout(ulysses=degree)
+            keys = [CellKey(model, gpu, node, shape, layout, batch) for gpu in gpus]
+            if max(len(self._calls), len(self._predictions) + len(keys)) >= KEPT_MAX:
+                self._forget_all()  # now, and not between the members
+            each = [self.predict(key) for key in keys]
+            known = Prediction(max(p.mean_us for p in each), max(p.safe_us for p in each))
+            self._calls[call] = known
+            for key in keys:
+                self._calls_of.setdefault(key, {})[call] = None
         return known
 
     def observe(self, key: CellKey, call_us: int) -> None:
         """One measured call."""
         ratio = min(RATIO_MAX, max(RATIO_MIN, call_us / self._base(key)))
-        self._ratios[key] = (*self._ratios.get(key, PRIOR), ratio)[-WINDOW:]
-        self._forget(key)
+        before = self._ratios.get(key, PRIOR)
+        ratios = (*before, ratio)[-WINDOW:]
+        if ratios != before:
+            self._learn(key, ratios)
 
     def snapshot(self) -> tuple[CellSnapshot, ...]:
         """All refined cells, sorted; `restore` takes them back."""
@@ -89,18 +118,19 @@ class LatencyModel:
         """Takes over what an earlier model had learned."""
         for c in cells:
             key = CellKey(c.model, c.gpu, c.node, c.shape, c.layout, c.batch)
-            self._ratios[key] = tuple(c.ratios)[-WINDOW:]
-            self._forget(key)
+            self._learn(key, tuple(c.ratios)[-WINDOW:])
 
     def _predict(self, key: CellKey) -> Prediction:
-        base_us = self._base(key)
         ratios = self._ratios.get(key)
-        if ratios is None:
-            self._borrowers.add(key)
-            mean_us = max(1, round(base_us * self._borrowed(key)))
-            return Prediction(mean_us, round(mean_us * self._settings.safe_factor))
-        ordered = sorted(ratios)
-        mean = base_us * _middle(ratios)
+        if ratios is not None:
+            return self._measured(key, sorted(ratios))
+        self._borrowers.setdefault(key[:3], {})[key] = None
+        mean_us = max(1, round(self._base(key) * self._borrowed(key)))
+        return Prediction(mean_us, round(mean_us * self._settings.safe_factor))
+
+    def _measured(self, key: CellKey, ordered: list[float]) -> Prediction:
+        base_us = self._base(key)
+        mean = base_us * ordered[len(ordered) // 2]
         # floor: never the largest of two or more, unless the quantile is 1
         safe = base_us * ordered[int(self._settings.safe_quantile * (len(ordered) - 1))]
         return Prediction(max(1, round(mean)), max(1, round(max(mean, safe))))
@@ -112,16 +142,46 @@ class LatencyModel:
         than its profile, and jobs are widened for no gain. Other layouts of the same shape tell
         most; other shapes of the node are asked where there is none.
         """
-        kin = [k for k in sorted(self._ratios) if k[:3] == key[:3]]
-        same_shape = [k for k in kin if k.shape == key.shape]
-        middles = sorted(_middle(self._ratios[k]) for k in same_shape or kin)
+        measured = self._middles.get(key[:3], {})
+        same_shape = measured.get(key.shape)
+        kin = [same_shape] if same_shape else list(measured.values())
+        middles = sorted(middle for cells in kin for middle in cells.values())
         return middles[(len(middles) - 1) // 2] if middles else 1.0
 
-    def _forget(self, key: CellKey) -> None:
+    def _learn(self, key: CellKey, ratios: tuple[float, ...]) -> None:
+        """Takes back the predictions that the ratios change, and no others."""
+        self._ratios[key] = ratios
+        ordered = sorted(ratios)
+        family = key[:3]
+        self._borrowers.get(family, {}).pop(key, None)
+        known = self._predictions.get(key)
+        if known is not None:
+            prediction = self._measured(key, ordered)
+            if prediction != known:
+                self._take_back(key)
+                self._predictions[key] = prediction
+        measured = self._middles.setdefault(family, {})
+        cells = measured.setdefault(key.shape, {})
+        middle = ordered[len(ordered) // 2]
+        if cells.get(key) == middle:
+            return
+        cells[key] = middle
+        borrowers = self._borrowers.get(family, {})
+        for other in [b for b in borrowers if b.shape == key.shape or b.shape not in measured]:
+            del borrowers[other]
+            self._take_back(other)
+
+    def _take_back(self, key: CellKey) -> None:
+        self.version += 1
         self._predictions.pop(key, None)
-        self._borrowers.discard(key)
-        for borrower in [b for b in sorted(self._borrowers) if b[:3] == key[:3]]:
-            self._predictions.pop(borrower, None)
+        for call in self._calls_of.pop(key, ()):
+            self._calls.pop(call, None)
+
+    def _forget_all(self) -> None:
+        """All of it can be worked out again."""
+        for kept in (self._predictions, self._calls, self._calls_of, self._borrowers):
+            kept.clear()
+        self._base_us.clear()
 
     def _base(self, key: CellKey) -> int:
         base_us = self._base_us.get(key)
@@ -130,10 +190,6 @@ class LatencyModel:
                 1, round(estimate_us(self._profile, key, self._settings))
             )
         return base_us
-
-
-def _middle(ratios: tuple[float, ...]) -> float:
-    return sorted(ratios)[len(ratios) // 2]
 
 
 def estimate_us(profile: Profile, key: CellKey, settings: Settings) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .board import Board
 from .cluster import Cluster
@@ -14,9 +15,23 @@ from .profile import CellKey
 from .residency import Residency
 from .settings import Settings
 from .tracker import Tracked
-from .values import VAE, Ended, Layout, Outcome, Request, Truncation
+from .values import DIT, VAE, Ended, Layout, Outcome, Request, Shape, Truncation
 
 WORKERS_MAX = 4096  # beyond these, lost workers are forgotten
+RATES_MAX = 4096  # models and shapes whose call times are kept at hand
+TOUCHED_MAX = 65_536  # changed requests beyond those inside
+
+
+class Rates(NamedTuple):
+    """What the calls of a model and shape take on the usable workers. To be read only."""
+
+    gpus: tuple[str, ...]  # kinds that have the model
+    degrees: tuple[int, ...]  # ascending
+    mean_us: dict[int, int]  # of one step, by degree
+    safe_us: dict[int, int]
+    width_us: dict[int, int]  # mean, by any width that so many workers with the model could run
+    decode_safe_us: int
+    calls: dict[tuple[str, int, int], Prediction]  # by node, degree and batch, as they come up
 
 
 @dataclass(slots=True)
@@ -38,6 +53,8 @@ class Ledger:
     eager: bool = True  # every end of an assignment makes a plan worthwhile
     touched: dict[str, None] = field(default_factory=dict)  # requests changed since a plan
     stages_wait: bool = False  # the last plan left encode or decode jobs for want of room
+    _rates: dict[tuple[str, Shape], Rates] = field(default_factory=dict)
+    _rates_version: tuple[int, int] = (0, 0)
 
     def cell(self, request: Request, gpu: str, node: str, layout: Layout) -> CellKey:
         return CellKey(request.model, gpu, node, request.shape, layout, 1)
@@ -46,31 +63,66 @@ class Ledger:
         self, request: Request, node: str, degree: int, gpus: Iterable[str], batch: int = 1
     ) -> Prediction:
         """One call on a group with these GPU kinds: the slowest member sets the pace."""
-        layout = Layout(ulysses=degree)
-        keys = [self.cell(request, g, node, layout)._replace(batch=batch) for g in gpus]
-        each = [self.latency.predict(key) for key in keys]
-        return Prediction(max(p.mean_us for p in each), max(p.safe_us for p in each))
+        call = (request.model, request.shape, node, degree, tuple(gpus), batch)
+        return self.latency.predict_call(call)
 
     def gpus(self, workers: Iterable[str]) -> tuple[str, ...]:
         """GPU kinds of some workers, sorted; of all when there are none."""
-        known = self.cluster.workers
-        names = [w for w in workers if w in known] or list(known)
-        return tuple(sorted({known[w].gpu for w in names})) or ("",)
+        return self.cluster.gpus(tuple(workers))
+
+    def rates(self, request: Request) -> Rates:
+        """What its calls take on the usable workers; worked out once until something changes."""
+        version = (self.cluster.version, self.latency.version)
+        if version != self._rates_version or len(self._rates) >= RATES_MAX:
+            self._rates.clear()
+            self._rates_version = version
+        key = (request.model, request.shape)
+        known = self._rates.get(key)
+        if known is None:
+            known = self._rates[key] = self._rates_of(request)
+        return known
+
+    def predict_usable(self, request: Request, node: str, degree: int, batch: int) -> Prediction:
+        """One call on the usable workers' slowest kind."""
+        rates = self.rates(request)
+        key = (node, degree, batch)
+        known = rates.calls.get(key)
+        if known is None:
+            known = self.predict(request, node, degree, rates.gpus, batch)
+            rates.calls[key] = known
+        return known
+
+    def _rates_of(self, request: Request) -> Rates:
+        cluster = self.cluster
+        able = cluster.able(request.model)
+        gpus = self.gpus(cluster.able_names(request.model))
+        degrees = cluster.degrees(request.model)
+        times = {d: self.predict(request, DIT, d, gpus) for d in degrees}
+        widths = {1} | {d for w in able for d in w.models[request.model].degrees if d <= len(able)}
+        return Rates(
+            gpus,
+            degrees,
+            {d: t.mean_us for d, t in times.items()},
+            {d: t.safe_us for d, t in times.items()},
+            {d: self.predict(request, DIT, d, gpus).mean_us for d in sorted(widths)},
+            self.predict(request, VAE, 1, gpus).safe_us,
+            {},
+        )
 
     def denoise_deadline_us(self, request: Request) -> int | None:
         """Deadline of the last denoising step: time for the decode is reserved."""
         if request.deadline_us is None:
             return None
-        hosts = [w.name for w in self.cluster.usable() if w.can(request.model)]
-        return request.deadline_us - self.predict(request, VAE, 1, self.gpus(hosts)).safe_us
+        return request.deadline_us - self.rates(request).decode_safe_us
 
     def call_off(self, tracked: Tracked, now_us: int, release: bool = False) -> None:
         """Calls off all outstanding assignments of a request, and says so in the next plan."""
-        forecast = self.board.forecast(self.cluster, now_us)
-        involved: set[str] = set(tracked.holders) if release else set()
         called_off = tracked.outstanding
+        forecast = self.board.forecast(self.cluster, now_us) if called_off else None
+        involved: set[str] = set(tracked.holders) if release else set()
         mates: dict[str, None] = {}
         for sequence in called_off:
+            assert forecast is not None
             free_us = self.board.step_end_us(sequence, forecast, now_us)
             flight = self.board.call_off(sequence)
             mates.update(dict.fromkeys(m.request for m in flight.assignment.batch))
@@ -81,7 +133,7 @@ class Ledger:
                 worker.freed_us = max(worker.freed_us, free_us)
         for job in tracked.jobs.values():
             job.outstanding.clear()
-        self.touched[tracked.id] = None
+        self._touch(tracked.id)
         self._part(tracked, list(mates), called_off, now_us)
         if called_off:
             workers = self.cluster.canonical(w for w in involved if w in self.cluster.workers)
@@ -98,7 +150,7 @@ class Ledger:
         assert not tracked.outstanding
         surviving = [done for w, done in tracked.holders.items() if self.cluster.living(w)]
         tracked.resume_from(max(surviving, default=None))
-        self.touched[tracked.id] = None
+        self._touch(tracked.id)
 
     def _part(self, tracked: Tracked, mates: list[str], called_off: list[int], now_us: int) -> None:
         """Those who shared a called-off batch stop with it and go on by themselves."""
@@ -111,6 +163,12 @@ class Ledger:
             self.call_off(mate, now_us)
             mate.attempt += 1
             self.fall_back(mate)
+
+    def _touch(self, request: str) -> None:
+        """It changed. Where nobody asks what did, only those inside are remembered."""
+        self.touched[request] = None
+        if len(self.touched) > TOUCHED_MAX + 2 * len(self.tracked):
+            self.touched = {r: None for r in self.touched if r in self.tracked}
 
     def forget_workers(self) -> None:
         """Keeps the list of workers bounded: drops lost ones that nothing here refers to."""
@@ -131,7 +189,7 @@ class Ledger:
             if job.state is not JobState.DONE:
                 job.move(JobState.DROPPED)
         del self.tracked[tracked.id]
-        self.touched[tracked.id] = None
+        self._touch(tracked.id)
         self.board.forget(tracked.id)
         self.due = True
         deadline_us = tracked.request.deadline_us

@@ -7,8 +7,6 @@ span of time (`policies.base.Policy`), `EventPlanner` those that decide what sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from . import denoise, stages
@@ -17,23 +15,12 @@ from .ledger import Ledger
 from .lifecycle import JobState
 from .policies import make_policy
 from .policies.base import EventPolicy, Policy
+from .policies.hocket.planner import Hocket
 from .rounds import RoundGrid
 from .scene import Scene
 from .settings import Settings
-from .starts import Start
-from .values import DIT, Assignment
-
-# Numbers a start that can begin at that time, enters it on the board, moves its jobs.
-Issue = Callable[[Start, int], Assignment]
-
-
-@dataclass(slots=True)
-class Planned:
-    """What a plan holds beside the assignments that were issued."""
-
-    round: int
-    start_us: int
-    rejects: Mapping[str, str] = field(default_factory=dict)  # request -> reason
+from .starts import Issue, Planned, Start
+from .values import DIT, TEXT, VAE
 
 
 class Planner(Protocol):
@@ -159,6 +146,7 @@ class EventPlanner:
     def __init__(self, policy: EventPolicy, ledger: Ledger) -> None:
         self._policy = policy
         self._number = 0
+        self._preloaded: dict[str, str] = {}  # worker -> incarnation
         self._wake_us: int | None = None
         ledger.eager = True
 
@@ -174,9 +162,20 @@ class EventPlanner:
                 ledger.residency.preload(ledger.cluster.workers[worker], model, node)
         for worker, keep in decision.evicts.items():
             ledger.residency.evict(ledger.cluster.workers[worker], keep)
+        if not self._policy.PRELOADS:
+            self._preload(ledger)
         for start in decision.starts:
             issue(start, scene.begin_us(start))
         return Planned(self._number, now_us, decision.rejects)
+
+    def _preload(self, ledger: Ledger) -> None:
+        """A worker that joins has had time to load what fits."""
+        for worker in ledger.cluster.usable():
+            if self._preloaded.get(worker.name) != worker.incarnation:
+                self._preloaded[worker.name] = worker.incarnation
+                for model in worker.models:
+                    for node in (TEXT, DIT, VAE):
+                        ledger.residency.preload(worker, model, node)
 
     def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
         """What the policy asked for; with a lead, also that long before each end."""
@@ -202,6 +201,8 @@ def lead_ends(ledger: Ledger, forecast: Forecast) -> list[int]:
 def make_planner(settings: Settings, ledger: Ledger) -> Planner:
     """The planner of the policy that the settings name. Raises: SettingError."""
     policy = make_policy(settings)
+    if isinstance(policy, Hocket):
+        return policy
     if isinstance(policy, EventPolicy):
         return EventPlanner(policy, ledger)
     return WindowPlanner(policy, ledger)

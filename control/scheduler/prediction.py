@@ -101,11 +101,7 @@ class Estimates:
         return self._mean_us[key]
 
     def _step_us(self, request: Request) -> int:
-        ledger = self._ledger
-        able = [w for w in ledger.cluster.usable() if w.can(request.model)]
-        degrees = {1} | {d for w in able for d in w.models[request.model].degrees if d <= len(able)}
-        gpus = ledger.gpus(w.name for w in able)
-        times = {d: ledger.predict(request, DIT, d, gpus).mean_us for d in sorted(degrees)}
+        times = self._ledger.rates(request).width_us
         return times[self._policy.likely_degree(times)]
 
     def _forecast_at(self, now_us: int) -> Forecast:

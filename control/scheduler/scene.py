@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from . import denoise
 from .board import Forecast
 from .cluster import Worker
-from .latency import Prediction
 from .ledger import Ledger
 from .lifecycle import JobState
 from .placement import Demand, Placement
 from .starts import Decision, Start
 from .tracker import Tracked
-from .values import DIT, TEXT, VAE, Holder, Request, Shape
+from .values import DIT, TEXT, VAE, Holder, Request
 
 
-@dataclass(frozen=True, slots=True)
+# Seats and works are never changed; made anew for every scene, they are not frozen for speed only.
+@dataclass(slots=True, eq=False)
 class Seat:
     """A worker."""
 
@@ -39,7 +39,7 @@ class Seat:
         return self.worker.name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Work:
     """A job that could start now."""
 
@@ -82,57 +82,43 @@ class Scene:
 
     def __init__(self, ledger: Ledger, forecast: Forecast, now_us: int) -> None:
         self._ledger = ledger
-        self._prices: dict[tuple[str, Shape, str, int, int], Prediction] = {}
-        self._degrees: dict[str, tuple[int, ...]] = {}  # by model
         self.now_us = now_us
         lead_us = ledger.settings.lead_us
         # Without a lead, whoever is late is not done: it is its report that ends an assignment.
         late = set() if lead_us else ledger.board.busy()
+        free_us, until_us = forecast.free_us, now_us + lead_us
         self.seats: tuple[Seat, ...] = tuple(
-            Seat(
-                i,
-                w,
-                forecast.free_us[w.name],
-                forecast.free_us[w.name] <= now_us + lead_us and w.name not in late,
-            )
-            for i, w in enumerate(ledger.cluster.usable())
+            [
+                Seat(i, w, free_us[w.name], free_us[w.name] <= until_us and w.name not in late)
+                for i, w in enumerate(ledger.cluster.usable())
+            ]
         )
-        self.works: tuple[Work, ...] = tuple(_works(ledger, forecast, now_us, now_us + lead_us))
-        self._available_us = {w.id: w.available_us for w in self.works}
-        self._free_us = forecast.free_us
-        self.running: tuple[Running, ...] = tuple(
-            Running(
-                sequence,
-                f.assignment.node,
-                tuple(m.request for m in f.assignment.batch),
-                f.assignment.workers,
-                f.steps_left,
-                f.assignment.step_time_us,
-                forecast.end_us[sequence],
-            )
-            for sequence, f in ledger.board.flights.items()
-        )
+        self.works: tuple[Work, ...] = tuple(_works(ledger, forecast, now_us, until_us))
+        self._available_us = {w.request.id: w.available_us for w in self.works}
+        self._forecast = forecast
+        self._running: tuple[Running, ...] | None = None
 
     # ------------------------------------------------------------------------------ prices
 
     def call_us(self, request: Request, node: str, degree: int = 1, batch: int = 1) -> int:
         """Mean time of one call (for DIT: one step) on the usable workers' slowest kind."""
-        return self._predict(request, node, degree, batch).mean_us
+        return self._ledger.predict_usable(request, node, degree, batch).mean_us
+
+    def steps_us(self, request: Request) -> dict[int, int]:
+        """Mean time of one denoising step, by every degree."""
+        return dict(self._ledger.rates(request).mean_us)
 
     def safe_us(self, request: Request, node: str, degree: int = 1, batch: int = 1) -> int:
         """As `call_us`, the safe quantile."""
-        return self._predict(request, node, degree, batch).safe_us
+        return self._ledger.predict_usable(request, node, degree, batch).safe_us
 
     def degrees(self, request: Request) -> tuple[int, ...]:
         """Widths in which its denoiser can run on the usable workers, ascending."""
-        known = self._degrees.get(request.model)
-        if known is None:
-            known = self._degrees[request.model] = denoise.degrees_of(self._ledger, request)
-        return known
+        return self._ledger.cluster.degrees(request.model)
 
     def batch_max(self, request: Request) -> int:
         """Most jobs of its model and shape that a worker takes at once."""
-        able = [s.worker for s in self.seats if s.worker.can(request.model)]
+        able = self._ledger.cluster.able(request.model)
         return min((w.models[request.model].batch_max for w in able), default=1)
 
     def move_us(self, work: Work, workers: tuple[str, ...]) -> int:
@@ -166,6 +152,24 @@ class Scene:
         """All requests inside, in order of arrival: to be read only."""
         return self._ledger.tracked.values()
 
+    @property
+    def running(self) -> tuple[Running, ...]:
+        """Assignments under way when the scene was made, in sequence order."""
+        if self._running is None:
+            self._running = tuple(
+                Running(
+                    sequence,
+                    f.assignment.node,
+                    tuple(m.request for m in f.assignment.batch),
+                    f.assignment.workers,
+                    f.steps_left,
+                    f.assignment.step_time_us,
+                    self._forecast.end_us[sequence],
+                )
+                for sequence, f in self._ledger.board.flights.items()
+            )
+        return self._running
+
     def idle(self, request: Request | None = None, degree: int = 1) -> list[Seat]:
         """Idle workers that could take part in such a run, in cluster order."""
         return [
@@ -177,7 +181,7 @@ class Scene:
     def begin_us(self, start: Start) -> int:
         """When workers and jobs of a start are all there."""
         times = [self._available_us[r] for r in start.requests]
-        return max(times + [self._free_us[w] for w in start.workers])
+        return max(times + [self._forecast.free_us[w] for w in start.workers])
 
     def placement(self) -> Placement:
         """Binds the idle workers, one group after the other."""
@@ -193,25 +197,10 @@ class Scene:
             tuple(h.worker for h in work.holders),
         )
         model = work.request.model
-        members = placement.find(
-            demand, (s.name for s in self.seats if s.worker.can(model, degree))
-        )
+        members = placement.find(demand, self._ledger.cluster.able_names(model, degree))
         if members is not None:
             placement.bind(members)
         return members
-
-    def _predict(self, request: Request, node: str, degree: int, batch: int) -> Prediction:
-        """Prices do not change within a scene: each is worked out once."""
-        key = (request.model, request.shape, node, degree, batch)
-        known = self._prices.get(key)
-        if known is None:
-            gpus = self._gpus(request)
-            known = self._ledger.predict(request, node, degree, gpus, batch)
-            self._prices[key] = known
-        return known
-
-    def _gpus(self, request: Request) -> tuple[str, ...]:
-        return self._ledger.gpus(s.name for s in self.seats if s.worker.can(request.model))
 
 
 def _works(ledger: Ledger, forecast: Forecast, now_us: int, until_us: int) -> Iterable[Work]:
@@ -222,11 +211,13 @@ def _works(ledger: Ledger, forecast: Forecast, now_us: int, until_us: int) -> It
         elif vae is JobState.READY:
             done, copies = tracked.steps_done, tracked.latest()
             yield _work(tracked, VAE, now_us, done, 1, tracked.group, copies)
-        elif dit is not JobState.DONE and (text is JobState.DONE or dit is not JobState.BLOCKED):
+        elif dit is JobState.READY and tracked.steps_done < tracked.request.steps:
+            done, left = tracked.steps_done, tracked.request.steps - tracked.steps_done
+            yield _work(tracked, DIT, now_us, done, left, tracked.group, tracked.latest())
+        elif dit is JobState.ASSIGNED and until_us > now_us:  # else its report is still to come
             where = denoise.standing(ledger, tracked, forecast, now_us)
             left = 0 if where is None else tracked.request.steps - where.first_step
-            late = until_us == now_us and dit is not JobState.READY  # its report is still to come
-            if where is not None and left > 0 and where.available_us <= until_us and not late:
+            if where is not None and left > 0 and where.available_us <= until_us:
                 yield _work(
                     tracked,
                     DIT,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from .values import Assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,3 +29,16 @@ class Decision:
     evicts: Mapping[str, frozenset[tuple[str, str]]] = field(default_factory=dict)  # worker -> keep
     # worker -> (model, node) that lie there already: put there before the first request
     preloads: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+
+
+# Numbers a start that can begin at that time, enters it on the board, moves its jobs.
+Issue = Callable[[Start, int], Assignment]
+
+
+@dataclass(slots=True)
+class Planned:
+    """What a plan holds beside the assignments that were issued."""
+
+    round: int
+    start_us: int
+    rejects: Mapping[str, str] = field(default_factory=dict)  # request -> reason

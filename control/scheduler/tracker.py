@@ -64,15 +64,14 @@ class Tracked:
     @property
     def outstanding(self) -> list[int]:
         """Sequences of all its assignments, oldest first."""
-        return sorted(s for job in self.jobs.values() for s in job.outstanding)
+        return sorted([s for job in self.jobs.values() for s in job.outstanding])
 
     def latest(self) -> tuple[Holder, ...]:
         """Those who hold the latent that it goes on from, by name."""
-        return tuple(
-            Holder(worker=w, steps_done=done)
-            for w, done in sorted(self.holders.items())
-            if done == self.steps_done
-        )
+        steps_done = self.steps_done
+        names = [w for w, done in self.holders.items() if done == steps_done]
+        names.sort()
+        return tuple([Holder(worker=w, steps_done=steps_done) for w in names])
 
     def stepped(self, steps_done: int, workers: tuple[str, ...], at_us: int) -> None:
         """Denoising went on to `steps_done` on these workers."""

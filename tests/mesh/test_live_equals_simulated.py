@@ -57,7 +57,7 @@ async def live(planned: Case, url: str, state: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("policy", ["tetriserve", "fixed-1"])
+@pytest.mark.parametrize("policy", ["tetriserve", "fixed-1", "hocket"])
 async def test_same_case_same_digests(
     seed: int, policy: str, nats_url: str, tmp_path: Path
 ) -> None:

@@ -50,7 +50,7 @@ def finish(world, name):
 
 
 @pytest.mark.parametrize("lead_us", [0, 30_000])
-@pytest.mark.parametrize("policy", ["tetriserve", "fixed-1"])
+@pytest.mark.parametrize("policy", ["tetriserve", "fixed-1", "hocket"])
 def test_a_request_runs_to_its_end(policy, lead_us):
     world = World(policy=policy, lead_us=lead_us)
     world.arrive("a", px=512, slo_us=3_000_000)

@@ -14,6 +14,7 @@ from .disagfusion import DisagFusion
 from .edf import EdfBestFit, EdfGreedy
 from .fixed import Fixed
 from .genserve import GenServe
+from .hocket.planner import Hocket
 from .monolith import Monolith
 from .rasp import Rasp
 from .rssp import Rssp
@@ -36,11 +37,12 @@ REGISTRY: Mapping[str, Registered] = {
     "sjf": Registered(Sjf.SPECS, Sjf.made),
     "srtf": Registered(Srtf.SPECS, Srtf.made),
     "genserve": Registered(GenServe.SPECS, GenServe.made),
+    "hocket": Registered(Hocket.SPECS, Hocket),
     "tetriserve": Registered(TetriServe.SPECS, TetriServe.made),
 }
 
 
-def make_policy(settings: Settings) -> Policy | EventPolicy:
+def make_policy(settings: Settings) -> Policy | EventPolicy | Hocket:
     """The policy that the settings name. Raises: SettingError."""
     made = REGISTRY.get(settings.policy)
     if made is None:

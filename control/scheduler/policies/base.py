@@ -18,6 +18,7 @@ from ..starts import Decision
 
 if TYPE_CHECKING:
     from ..scene import Scene
+    from .hocket.planner import Hocket
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class EventPolicy(ABC):
     """
 
     SPECS: ClassVar[Mapping[str, Spec]] = {}
+    PRELOADS: ClassVar[bool] = False  # says itself which weights workers start with
 
     @abstractmethod
     def decide(self, scene: Scene) -> Decision:
@@ -106,4 +108,4 @@ class Registered:
     """How a policy is made: its settings, and a maker that gets all of them, checked."""
 
     specs: Mapping[str, Spec]
-    make: Callable[[Settings, Mapping[str, SettingValue]], Policy | EventPolicy]
+    make: Callable[[Settings, Mapping[str, SettingValue]], Policy | EventPolicy | Hocket]

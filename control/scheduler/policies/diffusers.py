@@ -51,6 +51,8 @@ def alone_us(scene: Scene, request: Request) -> int:
 class Pipelines(EventPolicy):
     """Dispatches whole pipelines. Who may serve what, and what that evicts, is for subclasses."""
 
+    PRELOADS = True
+
     SPECS: ClassVar[Mapping[str, Spec]] = {
         "drop": Spec(True),
         "requeue": Spec("tail", allowed=("tail", "fifo")),

@@ -77,6 +77,7 @@ CAPS: Mapping[tuple[str, str], Caps] = {
 class DiFlow(EventPolicy):
     """Node by node, latency or throughput mode by load."""
 
+    PRELOADS = True
     SPECS: ClassVar[Mapping[str, Spec]] = {
         "admission": Spec(True),
         "mode": Spec("switch", allowed=("switch", "latency", "throughput")),

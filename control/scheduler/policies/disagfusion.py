@@ -46,6 +46,7 @@ MODES = ("both", "predict", "feedback", "static")
 class DisagFusion(EventPolicy):
     """Stage pools with the hybrid instance scheduler."""
 
+    PRELOADS = True
     SPECS: ClassVar[Mapping[str, Spec]] = {
         "scaling": Spec("both", allowed=MODES),
         "ratio": Spec("1:6:1"),

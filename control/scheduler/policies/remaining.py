@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 def steps_us(scene: Scene, request: Request, degrees: tuple[int, ...]) -> dict[int, int]:
     """One denoising step by degree."""
+    known = scene.steps_us(request)
+    if degrees == tuple(known):
+        return known
     return {k: scene.call_us(request, DIT, k) for k in degrees}
 
 

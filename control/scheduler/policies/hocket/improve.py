@@ -14,6 +14,7 @@ from numba import njit
 
 from .kernel import (
     AVAIL,
+    COLUMNS,
     KIND,
     NEVER,
     STEPS_LEFT,
@@ -58,12 +59,12 @@ def start_space(n: int) -> Start:
     return Start(*(np.zeros(n, np.int64) for _ in range(6)))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def denoises(jobs: Floats, i: int) -> bool:
     return bool(jobs[i, TEXT_LEFT] <= 0.0 and jobs[i, STEPS_LEFT] > 0.0)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def evaluate(
     now: float,
     gpus: int,
@@ -80,7 +81,8 @@ def evaluate(
     n = jobs.shape[0]
     until = NEVER
     for i in range(n):
-        trial[i] = jobs[i]
+        for c in range(COLUMNS):
+            trial[i, c] = jobs[i, c]
         k = start.choice[i]
         if k >= 0:
             head = start.head[i]
@@ -112,7 +114,7 @@ def evaluate(
     return score, operations
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def batch_size(start: Start, head: int) -> int:
     """Members of the batch that starts with `head`."""
     size = 0
@@ -122,7 +124,7 @@ def batch_size(start: Start, head: int) -> int:
     return size
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def improve(
     now: float,
     gpus: int,
@@ -150,15 +152,16 @@ def improve(
         for i in range(n):
             if start.choice[i] == BUSY or not on[i]:
                 continue
-            start.save[:n] = start.choice[:n]
-            start.save_head[:n] = start.head[:n]
+            _copy(start.choice, start.head, start.save, start.save_head, n)
             found = False
             options = tab.widths.shape[0] if denoises(jobs, i) else 1
-            for option in range(-1, options + n):
+            joins = n if options > 1 and tab.batch_us.shape[1] > 1 else 0
+            for option in range(-1, options + joins):
                 if spent + operations > limits.operations_max:
                     break
-                start.choice[:n] = start.save[:n]
-                start.head[:n] = start.save_head[:n]
+                if option >= options and not _may_join(i, option - options, jobs, on, tab, start):
+                    continue
+                _copy(start.save, start.save_head, start.choice, start.head, n)
                 if not _change(i, option, options, room, jobs, on, tab, start):
                     continue
                 new, used = evaluate(now, gpus, jobs, on, move_us, tab, rules, trial, start, s)
@@ -166,25 +169,26 @@ def improve(
                 if new > score + 1e-6:
                     score = new
                     found = True
-                    start.best[:n] = start.choice[:n]
-                    start.best_head[:n] = start.head[:n]
-            start.choice[:n] = start.best[:n] if found else start.save[:n]
-            start.head[:n] = start.best_head[:n] if found else start.save_head[:n]
+                    _copy(start.choice, start.head, start.best, start.best_head, n)
+            if found:
+                _copy(start.best, start.best_head, start.choice, start.head, n)
+            else:
+                _copy(start.save, start.save_head, start.choice, start.head, n)
             improved = improved or found
         if not improved:
             break
     return operations
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _any_choice(jobs: Floats, on: Ints, start: Start) -> bool:
-    for i in range(jobs.shape[0]):
+    for i in range(jobs.shape[0]):  # noqa: SIM110 (no generators here)
         if on[i] and start.choice[i] != BUSY:
             return True
     return False
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _change(
     i: int, option: int, options: int, room: int, jobs: Floats, on: Ints, tab: Tables, start: Start
 ) -> bool:
@@ -204,8 +208,6 @@ def _change(
         start.head[i] = i
     else:
         j = option - options
-        if j == i or not _may_join(i, j, jobs, on, tab, start):
-            return False
         _dissolve(i, start)
         if start.choice[j] == HOLD:
             start.choice[j] = 0
@@ -229,13 +231,13 @@ def _change(
     return bool(used <= room)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _may_join(i: int, j: int, jobs: Floats, on: Ints, tab: Tables, start: Start) -> bool:
-    if not on[j] or start.head[j] != j or start.choice[j] not in (HOLD, 0):
+    if j >= i or not on[j] or start.head[j] != j or jobs[i, KIND] != jobs[j, KIND]:
         return False
-    if jobs[i, KIND] != jobs[j, KIND] or tab.widths[0] != 1 or start.head[i] == j:
+    if start.choice[j] < HOLD or start.choice[j] > 0 or tab.widths[0] != 1 or start.head[i] == j:
         return False
-    if not denoises(jobs, i) or not denoises(jobs, j) or j > i:
+    if not denoises(jobs, i) or not denoises(jobs, j):
         return False
     size = max(1, batch_size(start, j))
     if size >= tab.batch_us.shape[1]:
@@ -243,7 +245,7 @@ def _may_join(i: int, j: int, jobs: Floats, on: Ints, tab: Tables, start: Start)
     return bool(tab.batch_us[int(jobs[i, KIND]), size] < NEVER)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _dissolve(head: int, start: Start) -> None:
     """Those who shared a batch with its head are held."""
     for j in range(start.head.shape[0]):
@@ -251,3 +253,10 @@ def _dissolve(head: int, start: Start) -> None:
             start.head[j] = j
             if start.choice[j] >= 0:
                 start.choice[j] = HOLD
+
+
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _copy(choice: Ints, head: Ints, to_choice: Ints, to_head: Ints, n: int) -> None:
+    for i in range(n):
+        to_choice[i] = choice[i]
+        to_head[i] = head[i]

@@ -56,13 +56,12 @@ class Rules(NamedTuple):
     coarseness: float  # steps are played in bunches of this part of the time looked ahead
 
 
-# Rows of the work space: floats, then integers.
-TEXT, LEFT, VAE, END, PACE, FINISH = range(6)
-HELD, CHOICE, HEAD, SIZE, LIVE = range(5)
-# PACE: longest step that keeps all members of a batch on time. FINISH: when on time, else -1.
-# HELD: workers held until END. CHOICE: index into widths of what starts at this instant, -1:
-# nothing. HEAD: first member of the batch that it starts in. SIZE: members of the batch that it
-# heads. LIVE: jobs still in play, in deadline order.
+# Rows of the work space: text, left, vae, end, pace, finish; held, choice, head, size, live.
+FINISH = 5
+# pace: longest step that keeps all members of a batch on time. finish: when on time, else -1.
+# held: workers held until end. choice: index into widths of what starts at this instant, -1:
+# nothing. head: first member of the batch that it starts in. size: members of the batch that it
+# heads. live: jobs still in play, in deadline order.
 
 
 class Scratch(NamedTuple):
@@ -77,65 +76,116 @@ def scratch(n: int) -> Scratch:
     return Scratch(np.zeros((6, n)), np.zeros((5, n), np.int64))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def rollout(
     now: float, gpus: int, jobs: Floats, on: Ints, tab: Tables, rules: Rules, s: Scratch
 ) -> tuple[float, int]:
-    """Score of the pod's future, and the operations it took; `FINISH` of the work space tells of each job."""
+    """Score of the pod's future, and the operations it took; FINISH tells of each job."""
     widths, step_us, batch_us, fastest_us = tab
-    f, d = s
+    text, left, vae, end, pace, finish = s.floats
+    held, choice, head, size, live = s.ints
     coarse = rules.coarseness
-    m = _enter(now, jobs, on, f, d)
+    m = _enter(now, jobs, on, text, left, vae, end, finish, held, live)
     t = now
     score = 0.0
     operations = 0
     while m > 0:
         operations += m
-        room, until = _room(t, m, gpus, f, d)
-        m, room = _allocate(t, m, room, jobs, on, widths, step_us, batch_us, fastest_us, f, d)
+        room, until = _room(t, m, gpus, end, held, live)
+        m, room = _allocate(
+            t,
+            m,
+            room,
+            jobs,
+            on,
+            widths,
+            step_us,
+            batch_us,
+            fastest_us,
+            text,
+            left,
+            vae,
+            end,
+            pace,
+            choice,
+            head,
+            size,
+            live,
+        )
         if room > 0:
-            _widen(m, room, jobs, widths, step_us, f, d)
-        until = _start(t, now, m, until, jobs, widths, step_us, batch_us, coarse, f, d)
+            _widen(m, room, jobs, widths, step_us, text, left, choice, size, live)
+        until = _start(
+            t,
+            now,
+            m,
+            until,
+            jobs,
+            widths,
+            step_us,
+            batch_us,
+            coarse,
+            text,
+            left,
+            vae,
+            end,
+            held,
+            choice,
+            head,
+            size,
+            live,
+        )
         if until >= NEVER:
             break
         t = until
-        m, gained = _settle(t, now, m, jobs, on, rules, f, d)
+        m, gained = _settle(t, now, m, jobs, on, rules, text, left, vae, end, finish, live)
         score += gained
     return score, operations
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
-def _enter(now: float, jobs: Floats, on: Ints, f: Floats, d: Ints) -> int:
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _enter(
+    now: float,
+    jobs: Floats,
+    on: Ints,
+    text: Floats,
+    left: Floats,
+    vae: Floats,
+    end: Floats,
+    finish: Floats,
+    held: Ints,
+    live: Ints,
+) -> int:
     m = 0
     for i in range(jobs.shape[0]):
-        f[FINISH, i] = -1.0
+        finish[i] = -1.0
         if on[i] or jobs[i, AVAIL] > now:
-            f[TEXT, i] = jobs[i, TEXT_LEFT]
-            f[LEFT, i] = jobs[i, STEPS_LEFT]
-            f[VAE, i] = jobs[i, VAE_LEFT]
-            f[END, i] = jobs[i, AVAIL]
-            d[HELD, i] = int(jobs[i, WIDTH])
-            d[LIVE, m] = i
+            text[i] = jobs[i, TEXT_LEFT]
+            left[i] = jobs[i, STEPS_LEFT]
+            vae[i] = jobs[i, VAE_LEFT]
+            end[i] = jobs[i, AVAIL]
+            held[i] = int(jobs[i, WIDTH])
+            live[m] = i
             m += 1
     return m
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
-def _room(t: float, m: int, gpus: int, f: Floats, d: Ints) -> tuple[int, float]:
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _room(t: float, m: int, gpus: int, end: Floats, held: Ints, live: Ints) -> tuple[int, float]:
     """Free workers at t, and the first end of a run."""
     room = gpus
     until = NEVER
     for x in range(m):
-        i = d[LIVE, x]
-        if f[END, i] > t:
-            room -= d[HELD, i]
-            until = min(until, f[END, i])
+        i = live[x]
+        if end[i] > t:
+            room -= held[i]
+            if end[i] < until:
+                until = end[i]
     return room, until
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def smallest(
-    left: float, budget: float, room: int, kind: int, step_us: Floats, widths: Ints
+    steps: float, budget: float, room: int, kind: int, step_us: Floats, widths: Ints
 ) -> int:
     """Index of the smallest width whose steps fit the budget, else of the fastest that fits."""
     best = -1
@@ -143,7 +193,7 @@ def smallest(
     for k in range(widths.shape[0]):
         if widths[k] > room:
             break
-        if step_us[kind, k] < NEVER and left * step_us[kind, k] <= budget + EPS:
+        if step_us[kind, k] < NEVER and steps * step_us[kind, k] <= budget + EPS:
             return k
         if step_us[kind, k] < best_us:
             best_us = step_us[kind, k]
@@ -151,7 +201,7 @@ def smallest(
     return best
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _allocate(
     t: float,
     m: int,
@@ -162,81 +212,107 @@ def _allocate(
     step_us: Floats,
     batch_us: Floats,
     fastest_us: Floats,
-    f: Floats,
-    d: Ints,
+    text: Floats,
+    left: Floats,
+    vae: Floats,
+    end: Floats,
+    pace: Floats,
+    choice: Ints,
+    head: Ints,
+    size: Ints,
+    live: Ints,
 ) -> tuple[int, int]:
     """Who starts at t; rows that are off and over, or hopeless, leave."""
     w = 0
     for x in range(m):
-        i = d[LIVE, x]
-        d[CHOICE, i] = -1
-        if f[END, i] > t:
-            d[LIVE, w] = i
+        i = live[x]
+        choice[i] = -1
+        if end[i] > t:
+            live[w] = i
             w += 1
             continue
         kind = int(jobs[i, KIND])
-        budget = jobs[i, DEADLINE] - f[VAE, i] - t
-        if not on[i] or f[TEXT, i] + f[LEFT, i] * fastest_us[kind] > budget + EPS:
+        budget = jobs[i, DEADLINE] - vae[i] - t
+        if not on[i] or text[i] + left[i] * fastest_us[kind] > budget + EPS:
             continue
-        d[LIVE, w] = i
+        live[w] = i
         w += 1
-        d[HEAD, i] = i
-        d[SIZE, i] = 1
-        denoises = f[TEXT, i] <= 0.0 and f[LEFT, i] > 0.0
-        f[PACE, i] = budget / f[LEFT, i] if denoises else 0.0
+        head[i] = i
+        size[i] = 1
+        denoises = text[i] <= 0.0 and left[i] > 0.0
+        pace[i] = budget / left[i] if denoises else 0.0
         if room > 0:
             if denoises:
-                d[CHOICE, i] = smallest(f[LEFT, i], budget, room, kind, step_us, widths)
+                choice[i] = smallest(left[i], budget, room, kind, step_us, widths)
             else:
-                d[CHOICE, i] = 0
-            if d[CHOICE, i] >= 0:
-                room -= widths[d[CHOICE, i]]
+                choice[i] = 0
+            if choice[i] >= 0:
+                room -= widths[choice[i]]
         elif denoises and batch_us.shape[1] > 1:
-            _join(i, kind, w, jobs, widths, batch_us, f, d)
+            _join(i, kind, w, jobs, widths, batch_us, pace, choice, head, size, live)
     return w, room
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _join(
-    i: int, kind: int, m: int, jobs: Floats, widths: Ints, batch_us: Floats, f: Floats, d: Ints
+    i: int,
+    kind: int,
+    m: int,
+    jobs: Floats,
+    widths: Ints,
+    batch_us: Floats,
+    pace: Floats,
+    choice: Ints,
+    head: Ints,
+    size: Ints,
+    live: Ints,
 ) -> None:
     """Lets a job without a worker into the first batch of its kind where nobody gets late by it."""
     for x in range(m - 1):
-        j = d[LIVE, x]
-        if d[CHOICE, j] != 0 or d[HEAD, j] != j or int(jobs[j, KIND]) != kind or f[PACE, j] <= 0.0:
+        j = live[x]
+        if choice[j] != 0 or head[j] != j or int(jobs[j, KIND]) != kind or pace[j] <= 0.0:
             continue
-        if d[SIZE, j] >= batch_us.shape[1] or widths[0] != 1:
+        if size[j] >= batch_us.shape[1] or widths[0] != 1:
             continue
-        together_us = batch_us[kind, d[SIZE, j]]
-        if together_us <= min(f[PACE, i], f[PACE, j]):
-            d[CHOICE, i] = 0
-            d[HEAD, i] = j
-            d[SIZE, j] += 1
-            f[PACE, j] = min(f[PACE, i], f[PACE, j])
+        together_us = batch_us[kind, size[j]]
+        if together_us <= min(pace[i], pace[j]):
+            choice[i] = 0
+            head[i] = j
+            size[j] += 1
+            pace[j] = min(pace[i], pace[j])
             return
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _widen(
-    m: int, room: int, jobs: Floats, widths: Ints, step_us: Floats, f: Floats, d: Ints
+    m: int,
+    room: int,
+    jobs: Floats,
+    widths: Ints,
+    step_us: Floats,
+    text: Floats,
+    left: Floats,
+    choice: Ints,
+    size: Ints,
+    live: Ints,
 ) -> None:
     for x in range(m):
-        i = d[LIVE, x]
-        if d[CHOICE, i] < 0 or f[TEXT, i] > 0.0 or f[LEFT, i] <= 0.0 or d[SIZE, i] > 1:
+        i = live[x]
+        if choice[i] < 0 or text[i] > 0.0 or left[i] <= 0.0 or size[i] > 1:
             continue
         kind = int(jobs[i, KIND])
-        for k in range(d[CHOICE, i] + 1, widths.shape[0]):
-            more = widths[k] - widths[d[CHOICE, i]]
+        for k in range(choice[i] + 1, widths.shape[0]):
+            more = widths[k] - widths[choice[i]]
             if more > room:
                 break
-            if step_us[kind, k] < step_us[kind, d[CHOICE, i]]:
+            if step_us[kind, k] < step_us[kind, choice[i]]:
                 room -= more
-                d[CHOICE, i] = k
+                choice[i] = k
         if room <= 0:
             return
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _start(
     t: float,
     now: float,
@@ -247,53 +323,72 @@ def _start(
     step_us: Floats,
     batch_us: Floats,
     coarse: float,
-    f: Floats,
-    d: Ints,
+    text: Floats,
+    left: Floats,
+    vae: Floats,
+    end: Floats,
+    held: Ints,
+    choice: Ints,
+    head: Ints,
+    size: Ints,
+    live: Ints,
 ) -> float:
     """Books what was allocated; the first end of a run."""
     for x in range(m):
-        i = d[LIVE, x]
-        if d[CHOICE, i] < 0:
+        i = live[x]
+        if choice[i] < 0:
             continue
-        d[HELD, i] = widths[d[CHOICE, i]] if d[HEAD, i] == i else 0
-        if f[TEXT, i] > 0.0:
-            f[END, i] = t + f[TEXT, i]
-            f[TEXT, i] = 0.0
-        elif f[LEFT, i] > 0.0:
+        held[i] = widths[choice[i]] if head[i] == i else 0
+        if text[i] > 0.0:
+            end[i] = t + text[i]
+            text[i] = 0.0
+        elif left[i] > 0.0:
             kind = int(jobs[i, KIND])
-            size = d[SIZE, d[HEAD, i]]
-            one_us = step_us[kind, d[CHOICE, i]]
+            members = size[head[i]]
+            one_us = step_us[kind, choice[i]]
             steps = 1.0
-            if size > 1:
-                one_us = batch_us[kind, size - 1]
+            if members > 1:
+                one_us = batch_us[kind, members - 1]
             elif coarse > 0.0:
                 steps = np.floor(coarse * (t - now) / one_us)
-                steps = max(1.0, min(f[LEFT, i], steps))
-            f[END, i] = t + steps * one_us
-            f[LEFT, i] -= steps
+                steps = max(1.0, min(left[i], steps))
+            end[i] = t + steps * one_us
+            left[i] -= steps
         else:
-            f[END, i] = t + f[VAE, i]
-            f[VAE, i] = 0.0
-        until = min(until, f[END, i])
+            end[i] = t + vae[i]
+            vae[i] = 0.0
+        if end[i] < until:
+            until = end[i]
     return until
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _settle(
-    t: float, now: float, m: int, jobs: Floats, on: Ints, rules: Rules, f: Floats, d: Ints
+    t: float,
+    now: float,
+    m: int,
+    jobs: Floats,
+    on: Ints,
+    rules: Rules,
+    text: Floats,
+    left: Floats,
+    vae: Floats,
+    end: Floats,
+    finish: Floats,
+    live: Ints,
 ) -> tuple[int, float]:
     """Takes out who is done; what their deadlines are worth."""
     w = 0
     gained = 0.0
     for x in range(m):
-        i = d[LIVE, x]
-        over = f[END, i] <= t and f[TEXT, i] <= 0.0 and f[LEFT, i] <= 0.0 and f[VAE, i] <= 0.0
+        i = live[x]
+        over = end[i] <= t and text[i] <= 0.0 and left[i] <= 0.0 and vae[i] <= 0.0
         if not over:
-            d[LIVE, w] = i
+            live[w] = i
             w += 1
-        elif on[i] and f[END, i] <= jobs[i, DEADLINE] + EPS:
-            f[FINISH, i] = f[END, i]
-            slack = min(rules.slack_sat_us, jobs[i, DEADLINE] - f[END, i])
+        elif on[i] and end[i] <= jobs[i, DEADLINE] + EPS:
+            finish[i] = end[i]
+            slack = min(rules.slack_sat_us, jobs[i, DEADLINE] - end[i])
             gained += jobs[i, WEIGHT] * 1e9 + rules.slack_worth * slack
-            gained -= rules.finish_worth * (f[END, i] - now)
+            gained -= rules.finish_worth * (end[i] - now)
     return w, gained

@@ -32,7 +32,8 @@ from .kernel import (
     smallest,
 )
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def decide(
     now: float,
     gpus: int,
@@ -58,11 +59,11 @@ def decide(
     operations += improve(
         now, gpus, room, jobs, on, move_us, tab, rules, limits, operations, trial, start, s
     )
-    _fill(free, jobs, on, tab, limits, start)
+    _fill(gpus, free, jobs, on, tab, limits, start)
     return operations
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def give_up(
     now: float,
     gpus: int,
@@ -100,7 +101,7 @@ def give_up(
     return operations
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _first_late(on: Ints, s: Scratch) -> int:
     for i in range(on.shape[0]):
         if on[i] and s.floats[FINISH, i] < 0.0:
@@ -108,7 +109,7 @@ def _first_late(on: Ints, s: Scratch) -> int:
     return -1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _drop_one(
     now: float,
     gpus: int,
@@ -150,7 +151,7 @@ def _drop_one(
     return operations
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _aged(
     now: float,
     free: int,
@@ -180,7 +181,7 @@ def _aged(
     return room
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _base(now: float, room: int, jobs: Floats, on: Ints, tab: Tables, start: Start) -> None:
     """The base rule's start at this instant."""
     n = jobs.shape[0]
@@ -208,28 +209,31 @@ def _base(now: float, room: int, jobs: Floats, on: Ints, tab: Tables, start: Sta
                 start.choice[i] = k
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _fill(
-    free: int, jobs: Floats, on: Ints, tab: Tables, limits: Limits, start: Start
+    gpus: int, free: int, jobs: Floats, on: Ints, tab: Tables, limits: Limits, start: Start
 ) -> None:
-    """Best effort on what is left: narrow, and only with steps that are soon over."""
+    """Best effort on what is left: narrow, and only with steps that are soon over.
+
+    A pod that has nothing else to do runs any of it, at its fastest.
+    """
     room = free
     for i in range(jobs.shape[0]):
         if start.choice[i] >= 0 and start.head[i] == i:
             room -= tab.widths[start.choice[i]]
     for i in range(jobs.shape[0]):
-        if start.choice[i] != HOLD or on[i]:
+        if start.choice[i] != HOLD or on[i] or room <= 0:
             continue
         if not denoises(jobs, i):
-            if room > 0:
-                start.choice[i] = 0
-                room -= 1
+            start.choice[i] = 0
+            room -= 1
             continue
-        steps = tab.step_us[int(jobs[i, KIND])]
+        kind = int(jobs[i, KIND])
         for k in range(tab.widths.shape[0]):
             if tab.widths[k] > room:
                 break
-            if steps[k] <= limits.fill_step_us:
+            enough = tab.step_us[kind, k] <= limits.fill_step_us
+            if enough or (room == gpus and tab.step_us[kind, k] == tab.fastest_us[kind]):
                 start.choice[i] = k
                 room -= tab.widths[k]
                 break

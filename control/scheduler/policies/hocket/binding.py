@@ -1,0 +1,106 @@
+"""Binding: which of a pod's free workers run what was decided.
+
+Whoever goes on at its width keeps its group; then wide before narrow, on a group that is known and
+shares most workers with those who hold the latent, else on an aligned block, else near the holders.
+Encode and decode take a worker that leaves wide blocks whole; a decode one that has the latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...ledger import Ledger
+from ...tracker import Tracked
+from .pods import Pod
+
+
+@dataclass(slots=True)
+class Wish:
+    """One start without workers."""
+
+    members: list[Tracked]  # of the batch, first one first
+    node: str
+    width: int
+    steps: int
+    reason: str
+
+    @property
+    def first(self) -> Tracked:
+        return self.members[0]
+
+
+class Binder:
+    """Binds wishes to the free workers of one pod."""
+
+    def __init__(self, ledger: Ledger, pod: Pod, free: Sequence[str]) -> None:
+        self._ledger = ledger
+        self._pod = pod
+        self._order = [w.name for w in pod.workers]
+        self._free = dict.fromkeys(free)
+
+    def bind(self, wishes: list[Wish]) -> list[tuple[Wish, tuple[str, ...]]]:
+        """Workers for each wish; the free ones suffice for all together."""
+        bound: list[tuple[Wish, tuple[str, ...]]] = []
+        rest: list[Wish] = []
+        for wish in wishes:
+            where = self._before(wish.first)
+            if len(where) == wish.width and all(w in self._free for w in where):
+                bound.append((wish, self._take(where)))
+            else:
+                rest.append(wish)
+        for wish in sorted(rest, key=lambda w: -w.width):
+            bound.append((wish, self._take(self._choose(wish))))
+        return bound
+
+    def _take(self, workers: tuple[str, ...]) -> tuple[str, ...]:
+        for worker in workers:
+            del self._free[worker]
+        return workers
+
+    def _before(self, tracked: Tracked) -> tuple[str, ...]:
+        if tracked.group:
+            return tracked.group
+        return tuple(h.worker for h in tracked.latest())
+
+    def _choose(self, wish: Wish) -> tuple[str, ...]:
+        before = set(self._before(wish.first))
+        loads = self._loads(wish)
+        if wish.width == 1:
+            return (min(self._free, key=lambda w: (loads[w], w not in before, self._block(w))),)
+        found = [g for g in self._groups(wish.width) if all(w in self._free for w in g)]
+        if found:
+            cluster = self._ledger.cluster
+            return min(
+                found,
+                key=lambda g: (
+                    max(loads[w] for w in g),
+                    not cluster.warm(g),
+                    -len(before.intersection(g)),
+                ),
+            )
+        near = sorted(self._free, key=lambda w: (loads[w], w not in before, self._block(w)))
+        return self._ledger.cluster.canonical(near[: wish.width])
+
+    def _groups(self, width: int) -> list[tuple[str, ...]]:
+        """Aligned blocks, then groups that formed before (among the free, newest last)."""
+        order = self._order
+        blocks = [tuple(order[i : i + width]) for i in range(0, len(order) - width + 1, width)]
+        canonical = self._ledger.cluster.canonical
+        return [*(canonical(b) for b in blocks), *self._pod.groups.get(width, ())]
+
+    def _block(self, worker: str) -> tuple[int, int]:
+        """Free workers in its aligned pair and four: taking one from a broken block is cheaper."""
+        at = self._order.index(worker)
+        sizes = 0
+        for width in (8, 4, 2):
+            start = at // width * width
+            block = self._order[start : start + width]
+            sizes = sizes * 16 + sum(w in self._free for w in block)
+        return sizes, at
+
+    def _loads(self, wish: Wish) -> dict[str, int]:
+        """Time to load the weights, by worker."""
+        ledger, model = self._ledger, wish.first.request.model
+        workers = ledger.cluster.workers
+        return {w: ledger.residency.load_us(workers[w], model, wish.node) for w in self._free}

@@ -1,0 +1,288 @@
+"""`hocket`: one joint plan over all jobs of all requests, made anew at every event.
+
+What it joins: TetriServe's degree for each step, GENSERVE's preemption at step boundaries and
+batching, DiFlow's nodes and model residency, and the exact question that each of them asks only of
+one request at a time: who makes the deadline if all known requests are served from here on?
+
+    facts ──▶ pods ──▶ roster ──▶ kernel: give up, start, improve, fill ──▶ binding ──▶ starts
+              (about 8 workers      (rollouts of all known jobs, step by step)
+               planned together)
+
+Rounds: a round begins with its first plan after a boundary; between boundaries every event amends
+the standing plan by the same code. Steps are committed one at a time (or as many as `commit_us`
+takes), so a pause, a move or another degree is simply the next start; a job that is not started
+stays parked with those who hold its latent.
+
+Nobody gets a worker for a deadline that is lost: the hopeless, and those whose giving up keeps more
+others on time, become best effort. Best effort fills what is left with short steps, and goes first
+on a few workers once it has not moved for `patience_us`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from ...ledger import Ledger
+from ...lifecycle import JobState
+from ...settings import Settings, SettingValue, Spec
+from ...starts import Issue, Planned, Start
+from ...tracker import Tracked
+from ...values import DIT, TEXT, VAE
+from .binding import Binder, Wish
+from .improve import Limits, start_space
+from .kernel import Floats, Rules, scratch
+from .pods import Entry, Pod, Pods
+from .roster import Roster, RosterMaker
+from .search import decide
+
+NODES = (TEXT, DIT, VAE)
+
+
+class Hocket:
+    """The joint planner."""
+
+    SPECS: ClassVar[Mapping[str, Spec]] = {
+        "passes": Spec(2, low=0, high=10),  # of the search over what starts now; 0: base rule
+        "candidates": Spec(6, low=1, high=64),  # looked at for giving up, at a time
+        "operations_max": Spec(2_000_000, low=1_000),  # of the kernel, a pod and plan
+        "slack_sat_us": Spec(250_000, low=0),  # slack beyond this is worth nothing
+        "slack_worth": Spec(0.001, low=0.0),  # of a microsecond; a deadline is worth 1e9
+        "finish_worth": Spec(0.0, low=0.0),  # of finishing a microsecond earlier
+        "coarseness": Spec(0.05, low=0.0, high=1.0),  # steps bunched by part of time looked ahead
+        "fill_step_us": Spec(145_000, low=0),  # longer best-effort steps wait for an empty pod
+        "fill_growth": Spec(0.0, low=0.0, high=1.0),  # such steps may be longer by this part of age
+        "patience_us": Spec(120_000_000, low=0),  # without progress; then best effort goes first
+        "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
+        "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
+        "commit_us": Spec(20_000, low=0),  # as many steps are committed as fit; at least one
+        "pod_workers": Spec(8, low=1),
+        "steal": Spec(True),  # an idle pod takes waiting requests from others
+        "preload": Spec(True),  # workers hold the weights that fit before the first request
+    }
+
+    def __init__(self, settings: Settings, read: Mapping[str, SettingValue]) -> None:
+        self._settings = settings
+        self._read = dict(read)
+        self._pods = Pods(int(read["pod_workers"]))
+        self._maker = RosterMaker(float(read["priority_worth"]), int(read["patience_us"]))
+        self._rules = Rules(
+            float(read["slack_sat_us"]),
+            float(read["slack_worth"]),
+            float(read["finish_worth"]),
+            float(read["coarseness"]),
+        )
+        self._limits = Limits(
+            int(read["passes"]),
+            int(read["candidates"]),
+            int(read["operations_max"]),
+            float(read["fill_step_us"]),
+            int(read["aged_workers"]),
+        )
+        self._may_steal = bool(read["steal"])
+        self._fill_growth = float(read["fill_growth"])
+        self._round = 0
+        self._boundary_us = -1
+        self._preloaded: dict[str, str] = {}  # worker -> incarnation
+        self._room(16)
+        self.operations = 0
+
+    def plan(self, ledger: Ledger, now_us: int, issue: Issue) -> Planned:
+        """Decides for the pods that something happened to."""
+        if now_us >= self._boundary_us:
+            self._round += 1
+            self._boundary_us = now_us + (self._settings.round_us or 1_000_000)
+        touched, ledger.touched = ledger.touched, {}
+        changed = self._pods.follow(ledger, touched)
+        self._preload(ledger)
+        self._maker.forget()
+        self.operations = 0
+        lead = self._settings.lead_us > 0
+        for pod in self._pods.pods:
+            if lead or pod.index in changed:
+                self._decide(ledger, pod, now_us, issue)
+        return Planned(self._round, now_us)
+
+    def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
+        """With a lead, that long before each end of an assignment."""
+        lead_us = self._settings.lead_us
+        if not lead_us or planned_us is None:
+            return None
+        ends = [f.assignment.end_us - lead_us for f in ledger.board.flights.values()]
+        return min((e for e in ends if e > planned_us), default=None)
+
+    def likely_degree(self, step_us: Mapping[int, int]) -> int:
+        """The widest that is not wasteful: it doubles the speed of half as many by two thirds."""
+        best = min(step_us)
+        for k in sorted(step_us):
+            if step_us[k] * k <= 1.5 * step_us[best] * best and step_us[k] < step_us[best]:
+                best = k
+        return best
+
+    # ------------------------------------------------------------------------------ one pod
+
+    def _decide(self, ledger: Ledger, pod: Pod, now_us: int, issue: Issue) -> None:
+        roster = self._maker.make(ledger, pod, now_us)
+        nothing = len(roster.entries) == roster.running and not roster.spare
+        if nothing and roster.free and self._may_steal and self._steal(pod):
+            roster = self._maker.make(ledger, pod, now_us)
+        if not roster.free:
+            return
+        wishes: list[Wish] = []
+        if len(roster.entries) > roster.running:
+            self._search(ledger, pod, roster, now_us)
+            wishes = self._wishes(roster)
+        room = len(roster.free) - sum(w.width for w in wishes)
+        wishes += self._fill(pod, roster, room, now_us)
+        for wish, workers in Binder(ledger, pod, list(roster.free)).bind(wishes):
+            begin_us = max(now_us, *(roster.free[w] for w in workers))
+            requests = tuple(t.id for t in wish.members)
+            start = Start(requests, wish.node, workers, wish.steps, wish.reason)
+            sequence = issue(start, begin_us).sequence
+            pod.know(workers)
+            for worker in workers:
+                pod.sequences.setdefault(worker, []).append(sequence)
+
+    def _search(self, ledger: Ledger, pod: Pod, roster: Roster, now_us: int) -> None:
+        """Runs the kernel: `_start` holds what it wants."""
+        n = len(roster.entries)
+        self._room(n)
+        on = self._on[:n]
+        self.operations += decide(
+            float(now_us),
+            len(pod.workers),
+            len(roster.free),
+            roster.jobs,
+            on,
+            self._moves(ledger, roster),
+            roster.tables(),
+            self._rules,
+            self._limits,
+            self._trial,
+            type(self._start)(*(a[:n] for a in self._start)),
+            self._scratch,
+        )
+        for entry, hopeful in zip(roster.entries, on.tolist(), strict=True):
+            entry.hopeful = bool(hopeful)
+
+    def _fill(self, pod: Pod, roster: Roster, room: int, now_us: int) -> list[Wish]:
+        """The hopeless on what is left, in deadline order: as the kernel's own fill."""
+        wishes: list[Wish] = []
+        for entry, price in roster.spare:
+            if room <= 0:
+                break
+            node = next_node(entry.tracked)
+            age_us = now_us - entry.tracked.arrived_us
+            limit_us = self._limits.fill_step_us + self._fill_growth * age_us
+            for width, step_us in zip(roster.widths, price.step_us, strict=True):
+                if width > room:
+                    break
+                soon = node != DIT or step_us <= limit_us
+                if soon or (room == len(pod.workers) and step_us == min(price.step_us)):
+                    wishes.append(Wish([entry.tracked], node, width, 1, "best-effort"))
+                    room -= width
+                    break
+        return wishes
+
+    def _wishes(self, roster: Roster) -> list[Wish]:
+        """The kernel's start, in deadline order."""
+        n = len(roster.entries)
+        choice, head = self._start.choice[:n].tolist(), self._start.head[:n].tolist()
+        members: dict[int, list[int]] = {}
+        for i in range(n):
+            if choice[i] >= 0:
+                members.setdefault(head[i], []).append(i)
+        wishes: list[Wish] = []
+        for first, batch in members.items():
+            entry = roster.entries[first]
+            tracked = entry.tracked
+            node = next_node(tracked)
+            price = roster.prices[int(roster.jobs[first, 0])]
+            steps = 1
+            if node == DIT:
+                step_us = price.step_us[choice[first]]
+                if len(batch) > 1:
+                    step_us = price.batch_us[len(batch) - 1]
+                left = min(int(roster.jobs[i, 2]) for i in batch)
+                steps = max(1, min(left, int(int(self._read["commit_us"]) // step_us)))
+            reason = "on-time" if entry.hopeful else "best-effort"
+            width = roster.widths[choice[first]]
+            tracks = [roster.entries[i].tracked for i in batch]
+            wishes.append(Wish(tracks, node, width, steps, reason))
+        return wishes
+
+    def _moves(self, ledger: Ledger, roster: Roster) -> Floats:
+        """What starting at each width costs before the first step: moving, loading."""
+        moving = ledger.moving
+        moves = self._move[: len(roster.entries), : len(roster.widths)]
+        moves[:] = 0.0
+        bounded = any(ledger.residency.bounded(ledger.cluster.workers[w]) for w in roster.free)
+        if not moving.change_us and not bounded:
+            return moves
+        for i, entry in enumerate(roster.entries):
+            tracked = entry.tracked
+            group = tracked.group or tuple(h.worker for h in tracked.latest())
+            stays = all(w in roster.free for w in group)
+            decodes = tracked.jobs[DIT].state is JobState.DONE
+            for k, width in enumerate(roster.widths):
+                same = width == len(group) and stays
+                if decodes:
+                    same = any(w in roster.free for w in group)
+                if group and not same:
+                    moves[i, k] = moving.change_us
+            if bounded:
+                moves[i] += self._loads_us(ledger, roster, tracked.request.model, decodes)
+        return moves
+
+    def _loads_us(self, ledger: Ledger, roster: Roster, model: str, decodes: bool) -> list[float]:
+        """By width: loading on the free workers that need it least."""
+        workers = ledger.cluster.workers
+        node = VAE if decodes else DIT
+        each = sorted(ledger.residency.load_us(workers[w], model, node) for w in roster.free)
+        return [float(each[min(k, len(each)) - 1]) for k in roster.widths]
+
+    def _steal(self, pod: Pod) -> bool:
+        """Takes a waiting request from the pod with the most work; those it gave up on first."""
+        others = [p for p in self._pods.pods if p is not pod and len(p.entries) > len(p.workers)]
+        for other in sorted(others, key=lambda p: (-p.work_us // len(p.workers), p.index))[:4]:
+            waiting = [e for e in other.entries if self._may_leave(e, pod)]
+            if waiting:
+                entry: Entry = min(waiting, key=lambda e: (e.hopeful, e.key))
+                self._pods.move(entry, pod)
+                return True
+        return False
+
+    def _may_leave(self, entry: Entry, pod: Pod) -> bool:
+        tracked = entry.tracked
+        return not tracked.outstanding and pod.can(tracked.request.model)
+
+    def _preload(self, ledger: Ledger) -> None:
+        """A worker that joins has had time to load what fits."""
+        if not self._read["preload"]:
+            return
+        for pod in self._pods.pods:
+            for worker in pod.workers:
+                if self._preloaded.get(worker.name) == worker.incarnation:
+                    continue
+                self._preloaded[worker.name] = worker.incarnation
+                for model in worker.models:
+                    for node in NODES:
+                        ledger.residency.preload(worker, model, node)
+
+    def _room(self, n: int) -> None:
+        """Work space for n jobs."""
+        if hasattr(self, "_on") and len(self._on) >= n:
+            return
+        size = 2 * n
+        self._on = np.zeros(size, np.int64)
+        self._start = start_space(size)
+        self._scratch = scratch(size)
+        self._trial = np.zeros((size, 9))
+        self._move = np.zeros((size, 16))
+
+
+def next_node(tracked: Tracked) -> str:
+    """The node that a request's next run is of."""
+    return next(n for n in NODES if tracked.jobs[n].state is not JobState.DONE)

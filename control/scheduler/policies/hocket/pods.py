@@ -1,0 +1,182 @@
+"""Pods: workers that are planned together, and the requests that each of them serves.
+
+A large cluster is cut into pods of about eight workers that can do the same, in cluster order, so
+that a host, or an island of it, is a pod where it is large enough. A request belongs to one pod; it
+joins the one that can begin it soonest and changes it only while nothing of it runs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ...cluster import Worker
+from ...ledger import Ledger
+from ...tracker import Tracked
+
+BEST_EFFORT_KEY = 1 << 62
+GROUPS_MAX = 64  # of one width, remembered in a pod
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request in a pod."""
+
+    tracked: Tracked
+    key: tuple[int, int]  # deadline, order of arrival
+    work_us: int  # of all its steps on one worker, when it joined
+    hopeful: bool = True  # the last decision counted on it
+
+    @property
+    def id(self) -> str:
+        return self.tracked.id
+
+
+@dataclass(slots=True)
+class Pod:
+    """Workers of one kind, and the requests they serve in deadline order."""
+
+    index: int
+    workers: list[Worker]
+    gpus: tuple[str, ...]  # GPU kinds, as the ledger names them
+    entries: list[Entry] = field(default_factory=list)
+    sequences: dict[str, list[int]] = field(default_factory=dict)  # worker -> given to it
+    groups: dict[int, dict[tuple[str, ...], None]] = field(default_factory=dict)  # by width
+    work_us: int = 0  # of the entries
+
+    def know(self, group: tuple[str, ...]) -> None:
+        """A group forms: it will be warm. The oldest are forgotten."""
+        if len(group) > 1:
+            known = self.groups.setdefault(len(group), {})
+            known[group] = None
+            if len(known) > GROUPS_MAX:
+                del known[next(iter(known))]
+
+    def add(self, entry: Entry) -> None:
+        insort(self.entries, entry, key=lambda e: e.key)
+        self.work_us += entry.work_us
+
+    def remove(self, entry: Entry) -> None:
+        at = bisect_left(self.entries, entry.key, key=lambda e: e.key)
+        assert self.entries[at] is entry, "keys are unique: they hold the order of arrival"
+        del self.entries[at]
+        self.work_us -= entry.work_us
+
+    def can(self, model: str) -> bool:
+        return self.workers[0].can(model)
+
+    def running(self, ledger: Ledger, worker: str) -> list[int]:
+        """Sequences that the worker has in hand, oldest first."""
+        flights = ledger.board.flights
+        known = self.sequences.get(worker)
+        if not known:
+            return []
+        known[:] = [s for s in known if s in flights]
+        return known
+
+
+@dataclass(slots=True)
+class Pods:
+    """All pods; built anew when workers come or go."""
+
+    size: int  # workers in a pod, about
+    pods: list[Pod] = field(default_factory=list)
+    where: dict[str, Pod] = field(default_factory=dict)  # by request
+    entries: dict[str, Entry] = field(default_factory=dict)
+    homeless: dict[str, Entry] = field(default_factory=dict)  # no pod can run their model
+    _names: tuple[str, ...] = ()
+
+    def follow(self, ledger: Ledger, touched: Iterable[str]) -> set[int]:
+        """Takes in what changed; indices of the pods concerned."""
+        changed = self._follow_workers(ledger)
+        for request in touched:
+            tracked = ledger.tracked.get(request)
+            entry = self.entries.get(request)
+            if tracked is None or (entry is not None and entry.tracked is not tracked):
+                changed |= self._drop(request)
+                entry = None
+            if tracked is None:
+                continue
+            if entry is None:
+                entry = self.entries[request] = _entry(ledger, tracked)
+                self._house(entry)
+            pod = self.where.get(request)
+            if pod is not None:
+                changed.add(pod.index)
+        return changed
+
+    def move(self, entry: Entry, pod: Pod) -> None:
+        """Gives a request to another pod."""
+        self.where[entry.id].remove(entry)
+        pod.add(entry)
+        self.where[entry.id] = pod
+
+    def _drop(self, request: str) -> set[int]:
+        entry = self.entries.pop(request, None)
+        pod = self.where.pop(request, None)
+        self.homeless.pop(request, None)
+        if entry is None or pod is None:
+            return set()
+        pod.remove(entry)
+        return {pod.index}
+
+    def _house(self, entry: Entry) -> None:
+        """The pod with the least work for each worker, of those that have the model."""
+        model = entry.tracked.request.model
+        able = [p for p in self.pods if p.can(model)]
+        if not able:
+            self.homeless[entry.id] = entry
+            return
+        pod = min(able, key=lambda p: (p.work_us // len(p.workers), p.index))
+        pod.add(entry)
+        self.where[entry.id] = pod
+
+    def _follow_workers(self, ledger: Ledger) -> set[int]:
+        usable = ledger.cluster.usable()
+        names = tuple(w.name for w in usable)
+        if names == self._names:
+            return set()
+        self._names = names
+        sequences = {w: s for p in self.pods for w, s in p.sequences.items()}
+        before = {r: tuple(w.name for w in p.workers) for r, p in self.where.items()}
+        self.pods = [
+            Pod(i, workers, ledger.gpus(w.name for w in workers))
+            for i, workers in enumerate(cut(usable, self.size))
+        ]
+        home: dict[str, Pod] = {w.name: p for p in self.pods for w in p.workers}
+        for worker, pod in home.items():
+            pod.sequences[worker] = sequences.get(worker, [])
+        self.where.clear()
+        self.homeless.clear()
+        for request, entry in self.entries.items():
+            stays = [home[w] for w in before.get(request, ()) if w in home]
+            if stays and stays[0].can(entry.tracked.request.model):
+                stays[0].add(entry)
+                self.where[request] = stays[0]
+            else:
+                self._house(entry)
+        return {p.index for p in self.pods}
+
+
+def cut(workers: list[Worker], size: int) -> list[list[Worker]]:
+    """Pods of `size` to twice `size` less one workers that have the same models, in order."""
+    alike: dict[tuple[object, ...], list[Worker]] = {}
+    for worker in workers:
+        models = tuple((m.name, m.degrees, m.batch_max) for m in worker.models.values())
+        alike.setdefault((worker.gpu, models), []).append(worker)
+    pods: list[list[Worker]] = []
+    for group in alike.values():
+        count = max(1, len(group) // size)
+        ends = [size * (i + 1) for i in range(count - 1)] + [len(group)]
+        starts = [0, *ends[:-1]]
+        pods += [group[a:b] for a, b in zip(starts, ends, strict=True)]
+    return pods
+
+
+def _entry(ledger: Ledger, tracked: Tracked) -> Entry:
+    request = tracked.request
+    gpus = ledger.gpus(w.name for w in ledger.cluster.usable() if w.can(request.model))
+    step_us = ledger.predict(request, "dit", 1, gpus).mean_us
+    deadline_us = BEST_EFFORT_KEY if request.deadline_us is None else request.deadline_us
+    return Entry(tracked, (deadline_us, tracked.order), request.steps * step_us)

@@ -1,0 +1,204 @@
+"""A pod as the kernel sees it: prices by kind, a matrix of jobs, what moves cost.
+
+Times are microseconds on the control plane's clock, as floats: exact up to 2^53.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...ledger import Ledger
+from ...lifecycle import JobState
+from ...tracker import Tracked
+from ...values import DIT, TEXT, VAE, Request, Shape
+from .kernel import (
+    AGED,
+    AVAIL,
+    COLUMNS,
+    DEADLINE,
+    EPS,
+    NEVER,
+    STEPS_LEFT,
+    TEXT_LEFT,
+    VAE_LEFT,
+    Floats,
+    Tables,
+)
+from .pods import Entry, Pod
+
+Kind = tuple[str, Shape]
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Call times of one kind in a pod."""
+
+    text_us: int
+    vae_us: int
+    step_us: tuple[float, ...]  # by index of width; NEVER where it cannot
+    batch_us: tuple[float, ...]  # of 1, 2, ... jobs at degree 1
+
+
+@dataclass(slots=True)
+class Roster:
+    """One pod at one instant."""
+
+    entries: list[Entry] = field(default_factory=list)
+    jobs: Floats = field(default_factory=lambda: np.zeros((0, COLUMNS)))
+    kinds: list[Kind] = field(default_factory=list)
+    prices: list[Prices] = field(default_factory=list)
+    widths: tuple[int, ...] = ()
+    free: dict[str, int] = field(default_factory=dict)  # idle workers -> when, in pod order
+    running: int = 0
+    spare: list[tuple[Entry, Prices]] = field(default_factory=list)  # hopeless, could start now
+
+    def tables(self) -> Tables:
+        """The prices as matrices."""
+        step_us = np.array([p.step_us for p in self.prices]).reshape(len(self.prices), -1)
+        batch_max = max((len(p.batch_us) for p in self.prices), default=1)
+        batch_us = np.full((len(self.prices), batch_max), NEVER)
+        for row, p in zip(batch_us, self.prices, strict=True):
+            row[: len(p.batch_us)] = p.batch_us
+        return Tables(np.array(self.widths, np.int64), step_us, batch_us, step_us.min(axis=1))
+
+
+class RosterMaker:
+    """Makes rosters; prices are asked for once a plan."""
+
+    def __init__(self, priority_worth: float, patience_us: int) -> None:
+        self._priority_worth = priority_worth
+        self._patience_us = patience_us
+        self._prices: dict[tuple[tuple[str, ...], tuple[int, ...], Kind], Prices] = {}
+
+    def forget(self) -> None:
+        """A new plan: prices may have changed."""
+        self._prices.clear()
+
+    def make(self, ledger: Ledger, pod: Pod, now_us: int) -> Roster:
+        """The pod's jobs in deadline order; those with no worker to wait for are due now."""
+        roster = Roster(widths=widths_of(pod))
+        until_us = now_us + ledger.settings.lead_us
+        ends: dict[int, int] = {}
+        for worker in pod.workers:
+            end_us = max(worker.freed_us, now_us)
+            for sequence in pod.running(ledger, worker.name):
+                if sequence not in ends:
+                    ends[sequence] = flight_end_us(ledger, sequence, now_us)
+                end_us = max(end_us, ends[sequence])
+            if end_us <= until_us:
+                roster.free[worker.name] = end_us
+        rows: list[tuple[float, ...]] = []
+        numbers: dict[Kind, int] = {}
+        held: set[int] = set()
+        names = {w.name for w in pod.workers}
+        for entry in pod.entries:
+            request = entry.tracked.request
+            kind = (request.model, request.shape)
+            number = numbers.get(kind)
+            if number is None:
+                number = numbers[kind] = len(roster.kinds)
+                roster.kinds.append(kind)
+                roster.prices.append(self._price(ledger, pod, roster.widths, request))
+            row = self._row(ledger, entry, number, roster.prices[number], names, held, now_us)
+            if row[AVAIL] <= now_us and row[AGED] <= 0 and hopeless(row, roster.prices[number]):
+                entry.hopeful = False
+                roster.spare.append((entry, roster.prices[number]))
+                continue
+            rows.append(row)
+            roster.entries.append(entry)
+            roster.running += row[AVAIL] > now_us
+        roster.jobs = np.array(rows).reshape(len(rows), COLUMNS)
+        return roster
+
+    def _price(self, ledger: Ledger, pod: Pod, widths: tuple[int, ...], request: Request) -> Prices:
+        key = (pod.gpus, widths, (request.model, request.shape))
+        known = self._prices.get(key)
+        if known is None:
+            facts = pod.workers[0].models[request.model]
+
+            def call(node: str, degree: int = 1, batch: int = 1) -> int:
+                return ledger.predict(request, node, degree, pod.gpus, batch).safe_us
+
+            steps = [float(call(DIT, k)) if k == 1 or k in facts.degrees else NEVER for k in widths]
+            batches = [float(call(DIT, 1, b)) for b in range(1, facts.batch_max + 1)]
+            known = Prices(call(TEXT), call(VAE), tuple(steps), tuple(batches))
+            self._prices[key] = known
+        return known
+
+    def _row(
+        self,
+        ledger: Ledger,
+        entry: Entry,
+        number: int,
+        prices: Prices,
+        names: set[str],
+        held: set[int],
+        now_us: int,
+    ) -> tuple[float, ...]:
+        """Columns as in `kernel`."""
+        tracked, request = entry.tracked, entry.tracked.request
+        text, dit, vae = (tracked.jobs[n] for n in (TEXT, DIT, VAE))
+        avail_us, width, steps_left = now_us, 0, request.steps - tracked.steps_done
+        outstanding = text.outstanding or dit.outstanding or vae.outstanding
+        if outstanding:
+            sequence = outstanding[-1]
+            flight = ledger.board.flights[sequence]
+            avail_us = flight_end_us(ledger, sequence, now_us)
+            ahead = len(outstanding) > 1 or not dit.outstanding
+            if dit.outstanding:
+                steps_left = request.steps - planned_steps(tracked, ledger)
+                ahead = ahead or steps_left <= 0
+            if ahead or avail_us > now_us + ledger.settings.lead_us:
+                avail_us = max(avail_us, now_us + 1)  # nothing more can be given to it now
+            else:
+                avail_us = now_us
+            if sequence not in held and avail_us > now_us:
+                held.add(sequence)
+                width = sum(w in names for w in flight.assignment.workers)
+        text_us = prices.text_us if text.state in (JobState.READY, JobState.BLOCKED) else 0
+        decoding = vae.state in (JobState.ASSIGNED, JobState.DONE)
+        deadline_us = request.deadline_us
+        age_us = now_us - tracked.progressed_us
+        hopeless = deadline_us is None or not entry.hopeful
+        return (
+            float(number),
+            float(text_us),
+            float(0 if decoding else max(0, steps_left)),
+            float(0 if decoding else prices.vae_us),
+            float(-1 if deadline_us is None else deadline_us),
+            float(avail_us),
+            float(width),
+            1.0 + self._priority_worth * request.priority,
+            float(age_us if hopeless and age_us > self._patience_us else 0),
+        )
+
+
+def hopeless(row: tuple[float, ...], prices: Prices) -> bool:
+    """Begun now and alone, at its fastest, it would still be late."""
+    steps_us = row[STEPS_LEFT] * min(prices.step_us)
+    end_us = row[AVAIL] + row[TEXT_LEFT] + steps_us + row[VAE_LEFT]
+    return end_us > row[DEADLINE] + EPS
+
+
+def widths_of(pod: Pod) -> tuple[int, ...]:
+    """Degrees on offer in a pod."""
+    degrees = {1} | {d for m in pod.workers[0].models.values() for d in m.degrees}
+    return tuple(d for d in sorted(degrees) if d <= len(pod.workers))
+
+
+def planned_steps(tracked: Tracked, ledger: Ledger) -> int:
+    """Steps done once its outstanding assignment is over."""
+    assignment = ledger.board.flights[tracked.jobs[DIT].outstanding[-1]].assignment
+    member = next(m for m in assignment.batch if m.request == tracked.id)
+    return member.first_step + assignment.steps
+
+
+def flight_end_us(ledger: Ledger, sequence: int, now_us: int) -> int:
+    """When an assignment will be over: after now, by its last report or its prediction."""
+    flight = ledger.board.flights[sequence]
+    a = flight.assignment
+    if flight.reported_us is not None:
+        return max(now_us + 1, flight.reported_us + flight.steps_left * a.step_time_us)
+    return max(now_us + 1, a.end_us)
