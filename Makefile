@@ -9,6 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # uv does not read pip's configuration; this hands it the folder of local wheels, where there is one.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 STAMP := $(VENV)/.set-up
+CODE := hocket gateway control gpuworker bench tests tools
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up test lint types proto bench profile clean
@@ -31,7 +32,9 @@ $(STAMP): pyproject.toml
 	  PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pip install -q -e ".[dev]"; \
 	fi
 	@if command -v nvidia-smi >/dev/null; then $(BIN)/python -m pip install -q -e ".[cuda]"; fi
-	@echo "setting up 3/3: done"
+	@echo "setting up 3/3: compiling the planner (10 to 30 s, once)"
+	@$(BIN)/python -m control.scheduler.policies.hocket.warm
+	@echo "set up"
 	@touch $@
 
 demo: setup  ## the whole mesh on this machine; makes pictures at three sizes, then stops
@@ -60,4 +63,5 @@ profile: setup  ## measures this machine's step times through the mesh, writes a
 	@python -m bench profile
 
 clean:  ## removes what was made here, .venv included
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +  # the compiled planner, too
 	rm -rf $(VENV) state out .pytest_cache .mypy_cache .ruff_cache

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from control.config import ControlSettings
+from control.scheduler.policies import REGISTRY
+from control.scheduler.policies.hocket.warm import compile_all
 from control.service import serve
 from hocket import telemetry
 from hocket.clock import SystemClock
 from hocket.config import load_or_exit
 from hocket.errors import HocketError
+
+log = logging.getLogger(__name__)
+
+_TELL_AFTER_S = 2.0
+_POLICIES = f"Planning policy: {', '.join(REGISTRY)}."
 
 
 def main(
@@ -23,7 +32,7 @@ def main(
     nats_url: Annotated[str | None, typer.Option(help="Where nats-server listens.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Run state: endpoints, traces.")] = None,
     listen: Annotated[str | None, typer.Option(help="host:port; port 0 picks one.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Planning policy.")] = None,
+    policy: Annotated[str | None, typer.Option(help=_POLICIES)] = None,
     policy_set: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE of the policy; repeatable.")
     ] = None,
@@ -38,7 +47,7 @@ def main(
         int | None, typer.Option(help="A worker silent for longer is gone.")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with a [control] table.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with a \\[control] table.")] = None,
 ) -> None:
     """Runs the control plane: leases, planning, assignments."""
     options = {
@@ -54,22 +63,36 @@ def main(
         "lease_us": lease_us,
         "log_level": log_level,
     }
+    settings = load_or_exit(ControlSettings, options, config)
+    told = telemetry.setup("control", "0", settings.state_dir, settings.log_level)
     try:
-        asyncio.run(_run(load_or_exit(ControlSettings, options, config)))
+        if settings.policy == "hocket":
+            _compile_planner()
+        asyncio.run(_run(settings, told))
     except HocketError as error:
         print(f"control: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
+    finally:
+        told.close()
 
 
-async def _run(settings: ControlSettings) -> None:
-    told = telemetry.setup("control", "0", settings.state_dir, settings.log_level)
+def _compile_planner() -> None:
+    """Compiles what no earlier start has left in the cache; a signal still ends the process."""
+    slow = "compiling the planner, once per installation (10 to 30 s)"
+    teller = threading.Timer(_TELL_AFTER_S, log.info, (slow,))
+    teller.daemon = True
+    teller.start()
+    try:
+        compile_all()
+    finally:
+        teller.cancel()
+
+
+async def _run(settings: ControlSettings, told: telemetry.Telemetry) -> None:
     stop = asyncio.Event()
     for sign in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(sign, stop.set)
-    try:
-        await serve(settings, SystemClock(), told, stop)
-    finally:
-        told.close()
+    await serve(settings, SystemClock(), told, stop)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class ControlSettings(Common, frozen=True, kw_only=True):
     section: ClassVar[str] = "control"
 
     listen: str = "127.0.0.1:0"  # where ControlService is served
-    policy: str = "tetriserve"
+    policy: str = "hocket"  # a name of control/scheduler/policies
     policy_settings: tuple[str, ...] = ()  # key=value, as the policy names them
     profiles: tuple[Path, ...] = ()  # CSV files beside the shipped ones; later files win
     rounds: bool = True  # False: every event is a planning point

@@ -33,7 +33,7 @@ class Outlet(Protocol):
         """A request ended."""
 
     async def planned(self, plan: values.Plan, plan_time_us: int) -> None:
-        """A plan was made: journal it and tell the workers."""
+        """A plan was made: journal it and tell the workers. Whom it turned away has ended."""
 
 
 class Driver:
@@ -71,6 +71,8 @@ class Driver:
         if self.scheduler.due(now_us) or (wake_us is not None and wake_us <= now_us):
             plan = self.scheduler.plan(now_us)
             await self._outlet.planned(plan, self._clock.now_us() - now_us)
+            for ended in plan.ended:
+                await self._outlet.ended(ended)
 
     async def _next_facts(self) -> list[values.Event]:
         """All facts that wait, or none when the time for a plan comes first."""

@@ -136,12 +136,28 @@ def to_ending(ended: values.Ended, record: Record, steps_total: int) -> mesh_pb2
         )
     elif ended.outcome is values.Outcome.CANCELLED:
         event.cancelled.steps_done = ended.steps_done
+    elif ended.outcome is values.Outcome.REJECTED:
+        event.failed.CopyFrom(_turned_away(ended, record, steps_total))
     else:
         event.failed.reason = ended.reason or "FAILED"
         event.failed.message = (
             f"gave up after {ended.steps_done} of {steps_total} steps: {ended.reason.lower()}"
         )
     return event
+
+
+def _turned_away(ended: values.Ended, record: Record, steps_total: int) -> types_pb2.Failure:
+    """By the policy's own admission; its reason goes with it."""
+    reason = ended.reason or "UNSAID"
+    waited_us = ended.at_us - record.accepted_us
+    return types_pb2.Failure(
+        reason="REJECTED_BY_POLICY",
+        message=(
+            f"the planning policy turned it away after {waited_us / 1e6:.2f} s and "
+            f"{ended.steps_done} of {steps_total} steps: {reason.lower().replace('_', ' ')}"
+        ),
+        metadata={"policy_reason": reason, "steps_done": str(ended.steps_done)},
+    )
 
 
 def to_plan_record(plan: values.Plan, plan_time_us: int) -> journal_pb2.PlanRecord:

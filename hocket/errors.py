@@ -192,6 +192,7 @@ _REASON_CODES: dict[str, grpc.StatusCode] = {
     "DEADLINE_UNATTAINABLE": grpc.StatusCode.FAILED_PRECONDITION,
     "IDEMPOTENCY_KEY_REUSED": grpc.StatusCode.INVALID_ARGUMENT,
     "NO_WORKERS": grpc.StatusCode.UNAVAILABLE,
+    "REJECTED_BY_POLICY": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "MODEL_NOT_SERVED": grpc.StatusCode.NOT_FOUND,
     "CANCELLED": grpc.StatusCode.CANCELLED,
 }

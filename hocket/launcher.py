@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 Report = Callable[[str], None]
 _POLL_S = 0.05
 _SERVICE_START_S = 60.0
+_CONTROL_START_S = 300.0  # the first one compiles the planner
+_CONTROL_SLOW_S = 4.0
 _WORKERS_START_S = 300.0  # torch is imported, models are loaded
 _GATEWAY_GRACE_S = 3.0
 
@@ -103,7 +105,12 @@ async def _start_broker(plan: MeshPlan, children: Children, report: Report) -> s
 async def _start_control(plan: MeshPlan, url: str, children: Children, report: Report) -> str:
     options = [f"--policy={plan.policy}"] if plan.policy else []
     child = await children.start("control", _service("control", plan, url, options), stop_rank=1)
-    address = await _announced(plan, child, "control")
+    slow = "control      still starting; the first start compiles the planner, 10 to 30 s"
+    teller = asyncio.get_running_loop().call_later(_CONTROL_SLOW_S, report, slow)
+    try:
+        address = await _announced(plan, child, "control", _CONTROL_START_S)
+    finally:
+        teller.cancel()
     report(f"control      {address}")
     return address
 
@@ -171,26 +178,33 @@ async def _count_workers(stub: ControlServiceAsyncStub, wanted: int, report: Rep
             return
 
 
-async def _announced(plan: MeshPlan, child: Child, service: str) -> str:
+async def _announced(
+    plan: MeshPlan, child: Child, service: str, limit_s: float = _SERVICE_START_S
+) -> str:
     async def known() -> bool:
         return endpoints.find(plan.state_dir, service) is not None
 
-    await _until(child, known, service)
+    await _until(child, known, service, limit_s)
     found = endpoints.find(plan.state_dir, service)
     assert found is not None, "just seen"
     return found.address
 
 
-async def _until(child: Child, ready: Callable[[], Awaitable[bool]], what: str) -> None:
+async def _until(
+    child: Child,
+    ready: Callable[[], Awaitable[bool]],
+    what: str,
+    limit_s: float = _SERVICE_START_S,
+) -> None:
     """Polls until `ready`; raises MeshStopped when the child dies or takes too long."""
     try:
-        async with asyncio.timeout(_SERVICE_START_S):
+        async with asyncio.timeout(limit_s):
             while not await ready():
                 if child.process.returncode is not None:
                     raise MeshStopped(f"{what} did not start\n{child.log_tail()}")
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:
-        told = f"{what} is not ready after {_SERVICE_START_S:.0f} s\n{child.log_tail()}"
+        told = f"{what} is not ready after {limit_s:.0f} s\n{child.log_tail()}"
         raise MeshStopped(told) from None
 
 

@@ -96,14 +96,19 @@ class Board:
             a = flight.assignment
             begin = flight.issued_us
             for worker in a.workers:
-                begin = max(begin, idle_us.get(worker, 0))
+                earlier = idle_us.get(worker, 0)
+                if earlier > begin:
+                    begin = earlier
             for member in a.batch:
-                begin = max(begin, job_us.get(member.request, 0))
+                earlier = job_us.get(member.request, 0)
+                if earlier > begin:
+                    begin = earlier
             if flight.reported_us is not None:
-                end = flight.reported_us + flight.steps_left * a.step_time_us
+                end = flight.reported_us + (a.steps - flight.steps_done) * a.step_time_us
             else:
                 end = begin + flight.setup_us + a.steps * a.step_time_us
-            end = max(end, now_us)
+            if end < now_us:
+                end = now_us
             start_us[sequence], end_us[sequence] = begin, end
             for worker in a.workers:
                 idle_us[worker] = free_us[worker] = end

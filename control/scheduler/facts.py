@@ -88,6 +88,7 @@ def _arrived(ledger: Ledger, fact: Arrived) -> tuple[Ended, ...]:
         return ()
     ledger.tracked[request.id] = Tracked(request, ledger.arrivals, fact.at_us, fact.at_us)
     ledger.arrivals += 1
+    ledger.progress(request.id)
     ledger.touched[request.id] = None
     for worker in ledger.cluster.workers.values():
         if request.id in worker.unclaimed:
@@ -156,6 +157,7 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
             flight.steps_done = max(flight.steps_done, steps)
             if steps > steps_before:
                 tracked.stepped(member.first_step + steps, assignment.workers, fact.at_us)
+                ledger.progress(tracked.id)
         if fact.last:
             ended += _job_over(ledger, tracked, flight, fact.at_us)
     return tuple(ended)

@@ -19,6 +19,7 @@ from .values import DIT, VAE, Ended, Layout, Outcome, Request, Shape, Truncation
 
 WORKERS_MAX = 4096  # beyond these, lost workers are forgotten
 RATES_MAX = 4096  # models and shapes whose call times are kept at hand
+PROGRESSED_MAX = 4096
 TOUCHED_MAX = 65_536  # changed requests beyond those inside
 
 
@@ -51,6 +52,8 @@ class Ledger:
     released: list[str] = field(default_factory=list)  # for the next plan
     due: bool = False  # an event made an immediate plan worthwhile
     eager: bool = True  # every end of an assignment makes a plan worthwhile
+    # What arrived, got on, fell back or ended since an estimate; None: more than is worth a list.
+    progressed: dict[str, None] | None = None
     touched: dict[str, None] = field(default_factory=dict)  # requests changed since a plan
     stages_wait: bool = False  # the last plan left encode or decode jobs for want of room
     _rates: dict[tuple[str, Shape], Rates] = field(default_factory=dict)
@@ -150,6 +153,7 @@ class Ledger:
         assert not tracked.outstanding
         surviving = [done for w, done in tracked.holders.items() if self.cluster.living(w)]
         tracked.resume_from(max(surviving, default=None))
+        self.progress(tracked.id)
         self._touch(tracked.id)
 
     def _part(self, tracked: Tracked, mates: list[str], called_off: list[int], now_us: int) -> None:
@@ -163,6 +167,13 @@ class Ledger:
             self.call_off(mate, now_us)
             mate.attempt += 1
             self.fall_back(mate)
+
+    def progress(self, request: str) -> None:
+        """What is left of it to run is not what it was."""
+        if self.progressed is not None:
+            self.progressed[request] = None
+            if len(self.progressed) > PROGRESSED_MAX:
+                self.progressed = None
 
     def _touch(self, request: str) -> None:
         """It changed. Where nobody asks what did, only those inside are remembered."""
@@ -189,6 +200,7 @@ class Ledger:
             if job.state is not JobState.DONE:
                 job.move(JobState.DROPPED)
         del self.tracked[tracked.id]
+        self.progress(tracked.id)
         self._touch(tracked.id)
         self.board.forget(tracked.id)
         self.due = True

@@ -17,26 +17,32 @@ from .planners import Planner
 from .tracker import Tracked
 from .values import DIT, TEXT, VAE, Request, Shape
 
+PRICES_MAX = 4096  # call times kept
 Urgency = tuple[int, bool, int, int]
 
 
 class Estimates:
     """Estimates from one state of the ledger: whoever changes it says so with `forget`.
 
-    Until then the queue is summed up once, so that each question costs a search in it.
+    Until then the queue is summed up once, so that each question costs a search in it. From one
+    state to the next only those requests are looked at anew that the ledger says progressed.
     """
 
     def __init__(self, ledger: Ledger, policy: Planner) -> None:
         self._ledger = ledger
         self._policy = policy
+        self._urgencies: list[Urgency] = []  # of all requests inside, ascending
+        self._works_us: list[int] = []  # beside it
+        self._known: dict[str, Urgency] = {}
+        self._mean_us: dict[tuple[str, Shape, str], int] = {}
+        self._version = (-1, -1)
+        ledger.progressed = None  # one reader at a time, and this one knows nothing yet
         self.forget()
 
     def forget(self) -> None:
         """The ledger changes."""
-        self._queue: tuple[list[Urgency], list[int]] | None = None
+        self._sums_us: list[int] | None = None
         self._forecast: tuple[int, Forecast] | None = None
-        self._gpus: tuple[str, ...] | None = None
-        self._mean_us: dict[tuple[str, Shape, str], int] = {}
 
     def newcomer_finish_us(self, request: Request, now_us: int) -> int:
         """Finish of a request that arrived now."""
@@ -70,21 +76,57 @@ class Estimates:
         """Work of whoever is served before (higher priority, earlier deadline, earlier arrival),
         shared out over all workers.
         """
-        if self._queue is None:
-            tracked = sorted(
-                (_urgency(t.request, t.order), self._work_us(t))
-                for t in self._ledger.tracked.values()
-            )
-            self._queue = (
-                [urgency for urgency, _ in tracked],
-                list(accumulate((work_us for _, work_us in tracked), initial=0)),
-            )
-        urgencies, sums_us = self._queue
-        work_us = sums_us[bisect_left(urgencies, mine)]
+        sums_us = self._sums_us
+        if sums_us is None:
+            self._follow()
+            sums_us = self._sums_us = list(accumulate(self._works_us, initial=0))
+        work_us = sums_us[bisect_left(self._urgencies, mine)]
         same = self._ledger.tracked.get(request)  # a newcomer may be inside already
         if same is not None and _urgency(same.request, same.order) < mine:
             work_us -= self._work_us(same)
         return work_us // max(1, len(self._ledger.cluster.usable()))
+
+    def _follow(self) -> None:
+        """Takes over what progressed since the last time; everything where a price changed."""
+        ledger = self._ledger
+        progressed, ledger.progressed = ledger.progressed, {}
+        if self._prices_changed() or progressed is None:
+            inside = sorted((_urgency(t.request, t.order), t) for t in ledger.tracked.values())
+            self._urgencies = [urgency for urgency, _ in inside]
+            self._works_us = [self._work_us(t) for _, t in inside]
+            self._known = {t.id: urgency for urgency, t in inside}
+            return
+        for request in progressed:
+            tracked = ledger.tracked.get(request)
+            urgency = None if tracked is None else _urgency(tracked.request, tracked.order)
+            before = self._known.get(request)
+            if before is not None and before != urgency:
+                place = bisect_left(self._urgencies, before)
+                del self._urgencies[place], self._works_us[place], self._known[request]
+            if tracked is None or urgency is None:
+                continue
+            place = bisect_left(self._urgencies, urgency)
+            if before != urgency:
+                self._urgencies.insert(place, urgency)
+                self._works_us.insert(place, 0)
+                self._known[request] = urgency
+            self._works_us[place] = self._work_us(tracked)
+
+    def _prices_changed(self) -> bool:
+        """Some call takes another time than when it was asked for; forgets them all then."""
+        version = (self._ledger.cluster.version, self._ledger.latency.version)
+        if version == self._version and len(self._mean_us) < PRICES_MAX:
+            return False
+        self._version = version
+        before, self._mean_us = self._mean_us, {}
+        gpus = self._ledger.gpus(())
+        for (model, shape, node), mean_us in before.items():
+            call = (model, shape, node, 1, gpus, 1)
+            if self._ledger.latency.predict_call(call).mean_us != mean_us:
+                return True
+        if len(before) < PRICES_MAX:
+            self._mean_us = before
+        return False
 
     def _work_us(self, tracked: Tracked) -> int:
         request = tracked.request
@@ -93,12 +135,15 @@ class Estimates:
 
     def _stage_us(self, request: Request, node: str) -> int:
         """One call of the node on one worker of the slowest kind."""
+        ledger = self._ledger
+        if self._version != (ledger.cluster.version, ledger.latency.version):
+            return ledger.predict(request, node, 1, ledger.gpus(())).mean_us
         key = (request.model, request.shape, node)
-        if key not in self._mean_us:
-            if self._gpus is None:
-                self._gpus = self._ledger.gpus(())
-            self._mean_us[key] = self._ledger.predict(request, node, 1, self._gpus).mean_us
-        return self._mean_us[key]
+        mean_us = self._mean_us.get(key)
+        if mean_us is None:
+            mean_us = ledger.predict(request, node, 1, ledger.gpus(())).mean_us
+            self._mean_us[key] = mean_us
+        return mean_us
 
     def _step_us(self, request: Request) -> int:
         times = self._ledger.rates(request).width_us

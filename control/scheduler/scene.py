@@ -87,9 +87,12 @@ class Scene:
         # Without a lead, whoever is late is not done: it is its report that ends an assignment.
         late = set() if lead_us else ledger.board.busy()
         free_us, until_us = forecast.free_us, now_us + lead_us
+        # Nothing is outstanding, so no report will ask again: what starts queues behind the step
+        # that a worker may still be at, of work that was called off.
+        free_at_us = until_us if ledger.board.flights else max(free_us.values(), default=until_us)
         self.seats: tuple[Seat, ...] = tuple(
             [
-                Seat(i, w, free_us[w.name], free_us[w.name] <= until_us and w.name not in late)
+                Seat(i, w, free_us[w.name], free_us[w.name] <= free_at_us and w.name not in late)
                 for i, w in enumerate(ledger.cluster.usable())
             ]
         )

@@ -222,7 +222,7 @@ class ScheduleLog:
         assignment = self._assignments.get(fact.sequence)
         if assignment is None or not fact.step_time_us:
             return
-        moved_us = fact.group_time_us + fact.transfer_time_us
+        moved_us = fact.load_time_us + fact.group_time_us + fact.transfer_time_us
         begin_us = fact.at_us - sum(fact.step_time_us)
         ran = self._ran.get(fact.sequence)
         if ran is None:

@@ -36,7 +36,9 @@ rows = st.lists(
 )
 ways = st.fixed_dictionaries(
     {
-        "policy": st.sampled_from(["tetriserve", "fixed-1", "fixed-2", "hocket", "edf", "genserve"]),
+        "policy": st.sampled_from(
+            ["tetriserve", "fixed-1", "fixed-2", "hocket", "edf", "genserve"]
+        ),
         "rounds": st.booleans(),
         "amend": st.booleans(),
         "lead_us": st.sampled_from([0, 5_000, 40_000]),

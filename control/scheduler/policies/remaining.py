@@ -50,13 +50,13 @@ def total_us(scene: Scene, request: Request, degree: int) -> int:
 
 
 def fastest(step_us: Mapping[int, int]) -> int:
-    """The degree of the shortest step; the narrowest of equals."""
-    return min(step_us, key=lambda k: (step_us[k], k))
+    """The degree of the shortest step; the narrowest of equals; 1 of none."""
+    return min(step_us, key=lambda k: (step_us[k], k), default=1)
 
 
 def at_most(degrees: tuple[int, ...], degree: int) -> int:
-    """That degree, or the widest offered below it (else the narrowest)."""
-    return max((k for k in degrees if k <= degree), default=min(degrees))
+    """That degree, or the widest offered below it (else the narrowest; 1 while none is offered)."""
+    return max((k for k in degrees if k <= degree), default=min(degrees, default=1))
 
 
 def wanted(scene: Scene, request: Request, degree: int) -> int:

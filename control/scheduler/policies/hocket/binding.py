@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ... import denoise
 from ...ledger import Ledger
 from ...tracker import Tracked
 from .pods import Pod
@@ -59,9 +60,9 @@ class Binder:
         return workers
 
     def _before(self, tracked: Tracked) -> tuple[str, ...]:
-        if tracked.group:
-            return tracked.group
-        return tuple(h.worker for h in tracked.latest())
+        """Where it runs, or ran: with a lead, a start follows a run that is not over yet."""
+        group = denoise.group_before(self._ledger, tracked)
+        return group or tuple(h.worker for h in tracked.latest())
 
     def _choose(self, wish: Wish) -> tuple[str, ...]:
         before = set(self._before(wish.first))

@@ -25,6 +25,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ... import denoise
 from ...ledger import Ledger
 from ...lifecycle import JobState
 from ...settings import Settings, SettingValue, Spec
@@ -53,8 +54,9 @@ class Hocket:
         "finish_worth": Spec(0.0, low=0.0),  # of finishing a microsecond earlier
         "coarseness": Spec(0.05, low=0.0, high=1.0),  # steps bunched by part of time looked ahead
         "fill_step_us": Spec(145_000, low=0),  # longer best-effort steps wait for an empty pod
-        "fill_growth": Spec(0.0, low=0.0, high=1.0),  # such steps may be longer by this part of age
-        "patience_us": Spec(120_000_000, low=0),  # without progress; then best effort goes first
+        "slow_step_us": Spec(1_000_000, low=0),  # not even where no newcomer needs the worker
+        "reserve": Spec(2, low=0),  # workers that long best-effort steps leave, beside such need
+        "patience_us": Spec(300_000_000, low=0),  # without progress; then best effort goes first
         "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
         "commit_us": Spec(20_000, low=0),  # as many steps are committed as fit; at least one
@@ -67,7 +69,9 @@ class Hocket:
         self._settings = settings
         self._read = dict(read)
         self._pods = Pods(int(read["pod_workers"]))
-        self._maker = RosterMaker(float(read["priority_worth"]), int(read["patience_us"]))
+        self._maker = RosterMaker(
+            float(read["priority_worth"]), int(read["patience_us"]), int(read["fill_step_us"])
+        )
         self._rules = Rules(
             float(read["slack_sat_us"]),
             float(read["slack_worth"]),
@@ -82,10 +86,16 @@ class Hocket:
             int(read["aged_workers"]),
         )
         self._may_steal = bool(read["steal"])
-        self._fill_growth = float(read["fill_growth"])
+        self._slow_step_us = int(read["slow_step_us"])
+        self._reserve = int(read["reserve"])
         self._round = 0
         self._boundary_us = -1
         self._preloaded: dict[str, str] = {}  # worker -> incarnation
+        self._on = np.zeros(0, np.int64)
+        self._start = start_space(0)
+        self._scratch = scratch(0)
+        self._trial = np.zeros((0, 9))
+        self._move = np.zeros((0, 16))
         self._room(16)
         self.operations = 0
 
@@ -135,7 +145,7 @@ class Hocket:
             self._search(ledger, pod, roster, now_us)
             wishes = self._wishes(roster)
         room = len(roster.free) - sum(w.width for w in wishes)
-        wishes += self._fill(pod, roster, room, now_us)
+        wishes += self._fill(pod, roster, room)
         for wish, workers in Binder(ledger, pod, list(roster.free)).bind(wishes):
             begin_us = max(now_us, *(roster.free[w] for w in workers))
             requests = tuple(t.id for t in wish.members)
@@ -167,22 +177,24 @@ class Hocket:
         for entry, hopeful in zip(roster.entries, on.tolist(), strict=True):
             entry.hopeful = bool(hopeful)
 
-    def _fill(self, pod: Pod, roster: Roster, room: int, now_us: int) -> list[Wish]:
+    def _fill(self, pod: Pod, roster: Roster, room: int) -> list[Wish]:
         """The hopeless on what is left, in deadline order: as the kernel's own fill."""
         wishes: list[Wish] = []
+        alone = not any(e.hopeful for e in roster.entries)
+        slow_room = len(pod.workers) - roster.slow - max(roster.need, self._reserve)
         for entry, price in roster.spare:
             if room <= 0:
                 break
             node = next_node(entry.tracked)
-            age_us = now_us - entry.tracked.arrived_us
-            limit_us = self._limits.fill_step_us + self._fill_growth * age_us
             for width, step_us in zip(roster.widths, price.step_us, strict=True):
                 if width > room:
                     break
-                soon = node != DIT or step_us <= limit_us
-                if soon or (room == len(pod.workers) and step_us == min(price.step_us)):
+                soon = node != DIT or step_us <= self._limits.fill_step_us
+                slow = not soon and step_us <= self._slow_step_us and width <= slow_room
+                if soon or slow or (alone and step_us == min(price.step_us)):
                     wishes.append(Wish([entry.tracked], node, width, 1, "best-effort"))
                     room -= width
+                    slow_room -= width if slow else 0
                     break
         return wishes
 
@@ -223,7 +235,8 @@ class Hocket:
             return moves
         for i, entry in enumerate(roster.entries):
             tracked = entry.tracked
-            group = tracked.group or tuple(h.worker for h in tracked.latest())
+            group = denoise.group_before(ledger, tracked)
+            group = group or tuple(h.worker for h in tracked.latest())
             stays = all(w in roster.free for w in group)
             decodes = tracked.jobs[DIT].state is JobState.DONE
             for k, width in enumerate(roster.widths):
@@ -273,7 +286,7 @@ class Hocket:
 
     def _room(self, n: int) -> None:
         """Work space for n jobs."""
-        if hasattr(self, "_on") and len(self._on) >= n:
+        if len(self._on) >= n:
             return
         size = 2 * n
         self._on = np.zeros(size, np.int64)

@@ -27,6 +27,7 @@ class Entry:
     key: tuple[int, int]  # deadline, order of arrival
     work_us: int  # of all its steps on one worker, when it joined
     hopeful: bool = True  # the last decision counted on it
+    need: int = 0  # smallest width that would have made the deadline from its arrival on
 
     @property
     def id(self) -> str:

@@ -5,6 +5,7 @@ Times are microseconds on the control plane's clock, as floats: exact up to 2^53
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,12 +24,14 @@ from .kernel import (
     STEPS_LEFT,
     TEXT_LEFT,
     VAE_LEFT,
+    WIDTH,
     Floats,
     Tables,
 )
 from .pods import Entry, Pod
 
 Kind = tuple[str, Shape]
+NEEDS_MAX = 256  # arrivals that tell what a newcomer may need
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class Roster:
     free: dict[str, int] = field(default_factory=dict)  # idle workers -> when, in pod order
     running: int = 0
     spare: list[tuple[Entry, Prices]] = field(default_factory=list)  # hopeless, could start now
+    slow: int = 0  # workers in long best-effort steps
+    need: int = 1  # width that a newcomer may need at once, by what came lately
 
     def tables(self) -> Tables:
         """The prices as matrices."""
@@ -67,9 +72,11 @@ class Roster:
 class RosterMaker:
     """Makes rosters; prices are asked for once a plan."""
 
-    def __init__(self, priority_worth: float, patience_us: int) -> None:
+    def __init__(self, priority_worth: float, patience_us: int, fill_step_us: int) -> None:
         self._priority_worth = priority_worth
         self._patience_us = patience_us
+        self._fill_step_us = fill_step_us
+        self._needs: deque[int] = deque(maxlen=NEEDS_MAX)
         self._prices: dict[tuple[tuple[str, ...], tuple[int, ...], Kind], Prices] = {}
 
     def forget(self) -> None:
@@ -101,14 +108,22 @@ class RosterMaker:
                 number = numbers[kind] = len(roster.kinds)
                 roster.kinds.append(kind)
                 roster.prices.append(self._price(ledger, pod, roster.widths, request))
+            if not entry.need:
+                entry.need = need_of(entry, roster.prices[number], roster.widths)
+                self._needs.append(entry.need)
             row = self._row(ledger, entry, number, roster.prices[number], names, held, now_us)
             if row[AVAIL] <= now_us and row[AGED] <= 0 and hopeless(row, roster.prices[number]):
                 entry.hopeful = False
                 roster.spare.append((entry, roster.prices[number]))
                 continue
+            if row[AVAIL] > now_us and not entry.hopeful:
+                flight = ledger.board.flights[entry.tracked.outstanding[-1]]
+                if flight.assignment.step_time_us > self._fill_step_us:
+                    roster.slow += int(row[WIDTH])
             rows.append(row)
             roster.entries.append(entry)
             roster.running += row[AVAIL] > now_us
+        roster.need = max(self._needs, default=1)
         roster.jobs = np.array(rows).reshape(len(rows), COLUMNS)
         return roster
 
@@ -180,6 +195,18 @@ def hopeless(row: tuple[float, ...], prices: Prices) -> bool:
     steps_us = row[STEPS_LEFT] * min(prices.step_us)
     end_us = row[AVAIL] + row[TEXT_LEFT] + steps_us + row[VAE_LEFT]
     return end_us > row[DEADLINE] + EPS
+
+
+def need_of(entry: Entry, prices: Prices, widths: tuple[int, ...]) -> int:
+    """Smallest width at which a request would be on time if it ran alone from its arrival."""
+    request = entry.tracked.request
+    if request.deadline_us is None:
+        return widths[0]
+    time_us = request.deadline_us - entry.tracked.arrived_us - prices.text_us - prices.vae_us
+    for width, step_us in zip(widths, prices.step_us, strict=True):
+        if step_us < NEVER and request.steps * step_us <= time_us:
+            return width
+    return widths[prices.step_us.index(min(prices.step_us))]
 
 
 def widths_of(pod: Pod) -> tuple[int, ...]:
