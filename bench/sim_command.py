@@ -113,13 +113,14 @@ def sim_command(
     summary: Annotated[Path | None, typer.Option(help="Write the summary.")] = None,
     check: Annotated[bool, typer.Option(help="Check invariants all along.")] = True,
     bounds: Annotated[bool, typer.Option(help="Also bound each trace (linear; slower).")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep the runs that --out holds already.")] = False,
 ) -> None:
     """Runs the real scheduler in the simulator: a trace, a Case, or all runs of a Case."""
     if (case is None) == (trace is None):
         raise CaseError("--case", case, "a Case file or --trace, and not both")
     names = [p.strip() for p in policies.split(",") if p.strip()]
     if case is not None and out is not None:
-        _sweep(load_experiment(case), seeds, names, jobs, out, check, bounds)
+        _sweep(load_experiment(case), seeds, names, jobs, out, check, bounds, resume)
         return
     if case is not None:
         one = _only_case(case, seeds, names, check)
@@ -253,16 +254,17 @@ def _sweep(
     out: Path,
     check: bool,
     bounds: bool,
+    resume: bool,
 ) -> None:
     specs = experiment.runs(parse_seeds(seeds or experiment.file.seeds), names, check=check)
-    rows = list(_rows(timed_row, specs, jobs, experiment.name))
+    out.mkdir(parents=True, exist_ok=True)
+    rows = _all_rows(specs, out / "runs.jsonl", jobs, experiment.name, resume)
     if bounds:
         traces = {(msgspec.json.encode(s.cell), s.seed): s for s in specs}
         found = list(_rows(upper_bound, list(traces.values()), jobs, "bounds"))
         by_trace = dict(zip(traces, found, strict=True))
         for row in rows:
             row["bound"] = by_trace[msgspec.json.encode(row["cell"]), row["seed"]]
-    out.mkdir(parents=True, exist_ok=True)
     encoder = msgspec.json.Encoder()
     (out / "runs.jsonl").write_bytes(b"".join(encoder.encode(r) + b"\n" for r in rows))
     shutil.copyfile(experiment.path, out / "case.toml")
@@ -270,6 +272,34 @@ def _sweep(
     (out / "command.txt").write_text(f"{command}\n{_commit()}\n{machine_kind()}\n")
     console.print(_table(rows))
     console.print(f"{len(rows)} runs in {out}")
+
+
+def _all_rows(
+    specs: list[RunSpec], path: Path, jobs: int, name: str, resume: bool
+) -> list[dict[str, Any]]:
+    """The rows of all specs, in their order; each batch is on disk before the next begins."""
+    known: dict[tuple[str, str, int], dict[str, Any]] = {}
+    if resume and path.exists():
+        rows = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
+        known = {_key(r["cell"], r["label"], r["seed"]): r for r in rows}
+    else:
+        path.write_bytes(b"")
+    missing = [s for s in specs if _key(s.cell, s.policy.shown, s.seed) not in known]
+    missing.sort(key=lambda s: s.seed)  # all cells of a seed, then the next seed
+    size = max(len(missing) // 10, 16 * jobs)
+    for at in range(0, len(missing), size):
+        part = f"{name} {at + len(specs) - len(missing)}/{len(specs)}"
+        if not console.is_terminal:
+            console.print(part)
+        for row in _rows(timed_row, missing[at : at + size], jobs, part):
+            known[_key(row["cell"], row["label"], row["seed"])] = row
+            with path.open("ab") as file:
+                file.write(msgspec.json.encode(row) + b"\n")
+    return [known[_key(s.cell, s.policy.shown, s.seed)] for s in specs]
+
+
+def _key(cell: Any, label: str, seed: int) -> tuple[str, str, int]:
+    return msgspec.json.encode(cell, order="sorted").decode(), label, seed
 
 
 def _rows(work: Callable[[RunSpec], T], specs: list[RunSpec], jobs: int, name: str) -> Iterator[T]:

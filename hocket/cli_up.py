@@ -17,7 +17,14 @@ from hocket.errors import MeshStopped
 from hocket.launcher import MeshPlan, RunningMesh, mesh
 
 Workers = Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")]
-Policy = Annotated[str, typer.Option(help="Planning policy; none picks control's default.")]
+# The names of control's registry: the command imports no service.
+POLICIES = (
+    *("hocket", "tetriserve", "genserve", "diflow", "disagfusion", "edf", "edf-greedy"),
+    *("srtf", "sjf", "rssp", "rasp", "fixed-1", "fixed-2", "fixed-4", "fixed-8"),
+    *("diffusers", "diffusers-c", "diffusers-s", "monolith"),
+)
+_POLICY = f"Planning policy: {', '.join(POLICIES)}. None picks control's default."
+Policy = Annotated[str, typer.Option(help=_POLICY)]
 NatsUrl = Annotated[str, typer.Option(help="A broker that runs already.")]
 Model = Annotated[list[str] | None, typer.Option(help="Folder or hub id of a model; repeatable.")]
 Executor = Annotated[str, typer.Option(help="torch or emulated.")]

@@ -65,17 +65,23 @@ def test_import_contracts() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_import_contracts_see_a_breach(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('modules = ["time", ', 'modules = ["msgspec", "time", ', "msgspec"),
+        ('["control", "control.*"]', '["control.scheduler.policies.hocket.*"]', "numba"),
+        ('["hocket", "gateway"]', '["hocket", "gateway", "control"]', "numba"),
+    ],
+)
+def test_import_contracts_see_a_breach(old: str, new: str, told: str, tmp_path: Path) -> None:
     config = (ROOT / "pyproject.toml").read_text()
     config = config[config.index("[tool.importlinter]") :]
-    planted = config.replace(
-        'forbidden_modules = ["time", ', 'forbidden_modules = ["msgspec", "time", '
-    )
+    planted = config.replace(old, new)
     assert planted != config
     (tmp_path / "pyproject.toml").write_text(planted)
     run = _tool("lint-imports", "--config", str(tmp_path / "pyproject.toml"))
     assert run.returncode != 0
-    assert "control.scheduler" in run.stdout
+    assert "control.scheduler" in run.stdout and f"-> {told}" in run.stdout
 
 
 def test_style() -> None:
@@ -261,6 +267,7 @@ def test_no_rust_and_no_torch_in_the_closure(service: str) -> None:
 
 def test_rust_check_sees_rust() -> None:
     assert rust_built(metadata.distribution("safetensors"))
+    assert "llvmlite" in closure(("control",))
     assert "torch" in closure(("worker",))
 
 

@@ -55,6 +55,7 @@ class Ledger:
     # What arrived, got on, fell back or ended since an estimate; None: more than is worth a list.
     progressed: dict[str, None] | None = None
     touched: dict[str, None] = field(default_factory=dict)  # requests changed since a plan
+    parting: dict[str, int] = field(default_factory=dict)  # worker -> end of a called-off step
     stages_wait: bool = False  # the last plan left encode or decode jobs for want of room
     _rates: dict[tuple[str, Shape], Rates] = field(default_factory=dict)
     _rates_version: tuple[int, int] = (0, 0)
@@ -134,6 +135,8 @@ class Ledger:
                 involved.add(name)
                 worker = self.cluster.workers[name]
                 worker.freed_us = max(worker.freed_us, free_us)
+                if free_us > now_us:
+                    self.parting[name] = free_us
         for job in tracked.jobs.values():
             job.outstanding.clear()
         self._touch(tracked.id)
@@ -180,6 +183,12 @@ class Ledger:
         self.touched[request] = None
         if len(self.touched) > TOUCHED_MAX + 2 * len(self.tracked):
             self.touched = {r: None for r in self.touched if r in self.tracked}
+
+    def next_parting_us(self, after_us: int) -> int | None:
+        """When the next worker leaves a step that was called off: no report tells of it."""
+        for name in [n for n, us in self.parting.items() if us <= after_us]:
+            del self.parting[name]
+        return min(self.parting.values(), default=None)
 
     def forget_workers(self) -> None:
         """Keeps the list of workers bounded: drops lost ones that nothing here refers to."""

@@ -180,6 +180,9 @@ class EventPlanner:
     def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
         """What the policy asked for; with a lead, also that long before each end."""
         times = [] if self._wake_us is None else [self._wake_us]
+        parting_us = ledger.next_parting_us(planned_us or 0)
+        if parting_us is not None and ledger.tracked:
+            times.append(parting_us)
         if ledger.settings.lead_us and planned_us is not None:
             forecast = ledger.board.forecast(ledger.cluster, planned_us)
             times += [e for e in lead_ends(ledger, forecast) if e > planned_us]

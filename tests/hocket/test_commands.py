@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from control.scheduler.policies import REGISTRY
 from hocket.cli import app
 from hocket.cli_common import pixels, seconds
 from hocket.cli_generate import farewell, named_size, replaced_words, target
+from hocket.cli_up import POLICIES
 from hocket.demo import Run, step_runs, summary
 from hocket.errors import MeshStopped, WrongConfig
 from hocket.v1.generation_pb2 import Accepted, Finished, Progress
@@ -32,6 +34,12 @@ def state_dir(tmp_path: Path) -> Path:
     for name, text in texts.items():
         (folder / f"{name}.jsonl").write_text(text)
     return tmp_path
+
+
+def test_help_names_every_policy() -> None:
+    assert len(POLICIES) == len(set(POLICIES)) and set(POLICIES) == set(REGISTRY)
+    _, told = hocket("up", "--help")
+    assert "disagfusion" in told
 
 
 def test_every_command_is_there() -> None:

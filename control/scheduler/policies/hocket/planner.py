@@ -48,7 +48,12 @@ class Hocket:
     SPECS: ClassVar[Mapping[str, Spec]] = {
         "passes": Spec(2, low=0, high=10),  # of the search over what starts now; 0: base rule
         "candidates": Spec(6, low=1, high=64),  # looked at for giving up, at a time
-        "operations_max": Spec(2_000_000, low=1_000),  # of the kernel, a pod and plan
+        "operations_max": Spec(200_000, low=1_000),  # of the kernel, in a pod
+        "plan_operations_max": Spec(3_000_000, low=1_000),  # in all pods that one plan concerns
+        "afresh_max": Spec(24, low=1),  # up to so many jobs, giving up is decided afresh each time
+        "retries": Spec(
+            4, low=0
+        ),  # given-up jobs looked at again in each plan, where they are more
         "slack_sat_us": Spec(250_000, low=0),  # slack beyond this is worth nothing
         "slack_worth": Spec(0.001, low=0.0),  # of a microsecond; a deadline is worth 1e9
         "finish_worth": Spec(0.0, low=0.0),  # of finishing a microsecond earlier
@@ -106,22 +111,29 @@ class Hocket:
             self._boundary_us = now_us + (self._settings.round_us or 1_000_000)
         touched, ledger.touched = ledger.touched, {}
         changed = self._pods.follow(ledger, touched)
+        changed |= self._parted(ledger, now_us)
         self._preload(ledger)
         self._maker.forget()
         self.operations = 0
         lead = self._settings.lead_us > 0
-        for pod in self._pods.pods:
-            if lead or pod.index in changed:
-                self._decide(ledger, pod, now_us, issue)
+        concerned = [p for p in self._pods.pods if lead or p.index in changed]
+        share = int(self._read["plan_operations_max"]) // max(1, len(concerned))
+        self._limits = self._limits._replace(
+            operations_max=max(1_000, min(int(self._read["operations_max"]), share))
+        )
+        for pod in concerned:
+            self._decide(ledger, pod, now_us, issue)
         return Planned(self._round, now_us)
 
     def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
-        """With a lead, that long before each end of an assignment."""
+        """When a worker leaves a called-off step; with a lead, that long before each end."""
         lead_us = self._settings.lead_us
-        if not lead_us or planned_us is None:
-            return None
-        ends = [f.assignment.end_us - lead_us for f in ledger.board.flights.values()]
-        return min((e for e in ends if e > planned_us), default=None)
+        parting_us = ledger.next_parting_us(planned_us or 0)
+        times = [] if parting_us is None or not ledger.tracked else [parting_us]
+        if lead_us and planned_us is not None:
+            ends = (f.assignment.end_us - lead_us for f in ledger.board.flights.values())
+            times += [e for e in ends if e > planned_us]
+        return min(times, default=None)
 
     def likely_degree(self, step_us: Mapping[int, int]) -> int:
         """The widest that is not wasteful: it doubles the speed of half as many by two thirds."""
@@ -130,6 +142,11 @@ class Hocket:
             if step_us[k] * k <= 1.5 * step_us[best] * best and step_us[k] < step_us[best]:
                 best = k
         return best
+
+    def _parted(self, ledger: Ledger, now_us: int) -> set[int]:
+        """Pods whose workers have left a called-off step since the last plan."""
+        left = [w for w, us in ledger.parting.items() if us <= now_us]
+        return {self._pods.home[w].index for w in left if w in self._pods.home}
 
     # ------------------------------------------------------------------------------ one pod
 
@@ -160,6 +177,7 @@ class Hocket:
         n = len(roster.entries)
         self._room(n)
         on = self._on[:n]
+        on[:] = self._considered(pod, roster)
         self.operations += decide(
             float(now_us),
             len(pod.workers),
@@ -176,6 +194,17 @@ class Hocket:
         )
         for entry, hopeful in zip(roster.entries, on.tolist(), strict=True):
             entry.hopeful = bool(hopeful)
+
+    def _considered(self, pod: Pod, roster: Roster) -> list[bool]:
+        """Who may be counted on: all, or in a crowd those counted on before and a few others."""
+        if len(roster.entries) <= int(self._read["afresh_max"]):
+            return [True] * len(roster.entries)
+        given_up = [e.key for e in roster.entries if not e.hopeful]
+        retries = int(self._read["retries"])
+        first = next((i for i, key in enumerate(given_up) if key > pod.retried), 0)
+        again = (given_up[first:] + given_up[:first])[:retries]
+        pod.retried = again[-1] if again else pod.retried
+        return [e.hopeful or e.key in again for e in roster.entries]
 
     def _fill(self, pod: Pod, roster: Roster, room: int) -> list[Wish]:
         """The hopeless on what is left, in deadline order: as the kernel's own fill."""

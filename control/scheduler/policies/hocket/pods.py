@@ -45,6 +45,7 @@ class Pod:
     sequences: dict[str, list[int]] = field(default_factory=dict)  # worker -> given to it
     groups: dict[int, dict[tuple[str, ...], None]] = field(default_factory=dict)  # by width
     work_us: int = 0  # of the entries
+    retried: tuple[int, int] = (0, 0)  # the last given-up entry that was looked at again
 
     def know(self, group: tuple[str, ...]) -> None:
         """A group forms: it will be warm. The oldest are forgotten."""
@@ -85,6 +86,7 @@ class Pods:
     pods: list[Pod] = field(default_factory=list)
     where: dict[str, Pod] = field(default_factory=dict)  # by request
     entries: dict[str, Entry] = field(default_factory=dict)
+    home: dict[str, Pod] = field(default_factory=dict)  # by worker
     homeless: dict[str, Entry] = field(default_factory=dict)  # no pod can run their model
     _names: tuple[str, ...] = ()
 
@@ -145,7 +147,7 @@ class Pods:
             Pod(i, workers, ledger.gpus(w.name for w in workers))
             for i, workers in enumerate(cut(usable, self.size))
         ]
-        home: dict[str, Pod] = {w.name: p for p in self.pods for w in p.workers}
+        home = self.home = {w.name: p for p in self.pods for w in p.workers}
         for worker, pod in home.items():
             pod.sequences[worker] = sequences.get(worker, [])
         self.where.clear()

@@ -84,17 +84,23 @@ class RosterMaker:
         self._prices.clear()
 
     def make(self, ledger: Ledger, pod: Pod, now_us: int) -> Roster:
-        """The pod's jobs in deadline order; those with no worker to wait for are due now."""
+        """The pod's jobs in deadline order; those with no worker to wait for are due now.
+
+        With a lead, a worker counts as free that soon ends the one run it has in hand. Who is late
+        does not: nobody knows until when, and its report will ask again.
+        """
         roster = Roster(widths=widths_of(pod))
         until_us = now_us + ledger.settings.lead_us
         ends: dict[int, int] = {}
         for worker in pod.workers:
             end_us = max(worker.freed_us, now_us)
-            for sequence in pod.running(ledger, worker.name):
+            hand = pod.running(ledger, worker.name)
+            for sequence in hand:
                 if sequence not in ends:
-                    ends[sequence] = flight_end_us(ledger, sequence, now_us)
+                    ends[sequence] = flight_end_us(ledger, sequence)
                 end_us = max(end_us, ends[sequence])
-            if end_us <= until_us:
+            late = any(ends[sequence] <= now_us for sequence in hand)
+            if end_us <= until_us and len(hand) <= 1 and not late:
                 roster.free[worker.name] = end_us
         rows: list[tuple[float, ...]] = []
         numbers: dict[Kind, int] = {}
@@ -160,8 +166,8 @@ class RosterMaker:
         if outstanding:
             sequence = outstanding[-1]
             flight = ledger.board.flights[sequence]
-            avail_us = flight_end_us(ledger, sequence, now_us)
-            ahead = len(outstanding) > 1 or not dit.outstanding
+            avail_us = flight_end_us(ledger, sequence)
+            ahead = len(outstanding) > 1 or not dit.outstanding or avail_us <= now_us
             if dit.outstanding:
                 steps_left = request.steps - planned_steps(tracked, ledger)
                 ahead = ahead or steps_left <= 0
@@ -222,10 +228,10 @@ def planned_steps(tracked: Tracked, ledger: Ledger) -> int:
     return member.first_step + assignment.steps
 
 
-def flight_end_us(ledger: Ledger, sequence: int, now_us: int) -> int:
-    """When an assignment will be over: after now, by its last report or its prediction."""
+def flight_end_us(ledger: Ledger, sequence: int) -> int:
+    """When an assignment will be over, by its last report or its prediction; now or past: late."""
     flight = ledger.board.flights[sequence]
     a = flight.assignment
     if flight.reported_us is not None:
-        return max(now_us + 1, flight.reported_us + flight.steps_left * a.step_time_us)
-    return max(now_us + 1, a.end_us)
+        return flight.reported_us + flight.steps_left * a.step_time_us
+    return a.end_us

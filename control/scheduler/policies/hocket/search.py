@@ -74,7 +74,7 @@ def give_up(
     limits: Limits,
     s: Scratch,
 ) -> int:
-    """Turns `on` off for the hopeless, and for as few others as it takes to keep the rest on time.
+    """Of those that are `on`, turns off the hopeless, and as few others as keep the rest on time.
 
     As Moore and Hodgson: at the first job that gets late, one of those not due later goes; here
     it is the one whose going leaves the best rollout.
@@ -85,13 +85,18 @@ def give_up(
         begin = max(now, jobs[i, AVAIL])
         fastest = jobs[i, STEPS_LEFT] * tab.fastest_us[int(jobs[i, KIND])]
         need = jobs[i, TEXT_LEFT] + fastest + jobs[i, VAE_LEFT]
-        on[i] = 1 if jobs[i, AGED] <= 0.0 and begin + need <= jobs[i, DEADLINE] + EPS else 0
+        hopeless = jobs[i, AGED] > 0.0 or begin + need > jobs[i, DEADLINE] + EPS
+        on[i] = 0 if hopeless else on[i]
         wanted += on[i]
     while wanted > 0:
         _, used = rollout(now, gpus, jobs, on, tab, rules, s)
         operations += used
         late = _first_late(on, s)
         if late < 0:
+            break
+        if operations >= 2 * limits.operations_max:
+            for i in range(late, on.shape[0]):
+                on[i] = 0 if s.floats[FINISH, i] < 0.0 else on[i]
             break
         if operations >= limits.operations_max:
             on[late] = 0
