@@ -20,7 +20,7 @@ from .rounds import RoundGrid
 from .scene import Scene
 from .settings import Settings
 from .starts import Issue, Planned, Start
-from .values import DIT, TEXT, VAE
+from .values import DIT, TEXT, VAE, Request
 
 
 class Planner(Protocol):
@@ -38,6 +38,10 @@ class Planner(Protocol):
 
     def likely_degree(self, step_us: dict[int, int]) -> int:
         """The degree at which most steps of a request will run, for estimates."""
+        ...
+
+    def newcomer_finish_us(self, ledger: Ledger, request: Request, now_us: int) -> int | None:
+        """When a request that arrived now would be done; None where it makes no such forecast."""
         ...
 
 
@@ -83,6 +87,10 @@ class WindowPlanner:
 
     def likely_degree(self, step_us: dict[int, int]) -> int:
         return self._policy.likely_degree(step_us)
+
+    def newcomer_finish_us(self, ledger: Ledger, request: Request, now_us: int) -> int | None:
+        """It makes none."""
+        return None
 
     def _round_us(self, ledger: Ledger) -> int:
         """tau: as set, or `step_granularity` steps of the slowest shape in flight.
@@ -190,6 +198,10 @@ class EventPlanner:
 
     def likely_degree(self, step_us: dict[int, int]) -> int:
         return self._policy.likely_degree(step_us)
+
+    def newcomer_finish_us(self, ledger: Ledger, request: Request, now_us: int) -> int | None:
+        """It makes none."""
+        return None
 
 
 def lead_ends(ledger: Ledger, forecast: Forecast) -> list[int]:

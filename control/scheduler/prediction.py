@@ -30,7 +30,7 @@ class Estimates:
 
     def __init__(self, ledger: Ledger, policy: Planner) -> None:
         self._ledger = ledger
-        self._policy = policy
+        self._planner = policy
         self._urgencies: list[Urgency] = []  # of all requests inside, ascending
         self._works_us: list[int] = []  # beside it
         self._known: dict[str, Urgency] = {}
@@ -45,7 +45,10 @@ class Estimates:
         self._forecast: tuple[int, Forecast] | None = None
 
     def newcomer_finish_us(self, request: Request, now_us: int) -> int:
-        """Finish of a request that arrived now."""
+        """Finish of a request that arrived now: by the planner's own forecast where it has one."""
+        forecast_us = self._planner.newcomer_finish_us(self._ledger, request, now_us)
+        if forecast_us is not None:
+            return forecast_us
         own_us = self._stage_us(request, TEXT) + request.steps * self._step_us(request)
         own_us += self._stage_us(request, VAE)
         return (
@@ -147,7 +150,7 @@ class Estimates:
 
     def _step_us(self, request: Request) -> int:
         times = self._ledger.rates(request).width_us
-        return times[self._policy.likely_degree(times)]
+        return times[self._planner.likely_degree(times)]
 
     def _forecast_at(self, now_us: int) -> Forecast:
         if self._forecast is None or self._forecast[0] != now_us:

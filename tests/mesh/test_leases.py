@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from control.leases import Leases
-from control.scheduler.values import WorkerLost, WorkerUp
+from control.scheduler.values import ModelFacts, WorkerLost, WorkerUp
 from hocket.v1 import generation_pb2, mesh_pb2
 
 LEASE_US = 2_000_000
@@ -24,7 +24,8 @@ def test_a_first_heartbeat_brings_a_worker_up_and_the_next_says_nothing_new() ->
     leases = Leases(LEASE_US)
     (up,) = leases.heartbeat(beat(), 10)
     assert isinstance(up, WorkerUp) and up.at_us == 10 and up.gpu == "cpu"
-    assert up.models[0].degrees == (1, 2)
+    assert up.models == (ModelFacts(name="m", degrees=(1, 2)),), "no batches, no memory: not yet"
+    assert up.models[0].batch_max == 1 and up.memory_mib == 0
     assert leases.heartbeat(beat(), 20) == ()
 
 

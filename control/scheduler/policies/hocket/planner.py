@@ -31,8 +31,9 @@ from ...lifecycle import JobState
 from ...settings import Settings, SettingValue, Spec
 from ...starts import Issue, Planned, Start
 from ...tracker import Tracked
-from ...values import DIT, TEXT, VAE
+from ...values import DIT, TEXT, VAE, Request
 from .binding import Binder, Wish
+from .forecast import newcomer_finish_us
 from .improve import Limits, start_space
 from .kernel import Floats, Rules, scratch
 from .pods import Entry, Pod, Pods
@@ -147,6 +148,10 @@ class Hocket:
         """Pods whose workers have left a called-off step since the last plan."""
         left = [w for w, us in ledger.parting.items() if us <= now_us]
         return {self._pods.home[w].index for w in left if w in self._pods.home}
+
+    def newcomer_finish_us(self, ledger: Ledger, request: Request, now_us: int) -> int | None:
+        """When a request that arrived now would be done; None if late, or nobody can run it."""
+        return newcomer_finish_us(ledger, self._pods, self._maker, self._rules, request, now_us)
 
     # ------------------------------------------------------------------------------ one pod
 

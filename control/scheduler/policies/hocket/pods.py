@@ -88,11 +88,17 @@ class Pods:
     entries: dict[str, Entry] = field(default_factory=dict)
     home: dict[str, Pod] = field(default_factory=dict)  # by worker
     homeless: dict[str, Entry] = field(default_factory=dict)  # no pod can run their model
-    _names: tuple[str, ...] = ()
+    # Runs on a pod's workers of requests that went to another pod when workers came or went: by
+    # sequence, the pods that hear of their end in no other way.
+    guests: dict[int, list[int]] = field(default_factory=dict)
+    _version: int = -1  # of the cluster
+    _workers: list[tuple[object, ...]] = field(default_factory=list)
 
     def follow(self, ledger: Ledger, touched: Iterable[str]) -> set[int]:
         """Takes in what changed; indices of the pods concerned."""
         changed = self._follow_workers(ledger)
+        for sequence in [s for s in self.guests if s not in ledger.board.flights]:
+            changed.update(self.guests.pop(sequence))
         for request in touched:
             tracked = ledger.tracked.get(request)
             entry = self.entries.get(request)
@@ -126,30 +132,33 @@ class Pods:
 
     def _house(self, entry: Entry) -> None:
         """The pod with the least work for each worker, of those that have the model."""
-        model = entry.tracked.request.model
-        able = [p for p in self.pods if p.can(model)]
-        if not able:
+        pod = self.best(entry.tracked.request.model)
+        if pod is None:
             self.homeless[entry.id] = entry
             return
-        pod = min(able, key=lambda p: (p.work_us // len(p.workers), p.index))
         pod.add(entry)
         self.where[entry.id] = pod
 
+    def best(self, model: str) -> Pod | None:
+        """The pod that a request of a model would join."""
+        able = [p for p in self.pods if p.can(model)]
+        return min(able, key=lambda p: (p.work_us // len(p.workers), p.index), default=None)
+
     def _follow_workers(self, ledger: Ledger) -> set[int]:
-        usable = ledger.cluster.usable()
-        names = tuple(w.name for w in usable)
-        if names == self._names:
+        if ledger.cluster.version == self._version:
             return set()
-        self._names = names
-        sequences = {w: s for p in self.pods for w, s in p.sequences.items()}
+        self._version = ledger.cluster.version
+        usable = ledger.cluster.usable()
+        workers_now: list[tuple[object, ...]] = [(w.name, w.gpu, w.models) for w in usable]
+        if workers_now == self._workers:
+            return set()
+        self._workers = workers_now
         before = {r: tuple(w.name for w in p.workers) for r, p in self.where.items()}
         self.pods = [
             Pod(i, workers, ledger.gpus(w.name for w in workers))
             for i, workers in enumerate(cut(usable, self.size))
         ]
         home = self.home = {w.name: p for p in self.pods for w in p.workers}
-        for worker, pod in home.items():
-            pod.sequences[worker] = sequences.get(worker, [])
         self.where.clear()
         self.homeless.clear()
         for request, entry in self.entries.items():
@@ -159,7 +168,22 @@ class Pods:
                 self.where[request] = stays[0]
             else:
                 self._house(entry)
+        self._follow_flights(ledger)
         return {p.index for p in self.pods}
+
+    def _follow_flights(self, ledger: Ledger) -> None:
+        """What the workers of new pods have in hand, and for whom."""
+        self.guests.clear()
+        for sequence, flight in ledger.board.flights.items():
+            pods: dict[int, None] = {}
+            for worker in flight.assignment.workers:
+                if (pod := self.home.get(worker)) is not None:
+                    pod.sequences.setdefault(worker, []).append(sequence)
+                    pods[pod.index] = None
+            homes = [self.where.get(m.request) for m in flight.assignment.batch]
+            pods = {p: None for p in pods if not any(h and h.index == p for h in homes)}
+            if pods:
+                self.guests[sequence] = list(pods)
 
 
 def cut(workers: list[Worker], size: int) -> list[list[Worker]]:

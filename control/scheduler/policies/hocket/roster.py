@@ -83,11 +83,12 @@ class RosterMaker:
         """A new plan: prices may have changed."""
         self._prices.clear()
 
-    def make(self, ledger: Ledger, pod: Pod, now_us: int) -> Roster:
+    def make(self, ledger: Ledger, pod: Pod, now_us: int, look: bool = False) -> Roster:
         """The pod's jobs in deadline order; those with no worker to wait for are due now.
 
         With a lead, a worker counts as free that soon ends the one run it has in hand. Who is late
-        does not: nobody knows until when, and its report will ask again.
+        does not: nobody knows until when, and its report will ask again. With `look` nothing is
+        noted: questions between plans must not change plans.
         """
         roster = Roster(widths=widths_of(pod))
         until_us = now_us + ledger.settings.lead_us
@@ -107,19 +108,21 @@ class RosterMaker:
         held: set[int] = set()
         names = {w.name for w in pod.workers}
         for entry in pod.entries:
+            if ledger.tracked.get(entry.id) is not entry.tracked:
+                continue  # it ended since the last plan
             request = entry.tracked.request
             kind = (request.model, request.shape)
             number = numbers.get(kind)
             if number is None:
                 number = numbers[kind] = len(roster.kinds)
                 roster.kinds.append(kind)
-                roster.prices.append(self._price(ledger, pod, roster.widths, request))
-            if not entry.need:
+                roster.prices.append(self.price(ledger, pod, roster.widths, request))
+            if not entry.need and not look:
                 entry.need = need_of(entry, roster.prices[number], roster.widths)
                 self._needs.append(entry.need)
             row = self._row(ledger, entry, number, roster.prices[number], names, held, now_us)
             if row[AVAIL] <= now_us and row[AGED] <= 0 and hopeless(row, roster.prices[number]):
-                entry.hopeful = False
+                entry.hopeful = entry.hopeful and look
                 roster.spare.append((entry, roster.prices[number]))
                 continue
             if row[AVAIL] > now_us and not entry.hopeful:
@@ -133,7 +136,8 @@ class RosterMaker:
         roster.jobs = np.array(rows).reshape(len(rows), COLUMNS)
         return roster
 
-    def _price(self, ledger: Ledger, pod: Pod, widths: tuple[int, ...], request: Request) -> Prices:
+    def price(self, ledger: Ledger, pod: Pod, widths: tuple[int, ...], request: Request) -> Prices:
+        """Call times of the request's kind there."""
         key = (pod.gpus, widths, (request.model, request.shape))
         known = self._prices.get(key)
         if known is None:
