@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
@@ -102,3 +104,22 @@ def test_the_next_step_follows_the_run_under_way_not_the_last_report() -> None:
     scheduler.observe(DrainRequested(at_us=first.end_us + 1, worker=here, draining=False))
     (third,) = planned(scheduler, second.end_us - LEAD_US)
     assert third.batch[0].first_step == 2 and third.workers == second.workers
+
+
+@pytest.mark.parametrize("real_us", [85_000, 100_000, 115_000])
+def test_each_step_leaves_before_the_one_ahead_of_it_ends(real_us: int) -> None:
+    """Also where steps take other times than predicted: errors do not add up."""
+    scheduler = made("w0")
+    queue = [denoising(scheduler)]
+    end_us = queue[0].start_us + real_us
+    ahead = 0
+    while queue[0].node == DIT:
+        wake_us = scheduler.wake_us()
+        now_us = end_us if wake_us is None else min(wake_us, end_us)
+        if now_us == end_us:
+            over(scheduler, queue.pop(0), now_us)
+            end_us += real_us
+        issued = planned(scheduler, now_us)
+        ahead += len(issued) if queue else 0
+        queue += issued
+    assert ahead == 9

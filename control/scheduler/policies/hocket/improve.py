@@ -155,13 +155,16 @@ def improve(
             _copy(start.choice, start.head, start.save, start.save_head, n)
             found = False
             options = tab.widths.shape[0] if denoises(jobs, i) else 1
-            joins = n if options > 1 and tab.batch_us.shape[1] > 1 else 0
-            for option in range(-1, options + joins):
+            others = n if options > 1 and tab.batch_us.shape[1] > 1 else 0
+            for option in range(-1, options + others):
                 if spent + operations > limits.operations_max:
                     break
-                if option >= options and not _may_join(i, option - options, jobs, on, tab, start):
+                joins = option >= options
+                if joins and jobs[i, KIND] != jobs[option - options, KIND]:
                     continue
                 _copy(start.save, start.save_head, start.choice, start.head, n)
+                if joins and not _may_join(i, option - options, jobs, on, tab, start):
+                    continue
                 if not _change(i, option, options, room, jobs, on, tab, start):
                     continue
                 new, used = evaluate(now, gpus, jobs, on, move_us, tab, rules, trial, start, s)

@@ -37,7 +37,7 @@ from .forecast import newcomer_finish_us
 from .improve import Limits, start_space
 from .kernel import Floats, Rules, scratch
 from .pods import Entry, Pod, Pods
-from .roster import Roster, RosterMaker
+from .roster import Roster, RosterMaker, flight_end_us
 from .search import decide
 
 NODES = (TEXT, DIT, VAE)
@@ -132,7 +132,7 @@ class Hocket:
         parting_us = ledger.next_parting_us(planned_us or 0)
         times = [] if parting_us is None or not ledger.tracked else [parting_us]
         if lead_us and planned_us is not None:
-            ends = (f.assignment.end_us - lead_us for f in ledger.board.flights.values())
+            ends = (flight_end_us(ledger, s) - lead_us for s in ledger.board.flights)
             times += [e for e in ends if e > planned_us]
         return min(times, default=None)
 

@@ -238,4 +238,7 @@ def flight_end_us(ledger: Ledger, sequence: int) -> int:
     a = flight.assignment
     if flight.reported_us is not None:
         return flight.reported_us + flight.steps_left * a.step_time_us
+    freed_us = [ledger.cluster.workers[w].freed_us for w in a.workers]
+    if min(freed_us) > flight.issued_us:  # what it waited for has ended: it runs since then
+        return max(freed_us) + a.end_us - a.start_us
     return a.end_us
