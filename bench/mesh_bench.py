@@ -82,10 +82,10 @@ class Findings:
 
 
 async def measure(pairs: int, admissions: int) -> Findings:
-    """Starts a mesh of one worker with the `fixed` policy and takes every figure."""
+    """Starts a mesh of one worker with round boundaries and takes every figure."""
     found = Findings()
     with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
-        plan = MeshPlan(state_dir=Path(folder), workers=1, policy="fixed", log_level="warning")
+        plan = MeshPlan(state_dir=Path(folder), workers=1, policy="tetriserve", log_level="warning")
         async with mesh(plan, _quiet) as running:
             requests, plain_us = await _paired(running, pairs)
             await _admissions(running, admissions, found)

@@ -81,6 +81,8 @@ def replay(entries: Iterable[JournalEntry], term: int | None = None) -> Replay:
             found.plans += 1
             if found.log is not None:
                 found.log.planned(plan)
+                for end in plan.ended:
+                    found.log.rejected(end.request, end.at_us, end.reason)
     return found
 
 

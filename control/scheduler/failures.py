@@ -36,7 +36,7 @@ def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
         if _depends_on(ledger, tracked, name):
             restart(ledger, tracked, at_us)
         elif held is not None and not tracked.outstanding:
-            ledger.fall_back(tracked)
+            ledger.fall_back(tracked, parked=True)
     ledger.due = True
     return ()
 

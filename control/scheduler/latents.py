@@ -27,7 +27,7 @@ def profit(ledger: Ledger, request: str) -> None:
     if tracked is None or tracked.outstanding or not tracked.holders:
         return
     before = tracked.steps_done, tracked.jobs[TEXT].state
-    ledger.fall_back(tracked)
+    ledger.fall_back(tracked, parked=True)
     if before != (tracked.steps_done, tracked.jobs[TEXT].state):
         ledger.due = True
 

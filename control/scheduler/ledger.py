@@ -151,11 +151,17 @@ class Ledger:
         elif release:
             self.released.append(tracked.id)
 
-    def fall_back(self, tracked: Tracked) -> None:
-        """Stands a request without outstanding work at its latest surviving latent."""
+    def fall_back(self, tracked: Tracked, parked: bool = False) -> None:
+        """Stands a request without outstanding work at its latest surviving latent.
+
+        `parked`: nothing of it was called off, so that nobody else counts a new attempt.
+        """
         assert not tracked.outstanding
+        before = tracked.steps_done
         surviving = [done for w, done in tracked.holders.items() if self.cluster.living(w)]
         tracked.resume_from(max(surviving, default=None))
+        if parked and tracked.steps_done < before:
+            tracked.attempt += 1  # it runs steps again
         self.progress(tracked.id)
         self._touch(tracked.id)
 

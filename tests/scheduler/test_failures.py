@@ -53,7 +53,7 @@ def test_former_holders_are_checkpoints():
     assert view.steps_done == 0 and view.state == "queued", "nobody else had a copy: encode again"
     assert view.steps_lost == first.steps
     encode = only(world.plan())
-    assert encode.node == "text" and encode.batch[0].attempt == 0
+    assert encode.node == "text" and encode.batch[0].attempt == 1, "it runs steps again"
 
     world, running = wide(2)
     world.over(running)
