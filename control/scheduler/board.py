@@ -26,6 +26,7 @@ class Flight:
     setup_us: int = 0  # loads, transfers and group before the first step, as predicted
     steps_done: int = 0  # reported of its own steps
     reported_us: int | None = None  # when its last report came
+    behind_us: int = 0  # when what its jobs had out before it ended
 
     @property
     def steps_left(self) -> int:
@@ -94,7 +95,7 @@ class Board:
         job_us: dict[str, int] = {}
         for sequence, flight in self.flights.items():
             a = flight.assignment
-            begin = flight.issued_us
+            begin = max(flight.issued_us, flight.behind_us)
             for worker in a.workers:
                 earlier = idle_us.get(worker, 0)
                 if earlier > begin:

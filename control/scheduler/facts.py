@@ -192,6 +192,9 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
     assignment = flight.assignment
     job = tracked.jobs[assignment.node]
     job.outstanding.remove(assignment.sequence)
+    for other in tracked.jobs.values():
+        for sequence in other.outstanding:
+            ledger.board.flights[sequence].behind_us = at_us
     ledger.touched[tracked.id] = None
     if ledger.stages_wait and assignment.node != DIT:
         ledger.due = True

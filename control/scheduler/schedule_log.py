@@ -9,10 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import msgspec
 
-from .values import DIT, Arrived, Assignment, Ended, Event, Outcome, Plan, StepsEnded, WorkerUp
+from .values import (
+    DIT,
+    Arrived,
+    Assignment,
+    Ended,
+    Event,
+    Member,
+    Outcome,
+    Plan,
+    StepsEnded,
+    WorkerUp,
+)
 
 
 class _Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -134,21 +146,47 @@ class _Ran:
     assignment: Assignment
     start_us: int
     step_end_us: list[int] = field(default_factory=list)
-    kept: int = 0  # steps whose result survived
+    kept: dict[str, int] = field(default_factory=dict)  # by member: steps whose result survived
 
-    def line(self, kind: type[RunLine], origin_us: int, gpus: dict[str, int]) -> RunLine:
-        first, last = (0, self.kept) if kind is RunLine else (self.kept, len(self.step_end_us))
+    def first_step(self, request: str) -> int:
+        """Of a member; 0 where the node has no steps."""
+        if self.assignment.node != DIT:
+            return 0
+        return next(m.first_step for m in self.assignment.batch if m.request == request)
+
+    def lines(self, origin_us: int, gpus: dict[str, int]) -> list[RunLine]:
+        """What survived, then what was lost; of a batch, members may differ."""
+        ran = len(self.step_end_us)
+        cuts = sorted({0, ran, *self.kept.values()})
+        lines: list[RunLine] = []
+        for first, last in pairwise(cuts):
+            kept = [m for m in self.assignment.batch if self.kept[m.request] >= last]
+            lost = [m for m in self.assignment.batch if self.kept[m.request] < last]
+            for kind, members in ((RunLine, kept), (LostLine, lost)):
+                if members:
+                    lines.append(self._line(kind, members, first, last, origin_us, gpus))
+        return lines
+
+    def _line(
+        self,
+        kind: type[RunLine],
+        members: list[Member],
+        first: int,
+        last: int,
+        origin_us: int,
+        gpus: dict[str, int],
+    ) -> RunLine:
         a = self.assignment
-        firsts = tuple(m.first_step + first if a.node == DIT else 0 for m in a.batch)
+        firsts = tuple(m.first_step + first if a.node == DIT else 0 for m in members)
         return kind(
             node=a.node,
-            requests=tuple(m.request for m in a.batch),
+            requests=tuple(m.request for m in members),
             gpus=tuple(gpus[w] for w in a.workers),
             start_us=(self.step_end_us[first - 1] if first else self.start_us) - origin_us,
             end_us=self.step_end_us[last - 1] - origin_us,
             first_step=firsts[0] if len(set(firsts)) == 1 else firsts,
             steps=last - first,
-            batch=len(a.batch),
+            batch=len(members),
         )
 
 
@@ -207,10 +245,7 @@ class ScheduleLog:
         """Header, runs and lost steps in order of sequence, outcomes in the order they came."""
         runs: list[Line] = []
         for ran in self._settled():
-            if ran.kept:
-                runs.append(ran.line(RunLine, self.start_us, self._gpus))
-            if ran.kept < len(ran.step_end_us):
-                runs.append(ran.line(LostLine, self.start_us, self._gpus))
+            runs += ran.lines(self.start_us, self._gpus)
         header = HeaderLine(workers=tuple(self._gpus), start=self._start)
         return (header, *runs, *self._degraded.values(), *self._outcomes.values())
 
@@ -241,16 +276,14 @@ class ScheduleLog:
     def _settled(self) -> list[_Ran]:
         """All runs, `kept` set: a later attempt's run undoes the steps that it runs again."""
         for ran in self._ran.values():
-            ran.kept = len(ran.step_end_us)
-        for sequences in self._by_request.values():
-            ordered = [self._ran[s] for s in sorted(sequences)]
-            for i, later in enumerate(ordered):
-                for earlier in ordered[:i]:
-                    if earlier.assignment.node != later.assignment.node:
-                        continue
-                    again = later.assignment.batch[0].first_step
-                    survives = again - earlier.assignment.batch[0].first_step
-                    if later.assignment.node != DIT:
-                        survives = 0
-                    earlier.kept = max(0, min(earlier.kept, survives))
+            ran.kept = {m.request: len(ran.step_end_us) for m in ran.assignment.batch}
+        for request, sequences in self._by_request.items():
+            again: dict[str, int] = {}  # by node: where a later run begins
+            for sequence in sorted(sequences, reverse=True):
+                ran = self._ran[sequence]
+                node, first = ran.assignment.node, ran.first_step(request)
+                if node in again:
+                    survives = again[node] - first
+                    ran.kept[request] = max(0, min(ran.kept[request], survives))
+                again[node] = min(first, again.get(node, first))
         return [self._ran[s] for s in sorted(self._ran)]

@@ -165,7 +165,7 @@ def pictures(workers, slos, models=(PIC,)):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_equals_step_together_when_that_saves_them(workers):
-    slos = [slo_us for slo_us in (250_000, 220_000, 190_000, 160_000) for _ in range(workers)]
+    slos = [250_000] * 4 * workers
     result = pictures(workers, slos, (PIC, VID))
     assert all(e.on_time for e in result.ended) and len(result.ended) == 4 * workers
     assert max(x.batch for x in runs(result)) > 1

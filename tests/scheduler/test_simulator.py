@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bench.sim.case import ClusterSpec, Fault
@@ -116,8 +116,18 @@ def check_usable(result):
             assert (lost | draining).isdisjoint(a.workers)
 
 
+LATE_TEXT = {  # a group whose job came from other workers, and a text behind it
+    "policy": "tetriserve",
+    "rounds": True,
+    "amend": False,
+    "lead_us": 0,
+    "straddle": 0.0,
+}
+
+
 @settings(max_examples=60, deadline=None)
 @given(rows=rows, ways=ways)
+@example(rows=[(0, 256, 1)] * 2 + [(0, 1024, 1)] * 2 + [(433_600, 256, 1)], ways=LATE_TEXT)
 def test_without_faults_plans_come_true(rows, ways):
     result = run(case(rows, steps=STEPS, **ways))
     check_plans(result)

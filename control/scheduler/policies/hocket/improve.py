@@ -154,8 +154,9 @@ def improve(
                 continue
             _copy(start.choice, start.head, start.save, start.save_head, n)
             found = False
-            options = tab.widths.shape[0] if denoises(jobs, i) else 1
-            others = n if options > 1 and tab.batch_us.shape[1] > 1 else 0
+            steps_now = denoises(jobs, i)
+            options = tab.widths.shape[0] if steps_now else 1
+            others = n if steps_now and tab.batch_us.shape[1] > 1 else 0
             for option in range(-1, options + others):
                 if spent + operations > limits.operations_max:
                     break

@@ -1,0 +1,175 @@
+"""What holds whatever happens: safety at every instant, and apart from it that everybody ends."""
+
+from itertools import pairwise
+
+import msgspec
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bench.sim.case import Fault
+from bench.sim.costs import Costs, Straggler
+from bench.sim.loop import run
+from control.scheduler.schedule_log import LostLine, RunLine
+from control.scheduler.values import DIT, Outcome, StepsEnded
+
+from .driving import FLUX, FLUX_CSV, case
+from .mixed import names
+from .test_simulator import check_plans, check_usable
+
+BATCHES_CSV = FLUX_CSV.rstrip("\n") + "".join(
+    f"\nflux.1-dev,h100,dit,{px},{px},1,1,{batch},{us},test"
+    for px, batch, us in [(256, 2, 25_000), (256, 4, 30_000), (512, 2, 70_000), (512, 4, 100_000)]
+)
+STEPS = 6
+POLICIES = ["hocket", "edf", "tetriserve", "genserve"]
+WORKERS = [f"w{i:04d}" for i in range(5)]
+END_US = 6_000_000  # faults are over by then
+
+arrivals = st.lists(
+    st.tuples(
+        st.integers(0, 2_000_000),
+        st.sampled_from([256, 512, 1024, 2048]),
+        st.sampled_from([1, 400_000, 1_500_000, 60_000_000]),
+        st.integers(0, 2),
+    ),
+    min_size=1,
+    max_size=8,
+)
+faults = st.lists(
+    st.builds(
+        Fault,
+        at_us=st.integers(1, END_US - 1),
+        kind=st.sampled_from(["lost", "up", "beat", "drain", "cancel", "fail"]),
+        worker=st.sampled_from(WORKERS),
+        request=st.sampled_from(["r0", "r1", "r2"]),
+    ),
+    max_size=8,
+)
+costs = st.builds(
+    Costs,
+    group_change_us=st.sampled_from([0, 3_000]),
+    group_cold_us=st.sampled_from([0, 10_000]),
+    noise=st.sampled_from([0.0, 0.1]),
+    report_delay_us=st.sampled_from([0, 2_000]),
+    report_us=st.sampled_from([0, 50_000]),
+)
+worlds = st.fixed_dictionaries(
+    {
+        "policy": st.sampled_from([*POLICIES, "hocket", "hocket"]),
+        "lead_us": st.sampled_from([0, 20_000]),
+        "group_change_us": st.sampled_from([0, 3_000]),
+        "pods": st.sampled_from([2, 8]),
+        "slow": st.booleans(),
+        "batch_max": st.sampled_from([1, 4]),
+        "seed": st.integers(0, 3),
+    }
+)
+
+
+def drawn(arrivals, faults, costs, world, last=()):
+    """The Case of what was drawn; `last` comes after all faults."""
+    ways = {key: world[key] for key in ("policy", "lead_us", "group_change_us")}
+    if world["policy"] == "hocket":
+        ways["policy_settings"] = {"pod_workers": world["pods"], "patience_us": 1_000_000}
+    rows = [row[:3] for row in arrivals]
+    possible = [f for f in faults if f.kind != "cancel" or int(f.request[1:]) < len(rows)]
+    one = case(rows, steps=STEPS, faults=(*possible, *last), **ways)
+    slow = Straggler(worker="w0000", from_us=0, until_us=1_000_000, factor=3.0)
+    models = (msgspec.structs.replace(FLUX, batch_max=world["batch_max"]),)
+    return msgspec.structs.replace(
+        one,
+        profile_csv=BATCHES_CSV,
+        cluster=msgspec.structs.replace(one.cluster, models=models),
+        trace=tuple(
+            msgspec.structs.replace(r, priority=row[3])
+            for r, row in zip(one.trace, arrivals, strict=True)
+        ),
+        costs=costs,
+        stragglers=(slow,) if world["slow"] else (),
+        seed=world["seed"],
+    )
+
+
+def check_steps(result):
+    """Each worker one run at a time; of those who are done, every step once, in order."""
+    by_worker, steps = {}, {}
+    for x in result.log.lines():
+        if not isinstance(x, RunLine):
+            continue
+        for gpu in x.gpus:
+            by_worker.setdefault(gpu, set()).add((x.start_us, x.end_us))
+        if isinstance(x, LostLine) or x.node != DIT:
+            continue
+        firsts = x.first_step if isinstance(x.first_step, tuple) else (x.first_step,) * x.batch
+        for request, first in zip(x.requests, firsts, strict=True):
+            ran = [(x.start_us, step) for step in range(first, first + x.steps)]
+            steps.setdefault(request, []).extend(ran)
+    for spans in by_worker.values():
+        assert all(a[1] <= b[0] for a, b in pairwise(sorted(spans)))
+    for end in result.ended:
+        if end.outcome is Outcome.DONE:
+            assert [step for _, step in sorted(steps[end.request])] == list(range(STEPS))
+
+
+def check_one_thing_at_once(result, lead_us):
+    """By plans and facts alone: who is given something has nothing in hand, or with a lead one."""
+    facts = list(result.facts)
+    hand = {}  # sequence -> assignment
+    for plan in result.plans:
+        while facts and facts[0].at_us <= plan.now_us:
+            fact = facts.pop(0)
+            if isinstance(fact, StepsEnded) and fact.last:
+                hand.pop(fact.sequence, None)
+        for truncation in plan.truncations:
+            called_off = [s for s, a in hand.items() if truncation.request in names(a)]
+            for sequence in called_off:
+                del hand[sequence]
+        for a in plan.assignments:
+            for worker in a.workers:
+                assert sum(worker in b.workers for b in hand.values()) <= (lead_us > 0), worker
+            hand[a.sequence] = a
+
+
+STILL = Costs(group_change_us=0, group_cold_us=0, noise=0.0, report_delay_us=0, report_us=0)
+MATES = {  # who joins a batch later, and stays longer
+    "policy": "hocket",
+    "lead_us": 20_000,
+    "group_change_us": 0,
+    "pods": 2,
+    "slow": False,
+    "batch_max": 4,
+    "seed": 0,
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrivals=arrivals, faults=faults, costs=costs, world=worlds)
+@example(
+    arrivals=[(i // 4, 256, slo_us, 0) for i, slo_us in enumerate((1, 1, 400_000, 1, 400_000))],
+    faults=[],
+    costs=STILL,
+    world=MATES,
+)
+def test_safety(arrivals, faults, costs, world):
+    """The simulator's checker raises where a rule is broken; the rest is told by plans and log."""
+    result = run(drawn(arrivals, faults, costs, world))
+    check_plans(result)
+    check_usable(result)
+    check_steps(result)
+    if world["policy"] == "hocket":
+        check_one_thing_at_once(result, world["lead_us"])
+    ended = [e.request for e in result.ended]
+    assert len(ended) == len(set(ended))
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrivals=arrivals, faults=faults, costs=costs, world=worlds, last=st.sampled_from(WORKERS))
+def test_liveness(arrivals, faults, costs, world, last):
+    """Where one able worker lives on at the end, every request ends: done, or as it was asked."""
+    rescue = Fault(at_us=END_US, kind="up", worker=last)
+    result = run(drawn(arrivals, faults, costs, world, (rescue,)))
+    outcomes = {e.request: e.outcome for e in result.ended}
+    assert outcomes.keys() == {f"r{i}" for i in range(len(arrivals))}
+    asked = {f.request for f in faults if f.kind == "cancel"}
+    for request, outcome in outcomes.items():
+        assert outcome is Outcome.DONE or (outcome is Outcome.CANCELLED and request in asked)
