@@ -63,12 +63,6 @@ def test_slack_beyond_what_is_wanted_is_worth_nothing():
     assert scores[0] < scores[1] < scores[2] == scores[3]
 
 
-def test_an_earlier_finish_is_worth_what_the_rules_say():
-    rules = EXACT._replace(finish_worth=1.0)
-    plain, _ = played([job(900_000, steps=3)], 1, ONE)[1:]
-    assert played([job(900_000, steps=3)], 1, ONE, rules=rules)[1] == pytest.approx(plain - 300)
-
-
 def test_weight_is_what_a_deadline_is_worth():
     assert played([job(100, steps=1, weight=1.5)], 1, ONE)[1] == pytest.approx(1.5e9)
 

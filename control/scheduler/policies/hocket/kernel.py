@@ -52,7 +52,6 @@ class Rules(NamedTuple):
 
     slack_sat_us: float  # slack beyond this is worth nothing
     slack_worth: float  # of one microsecond of it, where making a deadline is worth 1e9
-    finish_worth: float  # of one microsecond of earlier finish
     coarseness: float  # steps are played in bunches of this part of the time looked ahead
 
 
@@ -137,7 +136,7 @@ def rollout(
         if until >= NEVER:
             break
         t = until
-        m, gained = _settle(t, now, m, jobs, on, rules, text, left, vae, end, finish, live)
+        m, gained = _settle(t, m, jobs, on, rules, text, left, vae, end, finish, live)
         score += gained
     return score, operations
 
@@ -365,7 +364,6 @@ def _start(
 @njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _settle(
     t: float,
-    now: float,
     m: int,
     jobs: Floats,
     on: Ints,
@@ -390,5 +388,4 @@ def _settle(
             finish[i] = end[i]
             slack = min(rules.slack_sat_us, jobs[i, DEADLINE] - end[i])
             gained += jobs[i, WEIGHT] * 1e9 + rules.slack_worth * slack
-            gained -= rules.finish_worth * (end[i] - now)
     return w, gained

@@ -57,7 +57,6 @@ class Hocket:
         ),  # given-up jobs looked at again in each plan, where they are more
         "slack_sat_us": Spec(250_000, low=0),  # slack beyond this is worth nothing
         "slack_worth": Spec(0.001, low=0.0),  # of a microsecond; a deadline is worth 1e9
-        "finish_worth": Spec(0.0, low=0.0),  # of finishing a microsecond earlier
         "coarseness": Spec(0.05, low=0.0, high=1.0),  # steps bunched by part of time looked ahead
         "fill_step_us": Spec(145_000, low=0),  # longer best-effort steps wait for an empty pod
         "slow_step_us": Spec(1_000_000, low=0),  # not even where no newcomer needs the worker
@@ -65,6 +64,7 @@ class Hocket:
         "patience_us": Spec(300_000_000, low=0),  # without progress; then best effort goes first
         "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
+        "batch_max": Spec(0, low=0, high=4096),  # jobs that step together; 0: what the workers take
         "commit_us": Spec(20_000, low=0),  # as many steps are committed as fit; at least one
         "pod_workers": Spec(8, low=1),
         "steal": Spec(True),  # an idle pod takes waiting requests from others
@@ -76,12 +76,14 @@ class Hocket:
         self._read = dict(read)
         self._pods = Pods(int(read["pod_workers"]))
         self._maker = RosterMaker(
-            float(read["priority_worth"]), int(read["patience_us"]), int(read["fill_step_us"])
+            float(read["priority_worth"]),
+            int(read["patience_us"]),
+            int(read["fill_step_us"]),
+            int(read["batch_max"]),
         )
         self._rules = Rules(
             float(read["slack_sat_us"]),
             float(read["slack_worth"]),
-            float(read["finish_worth"]),
             float(read["coarseness"]),
         )
         self._limits = Limits(

@@ -72,8 +72,11 @@ class Roster:
 class RosterMaker:
     """Makes rosters; prices are asked for once a plan."""
 
-    def __init__(self, priority_worth: float, patience_us: int, fill_step_us: int) -> None:
+    def __init__(
+        self, priority_worth: float, patience_us: int, fill_step_us: int, batch_max: int
+    ) -> None:
         self._priority_worth = priority_worth
+        self._batch_max = batch_max
         self._patience_us = patience_us
         self._fill_step_us = fill_step_us
         self._needs: deque[int] = deque(maxlen=NEEDS_MAX)
@@ -147,7 +150,8 @@ class RosterMaker:
                 return ledger.predict(request, node, degree, pod.gpus, batch).safe_us
 
             steps = [float(call(DIT, k)) if k == 1 or k in facts.degrees else NEVER for k in widths]
-            batches = [float(call(DIT, 1, b)) for b in range(1, facts.batch_max + 1)]
+            most = min(facts.batch_max, self._batch_max or facts.batch_max)
+            batches = [float(call(DIT, 1, b)) for b in range(1, most + 1)]
             known = Prices(call(TEXT), call(VAE), tuple(steps), tuple(batches))
             self._prices[key] = known
         return known
