@@ -12,7 +12,6 @@ from control.scheduler.policies.hocket.kernel import AGED, AVAIL, DEADLINE, NEVE
 from control.scheduler.policies.hocket.search import smallest
 
 from .small_pods import (
-    EXACT,
     LIMITS,
     decided,
     decisions,
