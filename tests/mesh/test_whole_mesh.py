@@ -28,7 +28,7 @@ from hocket.launcher import MeshPlan, RunningMesh, mesh
 from hocket.span_file import SpanRecord, read_spans
 from hocket.v1.generation_pb2 import Accepted, Finished, GenerateRequest, MediaChunk, Progress
 from hocket.v1.types_pb2 import GenerationSpec, Shape, Slo
-from tests.waiting import until
+from tests.waiting import alive, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -233,6 +233,7 @@ async def test_a_broker_that_dies_and_comes_back_loses_no_request(
     children = json.loads((state_dir / "mesh.json").read_text())
     broker = next(child for child in children if "nats-server" in child["command"])
     os.kill(broker["pid"], signal.SIGKILL)
+    await until(lambda: not alive(broker["pid"]))  # its port is free from then on
     second = await asyncio.create_subprocess_exec(
         *broker["command"].split(), stderr=asyncio.subprocess.DEVNULL
     )
