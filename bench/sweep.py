@@ -66,7 +66,8 @@ def sweep(
     (out / "runs.jsonl").write_bytes(b"".join(encoder.encode(r) + b"\n" for r in rows))
     shutil.copyfile(experiment.path, out / "case.toml")
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
-    (out / "command.txt").write_text(f"{command}\n{_commit()}\n{machine_kind()}\n")
+    with (out / "command.txt").open("a" if resume else "w") as file:
+        file.write(f"{command}\n{_commit()}\n{machine_kind()}\n")
     console.print(_table(rows))
     console.print(f"{len(rows)} runs in {out}")
 
@@ -83,13 +84,16 @@ def _bound_all(
         found = _rows(work, list(missing.values()), jobs, "bounds")
         known.update(zip(missing, found, strict=True))
     for row in rows:
-        row["bound"] = known[_key(row["cell"], "", row["seed"])]
+        row["bound"] = known.get(_key(row["cell"], "", row["seed"]))
 
 
 def _all_rows(
     specs: list[RunSpec], path: Path, jobs: int, name: str, resume: bool
 ) -> list[dict[str, Any]]:
-    """The rows of all specs, in their order; each batch is on disk before the next begins."""
+    """The rows of all specs, in their order, then what `path` holds beside them.
+
+    Each batch is on disk before the next begins.
+    """
     known: dict[tuple[str, str, int], dict[str, Any]] = {}
     if resume and path.exists():
         rows = [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
@@ -107,7 +111,8 @@ def _all_rows(
             known[_key(row["cell"], row["label"], row["seed"])] = row
             with path.open("ab") as file:
                 file.write(msgspec.json.encode(row) + b"\n")
-    return [known[_key(s.cell, s.policy.shown, s.seed)] for s in specs]
+    wanted = [known.pop(_key(s.cell, s.policy.shown, s.seed)) for s in specs]
+    return [*wanted, *known.values()]
 
 
 def _key(cell: Any, label: str, seed: int) -> tuple[str, str, int]:
