@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from bench import sweep as sweep_module
 from bench.__main__ import app
 from bench.sim.trace import write_trace
 from bench.sim.workloads import generate
@@ -117,6 +118,31 @@ def test_an_experiment_writes_rows_in_order(tmp_path, jobs):
     assert set(wanted.split()) | {"plans", "wall_s"} == set(rows[0])
     assert (out / "case.toml").read_text() == (tmp_path / "small.toml").read_text()
     assert "commit " in (out / "command.txt").read_text()
+
+
+def test_resuming_runs_what_is_missing_and_keeps_the_rest(tmp_path, monkeypatch):
+    path, out = tmp_path / "small.toml", tmp_path / "out"
+    path.write_text(SMALL.replace("rate = [12, 60]", "rate = [60]"))
+
+    def swept(seeds, *more):
+        ran.clear()
+        bench("sim", "--case", path, "--seeds", seeds, "--out", out, *more)
+        rows = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
+        return {(str(r["cell"]), r["label"], r["seed"]): r for r in rows}
+
+    ran = []
+    real = sweep_module.run_row
+    monkeypatch.setattr(sweep_module, "run_row", lambda *a: ran.append(a) or real(*a))
+    first = swept("0-1", "--policies", "fixed-1")
+    assert len(first) == len(ran) == 8
+    assert swept("0", "--policies", "fixed-1", "--resume") == first and not ran
+    both = swept("1", "--policies", "events", "--resume", "--bounds")
+    assert len(both) == 12 and len(ran) == 4
+    for (cell, label, seed), row in both.items():
+        assert (row["bound"] is not None) is (seed == 1)
+        if seed == 1:
+            assert row["bound"] >= row["summary"]["attainment"]
+            assert label == "events" or row == {**first[cell, label, 1], "bound": row["bound"]}
 
 
 def test_a_policy_that_does_not_exist_stops_an_experiment_at_once(tmp_path):
