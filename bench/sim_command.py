@@ -1,9 +1,10 @@
-"""`python -m bench sim` and `python -m bench solver`: the simulator's command line.
+"""`python -m bench sim`, `trace` and `solver`: the simulator's command line.
 
 sim --trace T --profile P --gpus N --policy NAME    one run: schedule log, summary
 sim --case FILE --seeds 0-19 --out DIR              an experiment: DIR/runs.jsonl and its Case
 sim --case FILE                                     a plain Case: its summary
 solver --gpus N --requests R --rounds K             what a plan costs
+trace NAME --set rate=12 --out T.jsonl              the requests of a workload
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from bench.sim.experiment import check_models, load_experiment, parse_seeds, set
 from bench.sim.invariants import InvariantError
 from bench.sim.loop import Result, run
 from bench.sim.solver import measure_plans
-from bench.sim.trace import TraceError, read_trace
+from bench.sim.trace import TraceError, read_trace, write_trace
+from bench.sim.workloads import generate
 from bench.sweep import sweep
 from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.settings import SettingError, Settings, SettingValue
@@ -215,6 +217,35 @@ def _write_run(
         f"{wall_s:.2f}",
     )
     console.print(table)
+
+
+# ---------------------------------------------------------------------------------- trace
+
+
+@explained
+def trace_command(
+    workload: Annotated[str, typer.Argument(help="Its name, as in a Case's workload.")],
+    out: Annotated[Path, typer.Option(help="Trace (JSONL) to write.")],
+    seed: Annotated[int, typer.Option(help="Of arrivals and shapes.")] = 0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of the workload, repeatable.")
+    ] = None,
+) -> None:
+    """Writes the requests of a workload, the same that a Case with this seed has."""
+    requests = generate(
+        workload, seed, {k: _value(str(v)) for k, v in read_pairs(set_ or []).items()}
+    )
+    out.write_text(write_trace(requests))
+    span_s = requests[-1].arrival_us / 1e6 if requests else 0.0
+    console.print(f"{len(requests)} requests in {span_s:.0f} s: {out}", soft_wrap=True)
+
+
+def _value(text: str) -> object:
+    """A number, truth value or list as in JSON; else the text itself."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
 
 
 # ---------------------------------------------------------------------------------- solver

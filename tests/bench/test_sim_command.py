@@ -151,6 +151,16 @@ def test_a_policy_that_does_not_exist_stops_an_experiment_at_once(tmp_path):
     assert "policy = 'fixed-3'" in told and not (tmp_path / "out").exists()
 
 
+def test_a_trace_is_the_one_that_a_case_has(trace, tmp_path):
+    out = tmp_path / "t.jsonl"
+    options = ("--set", "count=12", "--set", "rate=30", "--out", out)
+    assert "12 requests" in bench("trace", "tetriserve-uniform", *options)
+    assert out.read_text() == trace.read_text()
+    assert "workload.name = 'tetris'" in bench("trace", "tetris", "--out", out, code=2)
+    told = bench("trace", "tetriserve-uniform", *options, "--set", "rate=x", code=2)
+    assert "Expected `float`, got `str` - at `$.rate`" in told
+
+
 def test_solver(tmp_path):
     out = tmp_path / "solver.json"
     options = ["--gpus", "16", "--requests", "12", "--rounds", "20", "--policy", "tetriserve"]
