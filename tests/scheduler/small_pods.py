@@ -25,7 +25,7 @@ from control.scheduler.policies.hocket.search import decide, give_up
 
 EXACT = Rules(slack_sat_us=250_000.0, slack_worth=0.001, coarseness=0.0)
 LIMITS = Limits(
-    passes=2, candidates=6, operations_max=200_000, fill_step_us=145_000.0, aged_workers=1
+    passes=2, yielding=6, operations_max=200_000, fill_step_us=145_000.0, aged_workers=1
 )
 
 

@@ -134,16 +134,23 @@ def test_only_one_kind_shares_a_batch_and_no_more_than_fit():
 # ------------------------------------------------------------------------------------ giving up
 
 
-def test_one_long_job_is_given_up_for_two_short_ones():
-    """Moore and Hodgson: 100 due 110, 30 due 120, 30 due 130."""
+def test_the_first_late_one_is_given_up_unless_one_worth_less_makes_room_for_it():
+    """One worker: 100 due 110, 30 due 120, 30 due 130; the second is the first to be late."""
     tab = tables([1], [100], [30])
     rows = [job(110, steps=1), job(120, steps=1, kind=1), job(130, steps=1, kind=1)]
-    assert given_up(rows, 1, tab)[0] == [0, 1, 1]
+    assert given_up(rows, 1, tab)[0] == [1, 0, 1]
     assert given_up(rows, 2, tab)[0] == [1, 1, 1]
-    heavy = [job(110, steps=1, weight=3.0), *rows[1:]]
-    assert given_up(heavy, 1, tab)[0] == [1, 0, 1], "unless it is worth more"
-    blind = LIMITS._replace(candidates=1)
-    assert given_up(rows, 1, tab, blind)[0] == [1, 0, 1], "who looks no further drops the late"
+    worthy = [rows[0], job(120, steps=1, kind=1, weight=1.1), rows[2]]
+    assert given_up(worthy, 1, tab)[0] == [0, 1, 1]
+    assert given_up(worthy, 1, tab, LIMITS._replace(yielding=0))[0] == [1, 0, 1]
+
+
+def test_nobody_is_given_up_in_vain_for_one_worth_more():
+    tab = tables([1], [100], [30])
+    rows = [job(30, steps=1, kind=1), job(120, steps=1, weight=1.5)]
+    assert given_up(rows, 1, tab)[0] == [0, 1]
+    rows = [job(30, steps=1, kind=1), job(60, steps=1, kind=1), job(125, steps=1, weight=1.5)]
+    assert given_up(rows, 1, tab)[0] == [1, 1, 0], "two would have to go for it"
 
 
 def test_the_hopeless_the_aged_and_those_without_a_deadline_are_never_on():
@@ -241,7 +248,7 @@ def test_operations_are_bounded():
             limits = LIMITS._replace(operations_max=most)
             used = decided(pod.rows, pod.gpus, pod.free, pod.tab, limits, on=pod.on).operations
             # the last look at whom to give up and the last alternative may begin below the bound
-            slack = (limits.candidates + 4) * rollout_operations_max(pod)
+            slack = (limits.yielding + 4) * rollout_operations_max(pod)
             assert used <= 2 * most + slack
         endless = LIMITS._replace(operations_max=10**9)
         all_of_it = decided(pod.rows, pod.gpus, pod.free, pod.tab, endless, on=pod.on).operations

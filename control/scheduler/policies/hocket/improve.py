@@ -37,7 +37,7 @@ class Limits(NamedTuple):
     """How far the search goes, and what best effort may do."""
 
     passes: int
-    candidates: int  # for giving up, at a time
+    yielding: int  # jobs of lower worth, looked at before a late one is given up
     operations_max: int
     fill_step_us: float  # longer best-effort steps wait
     aged_workers: int  # for best effort that has waited too long

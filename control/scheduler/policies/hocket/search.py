@@ -22,6 +22,7 @@ from .kernel import (
     STEPS_LEFT,
     TEXT_LEFT,
     VAE_LEFT,
+    WEIGHT,
     WIDTH,
     Floats,
     Ints,
@@ -74,10 +75,10 @@ def give_up(
     limits: Limits,
     s: Scratch,
 ) -> int:
-    """Of those that are `on`, turns off the hopeless, and as few others as keep the rest on time.
+    """Of those that are `on`, turns off the hopeless, and others until the rest are on time.
 
-    As Moore and Hodgson: at the first job that gets late, one of those not due later goes; here
-    it is the one whose going leaves the best rollout.
+    At the first job that gets late in a rollout, it goes; or one that is worth less and not due
+    later, where that leaves a better rollout.
     """
     operations = 0
     wanted = 0
@@ -126,34 +127,55 @@ def _drop_one(
     limits: Limits,
     s: Scratch,
 ) -> int:
-    """Gives up one job due no later than `late`: it, or one of those with the most work left."""
+    """Gives up `late`, or one of those worth less and due no later, the most work left first."""
     operations = 0
     best = late
-    best_score = -NEVER
-    below = NEVER
-    candidate = late
-    for _ in range(limits.candidates):
-        on[candidate] = 0
-        score, used = rollout(now, gpus, jobs, on, tab, rules, s)
-        on[candidate] = 1
-        operations += used
-        if score > best_score:
-            best_score = score
-            best = candidate
-        # the next most work left, ties to the earlier deadline
-        most = -1.0
-        found = -1
-        for i in range(late):
-            work = jobs[i, STEPS_LEFT] * tab.step_us[int(jobs[i, KIND]), 0] + jobs[i, VAE_LEFT]
-            if on[i] and most < work < below:
-                most = work
-                found = i
-        if found < 0:
-            break
-        candidate = found
-        below = most
+    lighter = _most_work(late, NEVER, jobs, on, tab)
+    if lighter >= 0:
+        best_score, operations = _without(late, now, gpus, jobs, on, tab, rules, s)
+        for _ in range(limits.yielding):
+            score, used = _without(lighter, now, gpus, jobs, on, tab, rules, s)
+            operations += used
+            if score > best_score:
+                best_score = score
+                best = lighter
+            lighter = _most_work(late, _work_us(jobs, lighter, tab), jobs, on, tab)
+            if lighter < 0:
+                break
     on[best] = 0
     return operations
+
+
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _without(
+    i: int, now: float, gpus: int, jobs: Floats, on: Ints, tab: Tables, rules: Rules, s: Scratch
+) -> tuple[float, int]:
+    """Score of the rollout without job i, and its operations."""
+    on[i] = 0
+    score, used = rollout(now, gpus, jobs, on, tab, rules, s)
+    on[i] = 1
+    return score, used
+
+
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _work_us(jobs: Floats, i: int, tab: Tables) -> float:
+    return jobs[i, STEPS_LEFT] * tab.step_us[int(jobs[i, KIND]), 0] + jobs[i, VAE_LEFT]
+
+
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _most_work(late: int, below: float, jobs: Floats, on: Ints, tab: Tables) -> int:
+    """Of those worth less than `late` and due no later, the one with the most work under `below`.
+
+    Ties go to the earlier deadline. -1: there is none.
+    """
+    found = -1
+    most = -1.0
+    for i in range(late):
+        work = _work_us(jobs, i, tab)
+        if on[i] and jobs[i, WEIGHT] < jobs[late, WEIGHT] and most < work < below:
+            most = work
+            found = i
+    return found
 
 
 @njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
