@@ -3,12 +3,14 @@
 from itertools import pairwise
 
 import msgspec
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bench.sim.case import Fault
 from bench.sim.costs import Costs, Straggler
-from bench.sim.loop import run
+from bench.sim.loop import Loop, run
+from control.scheduler.policies import REGISTRY
 from control.scheduler.schedule_log import LostLine, RunLine
 from control.scheduler.values import DIT, Outcome, StepsEnded
 
@@ -173,3 +175,17 @@ def test_liveness(arrivals, faults, costs, world, last):
     asked = {f.request for f in faults if f.kind == "cancel"}
     for request, outcome in outcomes.items():
         assert outcome is Outcome.DONE or (outcome is Outcome.CANCELLED and request in asked)
+
+
+ALL_LOST = tuple(Fault(at_us=500_000, kind="lost", worker=w) for w in WORKERS[:4])
+OTHERS = tuple(Fault(at_us=9_000_000, kind="up", worker=f"w{i:04d}") for i in range(5, 9))
+ROWS = [(200_000 * i, 512, 60_000_000) for i in range(6)]
+
+
+@pytest.mark.parametrize("policy", REGISTRY)
+def test_without_workers_there_is_peace_and_with_others_everybody_is_served(policy):
+    alone = Loop(case(ROWS, faults=ALL_LOST, policy=policy))
+    assert not all(alone.instant() for _ in range(10_000)), "it goes on for ever about nothing"
+    assert len(alone.result.ended) < len(ROWS)
+    result = run(case(ROWS, faults=(*ALL_LOST, *OTHERS), policy=policy))
+    assert {e.outcome for e in result.ended} == {Outcome.DONE} and len(result.ended) == len(ROWS)

@@ -197,8 +197,8 @@ class DisagFusion(EventPolicy):
         return {role: roles.count(role) for role in ROLES}
 
     def _wake_us(self, scene: Scene) -> int | None:
-        """The next tick, a process that is up: while there is anything to do."""
-        if not any(True for _ in scene.tracked()):
+        """The next tick, a process that is up: while there is anything to do, and anybody to."""
+        if not scene.seats or not any(True for _ in scene.tracked()):
             return None
         times = list(self._starting.values())
         if self._mode != "static" and self._ticked_us is not None:
