@@ -14,7 +14,7 @@ PLANNER := control/scheduler/policies/hocket
 CODE := hocket gateway control gpuworker bench tests tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint types proto bench profile clean
+.PHONY: help setup demo up test test-full lint types proto bench profile clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ up: setup  ## the whole mesh on this machine, until Ctrl-C
 
 test: setup  ## all tests
 	@python -m pytest
+
+test-full: setup  ## all tests, and every family in every layout, batch and schedule
+	@python -m pytest -m ''
 
 lint: setup  ## style, import contracts, protobuf lint
 	@ruff check . && ruff format --check . && lint-imports && buf lint && \

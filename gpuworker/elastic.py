@@ -1,75 +1,50 @@
-"""Sequence parallelism whose degree is an argument of a single step.
+"""Sequence parallelism whose degree and kind are arguments of a single step.
 
 Installed once on a diffusers transformer. From then on
 
-    with elastic.step(group):      # None or a group of one: the model runs as diffusers wrote it
+    with elastic.step(team):       # None, or one member a sequence: as diffusers wrote it
         transformer(...)
 
-splits the token streams over the group's members, exchanges heads for tokens around every attention
-(Ulysses, arXiv:2309.14509) and gathers the result, so that every member ends the step with the
-whole output. Between two steps nothing is kept: the next step may name any other group, or none.
+splits the token streams over the team's members, exchanges heads for tokens around every attention
+(Ulysses, arXiv:2309.14509), lets keys and values travel (ring.py), or both, and gathers the result,
+so that every member ends the step with the whole output. Between two steps nothing is kept: the
+next step may name any other team, or none.
 
       tokens of this member                 all tokens, some heads
     q,k,v [B, n/P, H, D] ──all-to-all──▶ [B, n, H/P, D] ──attention, all-to-all──▶ [B, n/P, H, D]
 
 Of diffusers' internals three are touched: `_cp_plan` (which tensors are split where; read as data),
 the processors' `_parallel_config` (where we leave our mark), `_AttentionBackendRegistry._backends`
-(whose functions we wrap). When an upgrade moves one of them, `DiffusersMoved` says which. Lengths
-may be uneven; a member may even get no token of a stream.
+(whose functions we wrap). Models that have none of these get a plan from their card, and their
+calls of torch's own attention are met on the way (`_OnTheWay`). When an upgrade moves something,
+`DiffusersMoved` says what. Lengths may be uneven; a member may even get no token of a stream.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
-import diffusers
-import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gpuworker.exchange import (
+    AttentionInputs,
+    DiffusersMoved,
+    LocalAttention,
+    ParallelAttention,
+    usp,
+)
+from gpuworker.team import Communicator, Lengths, Team, split_lengths
 
 DEGREE_MAX = 8
 _STREAMS = ("hidden_states", "encoder_hidden_states")
 
-Lengths = tuple[int, ...]  # tokens of each member, in rank order
-LocalAttention = Callable[..., Tensor]
-
-
-class Communicator(Protocol):
-    """What a step asks of its group (see groups.Group)."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        """Exchanges pieces of a 1-D tensor; `send` and `receive` count elements by rank."""
-
-    def all_gather(self, shard: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
-        """Joins every member's shard along `dim`; `lengths` are the shards' sizes there."""
-
-
-class AttentionInputs(NamedTuple):
-    """Arguments of one attention: query, key, value [B, tokens here, H, D], mask, token split."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    lengths: Lengths
-
-
-# The seam for another context-parallel attention (USP of xfuser on CUDA). It takes the group, the
-# attention function that diffusers would have called, the inputs, and that function's other
-# arguments; it returns [B, tokens here, H, D].
-ParallelAttention = Callable[
-    [Communicator, LocalAttention, AttentionInputs, dict[str, Any]], Tensor
-]
+Plan = Mapping[str, Any]  # as diffusers' _cp_plan
 
 
 class DegreeRefused(Exception):
@@ -80,48 +55,65 @@ class DegreeRefused(Exception):
         self.degree, self.heads, self.allowed = degree, heads, allowed
 
 
-class DiffusersMoved(Exception):
-    """An internal of diffusers that this layer needs is not where it was. Fields: what, version."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self.version = what, str(diffusers.__version__)
-        super().__init__(f"diffusers {self.version}: {what}")
-
-
 class ElasticSP:
     """The layer, installed on one transformer. Not thread-safe: one step at a time a model.
 
     `joint` says that attention runs over all split streams at once (Flux, Qwen-Image); otherwise
-    it runs over `hidden_states` alone (Wan). Raises `DiffusersMoved`.
+    it runs over `hidden_states` alone (Wan). `plan` is for models without a `_cp_plan` of their
+    own: their attention is met where it calls torch. Raises `DiffusersMoved`.
     """
 
     def __init__(
-        self, model: nn.Module, joint: bool, attention: ParallelAttention | None = None
+        self,
+        model: nn.Module,
+        joint: bool,
+        plan: Plan | None = None,
+        attention: ParallelAttention | None = None,
     ) -> None:
         self._heads = head_count(model)
         self._joint = joint
-        self._attention = attention or ulysses
-        self._comm: Communicator | None = None
+        self._attention = attention or usp
+        self._team: Team | None = None
+        self._comm: Communicator | None = None  # of the members that share this one's sequence
         self._streams: dict[str, Lengths] = {}
         self._exchanges = 0
-        _wrap_registry()
-        _leave_mark(model, self)
-        _install_hooks(model, self)
+        self._crossing = 0  # inside that many cross-attentions
+        self._meets_torch = plan is not None
+        if plan is None:
+            _wrap_registry()
+            _leave_mark(model, self)
+        else:
+            _watch_cross_attention(model, self)
+        _install_hooks(model, self, plan)
 
     @contextmanager
-    def step(self, comm: Communicator | None) -> Iterator[None]:
-        """Runs the forwards inside over `comm`. Raises `DegreeRefused` before anything runs."""
-        if comm is not None and self._heads % comm.size:
-            raise DegreeRefused(comm.size, self._heads, _divisors(self._heads))
-        assert self._comm is None, "a step is already running on this model"
-        self._comm = comm if comm is not None and comm.size > 1 else None
-        self._streams, self._exchanges = {}, 0
+    def step(self, team: Team | None) -> Iterator[None]:
+        """Runs the forwards inside over `team`. Raises `DegreeRefused` before anything runs."""
+        if team is not None and self._heads % team.layout.ulysses:
+            raise DegreeRefused(team.layout.ulysses, self._heads, _divisors(self._heads))
+        assert self._team is None, "a step is already running on this model"
+        shared = team is not None and team.layout.sequence > 1
+        self._team, self._comm = team, team.sequence() if team is not None and shared else None
+        self._forget()
+        try:
+            with _OnTheWay(self) if shared and self._meets_torch else nullcontext():
+                yield
+            if self._streams and not self._exchanges:  # split tokens never met: the result is wrong
+                raise DiffusersMoved("attention did not come by here")
+        finally:
+            self._team = self._comm = None
+
+    def _forget(self) -> None:
+        self._streams, self._exchanges, self._crossing = {}, 0, 0
+
+    @contextmanager
+    def crossing(self) -> Iterator[None]:
+        """Attention inside is of this member's tokens to a whole other sequence."""
+        self._crossing += 1
         try:
             yield
-            if self._streams and not self._exchanges:  # split tokens never met: the result is wrong
-                raise DiffusersMoved("attention did not go through _AttentionBackendRegistry")
         finally:
-            self._comm = None
+            self._crossing -= 1
 
     @property
     def active(self) -> bool:
@@ -146,8 +138,8 @@ class ElasticSP:
         return self._comm.all_gather(tensor, dim, lengths)
 
     def attend(self, local: LocalAttention, arguments: dict[str, Any]) -> Tensor:
-        """One attention call of the model, over the group of the running step."""
-        if self._comm is None:
+        """One attention call of the model, over the team of the running step."""
+        if self._comm is None or self._team is None or not self._streams:
             return local(**arguments)
         query, key, value = (arguments.pop(name) for name in ("query", "key", "value"))
         mask = arguments.pop("attn_mask", None)
@@ -158,7 +150,25 @@ class ElasticSP:
             raise DiffusersMoved(f"attention over {found} here, split was {lengths}")
         self._exchanges += 1
         inputs = AttentionInputs(query, key, value, mask, lengths)
-        return self._attention(self._comm, local, inputs, arguments)
+        return self._attention(self._team, local, inputs, arguments)
+
+    def met(
+        self, attention: Any, query: Tensor, key: Tensor, value: Tensor, **others: Any
+    ) -> Tensor:
+        """One call of torch's attention, [B, H, tokens here, D], that was met on the way."""
+        if self._crossing or not self._streams:
+            out: Tensor = attention(query, key, value, **others)
+            return out
+
+        def local(
+            query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **others: Any
+        ) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+            out: Tensor = attention(q, k, v, attn_mask=attn_mask, **others)
+            return out.transpose(1, 2)
+
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        return self.attend(local, {"query": q, "key": k, "value": v, **others}).transpose(1, 2)
 
     def _attended_lengths(self) -> Lengths:
         if not self._joint:
@@ -179,78 +189,6 @@ def head_count(model: nn.Module) -> int:
     return heads
 
 
-def split_lengths(total: int, parts: int) -> Lengths:
-    """`total` tokens over `parts` members, the first ones taking the rest (torch.tensor_split)."""
-    each, rest = divmod(total, parts)
-    return tuple(each + (rank < rest) for rank in range(parts))
-
-
-def ulysses(
-    comm: Communicator, local: LocalAttention, inputs: AttentionInputs, others: dict[str, Any]
-) -> Tensor:
-    """Heads for tokens, attention on whole sequences, tokens for heads. Two all-to-alls."""
-    stacked = (inputs.query, inputs.key, inputs.value)
-    query, key, value = _heads_for_tokens(comm, stacked, inputs.lengths)
-    mask = None
-    if inputs.mask is not None:
-        mask = _whole_mask(comm, inputs.mask, inputs.lengths, inputs.query.shape[2])
-    out = local(query=query, key=key, value=value, attn_mask=mask, **others)
-    return _tokens_for_heads(comm, out, inputs.lengths)
-
-
-def _heads_for_tokens(
-    comm: Communicator, tensors: Sequence[Tensor], lengths: Lengths
-) -> list[Tensor]:
-    """[B, tokens here, H, D] each -> [B, all tokens, H/P, D] each, in one exchange."""
-    pieces = [  # [P, B * tokens here * H/P * D]: row r goes to member r
-        t.view(*t.shape[:2], comm.size, -1, t.shape[3])
-        .permute(2, 0, 1, 3, 4)
-        .reshape(comm.size, -1)
-        for t in tensors
-    ]
-    row = sum(piece.shape[1] for piece in pieces)
-    per_token = sum(_per_token(t, comm.size) for t in tensors)
-    flat = torch.cat(pieces, dim=1).flatten()
-    got = comm.all_to_all(flat, [row] * comm.size, [n * per_token for n in lengths])
-    parts: list[list[Tensor]] = [[] for _ in tensors]
-    for n, block in zip(lengths, torch.split(got, [n * per_token for n in lengths]), strict=True):
-        sizes = [n * _per_token(t, comm.size) for t in tensors]
-        for out, t, piece in zip(parts, tensors, torch.split(block, sizes), strict=True):
-            out.append(piece.view(t.shape[0], n, t.shape[2] // comm.size, t.shape[3]))
-    return [torch.cat(part, dim=1) for part in parts]
-
-
-def _per_token(tensor: Tensor, parts: int) -> int:
-    """Elements that one token of [B, n, H, D] sends to each member."""
-    return tensor.shape[0] * (tensor.shape[2] // parts) * tensor.shape[3]
-
-
-def _tokens_for_heads(comm: Communicator, out: Tensor, lengths: Lengths) -> Tensor:
-    """[B, all tokens, H/P, D] -> [B, tokens here, H, D]."""
-    batch, _, heads, width = out.shape
-    flat = torch.cat([part.reshape(-1) for part in torch.split(out, list(lengths), dim=1)])
-    here, per_token = lengths[comm.rank], batch * heads * width
-    send, receive = [n * per_token for n in lengths], [here * per_token] * comm.size
-    got = comm.all_to_all(flat, send, receive).view(comm.size, batch, here, heads, width)
-    return got.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-def _whole_mask(comm: Communicator, mask: Tensor, lengths: Lengths, heads: int) -> Tensor:
-    """A mask of keys for whole sequences and this member's heads.
-
-    Shapes: [B, keys here] or [B, 1 or H, 1, keys here]. A mask with a row a query cannot be put
-    together from what the members have: `DiffusersMoved`.
-    """
-    by_query = mask.ndim != 2 and (mask.ndim != 4 or mask.shape[2] != 1)
-    if by_query or mask.shape[-1] != lengths[comm.rank]:
-        raise DiffusersMoved(f"attention mask {tuple(mask.shape)} does not fit the split {lengths}")
-    whole = comm.all_gather(mask, mask.ndim - 1, lengths)
-    if mask.ndim == 4 and mask.shape[1] > 1:
-        each = heads // comm.size
-        whole = whole.narrow(1, comm.rank * each, each).contiguous()
-    return whole
-
-
 def _divisors(heads: int) -> tuple[int, ...]:
     return tuple(degree for degree in range(1, DEGREE_MAX + 1) if heads % degree == 0)
 
@@ -260,6 +198,34 @@ class _Mark:
 
     def __init__(self, layer: ElasticSP) -> None:
         self.layer = layer
+
+
+class _OnTheWay(TorchFunctionMode):
+    """Meets a model's calls of torch's attention, [B, H, tokens here, D]."""
+
+    def __init__(self, layer: ElasticSP) -> None:
+        super().__init__()
+        self._layer = layer
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is not nn.functional.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        return self._layer.met(function, *args, **kwargs)
+
+
+def _watch_cross_attention(model: nn.Module, layer: ElasticSP) -> None:
+    for module in model.modules():
+        if getattr(module, "is_cross_attention", False):
+            inner = module.forward
+
+            def forward(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
+                with layer.crossing():
+                    return inner(*args, **kwargs)
+
+            module.forward = forward
 
 
 def _leave_mark(model: nn.Module, layer: ElasticSP) -> None:
@@ -294,8 +260,8 @@ def _wrapped(function: LocalAttention) -> LocalAttention:
     return run
 
 
-def _install_hooks(model: nn.Module, layer: ElasticSP) -> None:
-    plan = getattr(model, "_cp_plan", None)
+def _install_hooks(model: nn.Module, layer: ElasticSP, own: Plan | None) -> None:
+    plan = own if own is not None else getattr(model, "_cp_plan", None)
     if not plan:
         raise DiffusersMoved(f"{type(model).__name__} has no _cp_plan")
     modules = dict(model.named_modules())
@@ -333,6 +299,8 @@ def _split_inputs_hook(
             value = given.get(name)
             if isinstance(value, Tensor) and value.dim() == entry.expected_dims:
                 given[name] = layer.split(name, value, entry.split_dim)
+            elif isinstance(value, tuple):  # a rotary embedding's cosines and sines
+                given[name] = tuple(layer.split(name, part, entry.split_dim) for part in value)
         return (), given
 
     return hook

@@ -27,6 +27,7 @@ from gpuworker.inbox import Inbox
 from gpuworker.latents import LatentShelf
 from gpuworker.models.card import ModelCard
 from gpuworker.state import LatentState
+from gpuworker.team import Layout, Team
 from hocket import spans, telemetry
 from hocket.v1 import mesh_pb2, types_pb2
 
@@ -162,11 +163,12 @@ class Engine:
 
     def _denoise(self, run: _Run, state: LatentState, listener: Listener) -> RunNote:
         card, request = self._card(run), run.member.request_id
+        team = Team(run.group, _layout(run.assignment)) if run.group is not None else None
         for _ in range(run.assignment.steps):
             if not self._goes_on(run, state.steps_done):
                 break
             began = Stopwatch()
-            state = card.step(state, run.group)
+            (state,) = card.step([state], team)
             self._settle(run)
             self._shelf.put(request, state)
             self._groups.acknowledge()
@@ -363,6 +365,11 @@ class _Off(threading.Event):
     def is_set(self) -> bool:
         first_step = self._assignment.batch[0].first_step
         return self._inbox.must_stop(self._assignment, first_step)
+
+
+def _layout(assignment: mesh_pb2.Assignment) -> Layout:
+    named = assignment.layout
+    return Layout(max(1, named.cfg), max(1, named.ulysses), max(1, named.ring))
 
 
 def _source(assignment: mesh_pb2.Assignment) -> int | None:

@@ -55,12 +55,20 @@ class LatentState:
         """Bytes of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
-    def advanced(self, latents: Tensor) -> LatentState:
-        """The state one step later, with new latents; everything else is shared with this one."""
+    def advanced(
+        self,
+        latents: Tensor,
+        tensors: Mapping[str, Tensor] | None = None,
+        facts: Mapping[str, Fact] | None = None,
+    ) -> LatentState:
+        """The state one step later, with new latents; what is not named is shared with this one."""
         assert not self.finished, "a finished job has no next step"
         assert latents.shape == self.tensors["latents"].shape, "a step keeps the shape"
         return replace(
-            self, tensors={**self.tensors, "latents": latents}, steps_done=self.steps_done + 1
+            self,
+            tensors={**self.tensors, **(tensors or {}), "latents": latents},
+            steps_done=self.steps_done + 1,
+            facts={**self.facts, **(facts or {})},
         )
 
     def to(self, device: torch.device | str) -> LatentState:

@@ -2,24 +2,33 @@
 
 A card owns weights and nothing of any request. All that a request needs between two steps is in its
 `LatentState`, so that any worker which holds the state and the weights can make the next step.
-Noise schedulers are built anew from their config for each step and set to the state's position:
-nothing of one request can leak into another, and a joining worker agrees by construction.
+Noise schedulers are built anew for each step (solvers.py): nothing of one request can leak into
+another, and a joining worker agrees by construction.
+
+A step takes several jobs of one shape at once and may share the work in any layout. What it does is
+the same for all families, and written here once; a family predicts rows:
+
+    jobs x branches of guidance ──▶ rows ──▶ one forward ──▶ guidance ──▶ each job's own solver
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.elastic import Communicator
+from gpuworker.elastic import ElasticSP
+from gpuworker.models.solvers import Solver, check_solver
 from gpuworker.state import LatentState
+from gpuworker.team import LayoutRefused, Team
+
+PROMPTED, PLAIN = 0, 1  # branches of guidance; also the halves of a group that share them
 
 
 class ShapeRefused(Exception):
@@ -106,16 +115,119 @@ class ModelCard(ABC):
         """
 
     @abstractmethod
-    def step(self, state: LatentState, comm: Communicator | None) -> LatentState:
-        """One denoising step with its guidance, over the members of `comm`.
+    def step(self, states: Sequence[LatentState], team: Team | None) -> list[LatentState]:
+        """One denoising step of each job, over the members of `team`.
 
-        Every member calls it with the same state and gets the same new one. The old state is left
-        as it was. Raises `elastic.DegreeRefused`, and whatever the communicator raises.
+        The jobs have one shape; each keeps its own seed, guidance and position. Every member calls
+        it with the same states and gets the same new ones. The old states are left as they were.
+        Raises `LayoutRefused`, `elastic.DegreeRefused`, and whatever the communicator raises.
         """
 
     @abstractmethod
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
         """The pictures of a finished state: uint8 [frames, height, width, 3]."""
+
+
+class Row(NamedTuple):
+    """One row of a forward: a job, and the branch of its guidance."""
+
+    state: LatentState
+    branch: int  # PROMPTED or PLAIN
+    latents: Tensor  # [1, …], as the model wants them
+    timestep: Tensor  # []
+
+
+class DiffusersCard(ModelCard):
+    """The step of every family whose parts are diffusers' own. Raises `solvers.SolverRefused`."""
+
+    # Whether the stock pipeline makes both branches in one forward; the pictures equal its own.
+    branches_together = True
+
+    def __init__(
+        self, parts: dict[str, Any], card: dict[str, Any], device: torch.device, elastic: ElasticSP
+    ) -> None:
+        check_solver(parts["scheduler"])
+        self._parts, self._card, self._device, self._elastic = parts, card, device, elastic
+        self._transformer: Any = parts["transformer"]
+        self._dtype: torch.dtype = self._transformer.dtype
+
+    @torch.inference_mode()
+    def step(self, states: Sequence[LatentState], team: Team | None) -> list[LatentState]:
+        here = [state.to(self._device) for state in states]
+        if any(s.tensors["latents"].shape != here[0].tensors["latents"].shape for s in here):
+            raise ValueError("jobs that step together have one shape")
+        solvers = [
+            Solver(self._parts["scheduler"], state, self._timing(state) | {"device": self._device})
+            for state in here
+        ]
+        rows = {
+            branch: [
+                Row(state, branch, solver.scaled(state.tensors["latents"]), solver.timestep)
+                for state, solver in zip(here, solvers, strict=True)
+                if branch == PROMPTED or self._guided(state)
+            ]
+            for branch in (PROMPTED, PLAIN)
+        }
+        with self._elastic.step(team):
+            prompted, plain = self._branches(rows, team)
+        behind, rest = [], list(plain)
+        for state, solver, prediction in zip(here, solvers, prompted, strict=True):
+            if self._guided(state):
+                prediction = self._guide(state, prediction, rest.pop(0))
+            behind.append(solver.step(prediction))
+        return behind
+
+    def _branches(
+        self, rows: Mapping[int, list[Row]], team: Team | None
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Predictions [1, …] of the prompted rows and of the plain ones."""
+        if team is not None and team.layout.cfg == 2:
+            count = len(rows[PROMPTED])
+            if len(rows[PLAIN]) < count:
+                raise LayoutRefused("layout.cfg", 2, "1: a job has no guidance, or embedded one")
+            mine = self._predict(rows[team.half])
+            both = team.halves().all_gather(mine, 0, [count, count])
+            return both[:count].split(1), both[count:].split(1)
+        if self.branches_together and rows[PLAIN]:
+            count = len(rows[PLAIN])
+            both = self._predict([*rows[PLAIN], *rows[PROMPTED]])
+            return both[count:].split(1), both[:count].split(1)
+        prompted = self._predict(rows[PROMPTED]).split(1)
+        return prompted, self._predict(rows[PLAIN]).split(1) if rows[PLAIN] else ()
+
+    # What a family says.
+
+    @abstractmethod
+    def _predict(self, rows: Sequence[Row]) -> Tensor:
+        """The transformer's prediction for each row, [rows, …] in the shape of the latents."""
+
+    @abstractmethod
+    def _timing(self, state: LatentState) -> dict[str, Any]:
+        """Arguments for `set_timesteps` of the noise scheduler, without the device."""
+
+    def _guided(self, state: LatentState) -> bool:
+        """Whether the job has a plain branch."""
+        return self.facts.guidance == "true_cfg"
+
+    def _guide(self, state: LatentState, prompted: Tensor, plain: Tensor) -> Tensor:
+        """Classifier-free guidance, as the stock pipeline of the family computes it."""
+        return plain + number(state, "guidance_scale") * (prompted - plain)
+
+
+def stacked(rows: Sequence[Row], prompted: str, plain: str = "") -> Tensor:
+    """A tensor of each row's state, one below the other; `plain` names that of the plain branch."""
+    names = (prompted, plain or prompted)
+    return torch.cat([row.state.tensors[names[row.branch]] for row in rows])
+
+
+def latents_of(rows: Sequence[Row]) -> Tensor:
+    """[rows, …]."""
+    return torch.cat([row.latents for row in rows])
+
+
+def timesteps_of(rows: Sequence[Row]) -> Tensor:
+    """[rows]."""
+    return torch.stack([row.timestep for row in rows])
 
 
 def noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -129,14 +241,6 @@ def number(state: LatentState, name: str) -> float:
     value = state.facts[name]
     assert isinstance(value, int | float), (name, value)
     return value
-
-
-def positioned(scheduler_class: Any, config: Mapping[str, Any], step: int, **schedule: Any) -> Any:
-    """A fresh noise scheduler, its timesteps set by `schedule`, ready to make step `step`."""
-    scheduler = scheduler_class.from_config(config)
-    scheduler.set_timesteps(**schedule)
-    scheduler.set_begin_index(step)
-    return scheduler
 
 
 def to_frames(pictures: Tensor) -> NDArray[np.uint8]:

@@ -7,11 +7,12 @@ and that is a `FluxCard` method each:
   dependent shift of the noise schedule, guidance as an input of the transformer (or none at all).
   Same latents as diffusers' FluxPipeline.
 - `WordFluxCard`: our shipped small models. A word table as text encoder, one token a latent pixel,
-  real classifier-free guidance as one forward of two rows, unconditional and prompted.
+  real classifier-free guidance: an unconditional row and a prompted one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.elastic import Communicator, ElasticSP, degrees
+from gpuworker.elastic import ElasticSP, degrees
 from gpuworker.models.card import (
     CardFacts,
-    ModelCard,
+    DiffusersCard,
+    Row,
     ShapeRefused,
+    latents_of,
     noise,
     number,
-    positioned,
+    stacked,
+    timesteps_of,
     to_frames,
 )
 from gpuworker.state import Fact, LatentState
@@ -35,16 +39,14 @@ _T5_TOKENS = 512
 _SIZE_MAX = 2048
 
 
-class FluxCard(ModelCard):
+class FluxCard(DiffusersCard):
     """Flux with CLIP and T5 text encoders and AutoencoderKL."""
 
     def __init__(
         self, name: str, parts: dict[str, Any], card: dict[str, Any], device: torch.device
     ) -> None:
-        self._parts, self._card, self._device = parts, card, device
-        self._transformer: Any = parts["transformer"]
-        self._dtype: torch.dtype = self._transformer.dtype
-        self._elastic = ElasticSP(self._transformer, joint=True)
+        elastic = ElasticSP(parts["transformer"], joint=True)
+        super().__init__(parts, card, device, elastic)
         self.facts = self._facts(name)
 
     @torch.inference_mode()
@@ -67,17 +69,6 @@ class FluxCard(ModelCard):
         facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
         facts.update(guidance_scale=float(guidance_scale), seed=seed)
         return LatentState(tensors, 0, steps, facts).to(self._device)
-
-    @torch.inference_mode()
-    def step(self, state: LatentState, comm: Communicator | None) -> LatentState:
-        state = state.to(self._device)
-        scheduler = self._scheduler(state)
-        timestep = scheduler.timesteps[state.steps_done]
-        with self._elastic.step(comm):
-            velocity = self._velocity(state, timestep)
-        latents = state.tensors["latents"]
-        (moved,) = scheduler.step(velocity, timestep, latents, return_dict=False)
-        return state.advanced(moved)
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -141,38 +132,29 @@ class FluxCard(ModelCard):
         latents = drawn.reshape(1, rows * columns, 4 * channels)
         return latents, ids.reshape(-1, 3).to(self._dtype)
 
-    def _scheduler(self, state: LatentState) -> Any:
+    def _timing(self, state: LatentState) -> dict[str, Any]:
         steps, tokens = state.steps_total, state.tensors["latents"].shape[1]
         config = self._parts["scheduler"].config
-        sigmas = np.linspace(1.0, 1 / steps, steps)
+        shift = {"mu": _dynamic_shift(tokens, config)}
         if config.get("use_flow_sigmas"):
-            timing: dict[str, Any] = {"num_inference_steps": steps}
-        else:
-            timing = {"sigmas": sigmas}
-        return positioned(
-            type(self._parts["scheduler"]),
-            config,
-            state.steps_done,
-            device=self._device,
-            mu=_dynamic_shift(tokens, config),
-            **timing,
-        )
+            return {"num_inference_steps": steps} | shift
+        return {"sigmas": np.linspace(1.0, 1 / steps, steps)} | shift
 
-    def _velocity(self, state: LatentState, timestep: Tensor) -> Tensor:
-        tensors = state.tensors
+    def _predict(self, rows: Sequence[Row]) -> Tensor:
         guidance = None
         if self._transformer.config.guidance_embeds:
-            scale = number(state, "guidance_scale")
-            guidance = torch.full([1], scale, device=self._device, dtype=torch.float32)
+            scales = [number(row.state, "guidance_scale") for row in rows]
+            guidance = torch.tensor(scales, device=self._device, dtype=torch.float32)
+        latents = latents_of(rows)
         velocity: Tensor
         (velocity,) = self._transformer(
-            hidden_states=tensors["latents"],
-            timestep=timestep.expand(1).to(tensors["latents"].dtype) / 1000,
+            hidden_states=latents,
+            timestep=timesteps_of(rows).to(latents.dtype) / 1000,
             guidance=guidance,
-            pooled_projections=tensors["pooled"],
-            encoder_hidden_states=tensors["prompt_embeds"],
-            txt_ids=tensors["txt_ids"],
-            img_ids=tensors["img_ids"],
+            pooled_projections=stacked(rows, "pooled", "plain_pooled"),
+            encoder_hidden_states=stacked(rows, "prompt_embeds", "plain_embeds"),
+            txt_ids=rows[0].state.tensors["txt_ids"],
+            img_ids=rows[0].state.tensors["img_ids"],
             return_dict=False,
         )
         return velocity
@@ -250,12 +232,18 @@ class WordFluxCard(FluxCard):
         return tuple(encoder.phrase(thing, 0) for thing in known)
 
     def _text(self, prompt: str, negative: str, width: int, height: int) -> dict[str, Tensor]:
-        """Embeddings [2, T, D] and pooled [2, P]: unconditional, then prompted; ids [T, 3]."""
+        """Embeddings [1, T, D] and pooled [1, P], prompted and plain; ids [T, 3]."""
         encoder = self._parts["text_encoder"]
         size_word = self._card["size_words"][f"{width}x{height}"]
         rows = [encoder.tokenize(f"{text} {size_word}") for text in (negative, prompt)]
         embeds, pooled = encoder(torch.cat(rows).to(self._device))
-        return {"prompt_embeds": embeds, "pooled": pooled, "txt_ids": encoder.text_ids()}
+        return {
+            "plain_embeds": embeds[:1],
+            "plain_pooled": pooled[:1],
+            "prompt_embeds": embeds[1:],
+            "pooled": pooled[1:],
+            "txt_ids": encoder.text_ids(),
+        }
 
     def _canvas(self, width: int, height: int, seed: int) -> tuple[Tensor, Tensor]:
         patch, span = self._card["patch_px"], self._card["position_span"]
@@ -266,29 +254,8 @@ class WordFluxCard(FluxCard):
         ids[..., 2] = ((torch.arange(columns) + 0.5) * span / columns)[None]
         return drawn.flatten(2).transpose(1, 2).contiguous().to(self._dtype), ids.reshape(-1, 3)
 
-    def _scheduler(self, state: LatentState) -> Any:
-        scheduler = self._parts["scheduler"]
-        return positioned(
-            type(scheduler),
-            scheduler.config,
-            state.steps_done,
-            num_inference_steps=state.steps_total,
-            device=self._device,
-        )
-
-    def _velocity(self, state: LatentState, timestep: Tensor) -> Tensor:
-        tensors, scale = state.tensors, number(state, "guidance_scale")
-        (both,) = self._transformer(
-            hidden_states=torch.cat([tensors["latents"]] * 2),
-            timestep=timestep.expand(2).to(tensors["latents"].dtype) / 1000,
-            pooled_projections=tensors["pooled"],
-            encoder_hidden_states=tensors["prompt_embeds"],
-            txt_ids=tensors["txt_ids"],
-            img_ids=tensors["img_ids"],
-            return_dict=False,
-        )
-        plain, prompted = torch.chunk(both, 2)
-        return plain + scale * (prompted - plain)
+    def _timing(self, state: LatentState) -> dict[str, Any]:
+        return {"num_inference_steps": state.steps_total}
 
     def _unpack(self, state: LatentState) -> Tensor:
         patch = self._card["patch_px"]

@@ -47,7 +47,7 @@ class LoadError(Exception):
 def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> ModelCard:
     """Loads a model onto `device` and returns its card, which is named like the folder.
 
-    Raises `LoadError`, and `wan.SchedulerRefused`.
+    Raises `LoadError`, and `solvers.SolverRefused`.
     """
     folder = _folder(folder_or_id)
     index = _json(folder_or_id, folder / _INDEX)

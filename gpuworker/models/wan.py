@@ -1,12 +1,12 @@
 """Family "wan": WanTransformer3DModel, text to video, as diffusers' WanPipeline runs it.
 
 Guidance is two forwards, prompted and unconditional, inside the same step. Only the video tokens
-are split over a group; the text stays whole. The noise scheduler must be flow-match Euler, whose
-position is the step number: a multistep solver (UniPC) has a history that does not travel yet.
+are split over a group; the text stays whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,36 +15,32 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.elastic import Communicator, ElasticSP, degrees
-from gpuworker.models.card import CardFacts, ModelCard, noise, number, positioned, to_frames
+from gpuworker.elastic import ElasticSP, degrees
+from gpuworker.models.card import (
+    CardFacts,
+    DiffusersCard,
+    Row,
+    latents_of,
+    noise,
+    stacked,
+    timesteps_of,
+    to_frames,
+)
 from gpuworker.state import Fact, LatentState
 
 _TEXT_TOKENS = 512
 _SIZE_MAX = 1280
-_EULER = "FlowMatchEulerDiscreteScheduler"
 
 
-class SchedulerRefused(Exception):
-    """A noise scheduler whose state cannot travel. Fields: `found`, `allowed` (class names)."""
+class WanCard(DiffusersCard):
+    """Wan 2.1 text to video."""
 
-    def __init__(self, found: str, allowed: str) -> None:
-        super().__init__(f"noise scheduler {found} keeps a history between steps; use {allowed}")
-        self.found, self.allowed = found, allowed
-
-
-class WanCard(ModelCard):
-    """Wan 2.1 text to video. Raises `SchedulerRefused`."""
+    branches_together = False
 
     def __init__(
         self, name: str, parts: dict[str, Any], card: dict[str, Any], device: torch.device
     ) -> None:
-        found = type(parts["scheduler"]).__name__
-        if found != _EULER:
-            raise SchedulerRefused(found, _EULER)
-        self._parts, self._card, self._device = parts, card, device
-        self._transformer: Any = parts["transformer"]
-        self._dtype: torch.dtype = self._transformer.dtype
-        self._elastic = ElasticSP(self._transformer, joint=False)
+        super().__init__(parts, card, device, ElasticSP(parts["transformer"], joint=False))
         self.facts = self._facts(name)
 
     @torch.inference_mode()
@@ -74,25 +70,6 @@ class WanCard(ModelCard):
         facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
         facts.update(guidance_scale=float(guidance_scale), seed=seed)
         return LatentState(tensors, 0, steps, facts).to(self._device)
-
-    @torch.inference_mode()
-    def step(self, state: LatentState, comm: Communicator | None) -> LatentState:
-        tensors = state.to(self._device).tensors
-        scheduler = positioned(
-            type(self._parts["scheduler"]),
-            self._parts["scheduler"].config,
-            state.steps_done,
-            num_inference_steps=state.steps_total,
-            device=self._device,
-        )
-        timestep, latents = scheduler.timesteps[state.steps_done], tensors["latents"]
-        with self._elastic.step(comm):
-            velocity = self._velocity(latents, timestep, tensors["prompt_embeds"])
-            if "negative_embeds" in tensors:
-                plain = self._velocity(latents, timestep, tensors["negative_embeds"])
-                velocity = plain + number(state, "guidance_scale") * (velocity - plain)
-        (moved,) = scheduler.step(velocity, timestep, latents, return_dict=False)
-        return state.advanced(moved)
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -150,12 +127,18 @@ class WanCard(ModelCard):
         embeds[:, int(mask.sum()) :] = 0
         return embeds
 
-    def _velocity(self, latents: Tensor, timestep: Tensor, embeds: Tensor) -> Tensor:
+    def _timing(self, state: LatentState) -> dict[str, Any]:
+        return {"num_inference_steps": state.steps_total}
+
+    def _guided(self, state: LatentState) -> bool:
+        return "negative_embeds" in state.tensors
+
+    def _predict(self, rows: Sequence[Row]) -> Tensor:
         velocity: Tensor
         (velocity,) = self._transformer(
-            hidden_states=latents.to(self._dtype),
-            timestep=timestep.expand(1),
-            encoder_hidden_states=embeds,
+            hidden_states=latents_of(rows).to(self._dtype),
+            timestep=timesteps_of(rows),
+            encoder_hidden_states=stacked(rows, "prompt_embeds", "negative_embeds"),
             return_dict=False,
         )
         return velocity

@@ -14,8 +14,9 @@ from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from diffusers.models import attention_dispatch
 from torch import Tensor
 
-from gpuworker import elastic
-from gpuworker.elastic import DegreeRefused, DiffusersMoved, ElasticSP, degrees, split_lengths
+from gpuworker.elastic import DegreeRefused, ElasticSP, degrees
+from gpuworker.exchange import AttentionInputs, DiffusersMoved, ulysses
+from gpuworker.team import Layout, Team, split_lengths
 from tests.worker import worker_tasks as tasks
 from tests.worker.worker_jobs import meet
 from tests.worker.worker_pool import Pool
@@ -64,6 +65,11 @@ class Alone:
         raise AssertionError("nothing may be sent")
 
 
+def over(comm: Alone) -> Team:
+    """A team that splits its sequence over all its members."""
+    return Team(comm, Layout(ulysses=comm.size))
+
+
 class Echo(Alone):
     """A communicator whose peer sends what it gets."""
 
@@ -81,7 +87,7 @@ def test_degrees_divide_the_heads(heads: int, allowed: tuple[int, ...]) -> None:
 
 def test_a_degree_that_does_not_divide_is_refused_before_anything_runs() -> None:
     layer = ElasticSP(small_flux(), joint=True)
-    with pytest.raises(DegreeRefused) as refused, layer.step(Alone(3)):
+    with pytest.raises(DegreeRefused) as refused, layer.step(over(Alone(3))):
         raise AssertionError("the step must not begin")
     assert (refused.value.degree, refused.value.heads) == (3, 4)
     assert refused.value.allowed == (1, 2, 4)
@@ -91,8 +97,8 @@ def test_degree_one_changes_nothing() -> None:
     model = small_flux()
     before = forward(model)
     layer = ElasticSP(model, joint=True)
-    for comm in (None, Alone(1)):
-        with layer.step(comm):
+    for team in (None, over(Alone(1))):
+        with layer.step(team):
             assert torch.equal(forward(model), before)
     assert torch.equal(forward(model), before), "outside a step too"
 
@@ -102,7 +108,7 @@ def test_two_models_in_one_process_do_not_meet() -> None:
     layer = ElasticSP(one, joint=True)
     ElasticSP(other, joint=True)
     expected = forward(other)
-    with layer.step(Alone(2)):
+    with layer.step(over(Alone(2))):
         assert torch.equal(forward(other), expected)
 
 
@@ -110,8 +116,8 @@ def test_the_parallel_attention_can_be_replaced() -> None:
     """The seam for another attention gets the group, the local function and whole arguments."""
     seen: list[tuple[int, tuple[int, ...]]] = []
 
-    def attention(comm: Any, local: Any, inputs: elastic.AttentionInputs, others: Any) -> Tensor:
-        seen.append((comm.size, inputs.lengths))
+    def attention(team: Any, local: Any, inputs: AttentionInputs, others: Any) -> Tensor:
+        seen.append((team.group.size, inputs.lengths))
         out: Tensor = local(query=inputs.query, key=inputs.key, value=inputs.value, **others)
         return out
 
@@ -120,7 +126,7 @@ def test_the_parallel_attention_can_be_replaced() -> None:
             return torch.cat([shard] * 2, dim)
 
     model = small_flux()
-    with ElasticSP(model, joint=True, attention=attention).step(Gathers(2)):
+    with ElasticSP(model, joint=True, attention=attention).step(over(Gathers(2))):
         assert forward(model).shape == (1, 6, 4)
     assert seen == [(2, (5, 4))] * 2
 
@@ -143,9 +149,9 @@ def test_masks_of_keys_are_split_with_the_tokens(pool: Pool, lengths: tuple[int,
 
 def test_a_mask_with_a_row_a_query_is_refused() -> None:
     tokens = torch.ones(1, 2, 4, 8)
-    inputs = elastic.AttentionInputs(tokens, tokens, tokens, torch.ones(1, 1, 2, 2), (2, 2))
+    inputs = AttentionInputs(tokens, tokens, tokens, torch.ones(1, 1, 2, 2), (2, 2))
     with pytest.raises(DiffusersMoved, match="mask"):
-        elastic.ulysses(Echo(2), lambda **_: torch.ones(1), inputs, {})
+        ulysses(Echo(2), lambda **_: torch.ones(1), inputs, {})
 
 
 # ---- The upgrade guard: these facts of diffusers are what the layer stands on.
@@ -216,5 +222,5 @@ def test_attention_that_goes_another_way_is_noticed() -> None:
     layer = ElasticSP(model, joint=True)
     for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.attn.processor._parallel_config = None
-    with pytest.raises(DiffusersMoved, match="attention"), layer.step(Gathers(2)):
+    with pytest.raises(DiffusersMoved, match="attention"), layer.step(over(Gathers(2))):
         forward(model)

@@ -15,7 +15,7 @@ from PIL import Image
 from gpuworker.media import encode_media
 from gpuworker.models.card import ShapeRefused
 from gpuworker.models.loading import LoadError, load_card
-from gpuworker.models.wan import SchedulerRefused
+from gpuworker.models.solvers import SolverRefused
 from gpuworker.state import Fact, LatentState, StateCorrupt
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import CPU
@@ -126,12 +126,12 @@ def test_a_folder_that_is_not_there() -> None:
         load_card("/no/such/folder", CPU, torch.float32)
 
 
-def test_a_multistep_scheduler_is_refused(wan: Reference, tmp_path: Path) -> None:
+def test_a_scheduler_whose_past_cannot_travel_is_refused(wan: Reference, tmp_path: Path) -> None:
     folder = copied(wan, tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    index["scheduler"] = ["diffusers", "PNDMScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(SchedulerRefused, match="UniPC"):
+    with pytest.raises(SolverRefused, match="PNDM"):
         load_card(str(folder), CPU, torch.float32)
 
 

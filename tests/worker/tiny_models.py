@@ -18,6 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -110,7 +111,7 @@ def flux_reference(folder: Path) -> Reference:
     return Reference(str(folder), settings, latents, (images * 255).round().astype(np.uint8))
 
 
-def wan_pipeline() -> WanPipeline:
+def wan_pipeline(scheduler: Any = None) -> WanPipeline:
     """Wan of 2 blocks, with the same weights at every call."""
     torch.manual_seed(2)
     return WanPipeline(
@@ -132,7 +133,7 @@ def wan_pipeline() -> WanPipeline:
             num_res_blocks=1,
             temperal_downsample=[False, True, True],
         ).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=4,
@@ -148,9 +149,22 @@ def wan_pipeline() -> WanPipeline:
     )
 
 
-def wan_reference(folder: Path) -> Reference:
+def wan_unipc_reference(folder: Path) -> Reference:
+    """Wan with the multistep solver that it is published with."""
+    return wan_reference(
+        folder,
+        UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            num_train_timesteps=1000,
+            flow_shift=3.0,
+        ),
+    )
+
+
+def wan_reference(folder: Path, scheduler: Any = None) -> Reference:
     """9 frames of 48x32 px (18 video tokens), real guidance."""
-    pipeline = wan_pipeline()
+    pipeline = wan_pipeline(scheduler)
     settings = _settings(width=48, height=32, frames=9, steps=8, guidance_scale=4.0)
     settings["negative_prompt"] = "the night"
     _save(pipeline, folder)

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from gpuworker.state import LatentState
+from gpuworker.team import Layout
 from tests.worker import worker_tasks as tasks
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import Pool
 
 LATENT_TOLERANCE = 1e-4  # float32, the contract
-Schedule = list[tuple[tuple[int, ...], int]]  # (places of the members in the pool, steps)
+# (places of the members in the pool, steps, and the layout where it is not plain Ulysses)
+Schedule = list[tuple[tuple[int, ...], int] | tuple[tuple[int, ...], int, Layout]]
 
 
 @dataclass
@@ -35,16 +37,26 @@ class Job:
         self.holders = (worker,)
 
     def run(
-        self, members: Sequence[str], steps: int, timeout_s: float = 20.0, plant: str = ""
+        self,
+        members: Sequence[str],
+        steps: int,
+        timeout_s: float = 20.0,
+        plant: str = "",
+        layout: Layout | None = None,
     ) -> list[int | tasks.Loss]:
         """Runs steps on a new group: from a member that holds the state, or else by a copy."""
-        segment = self.segment(members, steps, timeout_s, plant)
+        segment = self.segment(members, steps, timeout_s, plant, layout)
         outcome = self.pool.each(members, tasks.denoise, segment)
         self.holders = tuple(members)
         return outcome
 
     def segment(
-        self, members: Sequence[str], steps: int, timeout_s: float, plant: str
+        self,
+        members: Sequence[str],
+        steps: int,
+        timeout_s: float,
+        plant: str,
+        layout: Layout | None = None,
     ) -> tasks.Segment:
         """The order for such a run."""
         holders = [name for name in members if name in self.holders]
@@ -55,7 +67,7 @@ class Job:
         source = members.index(holders[0]) if holders else 0
         meeting = meet(self.pool, members, timeout_s)
         folder = self.reference.folder
-        return tasks.Segment(folder, self.name, meeting, steps, source, fetch_from, plant)
+        return tasks.Segment(folder, self.name, meeting, steps, source, fetch_from, layout, plant)
 
     def states(self) -> list[bytes]:
         """The newest state on each holder."""
@@ -83,9 +95,10 @@ def run_schedule(
     job = Job(pool, reference, f"job{pool.next_epoch()}")
     job.encode(names[schedule[0][0][0]])
     done = 0
-    for places, steps in schedule:
+    for places, steps, *layout in schedule:
         done += steps
-        outcome = job.run([names[place] for place in places], steps, plant=plant)
+        members = [names[place] for place in places]
+        outcome = job.run(members, steps, plant=plant, layout=layout[0] if layout else None)
         assert outcome == [done] * len(places), (schedule, outcome)
     states, frames = job.states(), job.frames()
     assert len(set(states)) == 1, f"members disagree after {schedule}"
@@ -105,9 +118,23 @@ def level_error(frames: Any, reference: Reference) -> int:
     return int(np.abs(frames.astype(int) - reference.frames.astype(int)).max())
 
 
-def random_schedule(seed: int, steps: int) -> Schedule:
-    """Two to five segments of random degree, members and order."""
+def random_schedule(seed: int, steps: int, cfg: tuple[int, ...] = (1,)) -> Schedule:
+    """Two to five segments of random degree, members, order and layout; `cfg`: its halves."""
     chance = random.Random(seed)
     cuts = sorted(chance.sample(range(1, steps), chance.randint(1, 4)))
     lengths = [b - a for a, b in zip([0, *cuts], [*cuts, steps], strict=True)]
-    return [(tuple(chance.sample(range(4), chance.choice((1, 2, 4)))), n) for n in lengths]
+    schedule: Schedule = []
+    for n in lengths:
+        layout = chance.choice(layouts(chance.choice((1, 2, 4)), cfg))
+        schedule.append((tuple(chance.sample(range(4), layout.degree)), n, layout))
+    return schedule
+
+
+def layouts(degree: int, cfg: tuple[int, ...] = (1,)) -> list[Layout]:
+    """All layouts of a degree that is a power of two."""
+    found = []
+    for halves in cfg:
+        for ulysses in (1, 2, 4):
+            if degree % (halves * ulysses) == 0:
+                found.append(Layout(halves, ulysses, degree // halves // ulysses))
+    return found

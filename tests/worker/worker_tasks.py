@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpuworker.elastic import AttentionInputs, Communicator, ulysses
+from gpuworker.exchange import AttentionInputs, ulysses
 from gpuworker.groups import BlobLost, Group, GroupCache, GroupLost
 from gpuworker.state import LatentState
+from gpuworker.team import Communicator, Layout, Team
 from tests.worker.worker_pool import CPU, Member
 
 FORM_S = 20.0
@@ -59,6 +60,7 @@ class Segment:
     steps: int
     source: int  # rank of the member that has the state, or fetches it
     fetch_from: str = ""  # a store address; the source fetches the state there first
+    layout: Layout | None = None  # None: Ulysses over all members
     plant: str = ""  # a fault to be planted: "reversed gather" or "suicide"
 
 
@@ -94,17 +96,45 @@ def denoise(member: Member, segment: Segment) -> int | Loss:
         group = segment.meeting.join(member)
         state = _received(member, segment, group)
         member.shelf[segment.job] = state
-        comm = _planted(member, segment.plant, group)
+        layout = segment.layout or Layout(ulysses=group.size)
+        team = Team(_planted(member, segment.plant, group), layout)
         # Before each step the first member settles whether to go on: the word is steps to do.
         for step in itertools.count():
             if step >= group.broadcast_word(segment.steps if group.rank == 0 else None):
                 break
-            state = member.card(segment.folder).step(state, comm)
+            (state,) = member.card(segment.folder).step([state], team)
             member.shelf[segment.job] = state
             member.groups.acknowledge()
         return state.steps_done
     except GroupLost as lost:
         return Loss.of(lost)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Jobs of one shape that step together, each with so many steps behind it when they meet."""
+
+    folder: str
+    settings: tuple[dict[str, object], ...]
+    behind: tuple[int, ...]
+    meeting: Meeting
+    layout: Layout
+
+
+def step_together(member: Member, batch: Batch) -> bytes:
+    """The first job's last state; the others join where they stand and leave when they are done."""
+    group, card = batch.meeting.join(member), member.card(batch.folder)
+    team = Team(group, batch.layout) if group.size > 1 else None
+    states = [card.encode(**settings) for settings in batch.settings]  # type: ignore[arg-type]
+    for place, behind in enumerate(batch.behind):
+        for _ in range(behind):
+            (states[place],) = card.step([states[place]], None)
+    while not states[0].finished:
+        going = [place for place, state in enumerate(states) if not state.finished]
+        stepped = card.step([states[place] for place in going], team)
+        for place, state in zip(going, stepped, strict=True):
+            states[place] = state
+    return states[0].to_bytes()
 
 
 def _received(member: Member, segment: Segment, group: Group) -> LatentState:

@@ -1,0 +1,29 @@
+"""Every family by name: how its tiny model is made, and what tests should know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.worker.tiny_models import (
+    Reference,
+    flux_reference,
+    wan_reference,
+    wan_unipc_reference,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """`make` saves a tiny model into a folder and asks the stock pipeline; `cfg`: halves it has."""
+
+    make: Callable[[Path], Reference]
+    cfg: tuple[int, ...] = (1, 2)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "flux": Family(flux_reference, cfg=(1,)),
+    "wan": Family(wan_reference),
+    "wan-unipc": Family(wan_unipc_reference),
+}

@@ -1,0 +1,147 @@
+"""Family by family: the stock pipeline's picture, in every layout, batch and schedule.
+
+Each row of the table is one tiny model, saved as an ordinary folder and loaded from it. `make test`
+runs a slice, `make test-full` all of it and prints the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpuworker.elastic import DegreeRefused
+from gpuworker.models.loading import load_card
+from gpuworker.team import Layout, Team
+from tests.worker import worker_tasks as tasks
+from tests.worker.families import FAMILIES, Family
+from tests.worker.tiny_models import Reference
+from tests.worker.worker_jobs import (
+    LATENT_TOLERANCE,
+    Schedule,
+    latent_error,
+    layouts,
+    level_error,
+    meet,
+    random_schedule,
+    run_schedule,
+)
+from tests.worker.worker_pool import CPU, Pool
+
+Made = dict[str, Reference]
+
+
+class Mute:
+    """A group in which nobody may speak."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = 0, size
+
+    def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        raise AssertionError("nothing may be sent")
+
+    def all_gather(self, shard: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+        raise AssertionError("nothing may be sent")
+
+
+@pytest.fixture(scope="session")
+def made() -> Made:
+    """Models made so far."""
+    return {}
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request: pytest.FixtureRequest) -> str:
+    """A family's name."""
+    return str(request.param)
+
+
+@pytest.fixture
+def family(name: str) -> Family:
+    """What the table says of it."""
+    return FAMILIES[name]
+
+
+@pytest.fixture
+def reference(
+    name: str, family: Family, made: Made, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    """Its model and the stock answer."""
+    if name not in made:
+        made[name] = family.make(tmp_path_factory.mktemp("families") / f"tiny-{name}")
+    return made[name]
+
+
+def check(pool: Pool, reference: Reference, schedule: Schedule) -> None:
+    """The stock pipeline's latents and picture."""
+    state, frames = run_schedule(pool, reference, schedule)
+    error, levels = latent_error(state, reference), level_error(frames, reference)
+    assert error <= LATENT_TOLERANCE, f"latents differ by {error} after {schedule}"
+    assert levels <= 1, f"pictures differ by {levels} levels after {schedule}"
+
+
+def steps_of(reference: Reference) -> int:
+    """Steps of its job."""
+    return int(reference.settings["steps"])
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_every_layout(pool: Pool, family: Family, reference: Reference, degree: int) -> None:
+    for layout in layouts(degree, family.cfg):
+        check(pool, reference, [(tuple(range(degree)), steps_of(reference), layout)])
+
+
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_random_schedules(pool: Pool, family: Family, reference: Reference, seed: int) -> None:
+    check(pool, reference, random_schedule(seed, steps_of(reference), family.cfg))
+
+
+def test_preempted_and_resumed_elsewhere(pool: Pool, reference: Reference) -> None:
+    """Parked as bytes between any two of the legs; another worker, another degree."""
+    steps = steps_of(reference)
+    check(pool, reference, [((0,), 2), ((2, 3), steps - 4), ((1,), 2)])
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_a_batch_of_four(pool: Pool, family: Family, reference: Reference, degree: int) -> None:
+    """Companions with other seeds, prompts, guidance and positions come and go."""
+    steps, mine = steps_of(reference), reference.settings
+    others = [
+        {**mine, "seed": 21, "prompt": "a blue boat at night"},
+        {**mine, "seed": 22, "guidance_scale": mine["guidance_scale"] + 1.5},
+        {**mine, "seed": 23, "prompt": "the sea"},
+    ]
+    members = pool.names[:degree]
+    for layout in layouts(degree, family.cfg):
+        batch = tasks.Batch(
+            reference.folder, (mine, *others), (0, steps - 2, 1, 3), meet(pool, members), layout
+        )
+        for state in pool.each(members, tasks.step_together, batch):
+            error = latent_error(state, reference)
+            assert error <= LATENT_TOLERANCE, f"the companions changed it by {error} in {layout}"
+
+
+def test_loaded_from_its_folder(reference: Reference) -> None:
+    """The card says what it can do, and refuses the rest by name."""
+    card = load_card(reference.folder, CPU, torch.float32)
+    facts = card.facts
+    assert facts.name.startswith("tiny-") and facts.degrees[0] == 1 and len(facts.degrees) > 1
+    settings: dict[str, Any] = reference.settings
+    shape = {key: settings[key] for key in ("width", "height", "frames", "steps")}
+    facts.check(**shape, guidance_scale=settings["guidance_scale"])
+    state = card.encode(**settings)
+    assert not state.finished and state.steps_total == steps_of(reference)
+    once, again = card.decode(state), card.decode(state)
+    assert once.dtype == np.uint8 and np.array_equal(once, again)
+
+
+def test_heads_that_do_not_divide_are_refused_before_the_kernel(reference: Reference) -> None:
+    card = load_card(reference.folder, CPU, torch.float32)
+    assert 3 not in card.facts.degrees
+    with pytest.raises(DegreeRefused) as refused:
+        card.step([card.encode(**reference.settings)], Team(Mute(3), Layout(ulysses=3)))
+    assert refused.value.degree == 3 and refused.value.allowed == card.facts.degrees
