@@ -48,9 +48,7 @@ class Hocket:
 
     SPECS: ClassVar[Mapping[str, Spec]] = {
         "passes": Spec(2, low=0, high=10),  # of the search over what starts now; 0: base rule
-        "yielding": Spec(
-            6, low=0, high=64
-        ),  # of lower worth, looked at before a late one is given up
+        "yielding": Spec(6, low=0, high=64),  # of lower worth, compared with a late one
         "operations_max": Spec(200_000, low=1_000),  # of the kernel, in a pod
         "plan_operations_max": Spec(3_000_000, low=1_000),  # in all pods that one plan concerns
         "afresh_max": Spec(24, low=1),  # up to so many jobs, giving up is decided afresh each time
