@@ -17,10 +17,12 @@ from torch import Tensor
 
 from gpuworker.elastic import Communicator, ElasticSP, degrees
 from gpuworker.models.card import CardFacts, ModelCard, noise, number, positioned, to_frames
+from gpuworker.models.decoding import decoded
 from gpuworker.state import Fact, LatentState
 
 _TEXT_TOKENS = 512
 _SIZE_MAX = 1280
+_TILED_OVER_PX = 1280 * 720  # a frame's, for the decoder; card.json may say otherwise
 _EULER = "FlowMatchEulerDiscreteScheduler"
 
 
@@ -102,7 +104,8 @@ class WanCard(ModelCard):
             torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        (video,) = vae.decode(latents / (1.0 / std) + mean, return_dict=False)  # [1, 3, F, H, W]
+        tiled_over_px = int(self._card.get("tiled_over_px", _TILED_OVER_PX))
+        video = decoded(vae, latents / (1.0 / std) + mean, state, tiled_over_px)  # [1, 3, F, H, W]
         return to_frames(video[0].transpose(0, 1))
 
     def _facts(self, name: str) -> CardFacts:
