@@ -134,6 +134,7 @@ class WanCard(ModelCard):
             guidance_default=5.0,
             degrees=degrees(self._transformer),
             examples=tuple(self._card.get("examples", ())),
+            fps=int(self._card.get("fps", 16)),
         )
 
     def _embed(self, prompt: str) -> Tensor:
