@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from hocket import media_types
 from hocket.errors import InvalidRequest, Violation
 from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
 from hocket.v1.types_pb2 import GenerationSpec, OnMiss, Shape
@@ -40,6 +41,7 @@ def completed(request: GenerateRequest, models: Sequence[ModelInfo]) -> Generate
     if model is not None:
         _complete_workflow(whole.spec, model, violations)
         _complete_shape(whole.spec, model, violations)
+        _complete_media_type(whole.spec, violations)
         _complete_steps(whole.spec, model, violations)
         _complete_guidance(whole.spec, model, violations)
     if violations.found:
@@ -134,6 +136,15 @@ def _complete_shape(spec: GenerationSpec, model: ModelInfo, violations: _Violati
     still = shape.frames == 1
     if shape.fps > (0 if still else FPS_MAX):
         violations.add("spec.shape.fps", shape.fps, f"0 to {FPS_MAX} for videos, 0 for pictures")
+
+
+def _complete_media_type(spec: GenerationSpec, violations: _Violations) -> None:
+    frames = _frames(spec.shape)
+    offered = media_types.offered(frames)
+    spec.media_type = spec.media_type or offered[0]
+    if spec.media_type not in offered:
+        what = "videos" if frames > 1 else "pictures"
+        violations.add("spec.media_type", repr(spec.media_type), f"{_list(offered)} for {what}")
 
 
 def _tell_shape(shape: Shape, model: ModelInfo, violations: _Violations) -> None:

@@ -186,11 +186,10 @@ class Engine:
         if self._must_stop(run, state.steps_done):
             raise _Truncated
         began = Stopwatch()
-        frames = self._card(run).decode(state)
-        content, media_type = media.encode_media(frames)
+        card, spec = self._card(run), run.member.spec
+        fps = spec.shape.fps or card.facts.fps
+        content, info = media.encode_media(card.decode(state), spec.media_type, fps)
         run.steps.append(began.step(state.steps_done))
-        count, height, width, _ = frames.shape
-        info = types_pb2.MediaInfo(media_type=media_type, width=width, height=height, frames=count)
         return self._note(run, state.steps_done, last=True, content=content, media_info=info)
 
     # ------------------------------------------------------------------------------------------

@@ -160,7 +160,10 @@ def pick_device(wanted: str, index: int) -> torch.device:
 
 def model_info(facts: CardFacts) -> generation_pb2.ModelInfo:
     """A card's facts as the API tells them."""
-    shapes = [types_pb2.Shape(width=w, height=h, frames=1) for w, h in facts.sizes]
+    shapes = [
+        types_pb2.Shape(width=w, height=h, frames=facts.frames_default, fps=facts.fps)
+        for w, h in facts.sizes or (facts.size_default,)
+    ]
     return generation_pb2.ModelInfo(
         name=facts.name,
         family=facts.family,

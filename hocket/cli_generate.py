@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hocket import telemetry
+from hocket import media_types, telemetry
 from hocket.cli_common import (
     Address,
     CommandSettings,
@@ -41,7 +41,7 @@ from hocket.v1.generation_pb2 import (
 from hocket.v1.types_pb2 import MediaInfo, OnMiss, Shape
 
 SIZE_NAMES = ("small", "medium", "large")
-_SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "video/mp4": ".mp4"}
+_FORMAT_HELP = "None: by the suffix of -o, else png for a picture, mp4 for a video."
 
 
 class Miss(StrEnum):
@@ -55,9 +55,19 @@ class Miss(StrEnum):
         return OnMiss.Value(f"ON_MISS_{self.name}")
 
 
+class Format(StrEnum):
+    """Kind of file that is made."""
+
+    PNG = "png"
+    WEBP = "webp"
+    MP4 = "mp4"
+
+
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     size: Annotated[str, typer.Option(help="128x128, small, medium or large.")] = "",
+    fps: Annotated[int, typer.Option(min=0, help="Frames a second; 0: the model's own.")] = 0,
+    made: Annotated[Format | None, typer.Option("--format", help=_FORMAT_HELP)] = None,
     steps: Annotated[int, typer.Option(min=0, help="Denoising steps; 0: the model's own.")] = 0,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; none draws one.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
@@ -69,13 +79,15 @@ def generate(
     address: Address = None,
     state_dir: StateDir = None,
 ) -> None:
-    """Makes a picture, shows how it is made, writes the file."""
+    """Makes a picture or a video, shows how it is made, writes the file."""
     found = settings(state_dir, address)
 
     async def work() -> None:
         wanted = request(
             prompt,
             model=model,
+            fps=fps,
+            media_type=media_type(made, output),
             steps=steps,
             seed=seed,
             guidance=guidance,
@@ -101,7 +113,7 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
         table.add_row(
             info.name,
             " ".join(info.workflows),
-            " ".join(f"{s.width}x{s.height}" for s in info.shapes),
+            " ".join(shape_name(shape) for shape in info.shapes),
             f"{info.steps_min}-{info.steps_max} ({info.steps_default})",
             f"{info.guidance_kind} {info.guidance_default:g}",
             " ".join(str(degree) for degree in info.degrees),
@@ -118,6 +130,14 @@ def named_size(name: str, shapes: Sequence[Shape]) -> tuple[int, int]:
     places = {"small": 0, "medium": len(ordered) // 2, "large": len(ordered) - 1}
     shape = ordered[places[name]]
     return shape.width, shape.height
+
+
+def shape_name(shape: Shape) -> str:
+    """A picture's size; a video's with its frames and frames per second: "832x480x81@16"."""
+    size = f"{shape.width}x{shape.height}"
+    if shape.frames <= 1:
+        return size
+    return f"{size}x{shape.frames}" + (f"@{shape.fps}" if shape.fps else "")
 
 
 def replaced_words(asked: str, shown: str) -> str:
@@ -139,9 +159,16 @@ def describe(progress: Progress) -> str:
     )
 
 
+def media_type(made: Format | None, output: Path | None) -> str:
+    """What to ask for: as told, else by the file's name; empty leaves it to the server."""
+    if made is not None:
+        return media_types.of_suffix(f".{made.value}")
+    return media_types.of_suffix(output.suffix) if output is not None else ""
+
+
 def target(output: Path | None, request_id: str, media: MediaInfo) -> Path:
     """Where the result goes: as told, else `out/<request><suffix>`."""
-    suffix = _SUFFIXES.get(media.media_type, ".bin")
+    suffix = media_types.SUFFIXES.get(media.media_type, ".bin")
     return output or Path("out") / f"{request_id}{suffix}"
 
 
@@ -204,7 +231,7 @@ def _greeting(accepted: Accepted) -> str:
     spec = accepted.effective_spec
     late = "" if accepted.predicted_on_time else ", later than its deadline"
     lines = [
-        f"request {accepted.request_id}: {spec.model}, {spec.shape.width}x{spec.shape.height}, "
+        f"request {accepted.request_id}: {spec.model}, {shape_name(spec.shape)}, "
         f"{spec.steps} steps, seed {spec.seed}",
         f"predicted {accepted.predicted_latency_us / 1e6:.2f} s{late}; "
         f"{accepted.queue_depth} before it",

@@ -81,6 +81,8 @@ class HocketClient:
         *,
         model: str = "",
         shape: tuple[int, int] | None = None,
+        fps: int = 0,
+        media_type: str = "",
         steps: int = 0,
         seed: int | None = None,
         deadline_s: float = 0.0,
@@ -92,12 +94,20 @@ class HocketClient:
 
         `deadline_s` is the SLO: when the result is due; it never ends the call. `timeout_s` is how
         long the caller listens; after it the request is cancelled, as it is when the iterator is
-        closed early. A whole GenerateRequest can stand in for the prompt; other options are then
-        ignored but `timeout_s` and `wait_for_ready` (wait for a connection instead of failing).
+        closed early. The other options are those of `request`. A whole GenerateRequest can stand in
+        for the prompt; options are then ignored but `timeout_s` and `wait_for_ready` (wait for a
+        connection instead of failing).
         """
         if isinstance(prompt, str):
             prompt = request(
-                prompt, model=model, shape=shape, steps=steps, seed=seed, deadline_s=deadline_s
+                prompt,
+                model=model,
+                shape=shape,
+                fps=fps,
+                media_type=media_type,
+                steps=steps,
+                seed=seed,
+                deadline_s=deadline_s,
             )
         call = self._stub.Generate(prompt, timeout=timeout_s, wait_for_ready=wait_for_ready)
         try:
@@ -116,6 +126,8 @@ class HocketClient:
         *,
         model: str = "",
         shape: tuple[int, int] | None = None,
+        fps: int = 0,
+        media_type: str = "",
         steps: int = 0,
         seed: int | None = None,
         deadline_s: float = 0.0,
@@ -129,6 +141,8 @@ class HocketClient:
             prompt,
             model=model,
             shape=shape,
+            fps=fps,
+            media_type=media_type,
             steps=steps,
             seed=seed,
             deadline_s=deadline_s,
@@ -166,6 +180,8 @@ def request(
     *,
     model: str = "",
     shape: tuple[int, int] | None = None,
+    fps: int = 0,
+    media_type: str = "",
     steps: int = 0,
     seed: int | None = None,
     guidance: float | None = None,
@@ -176,15 +192,20 @@ def request(
     idempotency_key: str = "",
     detached: bool = False,
 ) -> GenerateRequest:
-    """A GenerateRequest; what is left out becomes the server's default."""
+    """A GenerateRequest; what is left out becomes the server's default.
+
+    `shape` is (width, height) in pixels, `fps` a video's frames per second, `media_type` the
+    result's: "image/png", "image/webp" or "video/mp4".
+    """
     width, height = shape or (0, 0)
     spec = GenerationSpec(
         model=model,
         prompt=prompt,
-        shape=Shape(width=width, height=height),
+        shape=Shape(width=width, height=height, fps=fps),
         steps=steps,
         seed=seed,
         guidance_scale=guidance,
+        media_type=media_type,
     )
     return GenerateRequest(
         spec=spec,

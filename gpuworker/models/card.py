@@ -63,6 +63,7 @@ class CardFacts:
     guidance_default: float
     degrees: tuple[int, ...]  # of sequence parallelism
     examples: tuple[str, ...]  # prompts
+    fps: int = 0  # frames per second that its videos are made for; 0 for pictures
 
     def check(
         self, width: int, height: int, frames: int, steps: int, guidance_scale: float

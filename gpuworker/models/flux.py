@@ -33,10 +33,12 @@ from gpuworker.models.card import (
     timesteps_of,
     to_frames,
 )
+from gpuworker.models.decoding import decoded
 from gpuworker.state import Fact, LatentState
 
 _T5_TOKENS = 512
 _SIZE_MAX = 2048
+_TILED_OVER_PX = 1536 * 1536  # for the decoder; card.json may say otherwise
 
 
 class FluxCard(DiffusersCard):
@@ -74,8 +76,8 @@ class FluxCard(DiffusersCard):
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
         vae = self._parts["vae"]
         latents = self._unpack(state.to(self._device))
-        (pictures,) = vae.decode(latents.to(vae.dtype), return_dict=False)
-        return to_frames(pictures)
+        tiled_over_px = int(self._card.get("tiled_over_px", _TILED_OVER_PX))
+        return to_frames(decoded(vae, latents.to(vae.dtype), state, tiled_over_px))
 
     # What WordFluxCard does otherwise.
 

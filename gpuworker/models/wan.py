@@ -26,10 +26,12 @@ from gpuworker.models.card import (
     timesteps_of,
     to_frames,
 )
+from gpuworker.models.decoding import decoded
 from gpuworker.state import Fact, LatentState
 
 _TEXT_TOKENS = 512
 _SIZE_MAX = 1280
+_TILED_OVER_PX = 1280 * 720  # a frame's, for the decoder; card.json may say otherwise
 
 
 class WanCard(DiffusersCard):
@@ -79,7 +81,8 @@ class WanCard(DiffusersCard):
             torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
             for values in (vae.config.latents_mean, vae.config.latents_std)
         )
-        (video,) = vae.decode(latents / (1.0 / std) + mean, return_dict=False)  # [1, 3, F, H, W]
+        tiled_over_px = int(self._card.get("tiled_over_px", _TILED_OVER_PX))
+        video = decoded(vae, latents / (1.0 / std) + mean, state, tiled_over_px)  # [1, 3, F, H, W]
         return to_frames(video[0].transpose(0, 1))
 
     def _facts(self, name: str) -> CardFacts:
@@ -108,6 +111,7 @@ class WanCard(DiffusersCard):
             guidance_default=5.0,
             degrees=degrees(self._transformer),
             examples=tuple(self._card.get("examples", ())),
+            fps=int(self._card.get("fps", 16)),
         )
 
     def _embed(self, prompt: str) -> Tensor:

@@ -237,6 +237,7 @@ class GenerationSpec(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name as listed by ListModels; empty picks the default model."""
     workflow: _builtins.str
@@ -251,6 +252,10 @@ class GenerationSpec(_message.Message):
     """Guidance scale; absent picks the model's default."""
     seed: _builtins.int
     """Seed of the initial noise; absent draws one, which is named in the answer."""
+    media_type: _builtins.str
+    """IANA media type of the result: "image/png" or "image/webp" for a picture, "video/mp4" (H.264, yuv420p) or
+    "image/webp" for a video; empty picks the one named first.
+    """
     @_builtins.property
     def shape(self) -> Global___Shape:
         """Shape of the result; zero fields pick the model's default."""
@@ -276,10 +281,11 @@ class GenerationSpec(_message.Message):
         seed: _builtins.int | None = ...,
         loras: _abc.Iterable[_builtins.str] | None = ...,
         inputs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        media_type: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_seed", b"_seed", "guidance_scale", b"guidance_scale", "seed", b"seed", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_seed", b"_seed", "guidance_scale", b"guidance_scale", "inputs", b"inputs", "loras", b"loras", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "seed", b"seed", "shape", b"shape", "steps", b"steps", "workflow", b"workflow"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_seed", b"_seed", "guidance_scale", b"guidance_scale", "inputs", b"inputs", "loras", b"loras", "media_type", b"media_type", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "seed", b"seed", "shape", b"shape", "steps", b"steps", "workflow", b"workflow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -305,6 +311,8 @@ class MediaInfo(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     HEIGHT_FIELD_NUMBER: _builtins.int
     FRAMES_FIELD_NUMBER: _builtins.int
+    FPS_FIELD_NUMBER: _builtins.int
+    DURATION_US_FIELD_NUMBER: _builtins.int
     media_type: _builtins.str
     """IANA media type, for example "image/png"."""
     size_bytes: _builtins.int
@@ -314,11 +322,15 @@ class MediaInfo(_message.Message):
     object_name: _builtins.str
     """Name in the object store."""
     width: _builtins.int
-    """Width in pixels."""
+    """Width in pixels of what was stored; an MP4 has even sides, so that it can be one more than was asked for."""
     height: _builtins.int
-    """Height in pixels."""
+    """Height in pixels, likewise."""
     frames: _builtins.int
     """Number of frames; 1 for a picture."""
+    fps: _builtins.int
+    """Frames per second of a video; 0 for a picture."""
+    duration_us: _builtins.int
+    """How long a video plays, in microseconds; 0 for a picture."""
     def __init__(
         self,
         *,
@@ -329,10 +341,12 @@ class MediaInfo(_message.Message):
         width: _builtins.int = ...,
         height: _builtins.int = ...,
         frames: _builtins.int = ...,
+        fps: _builtins.int = ...,
+        duration_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "height", b"height", "media_type", b"media_type", "object_name", b"object_name", "sha256", b"sha256", "size_bytes", b"size_bytes", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_us", b"duration_us", "fps", b"fps", "frames", b"frames", "height", b"height", "media_type", b"media_type", "object_name", b"object_name", "sha256", b"sha256", "size_bytes", b"size_bytes", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

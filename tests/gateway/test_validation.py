@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.validation import PROMPT_CHARS_MAX, completed
+from hocket import media_types
 from hocket.client import request
 from hocket.errors import InvalidRequest
 from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
@@ -53,6 +54,22 @@ def test_defaults_are_filled_in() -> None:
 def test_a_video_model_fills_in_frames_and_rate() -> None:
     shape = completed(request("waves", model="wan"), MODELS).spec.shape
     assert (shape.width, shape.height, shape.frames, shape.fps) == (832, 480, 81, 16)
+    assert completed(request("waves", model="wan", fps=24), MODELS).spec.shape.fps == 24
+
+
+@pytest.mark.parametrize(
+    ("model", "asked_for", "given"),
+    [
+        ("emoji", "", "image/png"),
+        ("emoji", "image/webp", "image/webp"),
+        ("wan", "", "video/mp4"),
+        ("wan", "video/mp4", "video/mp4"),
+        ("wan", "image/webp", "image/webp"),
+    ],
+)
+def test_a_media_type_is_filled_in_or_kept(model: str, asked_for: str, given: str) -> None:
+    whole = completed(request("a fox", model=model, media_type=asked_for), MODELS)
+    assert whole.spec.media_type == given
 
 
 def test_the_request_itself_is_left_alone() -> None:
@@ -90,6 +107,26 @@ def test_the_request_itself_is_left_alone() -> None:
         ),
         ("spec.shape.frames", "found 9", lambda r: _set(r.spec.shape, frames=9)),
         ("spec.shape.fps", "0 for pictures", lambda r: _set(r.spec.shape, fps=24)),
+        (
+            "spec.shape.fps",
+            "found 121; allowed: 0 to 120 for videos",
+            lambda r: (_set(r.spec, model="wan"), _set(r.spec.shape, fps=121)),
+        ),
+        (
+            "spec.media_type",
+            "found 'video/mp4'; allowed: image/png, image/webp for pictures",
+            lambda r: _set(r.spec, media_type="video/mp4"),
+        ),
+        (
+            "spec.media_type",
+            "found 'image/png'; allowed: video/mp4, image/webp for videos",
+            lambda r: _set(r.spec, model="wan", media_type="image/png"),
+        ),
+        (
+            "spec.media_type",
+            "found 'image/gif'; allowed:",
+            lambda r: _set(r.spec, media_type="image/gif"),
+        ),
         ("spec.steps", "found 51; allowed: 1 to 50", lambda r: _set(r.spec, steps=51)),
         ("spec.guidance_scale", "found nan", lambda r: _set(r.spec, guidance_scale=math.nan)),
         ("spec.guidance_scale", "found inf", lambda r: _set(r.spec, guidance_scale=math.inf)),
@@ -161,6 +198,7 @@ def test_a_model_without_guidance_takes_its_own_only() -> None:
     priority=st.integers(-(2**31), 2**31 - 1),
     on_miss=st.integers(0, 5),
     model=st.sampled_from(["", "emoji", "wan", "nope"]),
+    media_type=st.sampled_from(["", "image/png", "image/webp", "video/mp4", "MP4"]),
 )
 def test_completed_or_refused_and_completing_twice_changes_nothing(
     prompt: str,
@@ -172,8 +210,10 @@ def test_completed_or_refused_and_completing_twice_changes_nothing(
     priority: int,
     on_miss: int,
     model: str,
+    media_type: str,
 ) -> None:
     asked = request(prompt, model=model, steps=steps, guidance=guidance, priority=priority)
+    asked.spec.media_type = media_type
     _set(asked.spec.shape, width=width, height=height)
     _set(asked.slo, deadline_us=deadline_us, on_miss=on_miss)
     try:
@@ -187,6 +227,7 @@ def test_completed_or_refused_and_completing_twice_changes_nothing(
     sizes = {(s.width, s.height, s.frames or 1) for s in served.shapes}
     assert (shape.width, shape.height, shape.frames) in sizes
     assert served.steps_min <= whole.spec.steps <= served.steps_max
+    assert whole.spec.media_type in media_types.offered(shape.frames)
     assert completed(whole, MODELS) == whole
 
 

@@ -10,7 +10,15 @@ from typer.testing import CliRunner
 from control.scheduler.policies import REGISTRY
 from hocket.cli import app
 from hocket.cli_common import pixels, seconds
-from hocket.cli_generate import farewell, named_size, replaced_words, target
+from hocket.cli_generate import (
+    Format,
+    farewell,
+    media_type,
+    named_size,
+    replaced_words,
+    shape_name,
+    target,
+)
 from hocket.cli_up import POLICIES
 from hocket.demo import Run, step_runs, summary
 from hocket.errors import MeshStopped, WrongConfig
@@ -125,6 +133,12 @@ def test_sizes_have_names() -> None:
         named_size("small", [])
 
 
+def test_a_video_is_named_with_its_frames() -> None:
+    assert shape_name(Shape(width=128, height=64, frames=1)) == "128x64"
+    assert shape_name(Shape(width=832, height=480, frames=81, fps=16)) == "832x480x81@16"
+    assert shape_name(Shape(width=832, height=480, frames=81)) == "832x480x81"
+
+
 def test_a_replaced_prompt_is_named() -> None:
     told = replaced_words("a wyvern", "a dragon")
     assert told == "no 'wyvern' in this model's vocabulary; showing 'a dragon'"
@@ -161,3 +175,31 @@ def test_results_are_named_by_request_and_kind() -> None:
     video = MediaInfo(media_type="video/mp4")
     assert target(None, "r1", video) == Path("out/r1.mp4")
     assert target(Path("x"), "r1", video) == Path("x")
+    assert target(None, "r1", MediaInfo(media_type="image/webp")) == Path("out/r1.webp")
+    assert target(None, "r1", MediaInfo(media_type="image/png")) == Path("out/r1.png")
+
+
+@pytest.mark.parametrize(
+    ("made", "output", "asked_for"),
+    [
+        (None, None, ""),
+        (None, "fox", ""),
+        (None, "fox.jpg", ""),
+        (None, "waves.MP4", "video/mp4"),
+        (None, "fox.png", "image/png"),
+        (Format.WEBP, None, "image/webp"),
+        (Format.WEBP, "waves.mp4", "image/webp"),
+        (Format.MP4, "fox", "video/mp4"),
+    ],
+)
+def test_a_format_is_told_or_named_by_the_file(
+    made: Format | None, output: str | None, asked_for: str
+) -> None:
+    assert media_type(made, Path(output) if output else None) == asked_for
+
+
+def test_generate_tells_its_formats() -> None:
+    status, told = hocket("generate", "--help")
+    assert status == 0 and "--fps" in told and "png|webp|mp4" in told
+    assert hocket("generate", "waves", "--format", "gif")[0] == 2
+    assert hocket("generate", "waves", "--fps", "-1")[0] == 2

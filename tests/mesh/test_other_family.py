@@ -1,28 +1,43 @@
 """Same picture in another family: a tiny random Wan (video, real guidance, two forwards a step),
-served from an ordinary diffusers folder, ends at the latent of the stock WanPipeline.
+served from an ordinary diffusers folder, ends at the latent of the stock WanPipeline, and its video
+reaches the caller.
 
 Real worker processes, a real broker, a scripted leader in control's place.
 """
 
 from __future__ import annotations
 
+import asyncio
+import io
 import itertools
+import json
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
+from av.video.reformatter import Interpolation
+from PIL import Image
 
 from bench.scripted_leader import Leader, Piece, WorkerPool
 from gpuworker.state import LatentState
 from hocket.bus import Bus
+from hocket.client import HocketClient
+from hocket.errors import InvalidRequest
+from hocket.launcher import MeshPlan, mesh
 from hocket.v1 import types_pb2
+from hocket.v1.generation_pb2 import GenerateRequest
 from tests.worker.tiny_models import Reference, wan_latents, wan_reference
 from tests.worker.worker_jobs import LATENT_TOLERANCE, random_schedule
 
 STEPS = 8
 LONG = 100  # steps of the job whose worker is killed: the kill shall find it under way
+WAIT_S = 120.0
+MP4_LEVELS = 6.0  # mean, of 255: half the chroma and the codec, on pixels that are nearly noise
 _terms = itertools.count(1)
 
 
@@ -134,6 +149,73 @@ async def test_a_killed_worker_costs_steps_and_no_video(
     await bus.close()
     theirs = wan_latents({**wan.settings, "steps": LONG})[done + STEPS - 1]
     assert difference(state, theirs) <= LATENT_TOLERANCE, f"killed after step {done}"
+
+
+@pytest.fixture
+def served(wan: Reference, tmp_path: Path) -> Path:
+    """The model with a card.json that names what the gateway offers: the reference's shape."""
+    folder = Path(shutil.copytree(wan.folder, tmp_path / "served-wan"))
+    facts = json.loads((folder / "card.json").read_text())
+    have = wan.settings
+    facts |= {"sizes": [[have["width"], have["height"]]], "frames_max": have["frames"], "fps": 12}
+    (folder / "card.json").write_text(json.dumps(facts))
+    return folder
+
+
+async def test_a_video_arrives_over_grpc_and_plays(
+    wan: Reference, served: Path, tmp_path: Path
+) -> None:
+    """The whole mesh, as `hocket up` starts it: MP4 and WebP are the stock pipeline's frames."""
+    asked = GenerateRequest(spec=spec(wan))
+    asked.spec.model = served.name
+    plan = MeshPlan(tmp_path / "state", workers=2, models=(str(served),), log_level="warning")
+    async with (
+        mesh(plan, lambda _: None) as running,
+        HocketClient(running.gateway) as client,
+        asyncio.timeout(WAIT_S),
+    ):
+        (info,) = await client.models()
+        assert [(s.frames, s.fps) for s in info.shapes] == [(wan.settings["frames"], 12)]
+        content, finished = await client.generate_media(asked)
+        made = finished.media
+        assert (made.media_type, made.fps, made.duration_us) == ("video/mp4", 12, 750_000)
+        assert (made.width, made.height, made.frames) == (48, 32, 9)
+        frames = mp4_frames(content, fps=12)
+        assert levels_apart(frames, wan.frames).mean() <= MP4_LEVELS
+        assert levels_apart(255 - frames, wan.frames).mean() > 3 * MP4_LEVELS, "planted"
+
+        asked.spec.media_type, asked.spec.shape.fps = "image/webp", 20
+        content, finished = await client.generate_media(asked)
+        assert (finished.media.media_type, finished.media.fps) == ("image/webp", 20)
+        frames = webp_frames(content, frame_ms=50)
+        assert levels_apart(frames, wan.frames).max() <= 1
+
+        asked.spec.media_type = "image/png"
+        with pytest.raises(InvalidRequest, match=r"spec\.media_type"):
+            await client.generate_media(asked)
+
+
+def mp4_frames(content: bytes, fps: int) -> np.ndarray:
+    exact = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    with av.open(io.BytesIO(content)) as container:
+        assert container.streams.video[0].average_rate == fps
+        decoded = container.decode(video=0)
+        return np.stack([f.to_ndarray(format="rgb24", interpolation=exact) for f in decoded])
+
+
+def webp_frames(content: bytes, frame_ms: int) -> np.ndarray:
+    frames = []
+    with Image.open(io.BytesIO(content)) as animation:
+        for number in range(animation.n_frames):  # type: ignore[attr-defined]
+            animation.seek(number)
+            frames.append(np.asarray(animation.convert("RGB")))
+            assert animation.info["duration"] == frame_ms
+    return np.stack(frames)
+
+
+def levels_apart(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    assert ours.shape == theirs.shape
+    return np.abs(ours.astype(int) - theirs.astype(int))
 
 
 def difference(ours: LatentState, theirs: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Latent states as bytes, frames as media, models that cannot be loaded."""
+"""Latent states as bytes, pictures as media (videos: test_videos.py), unloadable models."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from gpuworker.models.card import ShapeRefused
 from gpuworker.models.loading import LoadError, load_card
 from gpuworker.models.solvers import SolverRefused
 from gpuworker.state import Fact, LatentState, StateCorrupt
+from gpuworker.torch_executor import model_info
+from hocket.v1.types_pb2 import MediaInfo
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import CPU
 
@@ -68,22 +70,11 @@ def test_a_damaged_blob_is_named(cut: int) -> None:
 
 def test_a_png_has_pixels_and_nothing_else() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (1, 8, 12, 3), dtype=np.uint8)
-    content, media_type = encode_media(frames)
-    assert media_type == "image/png"
-    assert encode_media(frames) == (content, media_type)
+    content, info = encode_media(frames)
+    assert info == MediaInfo(media_type="image/png", width=12, height=8, frames=1)
+    assert encode_media(frames) == (content, info)
     assert not any(chunk in content for chunk in (b"tEXt", b"iTXt", b"zTXt", b"tIME"))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), frames[0])
-
-
-def test_several_frames_become_a_lossless_animation() -> None:
-    frames = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    content, media_type = encode_media(frames)
-    assert media_type == "image/webp"
-    with Image.open(io.BytesIO(content)) as animation:
-        assert getattr(animation, "n_frames", 1) == 3
-        for number in range(3):
-            animation.seek(number)
-            assert np.array_equal(np.asarray(animation.convert("RGB")), frames[number])
 
 
 def copied(reference: Reference, tmp_path: Path) -> Path:
@@ -161,3 +152,9 @@ def test_facts_of_the_tiny_models(flux: Reference, wan: Reference) -> None:
     assert facts.degrees == (1, 2, 4)
     facts = load_card(wan.folder, CPU, torch.float32).facts
     assert (facts.family, facts.workflows, facts.guidance) == ("wan", ("txt2vid",), "true_cfg")
+
+
+def test_a_folder_that_names_no_sizes_offers_its_default(flux: Reference, wan: Reference) -> None:
+    for reference, told in ((flux, (256, 256, 1, 0)), (wan, (832, 480, 81, 16))):
+        (shape,) = model_info(load_card(reference.folder, CPU, torch.float32).facts).shapes
+        assert (shape.width, shape.height, shape.frames, shape.fps) == told
