@@ -115,8 +115,8 @@ class Intake:
             job = self.driver.scheduler.job(result.request_id)
             if record is None or job is None or result.attempt != job.attempt:
                 continue  # ended, or called off: the client hears of what counts
-            if report.HasField("media"):
-                record.media = report.media
+            if result.HasField("media"):
+                record.media = result.media
             eta_us[record.id] = self._left_us(record, event.at_us)
         self.driver.post(event)
         await self.publisher.progressed(report, eta_us)

@@ -101,7 +101,12 @@ def _up(beat: mesh_pb2.Heartbeat, now_us: int) -> WorkerUp:
         gpu=beat.device.profile_name,
         host=beat.host,
         models=tuple(
-            ModelFacts(name=model.name, degrees=tuple(model.degrees)) for model in beat.models
+            ModelFacts(
+                name=model.name,
+                degrees=tuple(model.degrees),
+                batch_max=max(1, model.batch_max),
+            )
+            for model in beat.models
         ),
         latents=tuple(
             Held(request=held.request_id, steps_done=held.steps_done) for held in beat.latents

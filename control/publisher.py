@@ -100,7 +100,7 @@ class Publisher:
                 step_time_us=report.step_time_us[-1],
                 predicted_step_time_us=record.predicted_us.get(report.sequence, 0),
                 eta_us=eta_us[record.id],
-                resolved_prompt=report.resolved_prompt,
+                resolved_prompt=result.resolved_prompt,
             )
             await self._tell(record, mesh_pb2.RequestEvent(request_id=record.id, progress=progress))
 

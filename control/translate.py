@@ -32,6 +32,7 @@ def to_request(
         ),
         priority=request.priority,
         tenant=request.tenant,
+        branches=max(1, spec.guidance_branches),
     )
 
 

@@ -179,8 +179,9 @@ def _complete_guidance(spec: GenerationSpec, model: ModelInfo, violations: _Viol
         )
     if not spec.HasField("guidance_scale"):
         spec.guidance_scale = model.guidance_default
-        return
     scale = spec.guidance_scale
+    two = model.HasField("branches_above") and scale > model.branches_above
+    spec.guidance_branches = 2 if two else 1
     low, high = model.guidance_min, model.guidance_max
     if model.guidance_kind == "none":
         low = high = model.guidance_default

@@ -15,6 +15,7 @@ import hashlib
 import io
 import logging
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 
 import nats.errors
@@ -136,38 +137,39 @@ class Agent:
         async with asyncio.TaskGroup() as uploads:
             while True:
                 note = await self._notes.get()
-                if note.media is None:
+                if not note.media:
                     await self._report(note)
                 else:
                     self._storing.add(note.assignment.sequence)
                     uploads.create_task(self._store_and_report(note))
 
     async def _store_and_report(self, note: RunNote) -> None:
-        assert note.media is not None and note.media_info is not None
-        request = note.assignment.batch[0]
-        start_ns = unix_ns()
-        info = types_pb2.MediaInfo()
-        info.CopyFrom(note.media_info)
-        info.sha256 = hashlib.sha256(note.media).hexdigest()
-        info.size_bytes = len(note.media)
-        info.object_name = request.request_id
-        if (problem := await self._store(info.object_name, note.media)) is not None:
-            await self._report(_not_stored(note, problem))
-            self._storing.discard(note.assignment.sequence)
-            return
-        telemetry.record_span(
-            self._tracer,
-            spans.PUBLISH,
-            start_ns=start_ns,
-            end_ns=unix_ns(),
-            parent=request.traceparent,
-            attributes={
-                spans.REQUEST: request.request_id,
-                spans.WORKER: self.name,
-                spans.BYTES: info.size_bytes,
-            },
-        )
-        await self._report(note, info)
+        stored: dict[str, types_pb2.MediaInfo] = {}
+        for member in note.assignment.batch:
+            media = note.media[member.request_id]
+            start_ns = unix_ns()
+            info = stored[member.request_id] = types_pb2.MediaInfo()
+            info.CopyFrom(media.info)
+            info.sha256 = hashlib.sha256(media.content).hexdigest()
+            info.size_bytes = len(media.content)
+            info.object_name = member.request_id
+            if (problem := await self._store(info.object_name, media.content)) is not None:
+                await self._report(_not_stored(note, problem))
+                self._storing.discard(note.assignment.sequence)
+                return
+            telemetry.record_span(
+                self._tracer,
+                spans.PUBLISH,
+                start_ns=start_ns,
+                end_ns=unix_ns(),
+                parent=member.traceparent,
+                attributes={
+                    spans.REQUEST: member.request_id,
+                    spans.WORKER: self.name,
+                    spans.BYTES: info.size_bytes,
+                },
+            )
+        await self._report(note, stored)
         self._storing.discard(note.assignment.sequence)
 
     async def _store(self, name: str, media: bytes) -> str | None:
@@ -185,7 +187,9 @@ class Agent:
                 return None
         return problem
 
-    async def _report(self, note: RunNote, media: types_pb2.MediaInfo | None = None) -> None:
+    async def _report(
+        self, note: RunNote, media: Mapping[str, types_pb2.MediaInfo] | None = None
+    ) -> None:
         assignment = note.assignment
         self._reports += 1
         report = mesh_pb2.StepReport(
@@ -194,16 +198,14 @@ class Agent:
             term=assignment.term,
             sequence=assignment.sequence,
             node=assignment.node,
-            results=_results(note),
+            results=_results(note, media or {}),
             members=assignment.group.members,
             step_time_us=[step.duration_us for step in note.steps],
             last=note.last,
             failure=note.failure,
             group_time_us=_side_us(note, spans.GROUP),
             transfer_time_us=_side_us(note, spans.TRANSFER),
-            media=media,
             report_sequence=self._reports,
-            resolved_prompt=note.resolved_prompt,
         )
         if note.failure is not None:
             report.failure.metadata["suspects"] = ",".join(note.suspects)
@@ -240,7 +242,7 @@ class Agent:
                     parent=member.traceparent,
                     attributes={
                         **common,
-                        spans.STEP_INDEX: step.step + 1 if denoising else 1,
+                        spans.STEP_INDEX: member.first_step + step.step + 1 if denoising else 1,
                         spans.STEPS: member.steps_total if denoising else 1,
                         spans.PREDICTED_US: assignment.predicted_step_time_us,
                         spans.SEQUENCE: assignment.sequence,
@@ -257,22 +259,25 @@ async def media_store(bus: Bus, subjects: Subjects) -> ObjectStore:
         return await bus.jetstream.create_object_store(subjects.media_bucket, config)
 
 
-def _results(note: RunNote) -> list[mesh_pb2.StepResult]:
+def _results(note: RunNote, media: Mapping[str, types_pb2.MediaInfo]) -> list[mesh_pb2.StepResult]:
     """Where the jobs stand; nothing for one of which this worker holds no latent."""
-    if note.steps_done is None:
-        return []
     return [
         mesh_pb2.StepResult(
-            request_id=member.request_id, attempt=member.attempt, steps_done=note.steps_done
+            request_id=member.request_id,
+            attempt=member.attempt,
+            steps_done=note.behind[member.request_id],
+            media=media.get(member.request_id),
+            resolved_prompt=note.resolved.get(member.request_id, ""),
         )
         for member in note.assignment.batch
+        if member.request_id in note.behind
     ]
 
 
 def _not_stored(note: RunNote, problem: str) -> RunNote:
     return RunNote(
         assignment=note.assignment,
-        steps_done=note.steps_done,
+        behind=note.behind,
         last=True,
         failure=types_pb2.Failure(reason="MEDIA_NOT_STORED", message=problem),
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from gpuworker.executor import Listener, RunNote, StepNote
+from gpuworker.executor import Listener, Media, RunNote, StepNote
 from gpuworker.inbox import Inbox, StopMark
 from hocket.clock import Clock
 from hocket.errors import WrongConfig
@@ -66,11 +66,12 @@ class EmulatedHost:
     term: int = 0  # the newest one met with
     waiting: dict[str, list[asyncio.Future[None]]] = field(default_factory=dict)  # by request
 
-    async def until(self, request: str, condition: Callable[[], bool]) -> None:
-        """Returns once the condition holds; it is looked at whenever `tell` names the request."""
+    async def until(self, assignment: mesh_pb2.Assignment, condition: Callable[[], bool]) -> None:
+        """Returns once the condition holds; looked at whenever `tell` names one of the jobs."""
         while not condition():
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self.waiting.setdefault(request, []).append(waiter)
+            for member in assignment.batch:
+                self.waiting.setdefault(member.request_id, []).append(waiter)
             await waiter
 
     def have_passed(self, member: mesh_pb2.BatchMember) -> bool:
@@ -135,6 +136,8 @@ class EmulatedHost:
             del self.meetings[key]
 
     def step_time_us(self, assignment: mesh_pb2.Assignment) -> int:
+        if len(assignment.batch) > 1:  # of which the profile here says nothing
+            return assignment.predicted_step_time_us
         spec = assignment.batch[0].spec
         shape = (spec.shape.width, spec.shape.height, max(1, spec.shape.frames))
         degree = len(assignment.group.members)
@@ -262,47 +265,42 @@ class EmulatedExecutor:
     async def _lead(
         self, assignment: mesh_pb2.Assignment, meeting: Meeting, listener: Listener
     ) -> None:
-        host, member = self._host, assignment.batch[0]
-        first = member.first_step
+        host, members = self._host, assignment.batch
 
         def ready() -> bool:
             here = meeting.came == meeting.members
-            latent = assignment.node == "text" or host.holds(member)
-            return (here and latent) or self._inbox.must_stop(assignment, first)
+            latents = assignment.node == "text" or all(host.holds(m) for m in members)
+            return (here and latents) or self._inbox.must_stop(assignment)
 
         def decided() -> bool:
-            return ready() or (assignment.node != "text" and host.have_passed(member))
+            passed = assignment.node != "text" and any(host.have_passed(m) for m in members)
+            return ready() or passed
 
         if not (await self._in_time(assignment, decided) and ready()):
             listener(self._in_vain(assignment, meeting))
             return
         meeting.started = True
         step_us, began_us = host.step_time_us(assignment), host.clock.now_us()
-        done = first
-        for step in range(first, first + assignment.steps):
-            if self._inbox.must_stop(assignment, step):
-                break
-            await host.clock.sleep_until(began_us + (step - first + 1) * step_us)
-            done = step + 1
-            ended = assignment.node != "dit" or done == first + assignment.steps
-            self._keep(assignment, done)
-            listener(self._note(assignment, step, done, step_us, last=ended))
-        if done == first:
-            listener(RunNote(assignment=assignment, steps_done=first, last=True))
-        elif done < first + assignment.steps and assignment.node == "dit":
-            listener(RunNote(assignment=assignment, steps_done=done, last=True))
+        made = 0
+        while made < assignment.steps and not self._inbox.must_stop(assignment, made):
+            await host.clock.sleep_until(began_us + (made + 1) * step_us)
+            made += 1
+            self._keep(assignment, made)
+            ended = assignment.node != "dit" or made == assignment.steps
+            listener(self._note(assignment, made, step_us, last=ended))
+        if made == 0 or (made < assignment.steps and assignment.node == "dit"):
+            listener(RunNote(assignment=assignment, behind=_behind(assignment, made), last=True))
 
     async def _in_time(self, assignment: mesh_pb2.Assignment, ready: Callable[[], bool]) -> bool:
         """Whether an assignment could start within its collectives' time-out."""
         if ready():
             return True
         clock, timeout_us = self._host.clock, assignment.collective_timeout_us
-        request = assignment.batch[0].request_id
         if not timeout_us:
-            await self._host.until(request, ready)
+            await self._host.until(assignment, ready)
             return True
         waits: list[asyncio.Future[None]] = [
-            asyncio.ensure_future(self._host.until(request, ready)),
+            asyncio.ensure_future(self._host.until(assignment, ready)),
             asyncio.ensure_future(clock.sleep_until(clock.now_us() + timeout_us)),
         ]
         try:
@@ -318,7 +316,11 @@ class EmulatedExecutor:
         reason = "GROUP_LOST" if missing else "LATENT_MISSING"
         return RunNote(
             assignment=assignment,
-            steps_done=self._copies.get(assignment.batch[0].request_id),
+            behind={
+                m.request_id: self._copies[m.request_id]
+                for m in assignment.batch
+                if m.request_id in self._copies
+            },
             last=True,
             failure=types_pb2.Failure(reason=reason, message="waited in vain"),
             suspects=missing,
@@ -326,44 +328,44 @@ class EmulatedExecutor:
 
     async def _follow(self, assignment: mesh_pb2.Assignment, meeting: Meeting) -> None:
         """Stays until the first member is through; leaves alone only what has not started."""
-        member = assignment.batch[0]
 
         def through() -> bool:
-            off = self._inbox.must_stop(assignment, member.first_step)
+            off = self._inbox.must_stop(assignment)
             return meeting.over or (off and not meeting.started)
 
-        await self._host.until(member.request_id, through)
+        await self._host.until(assignment, through)
 
-    def _keep(self, assignment: mesh_pb2.Assignment, done: int) -> None:
-        """Every member now has a copy of the latent behind the step."""
+    def _keep(self, assignment: mesh_pb2.Assignment, made: int) -> None:
+        """Every member now has a copy of the latents behind the step."""
         if assignment.node == "vae":
             return
-        request = assignment.batch[0].request_id
-        steps = 0 if assignment.node == "text" else done
-        for worker in assignment.group.members:
-            if worker not in self._host.gone:  # the latents of a closed one are gone
-                self._host.copies.setdefault(worker, {})[request] = steps
-        self._host.tell(request)
+        for request, steps in _behind(assignment, made).items():
+            for worker in assignment.group.members:
+                if worker not in self._host.gone:  # the latents of a closed one are gone
+                    self._host.copies.setdefault(worker, {})[request] = steps
+            self._host.tell(request)
 
     def _note(
-        self, assignment: mesh_pb2.Assignment, step: int, done: int, step_us: int, *, last: bool
+        self, assignment: mesh_pb2.Assignment, made: int, step_us: int, *, last: bool
     ) -> RunNote:
         now_ns = self._host.clock.now_us() * 1000
-        steps_done = done
-        if assignment.node != "dit":
-            steps_done = assignment.batch[0].first_step
-        content = info = None
+        media = {}
         if assignment.node == "vae" and self._media:
-            content = _blank_png()
             info = types_pb2.MediaInfo(media_type="image/png", width=8, height=8, frames=1)
+            media = {m.request_id: Media(_blank_png(), info) for m in assignment.batch}
         return RunNote(
             assignment=assignment,
-            steps_done=steps_done,
-            steps=(StepNote(step, now_ns - step_us * 1000, now_ns, step_us),),
+            behind=_behind(assignment, made),
+            steps=(StepNote(made - 1, now_ns - step_us * 1000, now_ns, step_us),),
             last=last,
-            media=content,
-            media_info=info,
+            media=media,
         )
+
+
+def _behind(assignment: mesh_pb2.Assignment, made: int) -> dict[str, int]:
+    """Steps behind each job after `made` of the assignment's."""
+    stepped = made if assignment.node == "dit" else 0
+    return {m.request_id: m.first_step + stepped for m in assignment.batch}
 
 
 def _blank_png() -> bytes:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from gpuworker import media
-from gpuworker.executor import Listener, RunNote, SideNote, StepNote, Stopwatch
+from gpuworker.executor import Listener, Media, RunNote, SideNote, StepNote, Stopwatch
 from gpuworker.groups import BlobLost, Group, GroupCache, GroupLost, Rendezvous
 from gpuworker.inbox import Inbox
 from gpuworker.latents import LatentShelf
@@ -69,8 +69,9 @@ class _Run:
     unreported: Stopwatch = field(default_factory=Stopwatch)
 
     @property
-    def member(self) -> mesh_pb2.BatchMember:
-        return self.assignment.batch[0]
+    def members(self) -> Sequence[mesh_pb2.BatchMember]:
+        """The jobs, of one model and shape."""
+        return self.assignment.batch
 
     def leads(self, worker: str) -> bool:
         return self.assignment.group.members[0] == worker
@@ -102,7 +103,7 @@ class Engine:
         torch.set_grad_enabled(False)
         while (assignment := self._inbox.take()) is not None:
             run = _Run(assignment)
-            with telemetry.within(run.member.traceparent):
+            with telemetry.within(run.members[0].traceparent):
                 note = self._run(run, listener)
             if run.leads(self._worker) or note.failure is not None:
                 listener(note)
@@ -133,64 +134,71 @@ class Engine:
         node = run.assignment.node
         if node == "text":
             return self._encode(run)
-        state = self._obtain(run)
+        states = [self._obtain(run, member) for member in run.members]
         if node == "vae":
-            return self._decode(run, state)
-        return self._denoise(run, state, listener)
+            return self._decode(run, states)
+        return self._denoise(run, states, listener)
 
     # ------------------------------------------------------------------------------------------
     # nodes
 
     def _encode(self, run: _Run) -> RunNote:
-        member, spec = run.member, run.member.spec
         if self._must_stop(run, 0):
             raise _Truncated
-        began = Stopwatch()
-        state = self._card(run).encode(
-            prompt=spec.prompt,
-            negative_prompt=spec.negative_prompt,
-            width=spec.shape.width,
-            height=spec.shape.height,
-            frames=max(1, spec.shape.frames),
-            steps=spec.steps,
-            guidance_scale=spec.guidance_scale,
-            seed=spec.seed,
-        )
-        self._shelf.put(member.request_id, state)
+        began, card, resolved = Stopwatch(), self._card(run), {}
+        for member in run.members:
+            spec = member.spec
+            state = card.encode(
+                prompt=spec.prompt,
+                negative_prompt=spec.negative_prompt,
+                width=spec.shape.width,
+                height=spec.shape.height,
+                frames=max(1, spec.shape.frames),
+                steps=spec.steps,
+                guidance_scale=spec.guidance_scale,
+                seed=spec.seed,
+            )
+            self._shelf.put(member.request_id, state)
+            if (given := card.resolve(spec.prompt)) != spec.prompt:
+                resolved[member.request_id] = given
         run.steps.append(began.step(0))
-        given = self._card(run).resolve(spec.prompt)
-        return self._note(run, 0, last=True, resolved_prompt=given if given != spec.prompt else "")
+        return self._note(run, 0, last=True, resolved=resolved)
 
-    def _denoise(self, run: _Run, state: LatentState, listener: Listener) -> RunNote:
-        card, request = self._card(run), run.member.request_id
+    def _denoise(self, run: _Run, states: list[LatentState], listener: Listener) -> RunNote:
+        card = self._card(run)
         team = Team(run.group, _layout(run.assignment)) if run.group is not None else None
-        for _ in range(run.assignment.steps):
-            if not self._goes_on(run, state.steps_done):
-                break
+        made = 0
+        while made < run.assignment.steps and self._goes_on(run, made):
             began = Stopwatch()
-            (state,) = card.step([state], team)
+            states = card.step(states, team)
             self._settle(run)
-            self._shelf.put(request, state)
+            for member, state in zip(run.members, states, strict=True):
+                self._shelf.put(member.request_id, state)
             self._groups.acknowledge()
-            run.steps.append(began.step(state.steps_done - 1))
-            last_one = state.steps_done == run.member.first_step + run.assignment.steps
+            run.steps.append(began.step(made))
+            made += 1
             if (
-                not last_one
+                made < run.assignment.steps
                 and run.leads(self._worker)
                 and run.unreported.elapsed_ns() >= _REPORT_EVERY_NS
             ):
-                listener(self._note(run, state.steps_done))
-        return self._note(run, state.steps_done, last=True)
+                listener(self._note(run, made))
+        return self._note(run, made, last=True)
 
-    def _decode(self, run: _Run, state: LatentState) -> RunNote:
-        if self._must_stop(run, state.steps_done):
+    def _decode(self, run: _Run, states: list[LatentState]) -> RunNote:
+        if self._must_stop(run, 0):
             raise _Truncated
         began = Stopwatch()
-        card, spec = self._card(run), run.member.spec
-        fps = spec.shape.fps or card.facts.fps
-        content, info = media.encode_media(card.decode(state), spec.media_type, fps)
-        run.steps.append(began.step(state.steps_done))
-        return self._note(run, state.steps_done, last=True, content=content, media_info=info)
+        made: dict[str, Media] = {}
+        card = self._card(run)
+        for member, state in zip(run.members, states, strict=True):
+            spec = member.spec
+            fps = spec.shape.fps or card.facts.fps
+            made[member.request_id] = Media(
+                *media.encode_media(card.decode(state), spec.media_type, fps)
+            )
+        run.steps.append(began.step(0))
+        return self._note(run, 0, last=True, media=made)
 
     # ------------------------------------------------------------------------------------------
     # groups
@@ -211,16 +219,16 @@ class Engine:
             run.sides.append(began.side(spans.GROUP, {}))
         return group
 
-    def _goes_on(self, run: _Run, steps_done: int) -> bool:
+    def _goes_on(self, run: _Run, made: int) -> bool:
         """Settles, on every member alike, whether the next step is run."""
-        stop = self._must_stop(run, steps_done)
+        stop = self._must_stop(run, made)
         if run.group is None:
             return not stop
         word = (_STOP if stop else _GO) if run.group.rank == 0 else None
         return run.group.broadcast_word(word) == _GO
 
-    def _must_stop(self, run: _Run, steps_done: int) -> bool:
-        return self._inbox.must_stop(run.assignment, steps_done)
+    def _must_stop(self, run: _Run, made: int) -> bool:
+        return self._inbox.must_stop(run.assignment, made)
 
     def _others(self, run: _Run) -> tuple[str, ...]:
         return tuple(name for name in run.assignment.group.members if name != self._worker)
@@ -239,26 +247,25 @@ class Engine:
     # ------------------------------------------------------------------------------------------
     # latents
 
-    def _obtain(self, run: _Run) -> LatentState:
+    def _obtain(self, run: _Run, member: mesh_pb2.BatchMember) -> LatentState:
         """The latent to start from: held here, broadcast by a member, or fetched from a holder
         outside.
         """
-        member = run.member
         steps_done = member.first_step
         own = self._shelf.get(member.request_id, steps_done)
         if run.group is None:
             if own is None:
-                own = self._fetch(run)
+                own = self._fetch(run, member)
                 self._shelf.put(member.request_id, own)
             return own
-        source = _source(run.assignment)
+        source = _source(run.assignment, member)
         if source is None:  # the plan knows that every member holds it
             if own is None:
                 raise LatentMissing(member.request_id, steps_done, (self._worker,))
             return own
         began = Stopwatch()
         if run.group.rank == source and own is None:
-            own = self._fetch(run)
+            own = self._fetch(run, member)
         blob = own.to_bytes() if own is not None and run.group.rank == source else None
         content = run.group.broadcast_blob(blob, source)
         if own is None:
@@ -276,9 +283,8 @@ class Engine:
             )
         return own
 
-    def _fetch(self, run: _Run) -> LatentState:
-        member, began = run.member, Stopwatch()
-        tried = []
+    def _fetch(self, run: _Run, member: mesh_pb2.BatchMember) -> LatentState:
+        tried, began = [], Stopwatch()
         for holder in member.holders:
             if holder.worker == self._worker:
                 continue
@@ -314,27 +320,26 @@ class Engine:
     # notes
 
     def _card(self, run: _Run) -> ModelCard:
-        return self._cards[run.member.spec.model]
+        return self._cards[run.members[0].spec.model]
 
     def _note(
         self,
         run: _Run,
-        steps_done: int,
+        made: int,
         *,
         last: bool = False,
-        content: bytes | None = None,
-        media_info: types_pb2.MediaInfo | None = None,
-        resolved_prompt: str = "",
+        media: Mapping[str, Media] | None = None,
+        resolved: Mapping[str, str] | None = None,
     ) -> RunNote:
+        """What is behind the jobs after `made` steps of the assignment."""
         note = RunNote(
             assignment=run.assignment,
-            steps_done=steps_done,
+            behind={m.request_id: m.first_step + made for m in run.members},
             steps=tuple(run.steps),
             sides=tuple(run.sides),
             last=last,
-            media=content,
-            media_info=media_info,
-            resolved_prompt=resolved_prompt,
+            media=media or {},
+            resolved=resolved or {},
         )
         run.steps.clear()
         run.sides.clear()
@@ -344,9 +349,10 @@ class Engine:
     def _failed(
         self, run: _Run, reason: str, message: str, suspects: tuple[str, ...] = ()
     ) -> RunNote:
+        held = {m.request_id: self._shelf.steps_done(m.request_id) for m in run.members}
         return RunNote(
             assignment=run.assignment,
-            steps_done=self._shelf.steps_done(run.member.request_id),
+            behind={request: steps for request, steps in held.items() if steps is not None},
             last=True,
             failure=types_pb2.Failure(reason=reason, message=message),
             suspects=suspects,
@@ -362,8 +368,7 @@ class _Off(threading.Event):
         self._assignment = assignment
 
     def is_set(self) -> bool:
-        first_step = self._assignment.batch[0].first_step
-        return self._inbox.must_stop(self._assignment, first_step)
+        return self._inbox.must_stop(self._assignment)
 
 
 def _layout(assignment: mesh_pb2.Assignment) -> Layout:
@@ -371,13 +376,12 @@ def _layout(assignment: mesh_pb2.Assignment) -> Layout:
     return Layout(max(1, named.cfg), max(1, named.ulysses), max(1, named.ring))
 
 
-def _source(assignment: mesh_pb2.Assignment) -> int | None:
+def _source(assignment: mesh_pb2.Assignment, member: mesh_pb2.BatchMember) -> int | None:
     """Rank that broadcasts the latent; None when every member holds it already.
 
     Computed from the plan alone, so that all members agree without a word. Rank 0 fetches where no
     member holds it.
     """
-    member = assignment.batch[0]
     holders = {h.worker for h in member.holders if h.steps_done == member.first_step}
     holding = [worker in holders for worker in assignment.group.members]
     if all(holding):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hocket.clock import steady_ns, unix_ns
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
@@ -20,7 +20,7 @@ class StepNote:
     measured.
     """
 
-    step: int  # 0-based
+    step: int  # of the assignment, 0-based
     start_unix_ns: int
     end_unix_ns: int
     duration_us: int
@@ -56,20 +56,31 @@ class Stopwatch:
         return SideNote(name, start_ns, start_ns + self.elapsed_ns(), attributes)
 
 
+class Media(NamedTuple):
+    """A finished file, and what is known of it."""
+
+    content: bytes
+    info: types_pb2.MediaInfo
+
+
 @dataclass(frozen=True)
 class RunNote:
     """News of an assignment: becomes one StepReport and the spans of its steps."""
 
     assignment: mesh_pb2.Assignment
-    steps_done: int | None  # of the job, now; of a failed one: behind the latent held here, if any
+    behind: Mapping[str, int]  # request -> steps behind its latent here; none held: not in it
     steps: tuple[StepNote, ...] = ()
     sides: tuple[SideNote, ...] = ()
     last: bool = False
     failure: types_pb2.Failure | None = None
     suspects: tuple[str, ...] = ()
-    media: bytes | None = None
-    media_info: types_pb2.MediaInfo | None = None
-    resolved_prompt: str = ""  # by an encode node, where it is not the one asked for
+    media: Mapping[str, Media] = field(default_factory=dict)  # by request
+    resolved: Mapping[str, str] = field(default_factory=dict)  # prompts that are not as asked for
+
+    @property
+    def steps_done(self) -> int | None:
+        """Of the first job."""
+        return self.behind.get(self.assignment.batch[0].request_id)
 
 
 Listener = Callable[[RunNote], None]

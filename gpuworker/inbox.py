@@ -93,18 +93,20 @@ class Inbox:
         with self._changed:
             return self._waiting.pop(0) if self._waiting and not self._closed else None
 
-    def must_stop(self, assignment: mesh_pb2.Assignment, steps_done: int) -> bool:
-        """Whether an assignment whose job has `steps_done` steps behind it has to stop here.
+    def must_stop(self, assignment: mesh_pb2.Assignment, made: int = 0) -> bool:
+        """Whether an assignment has to stop after `made` of its steps: any of its jobs has to.
 
         A new leader plans from the latents that exist: what the old one had under way stops too.
         """
-        member = assignment.batch[0]
         with self._changed:
-            mark, term = self._marks.get(member.request_id), self.term
-        if assignment.term < term:
-            return True
-        return (
-            mark is not None and member.attempt <= mark.attempt and steps_done >= mark.stop_at_step
+            if assignment.term < self.term:
+                return True
+            marks = [(m, self._marks.get(m.request_id)) for m in assignment.batch]
+        return any(
+            mark is not None
+            and member.attempt <= mark.attempt
+            and member.first_step + made >= mark.stop_at_step
+            for member, mark in marks
         )
 
     def close(self) -> None:

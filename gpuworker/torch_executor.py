@@ -178,6 +178,8 @@ def model_info(facts: CardFacts) -> generation_pb2.ModelInfo:
         guidance_default=facts.guidance_default,
         degrees=facts.degrees,
         examples=facts.examples,
+        batch_max=facts.batch_max,
+        branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,
     )
 
 

@@ -22,6 +22,8 @@ Same facts and same times give the same plans, digit for digit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from . import denoise, facts, prediction
 from .board import Flight
 from .cluster import Cluster
@@ -37,6 +39,7 @@ from .scene import Start
 from .settings import Settings
 from .tracker import Tracked
 from .values import (
+    DIT,
     TEXT,
     VAE,
     Assignment,
@@ -186,7 +189,7 @@ class Scheduler:
             steps=start.steps,
             workers=start.workers,
             epoch=ledger.cluster.epoch(start.workers),
-            layout=Layout(ulysses=len(start.workers)),
+            layout=_layout(start, members),
             step_time_us=time.mean_us,
             step_time_us_safe=time.safe_us,
             start_us=begin_us,
@@ -227,6 +230,11 @@ class Scheduler:
         return load_us + ledger.moving.cost_us(
             ledger.cluster, where, start.workers, decode=start.node == VAE
         )
+
+
+def _layout(start: Start, members: Sequence[Tracked]) -> Layout:
+    branches = min(t.request.branches for t in members) if start.node == DIT else 1
+    return Layout.of(len(start.workers), branches)
 
 
 __all__ = ["TEXT", "VAE", "Scheduler"]

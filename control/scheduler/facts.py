@@ -21,6 +21,7 @@ from .values import (
     Ended,
     Event,
     Held,
+    Layout,
     Outcome,
     StepsEnded,
     WorkerLost,
@@ -181,7 +182,8 @@ def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded) -> None:
     if len(gpus) != 1 or tracked is None:
         return
     model, shape = tracked.request.model, tracked.request.shape
-    layout, batch = assignment.layout, len(assignment.batch)
+    # Times are kept by degree: a request is split in one way at each.
+    layout, batch = Layout(ulysses=assignment.layout.degree), len(assignment.batch)
     key = CellKey(model, gpus[0], assignment.node, shape, layout, batch)
     for step_us in fact.step_time_us:
         ledger.latency.observe(key, step_us)

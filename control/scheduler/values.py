@@ -49,6 +49,17 @@ class Layout(_Value, order=True, frozen=True):
     def degree(self) -> int:
         return self.cfg * self.ulysses * self.ring
 
+    @classmethod
+    def of(cls, degree: int, branches: int = 1) -> Layout:
+        """How a group of that degree shares a step.
+
+        The branches of guidance go to halves of the group where there are two: that halves the work
+        for one exchange a step, where Ulysses takes two an attention.
+        """
+        if branches == 2 and degree % 2 == 0:
+            return cls(cfg=2, ulysses=degree // 2)
+        return cls(ulysses=degree)
+
 
 class Request(_Value, frozen=True):
     """What the scheduler knows of a request. It never sees prompts, seeds or media."""
@@ -61,6 +72,7 @@ class Request(_Value, frozen=True):
     on_miss: OnMiss = OnMiss.BEST_EFFORT
     priority: int = 0  # higher wins
     tenant: str = ""
+    branches: int = 1  # of guidance in each step; two can be made by different workers
 
 
 class ModelFacts(_Value, frozen=True):

@@ -64,6 +64,10 @@ class CardFacts:
     degrees: tuple[int, ...]  # of sequence parallelism
     examples: tuple[str, ...]  # prompts
     fps: int = 0  # frames per second that its videos are made for; 0 for pictures
+    batch_max: int = 8  # jobs that are encoded, stepped or decoded together
+    branches_above: float = (
+        1.0  # of true CFG: with a higher guidance scale, a step has two branches
+    )
 
     def check(
         self, width: int, height: int, frames: int, steps: int, guidance_scale: float
@@ -208,7 +212,10 @@ class DiffusersCard(ModelCard):
 
     def _guided(self, state: LatentState) -> bool:
         """Whether the job has a plain branch."""
-        return self.facts.guidance == "true_cfg"
+        facts = self.facts
+        return facts.guidance == "true_cfg" and number(state, "guidance_scale") > (
+            facts.branches_above
+        )
 
     def _guide(self, state: LatentState, prompted: Tensor, plain: Tensor) -> Tensor:
         """Classifier-free guidance, as the stock pipeline of the family computes it."""

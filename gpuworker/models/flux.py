@@ -221,6 +221,7 @@ class WordFluxCard(FluxCard):
             guidance_min=card["guidance"]["min"],
             guidance_max=card["guidance"]["max"],
             guidance_default=card["guidance"]["default"],
+            branches_above=-1.0,  # always
             degrees=degrees(self._transformer),
             examples=self._examples(),
         )

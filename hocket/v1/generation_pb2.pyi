@@ -433,6 +433,8 @@ class ModelInfo(_message.Message):
     GUIDANCE_DEFAULT_FIELD_NUMBER: _builtins.int
     DEGREES_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
+    BATCH_MAX_FIELD_NUMBER: _builtins.int
+    BRANCHES_ABOVE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     family: _builtins.str
@@ -451,6 +453,12 @@ class ModelInfo(_message.Message):
     """Highest guidance scale."""
     guidance_default: _builtins.float
     """Guidance scale where the request names none."""
+    batch_max: _builtins.int
+    """Jobs of one shape that a worker encodes, steps or decodes together; 0 and 1: one at a time."""
+    branches_above: _builtins.float
+    """With a guidance scale above this, a step has two branches, which different workers can make. Absent where
+    guidance is embedded or none.
+    """
     @_builtins.property
     def workflows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workflows it serves; the first is its default."""
@@ -483,11 +491,15 @@ class ModelInfo(_message.Message):
         guidance_default: _builtins.float = ...,
         degrees: _abc.Iterable[_builtins.int] | None = ...,
         examples: _abc.Iterable[_builtins.str] | None = ...,
+        batch_max: _builtins.int = ...,
+        branches_above: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "branches_above", b"branches_above"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["degrees", b"degrees", "examples", b"examples", "family", b"family", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "shapes", b"shapes", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workflows", b"workflows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "shapes", b"shapes", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workflows", b"workflows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__branches_above: _TypeAlias = _typing.Literal["branches_above"]  # noqa: Y015
+    _WhichOneofArgType__branches_above: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__branches_above) -> _WhichOneofReturnType__branches_above | None: ...
 
 Global___ModelInfo: _TypeAlias = ModelInfo  # noqa: Y015

@@ -21,6 +21,11 @@ if sys.version_info >= (3, 11):
 else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
+if sys.version_info >= (3, 13):
+    from warnings import deprecated as _deprecated
+else:
+    from typing_extensions import deprecated as _deprecated
+
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
@@ -402,8 +407,16 @@ class StepReport(_message.Message):
     """Time spent on getting latents, before the first step."""
     report_sequence: _builtins.int
     """Raised by one with each report of an incarnation, so that a repeated one is noticed."""
-    resolved_prompt: _builtins.str
-    """By an encode node: the prompt that the model was given, where it is not the one asked for."""
+    @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def resolved_prompt(self) -> _builtins.str:
+        """Told job by job, in `results`."""
+
+    @resolved_prompt.setter
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
+    def resolved_prompt(self, value: _builtins.str) -> None:
+        """Told job by job, in `results`."""
+
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepResult]:
         """The jobs, in batch order."""
@@ -421,8 +434,9 @@ class StepReport(_message.Message):
         """Set when it failed."""
 
     @_builtins.property
+    @_deprecated("""This field has been marked as deprecated using proto field options.""")
     def media(self) -> _types_pb2.MediaInfo:
-        """Media written by a decode node."""
+        """Told job by job, in `results`."""
 
     def __init__(
         self,
@@ -460,22 +474,32 @@ class StepResult(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     STEPS_DONE_FIELD_NUMBER: _builtins.int
+    MEDIA_FIELD_NUMBER: _builtins.int
+    RESOLVED_PROMPT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     attempt: _builtins.int
     """Its attempt."""
     steps_done: _builtins.int
     """Steps behind it now."""
+    resolved_prompt: _builtins.str
+    """By an encode node: the prompt that the model was given, where it is not the one asked for."""
+    @_builtins.property
+    def media(self) -> _types_pb2.MediaInfo:
+        """Media written by a decode node."""
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         attempt: _builtins.int = ...,
         steps_done: _builtins.int = ...,
+        media: _types_pb2.MediaInfo | None = ...,
+        resolved_prompt: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["media", b"media"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "request_id", b"request_id", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "media", b"media", "request_id", b"request_id", "resolved_prompt", b"resolved_prompt", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

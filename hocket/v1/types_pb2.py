@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hocket/v1/types.proto\x12\thocket.v1\"C\n\x05Shape\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0e\n\x06\x66rames\x18\x03 \x01(\r\x12\x0b\n\x03\x66ps\x18\x04 \x01(\r\">\n\x03Slo\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x01 \x01(\x04\x12\"\n\x07on_miss\x18\x02 \x01(\x0e\x32\x11.hocket.v1.OnMiss\"4\n\x06Layout\x12\x0b\n\x03\x63\x66g\x18\x01 \x01(\r\x12\x0f\n\x07ulysses\x18\x02 \x01(\r\x12\x0c\n\x04ring\x18\x03 \x01(\r\"\'\n\x05Group\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07members\x18\x02 \x03(\t\"I\n\x0cLatentHolder\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x12\n\nsteps_done\x18\x02 \x01(\r\x12\x15\n\rstore_address\x18\x03 \x01(\t\"\xdf\x02\n\x0eGenerationSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08workflow\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x04 \x01(\t\x12\x1f\n\x05shape\x18\x05 \x01(\x0b\x32\x10.hocket.v1.Shape\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x01\x88\x01\x01\x12\r\n\x05loras\x18\t \x03(\t\x12\x35\n\x06inputs\x18\n \x03(\x0b\x32%.hocket.v1.GenerationSpec.InputsEntry\x12\x12\n\nmedia_type\x18\x0b \x01(\t\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_guidance_scaleB\x07\n\x05_seed\"\xa9\x01\n\tMediaInfo\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x13\n\x0bobject_name\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\x0e\n\x06\x66rames\x18\x07 \x01(\r\x12\x0b\n\x03\x66ps\x18\x08 \x01(\r\x12\x13\n\x0b\x64uration_us\x18\t \x01(\x04\"\xa7\x01\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_us\x18\x03 \x01(\x04\x12\x32\n\x08metadata\x18\x04 \x03(\x0b\x32 .hocket.v1.Failure.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*c\n\x06OnMiss\x12\x17\n\x13ON_MISS_UNSPECIFIED\x10\x00\x12\x17\n\x13ON_MISS_BEST_EFFORT\x10\x01\x12\x12\n\x0eON_MISS_REJECT\x10\x02\x12\x13\n\x0fON_MISS_DEGRADE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hocket/v1/types.proto\x12\thocket.v1\"C\n\x05Shape\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0e\n\x06\x66rames\x18\x03 \x01(\r\x12\x0b\n\x03\x66ps\x18\x04 \x01(\r\">\n\x03Slo\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x01 \x01(\x04\x12\"\n\x07on_miss\x18\x02 \x01(\x0e\x32\x11.hocket.v1.OnMiss\"4\n\x06Layout\x12\x0b\n\x03\x63\x66g\x18\x01 \x01(\r\x12\x0f\n\x07ulysses\x18\x02 \x01(\r\x12\x0c\n\x04ring\x18\x03 \x01(\r\"\'\n\x05Group\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07members\x18\x02 \x03(\t\"I\n\x0cLatentHolder\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x12\n\nsteps_done\x18\x02 \x01(\r\x12\x15\n\rstore_address\x18\x03 \x01(\t\"\xfa\x02\n\x0eGenerationSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08workflow\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x04 \x01(\t\x12\x1f\n\x05shape\x18\x05 \x01(\x0b\x32\x10.hocket.v1.Shape\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x01\x88\x01\x01\x12\r\n\x05loras\x18\t \x03(\t\x12\x35\n\x06inputs\x18\n \x03(\x0b\x32%.hocket.v1.GenerationSpec.InputsEntry\x12\x12\n\nmedia_type\x18\x0b \x01(\t\x12\x19\n\x11guidance_branches\x18\x0c \x01(\r\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_guidance_scaleB\x07\n\x05_seed\"\xa9\x01\n\tMediaInfo\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x13\n\x0bobject_name\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\x0e\n\x06\x66rames\x18\x07 \x01(\r\x12\x0b\n\x03\x66ps\x18\x08 \x01(\r\x12\x13\n\x0b\x64uration_us\x18\t \x01(\x04\"\xa7\x01\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_us\x18\x03 \x01(\x04\x12\x32\n\x08metadata\x18\x04 \x03(\x0b\x32 .hocket.v1.Failure.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*c\n\x06OnMiss\x12\x17\n\x13ON_MISS_UNSPECIFIED\x10\x00\x12\x17\n\x13ON_MISS_BEST_EFFORT\x10\x01\x12\x12\n\x0eON_MISS_REJECT\x10\x02\x12\x13\n\x0fON_MISS_DEGRADE\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONSPEC_INPUTSENTRY']._serialized_options = b'8\001'
   _globals['_FAILURE_METADATAENTRY']._loaded_options = None
   _globals['_FAILURE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_ONMISS']._serialized_start=1035
-  _globals['_ONMISS']._serialized_end=1134
+  _globals['_ONMISS']._serialized_start=1062
+  _globals['_ONMISS']._serialized_end=1161
   _globals['_SHAPE']._serialized_start=36
   _globals['_SHAPE']._serialized_end=103
   _globals['_SLO']._serialized_start=105
@@ -48,13 +48,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LATENTHOLDER']._serialized_start=264
   _globals['_LATENTHOLDER']._serialized_end=337
   _globals['_GENERATIONSPEC']._serialized_start=340
-  _globals['_GENERATIONSPEC']._serialized_end=691
-  _globals['_GENERATIONSPEC_INPUTSENTRY']._serialized_start=618
-  _globals['_GENERATIONSPEC_INPUTSENTRY']._serialized_end=663
-  _globals['_MEDIAINFO']._serialized_start=694
-  _globals['_MEDIAINFO']._serialized_end=863
-  _globals['_FAILURE']._serialized_start=866
-  _globals['_FAILURE']._serialized_end=1033
-  _globals['_FAILURE_METADATAENTRY']._serialized_start=986
-  _globals['_FAILURE_METADATAENTRY']._serialized_end=1033
+  _globals['_GENERATIONSPEC']._serialized_end=718
+  _globals['_GENERATIONSPEC_INPUTSENTRY']._serialized_start=645
+  _globals['_GENERATIONSPEC_INPUTSENTRY']._serialized_end=690
+  _globals['_MEDIAINFO']._serialized_start=721
+  _globals['_MEDIAINFO']._serialized_end=890
+  _globals['_FAILURE']._serialized_start=893
+  _globals['_FAILURE']._serialized_end=1060
+  _globals['_FAILURE_METADATAENTRY']._serialized_start=1013
+  _globals['_FAILURE_METADATAENTRY']._serialized_end=1060
 # @@protoc_insertion_point(module_scope)

@@ -238,6 +238,7 @@ class GenerationSpec(_message.Message):
     LORAS_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    GUIDANCE_BRANCHES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Model name as listed by ListModels; empty picks the default model."""
     workflow: _builtins.str
@@ -256,6 +257,8 @@ class GenerationSpec(_message.Message):
     """IANA media type of the result: "image/png" or "image/webp" for a picture, "video/mp4" (H.264, yuv420p) or
     "image/webp" for a video; empty picks the one named first.
     """
+    guidance_branches: _builtins.int
+    """Branches of guidance in each step, 1 or 2. Filled in by the gateway; what a caller says is ignored."""
     @_builtins.property
     def shape(self) -> Global___Shape:
         """Shape of the result; zero fields pick the model's default."""
@@ -282,10 +285,11 @@ class GenerationSpec(_message.Message):
         loras: _abc.Iterable[_builtins.str] | None = ...,
         inputs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         media_type: _builtins.str = ...,
+        guidance_branches: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_seed", b"_seed", "guidance_scale", b"guidance_scale", "seed", b"seed", "shape", b"shape"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_seed", b"_seed", "guidance_scale", b"guidance_scale", "inputs", b"inputs", "loras", b"loras", "media_type", b"media_type", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "seed", b"seed", "shape", b"shape", "steps", b"steps", "workflow", b"workflow"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_seed", b"_seed", "guidance_branches", b"guidance_branches", "guidance_scale", b"guidance_scale", "inputs", b"inputs", "loras", b"loras", "media_type", b"media_type", "model", b"model", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "seed", b"seed", "shape", b"shape", "steps", b"steps", "workflow", b"workflow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
