@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.worker.tiny_ltx import ltx_reference
 from tests.worker.tiny_models import (
     Reference,
     flux_reference,
@@ -24,6 +25,7 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "flux": Family(flux_reference, cfg=(1,)),
+    "ltx": Family(ltx_reference),
     "wan": Family(wan_reference),
     "wan-unipc": Family(wan_unipc_reference),
 }
