@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 from gpuworker.models.card import ModelCard, ModelRefused
 from gpuworker.models.flux import flux_card
 from gpuworker.models.ltx import LTXCard
+from gpuworker.models.qwen import QwenCard
 from gpuworker.models.wan import WanCard
 
 _INDEX = "model_index.json"
@@ -34,6 +35,7 @@ _FAMILIES: Mapping[str, Callable[[str, dict[str, Any], dict[str, Any], torch.dev
 _FAMILIES = {
     "FluxTransformer2DModel": flux_card,
     "LTXVideoTransformer3DModel": LTXCard,
+    "QwenImageTransformer2DModel": QwenCard,
     "WanTransformer3DModel": WanCard,
 }
 

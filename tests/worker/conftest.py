@@ -9,6 +9,7 @@ import torch
 
 from tests.worker.tiny_ltx import ltx_reference
 from tests.worker.tiny_models import Reference, flux_reference, wan_reference
+from tests.worker.tiny_qwen import qwen_reference
 from tests.worker.worker_pool import Pool
 
 
@@ -47,3 +48,9 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def ltx(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A tiny LTX-Video and its stock answer."""
     return ltx_reference(tmp_path_factory.mktemp("models") / "tiny-ltx")
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A tiny Qwen-Image and its stock answer."""
+    return qwen_reference(tmp_path_factory.mktemp("models") / "tiny-qwen")

@@ -13,6 +13,7 @@ from tests.worker.tiny_models import (
     wan_reference,
     wan_unipc_reference,
 )
+from tests.worker.tiny_qwen import qwen_reference
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "flux": Family(flux_reference, cfg=(1,)),
     "ltx": Family(ltx_reference),
+    "qwen": Family(qwen_reference),
     "wan": Family(wan_reference),
     "wan-unipc": Family(wan_unipc_reference),
 }
