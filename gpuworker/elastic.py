@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -60,7 +61,9 @@ class ElasticSP:
 
     `joint` says that attention runs over all split streams at once (Flux, Qwen-Image); otherwise
     it runs over `hidden_states` alone (Wan). `plan` is for models without a `_cp_plan` of their
-    own: their attention is met where it calls torch. Raises `DiffusersMoved`.
+    own: their attention is met where it calls torch. `cross` names the modules that attend to the
+    text where a model's own plan splits it, although it is needed whole: it then stays whole, and
+    cross-attention costs no exchange. Raises `DiffusersMoved`.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class ElasticSP:
         joint: bool,
         plan: Plan | None = None,
         attention: ParallelAttention | None = None,
+        cross: str = "",
     ) -> None:
         self._heads = head_count(model)
         self._joint = joint
@@ -81,10 +85,10 @@ class ElasticSP:
         self._meets_torch = plan is not None
         if plan is None:
             _wrap_registry()
-            _leave_mark(model, self)
+            _leave_mark(model, self, cross)
         else:
             _watch_cross_attention(model, self)
-        _install_hooks(model, self, plan)
+        _install_hooks(model, self, plan if plan is not None else _own_plan(model, bool(cross)))
 
     @contextmanager
     def step(self, team: Team | None) -> Iterator[None]:
@@ -228,8 +232,15 @@ def _watch_cross_attention(model: nn.Module, layer: ElasticSP) -> None:
             module.forward = forward
 
 
-def _leave_mark(model: nn.Module, layer: ElasticSP) -> None:
-    processors = [getattr(module, "processor", None) for module in model.modules()]
+def _leave_mark(model: nn.Module, layer: ElasticSP, cross: str) -> None:
+    last = {name: name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if cross and cross not in last.values():
+        raise DiffusersMoved(f"no module of {type(model).__name__} is called {cross!r}")
+    processors = [
+        getattr(module, "processor", None)
+        for name, module in model.named_modules()
+        if not cross or last[name] != cross
+    ]
     marked = [p for p in processors if p is not None and hasattr(p, "_parallel_config")]
     if not marked:
         raise DiffusersMoved(f"no processor of {type(model).__name__} has _parallel_config")
@@ -260,14 +271,36 @@ def _wrapped(function: LocalAttention) -> LocalAttention:
     return run
 
 
-def _install_hooks(model: nn.Module, layer: ElasticSP, own: Plan | None) -> None:
-    plan = own if own is not None else getattr(model, "_cp_plan", None)
+def _own_plan(model: nn.Module, text_whole: bool) -> Plan:
+    """The model's `_cp_plan`; without what it splits of the text, where that stays whole."""
+    plan = getattr(model, "_cp_plan", None)
     if not plan:
         raise DiffusersMoved(f"{type(model).__name__} has no _cp_plan")
+    if not text_whole:
+        return plan
+    return {
+        name: {key: entry for key, entry in rule.items() if not str(key).startswith("encoder_")}
+        if isinstance(rule, dict)
+        else rule
+        for name, rule in plan.items()
+    }
+
+
+def _each_named(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Any]]:
+    """The plan's rules by module; a "*" stands for every index of a list of modules."""
+    names = [name for name, _ in model.named_modules()]
+    for pattern, rule in plan.items():
+        parts = (r"\d+" if part == "*" else re.escape(part) for part in pattern.split("."))
+        meant = re.compile(r"\.".join(parts))
+        found = [name for name in names if meant.fullmatch(name)]
+        if not found:
+            raise DiffusersMoved(f"_cp_plan names {pattern!r}, which {type(model).__name__} lacks")
+        yield from ((name, rule) for name in found)
+
+
+def _install_hooks(model: nn.Module, layer: ElasticSP, plan: Plan) -> None:
     modules = dict(model.named_modules())
-    for name, rule in plan.items():
-        if name not in modules:
-            raise DiffusersMoved(f"_cp_plan names {name!r}, which {type(model).__name__} lacks")
+    for name, rule in _each_named(model, plan):
         if not isinstance(rule, dict):
             modules[name].register_forward_hook(_gather_hook(layer, rule))
             continue

@@ -39,6 +39,14 @@ class ShapeRefused(Exception):
         self.field, self.value, self.allowed = field, value, allowed
 
 
+class ModelRefused(Exception):
+    """A model of a known family that is not of the kind served. Fields: `part`, `reason`."""
+
+    def __init__(self, part: str, reason: str) -> None:
+        super().__init__(f"{part}: {reason}")
+        self.part, self.reason = part, reason
+
+
 @dataclass(frozen=True)
 class CardFacts:
     """Plain facts of a model. Widths and heights are pixels; guidance is the scale's number."""

@@ -34,6 +34,7 @@ from gpuworker.models.card import (
     to_frames,
 )
 from gpuworker.models.decoding import decoded
+from gpuworker.models.solvers import dynamic_shift
 from gpuworker.state import Fact, LatentState
 
 _T5_TOKENS = 512
@@ -137,7 +138,7 @@ class FluxCard(DiffusersCard):
     def _timing(self, state: LatentState) -> dict[str, Any]:
         steps, tokens = state.steps_total, state.tensors["latents"].shape[1]
         config = self._parts["scheduler"].config
-        shift = {"mu": _dynamic_shift(tokens, config)}
+        shift = {"mu": dynamic_shift(tokens, config)}
         if config.get("use_flow_sigmas"):
             return {"num_inference_steps": steps} | shift
         return {"sigmas": np.linspace(1.0, 1 / steps, steps)} | shift
@@ -274,11 +275,3 @@ def flux_card(
     """The card for a Flux folder, by its text encoder."""
     words = hasattr(parts["text_encoder"], "resolve")
     return (WordFluxCard if words else FluxCard)(name, parts, card, device)
-
-
-def _dynamic_shift(tokens: int, config: Any) -> float:
-    """`mu` of FluxPipeline (calculate_shift): linear in the number of image tokens."""
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (most - base) / (high - low)
-    return float(tokens * slope + base - slope * low)

@@ -18,8 +18,10 @@ import diffusers
 import torch
 from huggingface_hub import snapshot_download
 
-from gpuworker.models.card import ModelCard
+from gpuworker.models.card import ModelCard, ModelRefused
 from gpuworker.models.flux import flux_card
+from gpuworker.models.ltx import LTXCard
+from gpuworker.models.qwen import QwenCard
 from gpuworker.models.wan import WanCard
 
 _INDEX = "model_index.json"
@@ -30,7 +32,12 @@ _TWO_STAGES = ("transformer_2", "boundary_ratio", "expand_timesteps")  # Wan 2.2
 _LIBRARIES = ("diffusers", "transformers")
 _OUR_MODELS = "gpuworker.models."  # a folder may name our own classes, nobody else's
 _FAMILIES: Mapping[str, Callable[[str, dict[str, Any], dict[str, Any], torch.device], ModelCard]]
-_FAMILIES = {"FluxTransformer2DModel": flux_card, "WanTransformer3DModel": WanCard}
+_FAMILIES = {
+    "FluxTransformer2DModel": flux_card,
+    "LTXVideoTransformer3DModel": LTXCard,
+    "QwenImageTransformer2DModel": QwenCard,
+    "WanTransformer3DModel": WanCard,
+}
 
 
 class LoadError(Exception):
@@ -67,7 +74,10 @@ def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> Mo
         for name, (library, class_name) in named.items()
     }
     name = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
-    return _FAMILIES[family](name, parts, card, device)
+    try:
+        return _FAMILIES[family](name, parts, card, device)
+    except ModelRefused as refused:
+        raise LoadError(folder_or_id, refused.part, refused.reason) from refused
 
 
 def _folder(source: str) -> Path:

@@ -62,6 +62,14 @@ def check_solver(scheduler: Any) -> None:
         raise SolverRefused(f"{name} with stochastic_sampling", "sampling that draws no noise")
 
 
+def dynamic_shift(tokens: int, config: Any) -> float:
+    """`mu` of the flow pipelines (calculate_shift): linear in the number of image tokens."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (most - base) / (high - low)
+    return float(tokens * slope + base - slope * low)
+
+
 class Solver:
     """A scheduler that is about to make one step of one job."""
 

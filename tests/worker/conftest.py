@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.worker.tiny_ltx import ltx_reference
 from tests.worker.tiny_models import Reference, flux_reference, wan_reference
+from tests.worker.tiny_qwen import qwen_reference
 from tests.worker.worker_pool import Pool
 
 
@@ -40,3 +42,15 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A tiny Wan and its stock answer."""
     return wan_reference(tmp_path_factory.mktemp("models") / "tiny-wan")
+
+
+@pytest.fixture(scope="session")
+def ltx(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A tiny LTX-Video and its stock answer."""
+    return ltx_reference(tmp_path_factory.mktemp("models") / "tiny-ltx")
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A tiny Qwen-Image and its stock answer."""
+    return qwen_reference(tmp_path_factory.mktemp("models") / "tiny-qwen")

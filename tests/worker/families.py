@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.worker.tiny_ltx import ltx_reference
 from tests.worker.tiny_models import (
     Reference,
     flux_reference,
     wan_reference,
     wan_unipc_reference,
 )
+from tests.worker.tiny_qwen import qwen_reference
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "flux": Family(flux_reference, cfg=(1,)),
+    "ltx": Family(ltx_reference),
+    "qwen": Family(qwen_reference),
     "wan": Family(wan_reference),
     "wan-unipc": Family(wan_unipc_reference),
 }

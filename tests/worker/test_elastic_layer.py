@@ -10,7 +10,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, WanTransformer3DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    LTXVideoTransformer3DModel,
+    QwenImageTransformer2DModel,
+    WanTransformer3DModel,
+)
 from diffusers.models import attention_dispatch
 from torch import Tensor
 
@@ -154,6 +159,53 @@ def test_a_mask_with_a_row_a_query_is_refused() -> None:
         ulysses(Echo(2), lambda **_: torch.ones(1), inputs, {})
 
 
+def small_ltx() -> Any:
+    """An LTX of one block: attention among video tokens, then to the text."""
+    return LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        cross_attention_dim=32,
+        caption_channels=8,
+        num_layers=1,
+    ).eval()
+
+
+def test_text_that_stays_whole_costs_no_exchange() -> None:
+    """Two exchanges an attention among video tokens; attention to 3 text tokens has none."""
+
+    class Counts(Echo):
+        exchanges = 0
+
+        def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+            self.exchanges += 1
+            return flat
+
+        def all_gather(self, shard: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+            return torch.cat([shard] * 2, dim)
+
+    model, comm = small_ltx(), Counts(2)
+    layer = ElasticSP(model, joint=False, cross="attn2")
+    with torch.inference_mode(), layer.step(over(comm)):
+        (output,) = model(
+            hidden_states=torch.ones(1, 6, 4),
+            encoder_hidden_states=torch.ones(1, 3, 8),
+            timestep=torch.tensor([500.0]),
+            encoder_attention_mask=torch.tensor([[True, True, False]]),
+            num_frames=1,
+            height=2,
+            width=3,
+            return_dict=False,
+        )
+    assert output.shape == (1, 6, 4) and comm.exchanges == 2
+
+
+def test_cross_attention_of_another_name_is_noticed() -> None:
+    with pytest.raises(DiffusersMoved, match="attn9"):
+        ElasticSP(small_ltx(), joint=False, cross="attn9")
+
+
 # ---- The upgrade guard: these facts of diffusers are what the layer stands on.
 
 
@@ -167,6 +219,11 @@ def test_the_internals_are_where_the_layer_looks() -> None:
     assert flux["proj_out"].gather_dim == 1
     assert set(wan) == {"", "rope", "blocks.0", "proj_out"}
     assert all(entry.split_output and entry.split_dim == 1 for entry in wan["rope"].values())
+    ltx, qwen = LTXVideoTransformer3DModel._cp_plan, QwenImageTransformer2DModel._cp_plan
+    assert set(ltx[""]) == {"hidden_states", "encoder_hidden_states", "encoder_attention_mask"}
+    every, first = "transformer_blocks.*", "transformer_blocks.0"
+    assert set(qwen) == {first, every, "pos_embed", "proj_out"}
+    assert set(qwen[every]) == {"modulate_index", "encoder_hidden_states_mask"}
     registry = attention_dispatch._AttentionBackendRegistry
     assert callable(registry._backends[attention_dispatch.AttentionBackendName.NATIVE])
     parameters = inspect.signature(attention_dispatch.dispatch_attention_fn).parameters
@@ -190,6 +247,10 @@ def without(owner: Any, name: str, value: Any) -> Iterator[None]:
         (
             lambda: without(FluxTransformer2DModel, "_cp_plan", {"elsewhere": {}}),
             "elsewhere",
+        ),
+        (
+            lambda: without(FluxTransformer2DModel, "_cp_plan", {"proj_out.*": {}}),
+            "proj_out",
         ),
         (
             lambda: without(attention_dispatch, "_AttentionBackendRegistry", None),

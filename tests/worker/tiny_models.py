@@ -38,7 +38,7 @@ from transformers import (
 )
 
 TEXT_TOKENS = 13  # odd on purpose: members get unequal shares
-_WORDS = ("[PAD]", "[UNK]", "a", "red", "blue", "fox", "boat", "on", "the", "sea", "at", "night")
+WORDS = ("[PAD]", "[UNK]", "a", "red", "blue", "fox", "boat", "on", "the", "sea", "at", "night")
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def flux_reference(folder: Path) -> Reference:
                 intermediate_size=37,
                 num_attention_heads=4,
                 num_hidden_layers=2,
-                vocab_size=len(_WORDS),
+                vocab_size=len(WORDS),
                 projection_dim=32,
                 max_position_embeddings=16,
                 eos_token_id=1,
             )
         ).eval(),
-        tokenizer=_tokenizer(16),
+        tokenizer=tokenizer(16),
         text_encoder_2=T5EncoderModel(
             T5Config(
                 d_model=32,
@@ -87,10 +87,10 @@ def flux_reference(folder: Path) -> Reference:
                 d_ff=37,
                 num_layers=2,
                 num_heads=4,
-                vocab_size=len(_WORDS),
+                vocab_size=len(WORDS),
             )
         ).eval(),
-        tokenizer_2=_tokenizer(TEXT_TOKENS),
+        tokenizer_2=tokenizer(TEXT_TOKENS),
         transformer=FluxTransformer2DModel(
             in_channels=16,
             num_layers=2,
@@ -103,11 +103,11 @@ def flux_reference(folder: Path) -> Reference:
             axes_dims_rope=(4, 6, 6),
         ).eval(),
     )
-    settings = _settings(width=28, height=28, frames=1, steps=8, guidance_scale=3.5)
-    _save(pipeline, folder)
-    arguments = {"max_sequence_length": TEXT_TOKENS, **_of_pipeline(settings)}
-    latents = pipeline(**arguments, generator=_generator(settings), output_type="latent").images
-    images = pipeline(**arguments, generator=_generator(settings), output_type="np").images
+    settings = settings_of(width=28, height=28, frames=1, steps=8, guidance_scale=3.5)
+    save(pipeline, folder)
+    arguments = {"max_sequence_length": TEXT_TOKENS, **of_pipeline(settings)}
+    latents = pipeline(**arguments, generator=generator(settings), output_type="latent").images
+    images = pipeline(**arguments, generator=generator(settings), output_type="np").images
     return Reference(str(folder), settings, latents, (images * 255).round().astype(np.uint8))
 
 
@@ -115,7 +115,7 @@ def wan_pipeline(scheduler: Any = None) -> WanPipeline:
     """Wan of 2 blocks, with the same weights at every call."""
     torch.manual_seed(2)
     return WanPipeline(
-        tokenizer=_tokenizer(TEXT_TOKENS),
+        tokenizer=tokenizer(TEXT_TOKENS),
         text_encoder=UMT5EncoderModel(
             UMT5Config(
                 d_model=32,
@@ -123,7 +123,7 @@ def wan_pipeline(scheduler: Any = None) -> WanPipeline:
                 d_ff=37,
                 num_layers=2,
                 num_heads=4,
-                vocab_size=len(_WORDS),
+                vocab_size=len(WORDS),
             )
         ).eval(),
         vae=AutoencoderKLWan(
@@ -165,12 +165,12 @@ def wan_unipc_reference(folder: Path) -> Reference:
 def wan_reference(folder: Path, scheduler: Any = None) -> Reference:
     """9 frames of 48x32 px (18 video tokens), real guidance."""
     pipeline = wan_pipeline(scheduler)
-    settings = _settings(width=48, height=32, frames=9, steps=8, guidance_scale=4.0)
+    settings = settings_of(width=48, height=32, frames=9, steps=8, guidance_scale=4.0)
     settings["negative_prompt"] = "the night"
-    _save(pipeline, folder)
+    save(pipeline, folder)
     arguments = _of_wan(settings)
-    latents = pipeline(**arguments, generator=_generator(settings), output_type="latent").frames
-    frames = pipeline(**arguments, generator=_generator(settings), output_type="np").frames[0]
+    latents = pipeline(**arguments, generator=generator(settings), output_type="latent").frames
+    frames = pipeline(**arguments, generator=generator(settings), output_type="np").frames[0]
     return Reference(str(folder), settings, latents, (frames * 255).round().astype(np.uint8))
 
 
@@ -185,18 +185,19 @@ def wan_latents(settings: dict[str, Any]) -> list[Tensor]:
 
     pipeline(
         **_of_wan(settings),
-        generator=_generator(settings),
+        generator=generator(settings),
         output_type="latent",
         callback_on_step_end=note,
     )
     return behind
 
 
-def _settings(**others: Any) -> dict[str, Any]:
+def settings_of(**others: Any) -> dict[str, Any]:
+    """Arguments of `encode`; `others` are the family's own."""
     return {"prompt": "a red fox on the sea", "negative_prompt": "", "seed": 11, **others}
 
 
-def _of_pipeline(settings: dict[str, Any]) -> dict[str, Any]:
+def of_pipeline(settings: dict[str, Any]) -> dict[str, Any]:
     """The same settings under the pipelines' names."""
     names = {
         "prompt": "prompt",
@@ -213,16 +214,18 @@ def _of_wan(settings: dict[str, Any]) -> dict[str, Any]:
         "max_sequence_length": TEXT_TOKENS,
         "negative_prompt": settings["negative_prompt"],
         "num_frames": settings["frames"],
-        **_of_pipeline(settings),
+        **of_pipeline(settings),
     }
 
 
-def _generator(settings: dict[str, Any]) -> torch.Generator:
+def generator(settings: dict[str, Any]) -> torch.Generator:
+    """The generator that the pipelines get."""
     return torch.Generator("cpu").manual_seed(settings["seed"])
 
 
-def _tokenizer(length: int) -> Any:
-    model = WordLevel({word: number for number, word in enumerate(_WORDS)}, unk_token="[UNK]")
+def tokenizer(length: int) -> Any:
+    """A tokenizer of whole words that keeps `length` tokens."""
+    model = WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
@@ -233,7 +236,8 @@ def _tokenizer(length: int) -> Any:
     )
 
 
-def _save(pipeline: Any, folder: Path) -> None:
+def save(pipeline: Any, folder: Path) -> None:
+    """An ordinary diffusers folder, and our card.json in it."""
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     (folder / "card.json").write_text(json.dumps({"text_tokens": TEXT_TOKENS}))
