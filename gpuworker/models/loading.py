@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 
 from gpuworker.models.card import ModelCard
 from gpuworker.models.flux import flux_card
+from gpuworker.models.sd3 import SD3Card
 from gpuworker.models.wan import WanCard
 
 _INDEX = "model_index.json"
@@ -30,7 +31,12 @@ _TWO_STAGES = ("transformer_2", "boundary_ratio", "expand_timesteps")  # Wan 2.2
 _LIBRARIES = ("diffusers", "transformers")
 _OUR_MODELS = "gpuworker.models."  # a folder may name our own classes, nobody else's
 _FAMILIES: Mapping[str, Callable[[str, dict[str, Any], dict[str, Any], torch.device], ModelCard]]
-_FAMILIES = {"FluxTransformer2DModel": flux_card, "WanTransformer3DModel": WanCard}
+_FAMILIES = {
+    "FluxTransformer2DModel": flux_card,
+    "SD3Transformer2DModel": SD3Card,
+    "WanTransformer3DModel": WanCard,
+}
+_ALSO_NEEDED: Mapping[str, tuple[str, ...]] = {"SD3Transformer2DModel": ("text_encoder_2",)}
 
 
 class LoadError(Exception):
@@ -55,12 +61,7 @@ def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> Mo
     for name in _TWO_STAGES:
         if name in named or index.get(name) not in (None, False, [None, None]):
             raise LoadError(folder_or_id, name, "two-stage models are not supported")
-    for name in _NEEDED:
-        if name not in named:
-            raise LoadError(folder_or_id, name, f"{_INDEX} has no such component")
-    family = named["transformer"][1]
-    if family not in _FAMILIES:
-        raise LoadError(folder_or_id, family, f"no family for it; known: {', '.join(_FAMILIES)}")
+    family = _checked_family(folder_or_id, named)
     card = _json(folder_or_id, folder / "card.json") if (folder / "card.json").exists() else {}
     parts = {
         name: _component(folder_or_id, folder / name, library, class_name, device, dtype)
@@ -68,6 +69,21 @@ def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> Mo
     }
     name = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
     return _FAMILIES[family](name, parts, card, device)
+
+
+def _checked_family(source: str, named: Mapping[str, list[str]]) -> str:
+    """The transformer's class; all that its card needs is there by name."""
+    family = named["transformer"][1] if "transformer" in named else ""
+    for name in (*_NEEDED, *_ALSO_NEEDED.get(family, ())):
+        if name not in named:
+            raise LoadError(source, name, f"{_INDEX} has no such component")
+    if family not in _FAMILIES:
+        raise LoadError(source, family, f"no family for it; known: {', '.join(_FAMILIES)}")
+    for name, (library, _) in named.items():
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        if library == "transformers" and tokenizer != name and tokenizer not in named:
+            raise LoadError(source, tokenizer, f"{_INDEX} has no such component, but {name}")
+    return family
 
 
 def _folder(source: str) -> Path:

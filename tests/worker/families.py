@@ -12,6 +12,7 @@ from tests.worker.tiny_models import (
     wan_reference,
     wan_unipc_reference,
 )
+from tests.worker.tiny_sd3 import sd3_reference, sd35_medium_reference
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "flux": Family(flux_reference, cfg=(1,)),
+    "sd3": Family(sd3_reference),
+    "sd35-medium": Family(sd35_medium_reference),
     "wan": Family(wan_reference),
     "wan-unipc": Family(wan_unipc_reference),
 }
