@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 
 from gpuworker.models.card import ModelCard
 from gpuworker.models.flux import flux_card
+from gpuworker.models.pixart import PixArtCard
 from gpuworker.models.sd3 import SD3Card
 from gpuworker.models.wan import WanCard
 
@@ -33,9 +34,12 @@ _OUR_MODELS = "gpuworker.models."  # a folder may name our own classes, nobody e
 _FAMILIES: Mapping[str, Callable[[str, dict[str, Any], dict[str, Any], torch.device], ModelCard]]
 _FAMILIES = {
     "FluxTransformer2DModel": flux_card,
+    "PixArtTransformer2DModel": PixArtCard,
     "SD3Transformer2DModel": SD3Card,
     "WanTransformer3DModel": WanCard,
 }
+_OLD_NAME = "Transformer2DModel"  # an index may say so; diffusers loads today's class for it
+_OTHER_PIPELINES = ("PixArtAlphaPipeline",)  # of a transformer that we know
 _ALSO_NEEDED: Mapping[str, tuple[str, ...]] = {"SD3Transformer2DModel": ("text_encoder_2",)}
 
 
@@ -61,29 +65,37 @@ def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> Mo
     for name in _TWO_STAGES:
         if name in named or index.get(name) not in (None, False, [None, None]):
             raise LoadError(folder_or_id, name, "two-stage models are not supported")
-    family = _checked_family(folder_or_id, named)
+    if (pipeline := index.get("_class_name")) in _OTHER_PIPELINES:
+        raise LoadError(folder_or_id, str(pipeline), "this pipeline is not supported")
+    _check_index(folder_or_id, named)
     card = _json(folder_or_id, folder / "card.json") if (folder / "card.json").exists() else {}
     parts = {
         name: _component(folder_or_id, folder / name, library, class_name, device, dtype)
         for name, (library, class_name) in named.items()
     }
+    family = type(parts["transformer"]).__name__
+    _check_family(folder_or_id, family)
     name = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
     return _FAMILIES[family](name, parts, card, device)
 
 
-def _checked_family(source: str, named: Mapping[str, list[str]]) -> str:
-    """The transformer's class; all that its card needs is there by name."""
+def _check_index(source: str, named: Mapping[str, list[str]]) -> None:
+    """All that the card will need is there by name."""
     family = named["transformer"][1] if "transformer" in named else ""
     for name in (*_NEEDED, *_ALSO_NEEDED.get(family, ())):
         if name not in named:
             raise LoadError(source, name, f"{_INDEX} has no such component")
-    if family not in _FAMILIES:
-        raise LoadError(source, family, f"no family for it; known: {', '.join(_FAMILIES)}")
+    if family != _OLD_NAME:
+        _check_family(source, family)
     for name, (library, _) in named.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
-        if library == "transformers" and tokenizer != name and tokenizer not in named:
+        if library == "transformers" and tokenizer not in named:
             raise LoadError(source, tokenizer, f"{_INDEX} has no such component, but {name}")
-    return family
+
+
+def _check_family(source: str, family: str) -> None:
+    if family not in _FAMILIES:
+        raise LoadError(source, family, f"no family for it; known: {', '.join(_FAMILIES)}")
 
 
 def _folder(source: str) -> Path:

@@ -12,6 +12,7 @@ from tests.worker.tiny_models import (
     wan_reference,
     wan_unipc_reference,
 )
+from tests.worker.tiny_pixart import pixart_reference
 from tests.worker.tiny_sd3 import sd3_reference, sd35_medium_reference
 
 
@@ -25,6 +26,7 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "flux": Family(flux_reference, cfg=(1,)),
+    "pixart": Family(pixart_reference),
     "sd3": Family(sd3_reference),
     "sd35-medium": Family(sd35_medium_reference),
     "wan": Family(wan_reference),
