@@ -139,11 +139,15 @@ def _component(
         if dtype != torch.float32:
             raise LoadError(source, path.name, f"the package accelerate is needed for {dtype}")
         kind = type(class_name, (kind,), {"_keep_in_fp32_modules": None})
+    precision = _precision(kind, class_name, dtype)
     try:
-        part = kind.from_pretrained(path, **_precision(kind, class_name, dtype))
+        part = kind.from_pretrained(path, **precision)
     except Exception as error:  # whatever a broken folder makes these libraries raise
         reason = f"{type(error).__name__}: {error}"
         raise LoadError(source, path.name, f"cannot be loaded: {reason}") from error
+    if "torch_dtype" in precision and part.dtype != precision["torch_dtype"]:
+        # Without accelerate, diffusers takes the precision of a file whose first entry fits.
+        part = part.to(precision["torch_dtype"])
     return part.to(device).eval() if isinstance(part, torch.nn.Module) else part
 
 

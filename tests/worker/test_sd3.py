@@ -57,6 +57,18 @@ def test_without_guidance_there_is_no_plain_branch(tmp_path: Path, scale: float)
     assert "negative_embeds" not in state.tensors
 
 
+def test_in_half_precision_it_is_loaded_and_draws(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    sd3_pipeline(t5=False).save_pretrained(folder)
+    card = load_card(str(folder), CPU, torch.bfloat16)
+    state = card.encode("a fox", "the sea", 28, 20, 1, 2, 5.0, seed=3)
+    while not state.finished:
+        (state,) = card.step([state], None)
+    assert {tensor.dtype for tensor in state.tensors.values()} == {torch.bfloat16}
+    assert state.tensors["latents"].isfinite().all()
+    assert card.decode(state).shape == (1, 20, 28, 3)
+
+
 @pytest.mark.parametrize("missing", ["text_encoder_2", "tokenizer", "tokenizer_3"])
 def test_what_its_index_lacks_is_named(tmp_path: Path, missing: str) -> None:
     folder = tmp_path / "tiny"
