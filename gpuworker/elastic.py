@@ -27,6 +27,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from enum import Enum
 from typing import Any
 
 from diffusers.models import attention_dispatch
@@ -61,9 +62,10 @@ class ElasticSP:
 
     `joint` says that attention runs over all split streams at once (Flux, Qwen-Image); otherwise
     it runs over `hidden_states` alone (Wan). `plan` is for models without a `_cp_plan` of their
-    own: their attention is met where it calls torch. `cross` names the modules that attend to the
-    text where a model's own plan splits it, although it is needed whole: it then stays whole, and
-    cross-attention costs no exchange. Raises `DiffusersMoved`.
+    own: their attention is met where it calls torch, and what an attention module is called with
+    says what it runs over. `cross` names the modules that attend to the text where a model's own
+    plan splits it, although it is needed whole: it then stays whole, and cross-attention costs no
+    exchange. Raises `DiffusersMoved`.
     """
 
     def __init__(
@@ -81,13 +83,13 @@ class ElasticSP:
         self._comm: Communicator | None = None  # of the members that share this one's sequence
         self._streams: dict[str, Lengths] = {}
         self._exchanges = 0
-        self._crossing = 0  # inside that many cross-attentions
+        self._inside: _Reach | None = None  # the attention module that is running
         self._meets_torch = plan is not None
         if plan is None:
             _wrap_registry()
             _leave_mark(model, self, cross)
         else:
-            _watch_cross_attention(model, self)
+            _watch_attention(model, self)
         _install_hooks(model, self, plan if plan is not None else _own_plan(model, bool(cross)))
 
     @contextmanager
@@ -108,16 +110,16 @@ class ElasticSP:
             self._team = self._comm = None
 
     def _forget(self) -> None:
-        self._streams, self._exchanges, self._crossing = {}, 0, 0
+        self._streams, self._exchanges, self._inside = {}, 0, None
 
     @contextmanager
-    def crossing(self) -> Iterator[None]:
-        """Attention inside is of this member's tokens to a whole other sequence."""
-        self._crossing += 1
+    def within(self, reach: _Reach) -> Iterator[None]:
+        """Attention inside is a module's, of which `reach` is known."""
+        before, self._inside = self._inside, reach
         try:
             yield
         finally:
-            self._crossing -= 1
+            self._inside = before
 
     @property
     def active(self) -> bool:
@@ -157,12 +159,19 @@ class ElasticSP:
         return self._attention(self._team, local, inputs, arguments)
 
     def met(
-        self, attention: Any, query: Tensor, key: Tensor, value: Tensor, **others: Any
+        self,
+        attention: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        **others: Any,
     ) -> Tensor:
         """One call of torch's attention, [B, H, tokens here, D], that was met on the way."""
-        if self._crossing or not self._streams:
-            out: Tensor = attention(query, key, value, **others)
+        if self._inside is _Reach.ACROSS or not self._streams:
+            out: Tensor = attention(query, key, value, attn_mask, **others)
             return out
+        others["attn_mask"] = attn_mask
 
         def local(
             query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, **others: Any
@@ -175,7 +184,7 @@ class ElasticSP:
         return self.attend(local, {"query": q, "key": k, "value": v, **others}).transpose(1, 2)
 
     def _attended_lengths(self) -> Lengths:
-        if not self._joint:
+        if not self._joint or self._inside is _Reach.OWN:
             return self._streams["hidden_states"]
         return tuple(map(sum, zip(*self._streams.values(), strict=True)))
 
@@ -195,6 +204,14 @@ def head_count(model: nn.Module) -> int:
 
 def _divisors(heads: int) -> tuple[int, ...]:
     return tuple(degree for degree in range(1, DEGREE_MAX + 1) if heads % degree == 0)
+
+
+class _Reach(Enum):
+    """What an attention module runs over."""
+
+    OWN = "own"  # the stream of its own queries
+    JOINT = "joint"  # that and the text, which is split too
+    ACROSS = "across"  # this member's queries, and the whole of another sequence
 
 
 class _Mark:
@@ -220,16 +237,23 @@ class _OnTheWay(TorchFunctionMode):
         return self._layer.met(function, *args, **kwargs)
 
 
-def _watch_cross_attention(model: nn.Module, layer: ElasticSP) -> None:
+def _watch_attention(model: nn.Module, layer: ElasticSP) -> None:
+    """Says of each of diffusers' attention modules what it runs over, while it runs."""
     for module in model.modules():
-        if getattr(module, "is_cross_attention", False):
-            inner = module.forward
+        if hasattr(module, "is_cross_attention"):
+            module.forward = _watched(module, layer)
 
-            def forward(*args: Any, inner: Any = inner, **kwargs: Any) -> Any:
-                with layer.crossing():
-                    return inner(*args, **kwargs)
 
-            module.forward = forward
+def _watched(module: nn.Module, layer: ElasticSP) -> Callable[..., Any]:
+    inner = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
+        reach = _Reach.OWN if text is None else _Reach.JOINT
+        with layer.within(_Reach.ACROSS if module.is_cross_attention else reach):
+            return inner(*args, **kwargs)
+
+    return forward
 
 
 def _leave_mark(model: nn.Module, layer: ElasticSP, cross: str) -> None:

@@ -21,7 +21,9 @@ from huggingface_hub import snapshot_download
 from gpuworker.models.card import ModelCard, ModelRefused
 from gpuworker.models.flux import flux_card
 from gpuworker.models.ltx import LTXCard
+from gpuworker.models.pixart import PixArtCard
 from gpuworker.models.qwen import QwenCard
+from gpuworker.models.sd3 import SD3Card
 from gpuworker.models.wan import WanCard
 
 _INDEX = "model_index.json"
@@ -35,9 +37,14 @@ _FAMILIES: Mapping[str, Callable[[str, dict[str, Any], dict[str, Any], torch.dev
 _FAMILIES = {
     "FluxTransformer2DModel": flux_card,
     "LTXVideoTransformer3DModel": LTXCard,
+    "PixArtTransformer2DModel": PixArtCard,
     "QwenImageTransformer2DModel": QwenCard,
+    "SD3Transformer2DModel": SD3Card,
     "WanTransformer3DModel": WanCard,
 }
+_OLD_NAME = "Transformer2DModel"  # an index may say so; diffusers loads today's class for it
+_OTHER_PIPELINES = ("PixArtAlphaPipeline",)  # of a transformer that we know
+_ALSO_NEEDED: Mapping[str, tuple[str, ...]] = {"SD3Transformer2DModel": ("text_encoder_2",)}
 
 
 class LoadError(Exception):
@@ -62,22 +69,40 @@ def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> Mo
     for name in _TWO_STAGES:
         if name in named or index.get(name) not in (None, False, [None, None]):
             raise LoadError(folder_or_id, name, "two-stage models are not supported")
-    for name in _NEEDED:
-        if name not in named:
-            raise LoadError(folder_or_id, name, f"{_INDEX} has no such component")
-    family = named["transformer"][1]
-    if family not in _FAMILIES:
-        raise LoadError(folder_or_id, family, f"no family for it; known: {', '.join(_FAMILIES)}")
+    if (pipeline := index.get("_class_name")) in _OTHER_PIPELINES:
+        raise LoadError(folder_or_id, str(pipeline), "this pipeline is not supported")
+    _check_index(folder_or_id, named)
     card = _json(folder_or_id, folder / "card.json") if (folder / "card.json").exists() else {}
     parts = {
         name: _component(folder_or_id, folder / name, library, class_name, device, dtype)
         for name, (library, class_name) in named.items()
     }
+    family = type(parts["transformer"]).__name__
+    _check_family(folder_or_id, family)
     name = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
     try:
         return _FAMILIES[family](name, parts, card, device)
     except ModelRefused as refused:
         raise LoadError(folder_or_id, refused.part, refused.reason) from refused
+
+
+def _check_index(source: str, named: Mapping[str, list[str]]) -> None:
+    """All that the card will need is there by name."""
+    family = named["transformer"][1] if "transformer" in named else ""
+    for name in (*_NEEDED, *_ALSO_NEEDED.get(family, ())):
+        if name not in named:
+            raise LoadError(source, name, f"{_INDEX} has no such component")
+    if family != _OLD_NAME:
+        _check_family(source, family)
+    for name, (library, _) in named.items():
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        if library == "transformers" and tokenizer not in named:
+            raise LoadError(source, tokenizer, f"{_INDEX} has no such component, but {name}")
+
+
+def _check_family(source: str, family: str) -> None:
+    if family not in _FAMILIES:
+        raise LoadError(source, family, f"no family for it; known: {', '.join(_FAMILIES)}")
 
 
 def _folder(source: str) -> Path:
@@ -121,11 +146,15 @@ def _component(
         if dtype != torch.float32:
             raise LoadError(source, path.name, f"the package accelerate is needed for {dtype}")
         kind = type(class_name, (kind,), {"_keep_in_fp32_modules": None})
+    precision = _precision(kind, class_name, dtype)
     try:
-        part = kind.from_pretrained(path, **_precision(kind, class_name, dtype))
+        part = kind.from_pretrained(path, **precision)
     except Exception as error:  # whatever a broken folder makes these libraries raise
         reason = f"{type(error).__name__}: {error}"
         raise LoadError(source, path.name, f"cannot be loaded: {reason}") from error
+    if "torch_dtype" in precision and part.dtype != precision["torch_dtype"]:
+        # Without accelerate, diffusers takes the precision of a file whose first entry fits.
+        part = part.to(precision["torch_dtype"])
     return part.to(device).eval() if isinstance(part, torch.nn.Module) else part
 
 

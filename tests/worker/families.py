@@ -13,7 +13,9 @@ from tests.worker.tiny_models import (
     wan_reference,
     wan_unipc_reference,
 )
+from tests.worker.tiny_pixart import pixart_reference
 from tests.worker.tiny_qwen import qwen_reference
+from tests.worker.tiny_sd3 import sd3_reference, sd35_medium_reference
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ FAMILIES: Mapping[str, Family] = {
     "flux": Family(flux_reference, cfg=(1,)),
     "ltx": Family(ltx_reference),
     "qwen": Family(qwen_reference),
+    "pixart": Family(pixart_reference),
+    "sd3": Family(sd3_reference),
+    "sd35-medium": Family(sd35_medium_reference),
     "wan": Family(wan_reference),
     "wan-unipc": Family(wan_unipc_reference),
 }

@@ -13,7 +13,9 @@ import torch
 from diffusers import (
     FluxTransformer2DModel,
     LTXVideoTransformer3DModel,
+    PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     WanTransformer3DModel,
 )
 from diffusers.models import attention_dispatch
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from gpuworker.elastic import DegreeRefused, ElasticSP, degrees
 from gpuworker.exchange import AttentionInputs, DiffusersMoved, ulysses
+from gpuworker.models import pixart, sd3
 from gpuworker.team import Layout, Team, split_lengths
 from tests.worker import worker_tasks as tasks
 from tests.worker.worker_jobs import meet
@@ -134,6 +137,66 @@ def test_the_parallel_attention_can_be_replaced() -> None:
     with ElasticSP(model, joint=True, attention=attention).step(over(Gathers(2))):
         assert forward(model).shape == (1, 6, 4)
     assert seen == [(2, (5, 4))] * 2
+
+
+class Last(Alone):
+    """The last member of a team, whose others have the same outputs as it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.rank = size - 1
+
+    def all_gather(self, shard: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+        return torch.cat([shard] * len(lengths), dim)
+
+
+def met_lengths(model: Any, joint: bool, plan: Any, **inputs: Tensor) -> list[tuple[int, ...]]:
+    """Over what the last of two members attends, call by call, where torch's own is called."""
+    seen: list[tuple[int, ...]] = []
+
+    def attention(team: Any, local: Any, inputs: AttentionInputs, others: Any) -> Tensor:
+        seen.append(inputs.lengths)
+        return inputs.query
+
+    layer = ElasticSP(model, joint=joint, plan=plan, attention=attention)
+    with torch.inference_mode(), layer.step(over(Last(2))):
+        (out,) = model(**inputs, timestep=torch.tensor([1.0]), return_dict=False)
+    assert out.shape[-2:] == inputs["hidden_states"].shape[-2:]
+    return seen
+
+
+def test_a_second_attention_of_a_joint_model_runs_over_the_image_alone() -> None:
+    """Even where this member has no text, and could not tell it by its own tokens."""
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        out_channels=4,
+        pos_embed_max_size=4,
+        dual_attention_layers=(0,),
+    ).eval()
+    text = {"encoder_hidden_states": torch.ones(1, 1, 8), "pooled_projections": torch.ones(1, 8)}
+    lengths = met_lengths(model, True, sd3._PLAN, hidden_states=torch.ones(1, 4, 4, 6), **text)
+    assert lengths == [(4, 3), (3, 3), (4, 3)]
+
+
+def test_attention_to_a_whole_text_exchanges_nothing() -> None:
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        caption_channels=8,
+        sample_size=8,
+    ).eval()
+    text = torch.ones(1, 3, 8)
+    inputs = {"hidden_states": torch.ones(1, 4, 4, 6), "encoder_hidden_states": text}
+    assert met_lengths(model, False, pixart._PLAN, **inputs) == [(3, 3)] * 2
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from gpuworker.models.flux import WordFluxCard
 from gpuworker.models.loading import load_card
 from gpuworker.state import LatentState
+from tests.worker.families import FAMILIES
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_jobs import (
     LATENT_TOLERANCE,
@@ -76,10 +77,10 @@ def test_the_same_schedule_gives_the_same_bytes(pool: Pool, flux: Reference) -> 
     assert np.array_equal(first_frames, second_frames)
 
 
-@pytest.mark.parametrize("family", ["flux", "wan", "ltx", "qwen"])
-def test_a_planted_fault_is_seen(pool: Pool, family: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("family", ["flux", "wan", "ltx", "qwen", "pixart", "sd35-medium"])
+def test_a_planted_fault_is_seen(pool: Pool, family: str, tmp_path: Path) -> None:
     """Shards that are joined in the wrong order must not pass for the same picture."""
-    reference: Reference = request.getfixturevalue(family)
+    reference = FAMILIES[family].make(tmp_path / f"tiny-{family}")
     state, frames = run_schedule(pool, reference, [((0, 1), 8)], plant="reversed gather")
     assert latent_error(state, reference) > 100 * LATENT_TOLERANCE
     assert level_error(frames, reference) > 1

@@ -94,7 +94,7 @@ def test_what_is_missing_is_named(flux: Reference, tmp_path: Path, missing: str)
 @pytest.mark.parametrize(
     ("component", "entry", "missing"),
     [
-        ("transformer", ["diffusers", "SD3Transformer2DModel"], "SD3Transformer2DModel"),
+        ("transformer", ["diffusers", "LatteTransformer3DModel"], "LatteTransformer3DModel"),
         ("vae", ["diffusers", "NoSuchThing"], "diffusers.NoSuchThing"),
         ("vae", ["os", "system"], "os.system"),
         ("scheduler", [None, None], "scheduler"),
