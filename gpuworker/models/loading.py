@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from gpuworker.models.card import ModelCard
+from gpuworker.models.cogvideox import CogVideoXCard
 from gpuworker.models.flux import flux_card
 from gpuworker.models.wan import WanCard
 
@@ -30,7 +31,12 @@ _TWO_STAGES = ("transformer_2", "boundary_ratio", "expand_timesteps")  # Wan 2.2
 _LIBRARIES = ("diffusers", "transformers")
 _OUR_MODELS = "gpuworker.models."  # a folder may name our own classes, nobody else's
 _FAMILIES: Mapping[str, Callable[[str, dict[str, Any], dict[str, Any], torch.device], ModelCard]]
-_FAMILIES = {"FluxTransformer2DModel": flux_card, "WanTransformer3DModel": WanCard}
+_FAMILIES = {
+    "FluxTransformer2DModel": flux_card,
+    "WanTransformer3DModel": WanCard,
+    "CogVideoXTransformer3DModel": CogVideoXCard,
+}
+_LATENTS_ALONE = ("CogVideoXTransformer3DModel",)  # others of the class also take a picture
 
 
 class LoadError(Exception):
@@ -66,6 +72,8 @@ def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> Mo
         name: _component(folder_or_id, folder / name, library, class_name, device, dtype)
         for name, (library, class_name) in named.items()
     }
+    if family in _LATENTS_ALONE:
+        _check_latents_alone(folder_or_id, parts)
     name = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
     return _FAMILIES[family](name, parts, card, device)
 
@@ -117,6 +125,16 @@ def _component(
         reason = f"{type(error).__name__}: {error}"
         raise LoadError(source, path.name, f"cannot be loaded: {reason}") from error
     return part.to(device).eval() if isinstance(part, torch.nn.Module) else part
+
+
+def _check_latents_alone(source: str, parts: dict[str, Any]) -> None:
+    config, channels = parts["transformer"].config, parts["vae"].config.latent_channels
+    if config.in_channels != channels:
+        reason = f"{config.in_channels} for {channels} of latents: pictures as input are unknown"
+        raise LoadError(source, "in_channels", reason)
+    for name in ("ofs_embed_dim", "image_condition_type"):
+        if config.get(name):
+            raise LoadError(source, name, "pictures as input are not supported")
 
 
 def _precision(kind: Any, class_name: str, dtype: torch.dtype) -> dict[str, Any]:

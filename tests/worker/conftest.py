@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.worker.tiny_cogvideox import cogvideox_reference
 from tests.worker.tiny_models import Reference, flux_reference, wan_reference
 from tests.worker.worker_pool import Pool
 
@@ -40,3 +41,9 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A tiny Wan and its stock answer."""
     return wan_reference(tmp_path_factory.mktemp("models") / "tiny-wan")
+
+
+@pytest.fixture(scope="session")
+def cogvideox(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A tiny CogVideoX and its stock answer."""
+    return cogvideox_reference(tmp_path_factory.mktemp("models") / "tiny-cogvideox")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.worker.tiny_cogvideox import cogvideox_reference, cogvideox_rotary_reference
 from tests.worker.tiny_models import (
     Reference,
     flux_reference,
@@ -26,4 +27,6 @@ FAMILIES: Mapping[str, Family] = {
     "flux": Family(flux_reference, cfg=(1,)),
     "wan": Family(wan_reference),
     "wan-unipc": Family(wan_unipc_reference),
+    "cogvideox": Family(cogvideox_reference),
+    "cogvideox-rotary": Family(cogvideox_rotary_reference),
 }
