@@ -14,6 +14,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
+from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
 from tests.worker import tiny_models as tiny
@@ -32,24 +33,24 @@ _SOLVING = dict(
 
 def cogvideox_reference(folder: Path) -> tiny.Reference:
     """As 2b: positions are added to the tokens, DDIM."""
-    scheduler = CogVideoXDDIMScheduler(**_SOLVING, snr_shift_scale=3.0)
-    return _reference(folder, _pipeline(scheduler))
+    return _reference(folder, cogvideox_pipeline())
 
 
 def cogvideox_rotary_reference(folder: Path) -> tiny.Reference:
     """As 5b: positions turn the tokens, and its DPM-Solver draws noise at every step."""
     scheduler = CogVideoXDPMScheduler(**_SOLVING, snr_shift_scale=1.0)
-    return _reference(folder, _pipeline(scheduler, use_rotary_positional_embeddings=True))
+    return _reference(folder, cogvideox_pipeline(scheduler, use_rotary_positional_embeddings=True))
 
 
 def cogvideox_15_reference(folder: Path) -> tiny.Reference:
     """As 1.5: two frames a token, so that three latent frames are padded to four."""
     scheduler = CogVideoXDPMScheduler(**_SOLVING, snr_shift_scale=1.0)
     changes = dict(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)
-    return _reference(folder, _pipeline(scheduler, **changes))
+    return _reference(folder, cogvideox_pipeline(scheduler, **changes))
 
 
-def _pipeline(scheduler: Any, **changes: Any) -> CogVideoXPipeline:
+def cogvideox_pipeline(scheduler: Any = None, **changes: Any) -> CogVideoXPipeline:
+    """CogVideoX of 2 blocks, with the same weights at every call; DDIM unless told otherwise."""
     torch.manual_seed(5)
     return CogVideoXPipeline(
         tokenizer=tiny._tokenizer(tiny.TEXT_TOKENS),
@@ -67,7 +68,7 @@ def _pipeline(scheduler: Any, **changes: Any) -> CogVideoXPipeline:
             norm_num_groups=2,
             temporal_compression_ratio=4,
         ).eval(),
-        scheduler=scheduler,
+        scheduler=scheduler or CogVideoXDDIMScheduler(**_SOLVING, snr_shift_scale=3.0),
         transformer=CogVideoXTransformer3DModel(
             num_attention_heads=4,
             attention_head_dim=16,
@@ -92,11 +93,22 @@ def _reference(folder: Path, pipeline: CogVideoXPipeline) -> tiny.Reference:
     settings = tiny._settings(width=48, height=32, frames=9, steps=8, guidance_scale=4.0)
     settings["negative_prompt"] = "the night"
     tiny._save(pipeline, folder)
-    arguments = tiny._of_wan(settings)
+    frames = (_asked(pipeline, settings, "np")[0] * 255).round().astype(np.uint8)
+    return tiny.Reference(str(folder), settings, cogvideox_latents(pipeline, settings), frames)
 
-    def asked(output: str) -> Any:
-        generator = tiny._generator(settings)
-        return pipeline(**arguments, generator=generator, output_type=output).frames
 
-    frames = (asked("np")[0] * 255).round().astype(np.uint8)
-    return tiny.Reference(str(folder), settings, asked("latent"), frames)
+def cogvideox_latents(
+    pipeline: CogVideoXPipeline, settings: dict[str, Any], first: Tensor | None = None
+) -> Tensor:
+    """The stock pipeline's last latents, from its own first ones or others."""
+    latents: Tensor = _asked(pipeline, settings, "latent", first)
+    return latents
+
+
+def _asked(
+    pipeline: CogVideoXPipeline, settings: dict[str, Any], output: str, first: Tensor | None = None
+) -> Any:
+    generator = tiny._generator(settings)
+    return pipeline(
+        **tiny._of_wan(settings), generator=generator, latents=first, output_type=output
+    ).frames
