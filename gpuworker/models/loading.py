@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 from gpuworker.models.card import ModelCard
 from gpuworker.models.cogvideox import CogVideoXCard
 from gpuworker.models.flux import flux_card
+from gpuworker.models.hunyuan_video import HunyuanVideoCard
 from gpuworker.models.wan import WanCard
 
 _INDEX = "model_index.json"
@@ -35,8 +36,10 @@ _FAMILIES = {
     "FluxTransformer2DModel": flux_card,
     "WanTransformer3DModel": WanCard,
     "CogVideoXTransformer3DModel": CogVideoXCard,
+    "HunyuanVideoTransformer3DModel": HunyuanVideoCard,
 }
-_LATENTS_ALONE = ("CogVideoXTransformer3DModel",)  # others of the class also take a picture
+# Other models of these classes also take a picture.
+_LATENTS_ALONE = ("CogVideoXTransformer3DModel", "HunyuanVideoTransformer3DModel")
 
 
 class LoadError(Exception):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.worker.tiny_cogvideox import cogvideox_reference
+from tests.worker.tiny_hunyuan import hunyuan_reference
 from tests.worker.tiny_models import Reference, flux_reference, wan_reference
 from tests.worker.worker_pool import Pool
 
@@ -47,3 +48,9 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def cogvideox(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A tiny CogVideoX and its stock answer."""
     return cogvideox_reference(tmp_path_factory.mktemp("models") / "tiny-cogvideox")
+
+
+@pytest.fixture(scope="session")
+def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A tiny HunyuanVideo and its stock answer."""
+    return hunyuan_reference(tmp_path_factory.mktemp("models") / "tiny-hunyuan")

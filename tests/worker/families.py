@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.worker.tiny_cogvideox import cogvideox_reference, cogvideox_rotary_reference
+from tests.worker.tiny_hunyuan import hunyuan_reference
 from tests.worker.tiny_models import (
     Reference,
     flux_reference,
@@ -29,4 +30,5 @@ FAMILIES: Mapping[str, Family] = {
     "wan-unipc": Family(wan_unipc_reference),
     "cogvideox": Family(cogvideox_reference),
     "cogvideox-rotary": Family(cogvideox_rotary_reference),
+    "hunyuan": Family(hunyuan_reference, cfg=(1,)),
 }

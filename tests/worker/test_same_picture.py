@@ -76,7 +76,7 @@ def test_the_same_schedule_gives_the_same_bytes(pool: Pool, flux: Reference) -> 
     assert np.array_equal(first_frames, second_frames)
 
 
-@pytest.mark.parametrize("family", ["flux", "wan", "cogvideox"])
+@pytest.mark.parametrize("family", ["flux", "wan", "cogvideox", "hunyuan"])
 def test_a_planted_fault_is_seen(pool: Pool, family: str, request: pytest.FixtureRequest) -> None:
     """Shards that are joined in the wrong order must not pass for the same picture."""
     reference: Reference = request.getfixturevalue(family)
