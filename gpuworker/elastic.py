@@ -15,9 +15,10 @@ next step may name any other team, or none.
 
 Of diffusers' internals three are touched: `_cp_plan` (which tensors are split where; read as data),
 the processors' `_parallel_config` (where we leave our mark), `_AttentionBackendRegistry._backends`
-(whose functions we wrap). Models that have none of these get a plan from their card, and their
-calls of torch's own attention are met on the way (`_OnTheWay`). When an upgrade moves something,
-`DiffusersMoved` says what. Lengths may be uneven; a member may even get no token of a stream.
+(whose functions we wrap). Models without a `_cp_plan` get a plan from their card; where their
+processors call torch's own attention, it is met on the way (`_OnTheWay`). When an upgrade moves
+something, `DiffusersMoved` says what. Lengths may be uneven; a member may even get no token of a
+stream.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import Any
 
+import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -45,6 +47,7 @@ from gpuworker.team import Communicator, Lengths, Team, split_lengths
 
 DEGREE_MAX = 8
 _STREAMS = ("hidden_states", "encoder_hidden_states")
+_KEY_MASK = "attention_mask"  # in a plan: of all streams' keys, in the order of the plan's entries
 
 Plan = Mapping[str, Any]  # as diffusers' _cp_plan
 
@@ -62,10 +65,11 @@ class ElasticSP:
 
     `joint` says that attention runs over all split streams at once (Flux, Qwen-Image); otherwise
     it runs over `hidden_states` alone (Wan). `plan` is for models without a `_cp_plan` of their
-    own: their attention is met where it calls torch, and what an attention module is called with
-    says what it runs over. `cross` names the modules that attend to the text where a model's own
-    plan splits it, although it is needed whole: it then stays whole, and cross-attention costs no
-    exchange. Raises `DiffusersMoved`.
+    own. Attention is met where processors ask diffusers' registry (those that have a
+    `_parallel_config`), or else where they call torch; what an attention module is called with
+    then says what it runs over. `cross` names the modules that attend to the text where a model's
+    own plan splits it, although it is needed whole: it then stays whole, and cross-attention costs
+    no exchange. Raises `DiffusersMoved`.
     """
 
     def __init__(
@@ -84,10 +88,11 @@ class ElasticSP:
         self._streams: dict[str, Lengths] = {}
         self._exchanges = 0
         self._inside: _Reach | None = None  # the attention module that is running
-        self._meets_torch = plan is not None
-        if plan is None:
+        self._meets_torch = not _leave_mark(model, self, cross)
+        if not self._meets_torch:
             _wrap_registry()
-            _leave_mark(model, self, cross)
+        elif plan is None:
+            raise DiffusersMoved(f"no processor of {type(model).__name__} has _parallel_config")
         else:
             _watch_attention(model, self)
         _install_hooks(model, self, plan if plan is not None else _own_plan(model, bool(cross)))
@@ -129,11 +134,20 @@ class ElasticSP:
     def split(self, name: str, tensor: Tensor, dim: int) -> Tensor:
         """This member's slice of `tensor` along `dim`."""
         assert self._comm is not None
+        if name == _KEY_MASK:
+            return self._split_mask(tensor, dim)
         lengths = split_lengths(tensor.shape[dim], self._comm.size)
         if name in _STREAMS:
             self._streams[name] = lengths
         start = sum(lengths[: self._comm.rank])
         return tensor.narrow(dim, start, lengths[self._comm.rank]).contiguous()
+
+    def _split_mask(self, mask: Tensor, dim: int) -> Tensor:
+        """Of the keys that this member has: its slice of each stream's part of the mask."""
+        totals = [sum(lengths) for lengths in self._streams.values()]
+        if mask.shape[dim] != sum(totals):
+            raise DiffusersMoved(f"mask {tuple(mask.shape)} of streams with {totals} tokens")
+        return torch.cat([self.split("", part, dim) for part in mask.split(totals, dim)], dim)
 
     def gather(self, tensor: Tensor, dim: int) -> Tensor:
         """The whole of an output of which every member has its slice of `hidden_states`."""
@@ -256,7 +270,8 @@ def _watched(module: nn.Module, layer: ElasticSP) -> Callable[..., Any]:
     return forward
 
 
-def _leave_mark(model: nn.Module, layer: ElasticSP, cross: str) -> None:
+def _leave_mark(model: nn.Module, layer: ElasticSP, cross: str) -> bool:
+    """Whether there is a processor that takes it."""
     last = {name: name.rpartition(".")[2] for name, _ in model.named_modules()}
     if cross and cross not in last.values():
         raise DiffusersMoved(f"no module of {type(model).__name__} is called {cross!r}")
@@ -266,10 +281,9 @@ def _leave_mark(model: nn.Module, layer: ElasticSP, cross: str) -> None:
         if not cross or last[name] != cross
     ]
     marked = [p for p in processors if p is not None and hasattr(p, "_parallel_config")]
-    if not marked:
-        raise DiffusersMoved(f"no processor of {type(model).__name__} has _parallel_config")
     for processor in marked:
         processor._parallel_config = _Mark(layer)
+    return bool(marked)
 
 
 def _wrap_registry() -> None:
@@ -351,14 +365,19 @@ def _split_inputs_hook(
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not layer.active:
             return args, kwargs
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        by_place, given = list(args), dict(kwargs)
         for name, entry in rule.items():
-            value = given.get(name)
+            place = names.index(name)
+            value = args[place] if place < len(args) else kwargs.get(name)
             if isinstance(value, Tensor) and value.dim() == entry.expected_dims:
-                given[name] = layer.split(name, value, entry.split_dim)
+                value = layer.split(name, value, entry.split_dim)
             elif isinstance(value, tuple):  # a rotary embedding's cosines and sines
-                given[name] = tuple(layer.split(name, part, entry.split_dim) for part in value)
-        return (), given
+                value = tuple(layer.split(name, part, entry.split_dim) for part in value)
+            if place < len(args):
+                by_place[place] = value
+            elif name in kwargs:
+                given[name] = value
+        return tuple(by_place), given
 
     return hook
 

@@ -19,7 +19,9 @@ import torch
 from huggingface_hub import snapshot_download
 
 from gpuworker.models.card import ModelCard, ModelRefused
+from gpuworker.models.cogvideox import CogVideoXCard
 from gpuworker.models.flux import flux_card
+from gpuworker.models.hunyuan_video import HunyuanVideoCard
 from gpuworker.models.ltx import LTXCard
 from gpuworker.models.pixart import PixArtCard
 from gpuworker.models.qwen import QwenCard
@@ -36,6 +38,8 @@ _OUR_MODELS = "gpuworker.models."  # a folder may name our own classes, nobody e
 _FAMILIES: Mapping[str, Callable[[str, dict[str, Any], dict[str, Any], torch.device], ModelCard]]
 _FAMILIES = {
     "FluxTransformer2DModel": flux_card,
+    "CogVideoXTransformer3DModel": CogVideoXCard,
+    "HunyuanVideoTransformer3DModel": HunyuanVideoCard,
     "LTXVideoTransformer3DModel": LTXCard,
     "PixArtTransformer2DModel": PixArtCard,
     "QwenImageTransformer2DModel": QwenCard,
@@ -45,6 +49,8 @@ _FAMILIES = {
 _OLD_NAME = "Transformer2DModel"  # an index may say so; diffusers loads today's class for it
 _OTHER_PIPELINES = ("PixArtAlphaPipeline",)  # of a transformer that we know
 _ALSO_NEEDED: Mapping[str, tuple[str, ...]] = {"SD3Transformer2DModel": ("text_encoder_2",)}
+# Other models of these classes also take a picture.
+_LATENTS_ALONE = ("CogVideoXTransformer3DModel", "HunyuanVideoTransformer3DModel")
 
 
 class LoadError(Exception):
@@ -79,6 +85,8 @@ def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> Mo
     }
     family = type(parts["transformer"]).__name__
     _check_family(folder_or_id, family)
+    if family in _LATENTS_ALONE:
+        _check_latents_alone(folder_or_id, parts)
     name = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
     try:
         return _FAMILIES[family](name, parts, card, device)
@@ -156,6 +164,16 @@ def _component(
         # Without accelerate, diffusers takes the precision of a file whose first entry fits.
         part = part.to(precision["torch_dtype"])
     return part.to(device).eval() if isinstance(part, torch.nn.Module) else part
+
+
+def _check_latents_alone(source: str, parts: dict[str, Any]) -> None:
+    config, channels = parts["transformer"].config, parts["vae"].config.latent_channels
+    if config.in_channels != channels:
+        reason = f"{config.in_channels} for {channels} of latents: pictures as input are unknown"
+        raise LoadError(source, "in_channels", reason)
+    for name in ("ofs_embed_dim", "image_condition_type"):
+        if config.get(name):
+            raise LoadError(source, name, "pictures as input are not supported")
 
 
 def _precision(kind: Any, class_name: str, dtype: torch.dtype) -> dict[str, Any]:

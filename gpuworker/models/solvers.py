@@ -1,7 +1,8 @@
 """Noise schedulers that go from worker to worker: built anew for each step, their past put back.
 
 What a multistep solver remembers between two steps is part of the job's `LatentState` ("solver.…"
-among its tensors and facts), so that the next worker steps on as if it had made the last step.
+among its tensors and facts), so that the next worker steps on as if it had made the last step. One
+that draws noise keeps the state of its random generator there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import CogVideoXDPMScheduler
 from torch import Tensor
 
 from gpuworker.state import Fact, LatentState
@@ -27,12 +29,44 @@ class _Past:
     numbers: tuple[str, ...] = ()
 
 
+class _NoisyDPM(CogVideoXDPMScheduler):
+    """CogVideoX's DPM-Solver with a past: the last step's outcome, and its random generator."""
+
+    last_original: Tensor | None = None
+    noise_state: Tensor | None = None
+    _begun_at = 0
+
+    def set_begin_index(self, index: int) -> None:
+        """As of the schedulers that have one."""
+        self._begun_at = index
+
+    def step(
+        self, prediction: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool
+    ) -> tuple[Tensor]:
+        """One step; the noise is drawn on the CPU, as the pipeline does with a generator there."""
+        assert self.noise_state is not None, "noise_memory() gives the first one"
+        generator = torch.Generator("cpu")
+        generator.set_state(self.noise_state.cpu())
+        moved, self.last_original = super().step(
+            prediction,
+            self.last_original,
+            timestep,
+            self.timesteps[self._begun_at - 1] if self._begun_at else None,
+            latents,
+            generator=generator,
+            return_dict=return_dict,
+        )
+        self.noise_state = generator.get_state()
+        return (moved,)
+
+
 # Stock Wan and PixArt come with the multistep ones.
 _KNOWN: Mapping[str, _Past] = {
     "FlowMatchEulerDiscreteScheduler": _Past(),
     "EulerDiscreteScheduler": _Past(),
     "DDIMScheduler": _Past(),
     "CogVideoXDDIMScheduler": _Past(),
+    "CogVideoXDPMScheduler": _Past(tensors=("last_original", "noise_state")),
     "DPMSolverMultistepScheduler": _Past(lists=("model_outputs",), numbers=("lower_order_nums",)),
     "UniPCMultistepScheduler": _Past(
         tensors=("last_sample",),
@@ -40,6 +74,9 @@ _KNOWN: Mapping[str, _Past] = {
         numbers=("lower_order_nums", "this_order"),
     ),
 }
+
+
+_OURS: Mapping[str, Any] = {"CogVideoXDPMScheduler": _NoisyDPM}  # in place of diffusers' own
 
 
 class SolverRefused(Exception):
@@ -70,14 +107,21 @@ def dynamic_shift(tokens: int, config: Any) -> float:
     return float(tokens * slope + base - slope * low)
 
 
+def noise_memory(scheduler: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """For the first state of a job, where its noise scheduler will draw from `generator` too."""
+    known = _KNOWN[type(scheduler).__name__].tensors
+    return {_PREFIX + "noise_state": generator.get_state()} if "noise_state" in known else {}
+
+
 class Solver:
     """A scheduler that is about to make one step of one job."""
 
     def __init__(self, prototype: Any, state: LatentState, timing: Mapping[str, Any]) -> None:
         """`timing` are the arguments of its `set_timesteps`."""
-        self._scheduler: Any = type(prototype).from_config(prototype.config)
+        name = type(prototype).__name__
+        self._scheduler: Any = _OURS.get(name, type(prototype)).from_config(prototype.config)
         self._scheduler.set_timesteps(**timing)
-        self._past = _KNOWN[type(prototype).__name__]
+        self._past = _KNOWN[name]
         if hasattr(self._scheduler, "set_begin_index"):
             self._scheduler.set_begin_index(state.steps_done)
         self._state = state

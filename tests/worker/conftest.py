@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.worker.tiny_cogvideox import cogvideox_reference
+from tests.worker.tiny_hunyuan import hunyuan_reference
 from tests.worker.tiny_ltx import ltx_reference
 from tests.worker.tiny_models import Reference, flux_reference, wan_reference
 from tests.worker.tiny_qwen import qwen_reference
@@ -54,3 +56,15 @@ def ltx(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """A tiny Qwen-Image and its stock answer."""
     return qwen_reference(tmp_path_factory.mktemp("models") / "tiny-qwen")
+
+
+@pytest.fixture(scope="session")
+def cogvideox(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A tiny CogVideoX and its stock answer."""
+    return cogvideox_reference(tmp_path_factory.mktemp("models") / "tiny-cogvideox")
+
+
+@pytest.fixture(scope="session")
+def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A tiny HunyuanVideo and its stock answer."""
+    return hunyuan_reference(tmp_path_factory.mktemp("models") / "tiny-hunyuan")

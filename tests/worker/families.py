@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.worker.tiny_cogvideox import cogvideox_reference, cogvideox_rotary_reference
+from tests.worker.tiny_hunyuan import hunyuan_reference
 from tests.worker.tiny_ltx import ltx_reference
 from tests.worker.tiny_models import (
     Reference,
@@ -35,4 +37,7 @@ FAMILIES: Mapping[str, Family] = {
     "sd35-medium": Family(sd35_medium_reference),
     "wan": Family(wan_reference),
     "wan-unipc": Family(wan_unipc_reference),
+    "cogvideox": Family(cogvideox_reference),
+    "cogvideox-rotary": Family(cogvideox_rotary_reference),
+    "hunyuan": Family(hunyuan_reference, cfg=(1,)),
 }

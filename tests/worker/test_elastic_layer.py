@@ -215,6 +215,16 @@ def test_masks_of_keys_are_split_with_the_tokens(pool: Pool, lengths: tuple[int,
     assert max(max(each) for each in errors) < 1e-5
 
 
+def test_a_mask_over_all_streams_is_cut_where_they_are() -> None:
+    layer = ElasticSP(small_flux(), joint=True)
+    mask = torch.arange(9).view(1, 1, 1, 9)
+    with pytest.raises(DiffusersMoved, match="mask"), layer.step(over(Alone(2))):
+        layer.split("hidden_states", torch.zeros(1, 6, 4), 1)
+        layer.split("encoder_hidden_states", torch.zeros(1, 3, 4), 1)
+        assert layer.split("attention_mask", mask, 3).flatten().tolist() == [0, 1, 2, 6, 7]
+        layer.split("attention_mask", mask[..., 1:], 3)
+
+
 def test_a_mask_with_a_row_a_query_is_refused() -> None:
     tokens = torch.ones(1, 2, 4, 8)
     inputs = AttentionInputs(tokens, tokens, tokens, torch.ones(1, 1, 2, 2), (2, 2))

@@ -77,7 +77,9 @@ def test_the_same_schedule_gives_the_same_bytes(pool: Pool, flux: Reference) -> 
     assert np.array_equal(first_frames, second_frames)
 
 
-@pytest.mark.parametrize("family", ["flux", "wan", "ltx", "qwen", "pixart", "sd35-medium"])
+@pytest.mark.parametrize(
+    "family", ["flux", "wan", "ltx", "qwen", "pixart", "sd35-medium", "cogvideox", "hunyuan"]
+)
 def test_a_planted_fault_is_seen(pool: Pool, family: str, tmp_path: Path) -> None:
     """Shards that are joined in the wrong order must not pass for the same picture."""
     reference = FAMILIES[family].make(tmp_path / f"tiny-{family}")
