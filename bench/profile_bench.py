@@ -23,6 +23,7 @@ from hocket.bus import Bus
 from hocket.v1 import generation_pb2, types_pb2
 
 _HEADER = "model,gpu,node,width,height,frames,degree,batch,call_us,source"
+_GUIDANCE = 1.5
 _STEPS = 8
 _WORKERS = 4
 
@@ -72,12 +73,14 @@ class _Measuring:
                     for node, degree in _nodes(model):
                         head = f"{model.name},{beat.device.profile_name},{node}"
                         size = f"{shape.width},{shape.height},{max(1, shape.frames)}"
-                        time_us = await self._cell(model.name, shape, node, degree)
+                        time_us = await self._cell(model, shape, node, degree)
                         rows.append(f"{head},{size},{degree},1,{time_us}")
                         progress.advance(task)
         return rows
 
-    async def _cell(self, model: str, shape: types_pb2.Shape, node: str, degree: int) -> int:
+    async def _cell(
+        self, model: generation_pb2.ModelInfo, shape: types_pb2.Shape, node: str, degree: int
+    ) -> int:
         side_by_side = max(1, min(self._busy, _WORKERS) // degree)
         names = sorted(self._leader.beats)
         groups = [tuple(names[i * degree : (i + 1) * degree]) for i in range(side_by_side)]
@@ -88,13 +91,23 @@ class _Measuring:
         return int(median(times))
 
     async def _turn(
-        self, model: str, shape: types_pb2.Shape, node: str, groups: list[tuple[str, ...]]
+        self,
+        model: generation_pb2.ModelInfo,
+        shape: types_pb2.Shape,
+        node: str,
+        groups: list[tuple[str, ...]],
     ) -> list[int]:
         leader, waiting, requests = self._leader, set(), []
         steps = _STEPS if node == "dit" else 1
         spec = types_pb2.GenerationSpec(
-            model=model, prompt="a fox", shape=shape, steps=steps, guidance_scale=1.5, seed=1
+            model=model.name,
+            prompt="a fox",
+            shape=shape,
+            steps=steps,
+            guidance_scale=_GUIDANCE,
+            seed=1,
         )
+        branches = model.HasField("branches_above") and model.branches_above < _GUIDANCE
         for group in groups:
             self._requests += 1
             request = f"p{self._requests}"
@@ -103,7 +116,9 @@ class _Measuring:
             sequence = await leader.assign("text", Piece(1, group[:1]), member)
             if node != "text":
                 held = leader.member(request, spec, 0, group[:1])
-                sequence = await leader.assign("dit", Piece(steps, group), held)
+                halves = 2 if branches and len(group) % 2 == 0 else 1  # as control does
+                piece = Piece(steps, group, cfg=halves)
+                sequence = await leader.assign("dit", piece, held)
             if node == "vae":
                 held = leader.member(request, spec, steps, group[:1])
                 sequence = await leader.assign("vae", Piece(1, group[:1]), held)

@@ -27,10 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Piece:
-    """Some steps on an ordered list of workers."""
+    """Some steps on an ordered list of workers, the branches of guidance on `cfg` parts of it."""
 
     steps: int
     workers: tuple[str, ...]
+    cfg: int = 1
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Leader:
         self,
         node: str,
         piece: Piece,
-        member: mesh_pb2.BatchMember,
+        *batch: mesh_pb2.BatchMember,
         epoch: int = 1,
         timeout_us: int = 20_000_000,
     ) -> int:
@@ -104,10 +105,10 @@ class Leader:
         assignment = mesh_pb2.Assignment(
             sequence=self.sequence,
             node=node,
-            batch=[member],
+            batch=batch,
             steps=piece.steps,
             group=types_pb2.Group(epoch=self.term * 1000 + epoch, members=piece.workers),
-            layout=types_pb2.Layout(cfg=1, ulysses=len(piece.workers), ring=1),
+            layout=types_pb2.Layout(cfg=piece.cfg, ulysses=len(piece.workers) // piece.cfg, ring=1),
             term=self.term,
             rendezvous_address=self.beats[piece.workers[0]].store_address,
             predicted_step_time_us=100_000,

@@ -122,6 +122,7 @@ class CogVideoXCard(DiffusersCard):
             frames_max=frames_max,
             frames_multiple=stride,
             frames_default=min((config.sample_frames - 1) // stride * stride + 1, frames_max),
+            fps=int(self._card.get("fps", 8)),
             steps_min=1,
             steps_max=100,
             steps_default=50,

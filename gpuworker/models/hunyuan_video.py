@@ -103,6 +103,7 @@ class HunyuanVideoCard(DiffusersCard):
             frames_max=frames_max,
             frames_multiple=vae.temporal_compression_ratio * config.patch_size_t,
             frames_default=frames_max,
+            fps=int(self._card.get("fps", 24)),
             steps_min=1,
             steps_max=100,
             steps_default=50,

@@ -115,6 +115,7 @@ class LTXCard(DiffusersCard):
             frames_max=frames_max,
             frames_multiple=vae.temporal_compression_ratio,
             frames_default=min(161, frames_max),
+            fps=int(self._card.get("fps", 25)),
             steps_min=1,
             steps_max=100,
             steps_default=50,

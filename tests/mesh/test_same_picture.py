@@ -100,6 +100,64 @@ async def test_final_latent_is_that_of_the_plain_loop(
     assert difference(state.tensors["latents"], plain) <= TOLERANCE, f"{name}: {schedule}"
 
 
+HALVES = [
+    Piece(2, ("w0",)),
+    Piece(3, ("w2", "w1"), cfg=2),
+    Piece(3, ("w0", "w1", "w3", "w2"), cfg=2),
+]
+
+
+async def test_halves_of_guidance_on_different_workers(
+    leader: Leader, reference: Reference
+) -> None:
+    steps = sum(piece.steps for piece in HALVES)
+    asked = spec(7)
+    asked.steps = steps
+    await leader.run("halves", asked, HALVES)
+    state = await leader.latent("halves", "w3", steps)
+    plain, _ = reference.denoise(asked.prompt, SIDE, 7, steps, GUIDANCE)
+    assert difference(state.tensors["latents"], plain) <= TOLERANCE
+
+
+@pytest.mark.parametrize("workers", [("w1",), ("w1", "w3")])
+async def test_a_batch_steps_together_and_each_job_ends_as_alone(
+    leader: Leader, reference: Reference, workers: tuple[str, ...]
+) -> None:
+    """Jobs of three requests, one of them steps ahead; encoded, stepped and decoded together."""
+    names = [f"{name}-{len(workers)}" for name in ("first", "second", "ahead")]
+    firsts, here = (0, 0, 3), workers[0]
+    members = [leader.member(n, spec(seed), 0, ()) for seed, n in enumerate(names)]
+    texts = await leader.ending(await leader.assign("text", Piece(1, (here,)), *members))
+    assert [result.request_id for result in texts.results] == names
+    ahead = leader.member(names[2], spec(2), 0, (here,))
+    await leader.ending(await leader.assign("dit", Piece(3, (here,)), ahead))
+    batch = [leader.member(n, spec(seed), firsts[seed], (here,)) for seed, n in enumerate(names)]
+    piece = Piece(STEPS - 3, workers, cfg=len(workers))
+    over = await leader.ending(await leader.assign("dit", piece, *batch))
+    behind = {result.request_id: result.steps_done for result in over.results}
+    assert behind == dict(zip(names, (STEPS - 3, STEPS - 3, STEPS), strict=True))
+    for seed, name in enumerate(names):
+        state = await leader.latent(name, workers[-1], behind[name])
+        plain, _ = reference.denoise(
+            spec(seed).prompt, SIDE, seed, STEPS, GUIDANCE, stop_after=behind[name]
+        )
+        assert difference(state.tensors["latents"], plain) <= TOLERANCE, name
+    decoded = [leader.member(n, spec(seed), behind[n], (here,)) for seed, n in enumerate(names)]
+    made = await leader.ending(await leader.assign("vae", Piece(1, (here,)), *decoded))
+    assert [result.media.object_name for result in made.results] == names
+    assert len({result.media.sha256 for result in made.results}) == len(names)
+
+
+async def test_one_job_that_is_called_off_stops_its_batch(leader: Leader) -> None:
+    names = ("kept", "off")
+    members = [leader.member(n, spec(seed), 0, ()) for seed, n in enumerate(names)]
+    await leader.ending(await leader.assign("text", Piece(1, ("w0",)), *members))
+    await leader.truncate("off", stop_at_step=2, attempt=0)
+    batch = [leader.member(n, spec(seed), 0, ("w0",)) for seed, n in enumerate(names)]
+    over = await leader.ending(await leader.assign("dit", Piece(STEPS, ("w0", "w1")), *batch))
+    assert [result.steps_done for result in over.results] == [2, 2]
+
+
 async def test_comparison_sees_another_seed(leader: Leader, reference: Reference) -> None:
     await leader.run("planted", spec(7), pieces("0"))
     state = await leader.latent("planted", "w0", STEPS)

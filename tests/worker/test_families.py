@@ -89,7 +89,7 @@ def steps_of(reference: Reference) -> int:
     return int(reference.settings["steps"])
 
 
-@pytest.mark.parametrize("degree", [1, 2, 4])
+@pytest.mark.parametrize("degree", [1, 2, pytest.param(4, marks=pytest.mark.full)])
 def test_every_layout(pool: Pool, family: Family, reference: Reference, degree: int) -> None:
     for layout in layouts(degree, family.cfg):
         check(pool, reference, [(tuple(range(degree)), steps_of(reference), layout)])
@@ -106,7 +106,7 @@ def test_preempted_and_resumed_elsewhere(pool: Pool, reference: Reference) -> No
     check(pool, reference, [((0,), 2), ((2, 3), steps - 4), ((1,), 2)])
 
 
-@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("degree", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_batch_of_four(pool: Pool, family: Family, reference: Reference, degree: int) -> None:
     """Companions with other seeds, prompts, guidance and positions come and go."""
     steps, mine = steps_of(reference), reference.settings
