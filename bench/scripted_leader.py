@@ -27,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Piece:
-    """Some steps on an ordered list of workers, the branches of guidance on `cfg` parts of it."""
+    """Some steps on an ordered list of workers: cfg x ring x Ulysses, which is the rest."""
 
     steps: int
     workers: tuple[str, ...]
     cfg: int = 1
+    ring: int = 1
 
 
 @dataclass
@@ -108,7 +109,11 @@ class Leader:
             batch=batch,
             steps=piece.steps,
             group=types_pb2.Group(epoch=self.term * 1000 + epoch, members=piece.workers),
-            layout=types_pb2.Layout(cfg=piece.cfg, ulysses=len(piece.workers) // piece.cfg, ring=1),
+            layout=types_pb2.Layout(
+                cfg=piece.cfg,
+                ulysses=len(piece.workers) // (piece.cfg * piece.ring),
+                ring=piece.ring,
+            ),
             term=self.term,
             rendezvous_address=self.beats[piece.workers[0]].store_address,
             predicted_step_time_us=100_000,

@@ -16,7 +16,7 @@ next step may name any other team, or none.
 Of diffusers' internals three are touched: `_cp_plan` (which tensors are split where; read as data),
 the processors' `_parallel_config` (where we leave our mark), `_AttentionBackendRegistry._backends`
 (whose functions we wrap). Models without a `_cp_plan` get a plan from their card; where their
-processors call torch's own attention, it is met on the way (`_OnTheWay`). When an upgrade moves
+processors call torch's own attention, it is met on the way (`OnTheWay`). When an upgrade moves
 something, `DiffusersMoved` says what. Lengths may be uneven; a member may even get no token of a
 stream.
 """
@@ -28,13 +28,11 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from enum import Enum
 from typing import Any
 
 import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from gpuworker.exchange import (
     AttentionInputs,
@@ -43,6 +41,7 @@ from gpuworker.exchange import (
     ParallelAttention,
     usp,
 )
+from gpuworker.on_the_way import OnTheWay, Reach, watch_attention
 from gpuworker.team import Communicator, Lengths, Team, split_lengths
 
 DEGREE_MAX = 8
@@ -87,14 +86,14 @@ class ElasticSP:
         self._comm: Communicator | None = None  # of the members that share this one's sequence
         self._streams: dict[str, Lengths] = {}
         self._exchanges = 0
-        self._inside: _Reach | None = None  # the attention module that is running
+        self._inside: Reach | None = None  # the attention module that is running
         self._meets_torch = not _leave_mark(model, self, cross)
         if not self._meets_torch:
             _wrap_registry()
         elif plan is None:
             raise DiffusersMoved(f"no processor of {type(model).__name__} has _parallel_config")
         else:
-            _watch_attention(model, self)
+            watch_attention(model, self)
         _install_hooks(model, self, plan if plan is not None else _own_plan(model, bool(cross)))
 
     @contextmanager
@@ -107,7 +106,7 @@ class ElasticSP:
         self._team, self._comm = team, team.sequence() if team is not None and shared else None
         self._forget()
         try:
-            with _OnTheWay(self) if shared and self._meets_torch else nullcontext():
+            with OnTheWay(self) if shared and self._meets_torch else nullcontext():
                 yield
             if self._streams and not self._exchanges:  # split tokens never met: the result is wrong
                 raise DiffusersMoved("attention did not come by here")
@@ -118,7 +117,7 @@ class ElasticSP:
         self._streams, self._exchanges, self._inside = {}, 0, None
 
     @contextmanager
-    def within(self, reach: _Reach) -> Iterator[None]:
+    def within(self, reach: Reach) -> Iterator[None]:
         """Attention inside is a module's, of which `reach` is known."""
         before, self._inside = self._inside, reach
         try:
@@ -182,7 +181,7 @@ class ElasticSP:
         **others: Any,
     ) -> Tensor:
         """One call of torch's attention, [B, H, tokens here, D], that was met on the way."""
-        if self._inside is _Reach.ACROSS or not self._streams:
+        if self._inside is Reach.ACROSS or not self._streams:
             out: Tensor = attention(query, key, value, attn_mask, **others)
             return out
         others["attn_mask"] = attn_mask
@@ -198,7 +197,7 @@ class ElasticSP:
         return self.attend(local, {"query": q, "key": k, "value": v, **others}).transpose(1, 2)
 
     def _attended_lengths(self) -> Lengths:
-        if not self._joint or self._inside is _Reach.OWN:
+        if not self._joint or self._inside is Reach.OWN:
             return self._streams["hidden_states"]
         return tuple(map(sum, zip(*self._streams.values(), strict=True)))
 
@@ -220,54 +219,11 @@ def _divisors(heads: int) -> tuple[int, ...]:
     return tuple(degree for degree in range(1, DEGREE_MAX + 1) if heads % degree == 0)
 
 
-class _Reach(Enum):
-    """What an attention module runs over."""
-
-    OWN = "own"  # the stream of its own queries
-    JOINT = "joint"  # that and the text, which is split too
-    ACROSS = "across"  # this member's queries, and the whole of another sequence
-
-
 class _Mark:
     """Stands where diffusers keeps its parallel configuration; leads attention back to us."""
 
     def __init__(self, layer: ElasticSP) -> None:
         self.layer = layer
-
-
-class _OnTheWay(TorchFunctionMode):
-    """Meets a model's calls of torch's attention, [B, H, tokens here, D]."""
-
-    def __init__(self, layer: ElasticSP) -> None:
-        super().__init__()
-        self._layer = layer
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is not nn.functional.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        return self._layer.met(function, *args, **kwargs)
-
-
-def _watch_attention(model: nn.Module, layer: ElasticSP) -> None:
-    """Says of each of diffusers' attention modules what it runs over, while it runs."""
-    for module in model.modules():
-        if hasattr(module, "is_cross_attention"):
-            module.forward = _watched(module, layer)
-
-
-def _watched(module: nn.Module, layer: ElasticSP) -> Callable[..., Any]:
-    inner = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-        reach = _Reach.OWN if text is None else _Reach.JOINT
-        with layer.within(_Reach.ACROSS if module.is_cross_attention else reach):
-            return inner(*args, **kwargs)
-
-    return forward
 
 
 def _leave_mark(model: nn.Module, layer: ElasticSP, cross: str) -> bool:

@@ -86,8 +86,8 @@ def spec(wan: Reference, **changed: Any) -> types_pb2.GenerationSpec:
 def drawn(seed: int) -> list[Piece]:
     """A random schedule: pieces on 1, 2 or 4 workers in any order."""
     return [
-        Piece(steps, tuple(f"w{place}" for place in places))
-        for places, steps in random_schedule(seed, STEPS)
+        Piece(steps, tuple(f"w{place}" for place in places), layout.cfg, layout.ring)
+        for places, steps, layout in random_schedule(seed, STEPS, cfg=(1, 2))
     ]
 
 

@@ -16,8 +16,8 @@ from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import Pool
 
 LATENT_TOLERANCE = 1e-4  # float32, the contract
-# (places of the members in the pool, steps, and the layout where it is not plain Ulysses)
-Schedule = list[tuple[tuple[int, ...], int] | tuple[tuple[int, ...], int, Layout]]
+Leg = tuple[tuple[int, ...], int, Layout]  # places of the members in the pool, steps, layout
+Schedule = Sequence[tuple[tuple[int, ...], int] | Leg]  # without a layout: plain Ulysses
 
 
 @dataclass
@@ -118,12 +118,12 @@ def level_error(frames: Any, reference: Reference) -> int:
     return int(np.abs(frames.astype(int) - reference.frames.astype(int)).max())
 
 
-def random_schedule(seed: int, steps: int, cfg: tuple[int, ...] = (1,)) -> Schedule:
+def random_schedule(seed: int, steps: int, cfg: tuple[int, ...] = (1,)) -> list[Leg]:
     """Two to five segments of random degree, members, order and layout; `cfg`: its halves."""
     chance = random.Random(seed)
     cuts = sorted(chance.sample(range(1, steps), chance.randint(1, 4)))
     lengths = [b - a for a, b in zip([0, *cuts], [*cuts, steps], strict=True)]
-    schedule: Schedule = []
+    schedule: list[Leg] = []
     for n in lengths:
         layout = chance.choice(layouts(chance.choice((1, 2, 4)), cfg))
         schedule.append((tuple(chance.sample(range(4), layout.degree)), n, layout))
