@@ -117,6 +117,8 @@ class Intake:
                 continue  # ended, or called off: the client hears of what counts
             if result.HasField("media"):
                 record.media = result.media
+            elif report.HasField("media") and len(report.results) == 1:  # of an older worker
+                record.media = report.media
             eta_us[record.id] = self._left_us(record, event.at_us)
         self.driver.post(event)
         await self.publisher.progressed(report, eta_us)

@@ -88,6 +88,10 @@ class EmulatedHost:
             if not waiter.done():
                 waiter.set_result(None)
 
+    def _tell_all(self, assignment: mesh_pb2.Assignment) -> None:
+        for member in assignment.batch:
+            self.tell(member.request_id)
+
     def enter(self, assignment: mesh_pb2.Assignment, worker: str) -> Meeting:
         """A worker comes to an assignment, as the next of its members or as the first one."""
         self.gone.discard(worker)
@@ -97,7 +101,7 @@ class EmulatedHost:
         fresh = Meeting(frozenset(assignment.group.members))
         meeting = self.meetings.setdefault((assignment.term, assignment.sequence), fresh)
         meeting.came.add(worker)
-        self.tell(assignment.batch[0].request_id)
+        self._tell_all(assignment)
         return meeting
 
     def leave(self, assignment: mesh_pb2.Assignment, worker: str) -> None:
@@ -108,7 +112,7 @@ class EmulatedHost:
         meeting.over = meeting.over or worker == assignment.group.members[0]
         if self._all_left(key):
             del self.meetings[key]
-        self.tell(assignment.batch[0].request_id)
+        self._tell_all(assignment)
 
     def close(self, worker: str) -> None:
         """A worker is no more."""

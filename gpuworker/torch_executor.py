@@ -41,6 +41,7 @@ class TorchExecutor:
         *,
         advertise: str,
         groups_max: int,
+        batch_max: int = 1,
     ) -> None:
         self._bus = bus
         self._subjects = subjects
@@ -57,7 +58,7 @@ class TorchExecutor:
         )
         self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
         self._thread: threading.Thread | None = None
-        self.models = tuple(model_info(card.facts) for card in cards.values())
+        self.models = tuple(model_info(card.facts, batch_max) for card in cards.values())
         self.store_address = self._rendezvous.address
 
     @property
@@ -158,7 +159,7 @@ def pick_device(wanted: str, index: int) -> torch.device:
     return device
 
 
-def model_info(facts: CardFacts) -> generation_pb2.ModelInfo:
+def model_info(facts: CardFacts, batch_max: int = 1) -> generation_pb2.ModelInfo:
     """A card's facts as the API tells them."""
     shapes = [
         types_pb2.Shape(width=w, height=h, frames=facts.frames_default, fps=facts.fps)
@@ -178,7 +179,7 @@ def model_info(facts: CardFacts) -> generation_pb2.ModelInfo:
         guidance_default=facts.guidance_default,
         degrees=facts.degrees,
         examples=facts.examples,
-        batch_max=facts.batch_max,
+        batch_max=batch_max,
         branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,
     )
 

@@ -64,6 +64,7 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
             Subjects(settings.cluster),
             advertise=settings.advertise,
             groups_max=settings.groups_max,
+            batch_max=settings.batch_max,
         )
         agent = Agent(name, settings, bus, executor, SystemClock(), told.tracer)
         endpoints.announce(settings.state_dir, name, executor.store_address)

@@ -140,7 +140,7 @@ class Ledger:
         for job in tracked.jobs.values():
             job.outstanding.clear()
         self._touch(tracked.id)
-        self._part(tracked, list(mates), called_off, now_us)
+        self._part(tracked, list(mates), now_us)
         if called_off:
             workers = self.cluster.canonical(w for w in involved if w in self.cluster.workers)
             self.truncations.append(
@@ -165,14 +165,15 @@ class Ledger:
         self.progress(tracked.id)
         self._touch(tracked.id)
 
-    def _part(self, tracked: Tracked, mates: list[str], called_off: list[int], now_us: int) -> None:
+    def _part(self, tracked: Tracked, mates: list[str], now_us: int) -> None:
         """Those who shared a called-off batch stop with it and go on by themselves."""
         for name in mates:
             mate = self.tracked.get(name)
             if mate is None or mate is tracked:
                 continue
             for job in mate.jobs.values():
-                job.outstanding[:] = [s for s in job.outstanding if s not in called_off]
+                # All that is off the board: mates of mates may have been called off just before.
+                job.outstanding[:] = [s for s in job.outstanding if s in self.board.flights]
             self.call_off(mate, now_us)
             mate.attempt += 1
             self.fall_back(mate)

@@ -72,7 +72,6 @@ class CardFacts:
     degrees: tuple[int, ...]  # of sequence parallelism
     examples: tuple[str, ...]  # prompts
     fps: int = 0  # frames per second that its videos are made for; 0 for pictures
-    batch_max: int = 8  # jobs that are encoded, stepped or decoded together
     branches_above: float = (
         1.0  # of true CFG: with a higher guidance scale, a step has two branches
     )

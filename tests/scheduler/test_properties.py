@@ -1,5 +1,6 @@
 """What holds whatever happens: safety at every instant, and apart from it that everybody ends."""
 
+import random
 from itertools import pairwise
 
 import msgspec
@@ -189,3 +190,43 @@ def test_without_workers_there_is_peace_and_with_others_everybody_is_served(poli
     assert len(alone.result.ended) < len(ROWS)
     result = run(case(ROWS, faults=(*ALL_LOST, *OTHERS), policy=policy))
     assert {e.outcome for e in result.ended} == {Outcome.DONE} and len(result.ended) == len(ROWS)
+
+
+SUBLINEAR_CSV = "model,gpu,node,width,height,frames,degree,batch,call_us,source\n" + "\n".join(
+    f"flux.1-dev,h100,{node},512,512,1,1,{batch},{us},test"
+    for node, batch, us in [
+        *(("text", 1, 5_000), ("vae", 1, 5_000), ("dit", 1, 100_000), ("dit", 2, 110_000)),
+        *(("dit", 3, 115_000), ("dit", 4, 120_000), ("dit", 8, 150_000)),
+    ]
+)
+
+
+@pytest.mark.parametrize("seed", [119, 132, 138, 189, 212, 284, 323])
+def test_a_mate_of_a_mate_may_be_off_the_board_already(seed):
+    """Of a batch and its successor, issued ahead with fewer jobs, one is cancelled or lost."""
+    draw = random.Random(seed)
+    rows = sorted(
+        (draw.randrange(300_000), 512, draw.randrange(700_000, 2_500_000)) for _ in range(8)
+    )
+    drawn_faults = [
+        Fault(
+            at_us=draw.randrange(100_000, 900_000),
+            kind=draw.choice(["cancel", "fail", "lost"]),
+            worker=f"w{draw.randrange(2):04d}",
+            request=f"r{draw.randrange(8)}",
+        )
+        for _ in range(3)
+    ]
+    back = [Fault(at_us=2_000_000, kind="up", worker=f"w{i:04d}") for i in range(2)]
+    one = case(rows, workers=2, faults=(*drawn_faults, *back), policy="hocket", lead_us=20_000)
+    models = (msgspec.structs.replace(FLUX, degrees=(1,), batch_max=4),)
+    result = run(
+        msgspec.structs.replace(
+            one,
+            profile_csv=SUBLINEAR_CSV,
+            trace=tuple(msgspec.structs.replace(r, steps=draw.randrange(2, 8)) for r in one.trace),
+            cluster=msgspec.structs.replace(one.cluster, models=models),
+        )
+    )
+    assert len(result.ended) == len(rows)
+    assert any(len(a.batch) > 1 for p in result.plans for a in p.assignments)
