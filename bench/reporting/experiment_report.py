@@ -233,7 +233,7 @@ def _readme(f: Findings, figures: Mapping[str, tuple[Figure, str]]) -> str:
         title = cell_title(cell.cell)
         table = markdown(cell_table(cell, e.baseline))
         parts.append(f"<details><summary>{title}</summary>\n\n{table}\n</details>")
-    parts.append("The same with vector charts: [report.html](report.html).")
+    parts.append("`report.html`, written beside this, has the same with vector charts.")
     return _joined(parts)
 
 

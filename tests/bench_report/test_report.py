@@ -108,7 +108,10 @@ def test_a_single_cell_a_single_seed_and_no_classes(tmp_path: Path) -> None:
 def test_a_class_nobody_finishes(tmp_path: Path) -> None:
     starved = {CLASSES[0]: {"requests": 5, "met": 0, "latency_s": []}}
     rows = [row({}, "hocket", s, 50, classes=starved) for s in (0, 1)]
-    well_formed(report(write(tmp_path, rows))[1])
+    folder = write(tmp_path, rows)
+    report(folder)
+    well_formed(folder / "report.html")
+    assert "| **hocket** | **0.0 ± 0.0** | **–** |" in (folder / "README.md").read_text()
 
 
 def test_a_folder_of_folders_gets_an_index(tmp_path: Path) -> None:
