@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP
 from gpuworker.models.solvers import Solver, check_solver
-from gpuworker.state import LatentState
+from gpuworker.state import Fact, LatentState
 from gpuworker.team import LayoutRefused, Team
 
 PROMPTED, PLAIN = 0, 1  # branches of guidance; also the halves of a group that share them
@@ -140,6 +140,19 @@ class ModelCard(ABC):
         """The pictures of a finished state: uint8 [frames, height, width, 3]."""
 
 
+class Asked(NamedTuple):
+    """The settings of a job, which the model can do."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    frames: int
+    steps: int
+    guidance_scale: float
+    seed: int
+
+
 class Row(NamedTuple):
     """One row of a forward: a job, and the branch of its guidance."""
 
@@ -162,6 +175,27 @@ class DiffusersCard(ModelCard):
         self._parts, self._card, self._device, self._elastic = parts, card, device, elastic
         self._transformer: Any = parts["transformer"]
         self._dtype: torch.dtype = self._transformer.dtype
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        width: int,
+        height: int,
+        frames: int,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+    ) -> LatentState:
+        self.facts.check(width, height, frames, steps, guidance_scale)
+        if negative_prompt and self.facts.guidance != "true_cfg":
+            raise ShapeRefused("negative_prompt", negative_prompt, "none: this model has no CFG")
+        scale = float(guidance_scale)
+        asked = Asked(prompt, negative_prompt, width, height, frames, steps, scale, seed)
+        facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
+        facts.update(guidance_scale=scale, seed=seed)
+        return LatentState(self._first(asked), 0, steps, facts).to(self._device)
 
     @torch.inference_mode()
     def step(self, states: Sequence[LatentState], team: Team | None) -> list[LatentState]:
@@ -208,6 +242,10 @@ class DiffusersCard(ModelCard):
         return prompted, self._predict(rows[PLAIN]).split(1) if rows[PLAIN] else ()
 
     # What a family says.
+
+    @abstractmethod
+    def _first(self, asked: Asked) -> dict[str, Tensor]:
+        """The tensors before the first step: "latents", text, whatever else a step needs."""
 
     @abstractmethod
     def _predict(self, rows: Sequence[Row]) -> Tensor:

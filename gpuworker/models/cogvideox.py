@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP, Plan, degrees
 from gpuworker.models.card import (
+    Asked,
     CardFacts,
     DiffusersCard,
     Row,
@@ -32,7 +33,7 @@ from gpuworker.models.card import (
     to_frames,
 )
 from gpuworker.models.solvers import noise_memory
-from gpuworker.state import Fact, LatentState
+from gpuworker.state import LatentState
 from gpuworker.team import Team
 
 _TEXT_TOKENS = 226
@@ -56,36 +57,22 @@ class CogVideoXCard(DiffusersCard):
         )
         self.facts = self._facts(name)
 
-    @torch.inference_mode()
-    def encode(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        width: int,
-        height: int,
-        frames: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-    ) -> LatentState:
-        self.facts.check(width, height, frames, steps, guidance_scale)
+    def _first(self, asked: Asked) -> dict[str, Tensor]:
         spatial = self._spatial_factor()
         shape = (  # [1, F, C, H, W]
             1,
-            self._latent_frames(frames) + self._padding(frames),
+            self._latent_frames(asked.frames) + self._padding(asked.frames),
             self._transformer.config.in_channels,
-            height // spatial,
-            width // spatial,
+            asked.height // spatial,
+            asked.width // spatial,
         )
-        generator = torch.Generator("cpu").manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(asked.seed)
         drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
-        tensors = {"latents": drawn.to(self._dtype), "prompt_embeds": self._embed(prompt)}
+        tensors = {"latents": drawn.to(self._dtype), "prompt_embeds": self._embed(asked.prompt)}
         tensors |= noise_memory(self._parts["scheduler"], generator)
-        if guidance_scale > 1:
-            tensors["negative_embeds"] = self._embed(negative_prompt)
-        facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
-        facts.update(guidance_scale=float(guidance_scale), seed=seed)
-        return LatentState(tensors, 0, steps, facts).to(self._device)
+        if asked.guidance_scale > self.facts.branches_above:
+            tensors["negative_embeds"] = self._embed(asked.negative_prompt)
+        return tensors
 
     def step(self, states: Sequence[LatentState], team: Team | None) -> list[LatentState]:
         """As of any card. The pipeline guides and solves in float32 and then rounds: so do we."""
@@ -160,9 +147,6 @@ class CogVideoXCard(DiffusersCard):
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
         return {"num_inference_steps": state.steps_total}
-
-    def _guided(self, state: LatentState) -> bool:
-        return "negative_embeds" in state.tensors
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         noise: Tensor

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP, degrees
 from gpuworker.models.card import (
+    Asked,
     CardFacts,
     DiffusersCard,
     Row,
-    ShapeRefused,
     latents_of,
     noise,
     number,
@@ -35,7 +35,7 @@ from gpuworker.models.card import (
 )
 from gpuworker.models.decoding import decoded
 from gpuworker.models.solvers import dynamic_shift
-from gpuworker.state import Fact, LatentState
+from gpuworker.state import LatentState
 
 _T5_TOKENS = 512
 _SIZE_MAX = 2048
@@ -52,26 +52,10 @@ class FluxCard(DiffusersCard):
         super().__init__(parts, card, device, elastic)
         self.facts = self._facts(name)
 
-    @torch.inference_mode()
-    def encode(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        width: int,
-        height: int,
-        frames: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-    ) -> LatentState:
-        self.facts.check(width, height, frames, steps, guidance_scale)
-        if negative_prompt and self.facts.guidance != "true_cfg":
-            raise ShapeRefused("negative_prompt", negative_prompt, "none: this model has no CFG")
-        tensors = self._text(prompt, negative_prompt, width, height)
-        tensors["latents"], tensors["img_ids"] = self._canvas(width, height, seed)
-        facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
-        facts.update(guidance_scale=float(guidance_scale), seed=seed)
-        return LatentState(tensors, 0, steps, facts).to(self._device)
+    def _first(self, asked: Asked) -> dict[str, Tensor]:
+        tensors = self._text(asked.prompt, asked.negative_prompt, asked.width, asked.height)
+        tensors["latents"], tensors["img_ids"] = self._canvas(asked.width, asked.height, asked.seed)
+        return tensors
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:

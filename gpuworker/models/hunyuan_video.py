@@ -20,17 +20,17 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP, Plan, degrees
 from gpuworker.models.card import (
+    Asked,
     CardFacts,
     DiffusersCard,
     Row,
-    ShapeRefused,
     latents_of,
     noise,
     number,
     stacked,
     to_frames,
 )
-from gpuworker.state import Fact, LatentState
+from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 256
 _CLIP_TOKENS = 77
@@ -50,33 +50,17 @@ class HunyuanVideoCard(DiffusersCard):
         super().__init__(parts, card, device, elastic)
         self.facts = self._facts(name)
 
-    @torch.inference_mode()
-    def encode(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        width: int,
-        height: int,
-        frames: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-    ) -> LatentState:
-        self.facts.check(width, height, frames, steps, guidance_scale)
-        if negative_prompt:
-            raise ShapeRefused("negative_prompt", negative_prompt, "none: this model has no CFG")
+    def _first(self, asked: Asked) -> dict[str, Tensor]:
         vae = self._parts["vae"].config
         shape = (  # [1, C, F, H, W]
             1,
             self._transformer.config.in_channels,
-            (frames - 1) // vae.temporal_compression_ratio + 1,
-            height // vae.spatial_compression_ratio,
-            width // vae.spatial_compression_ratio,
+            (asked.frames - 1) // vae.temporal_compression_ratio + 1,
+            asked.height // vae.spatial_compression_ratio,
+            asked.width // vae.spatial_compression_ratio,
         )
-        tensors = {"latents": noise(shape, seed), **self._text(prompt)}
-        facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
-        facts.update(guidance_scale=float(guidance_scale), seed=seed)
-        return LatentState(tensors, 0, steps, facts).to(self._device)
+        tensors = {"latents": noise(shape, asked.seed), **self._text(asked.prompt)}
+        return tensors
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:

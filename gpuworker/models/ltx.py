@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP, degrees
 from gpuworker.models.card import (
+    Asked,
     CardFacts,
     DiffusersCard,
     ModelRefused,
@@ -32,7 +33,7 @@ from gpuworker.models.card import (
     to_frames,
 )
 from gpuworker.models.solvers import dynamic_shift
-from gpuworker.state import Fact, LatentState
+from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 128
 _SIZE_MULTIPLE = 32  # asked for by the pipeline, whatever the VAE's factor is
@@ -55,28 +56,18 @@ class LTXCard(DiffusersCard):
         super().__init__(parts, card, device, elastic)
         self.facts = self._facts(name)
 
-    @torch.inference_mode()
-    def encode(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        width: int,
-        height: int,
-        frames: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-    ) -> LatentState:
-        self.facts.check(width, height, frames, steps, guidance_scale)
+    def _first(self, asked: Asked) -> dict[str, Tensor]:
         channels = self._transformer.config.in_channels
-        drawn = noise((1, channels, *self._grid(width, height, frames)), seed)
+        drawn = noise(
+            (1, channels, *self._grid(asked.width, asked.height, asked.frames)), asked.seed
+        )
         tensors = {"latents": drawn.flatten(2).transpose(1, 2).contiguous()}  # [1, N, C]
-        tensors["prompt_embeds"], tensors["prompt_mask"] = self._embed(prompt)
-        if guidance_scale > 1:
-            tensors["negative_embeds"], tensors["negative_mask"] = self._embed(negative_prompt)
-        facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
-        facts.update(guidance_scale=float(guidance_scale), seed=seed)
-        return LatentState(tensors, 0, steps, facts).to(self._device)
+        tensors["prompt_embeds"], tensors["prompt_mask"] = self._embed(asked.prompt)
+        if asked.guidance_scale > self.facts.branches_above:
+            tensors["negative_embeds"], tensors["negative_mask"] = self._embed(
+                asked.negative_prompt
+            )
+        return tensors
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -144,9 +135,6 @@ class LTXCard(DiffusersCard):
         steps, tokens = state.steps_total, state.tensors["latents"].shape[1]
         shift = dynamic_shift(tokens, self._parts["scheduler"].config)
         return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift}
-
-    def _guided(self, state: LatentState) -> bool:
-        return "negative_embeds" in state.tensors
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         vae, rate = self._parts["vae"], float(self._card.get("frame_rate", _FRAMES_PER_S))

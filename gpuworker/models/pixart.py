@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP, Plan, degrees
 from gpuworker.models.card import (
+    Asked,
     CardFacts,
     DiffusersCard,
     Row,
@@ -30,7 +31,7 @@ from gpuworker.models.card import (
     timesteps_of,
     to_frames,
 )
-from gpuworker.state import Fact, LatentState
+from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 300
 _PIPELINE_MULTIPLE = 8  # PixArtSigmaPipeline asks for it whatever the VAE and the patches are
@@ -52,29 +53,20 @@ class PixArtCard(DiffusersCard):
         super().__init__(parts, card, device, elastic)
         self.facts = self._facts(name)
 
-    @torch.inference_mode()
-    def encode(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        width: int,
-        height: int,
-        frames: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-    ) -> LatentState:
-        self.facts.check(width, height, frames, steps, guidance_scale)
+    def _first(self, asked: Asked) -> dict[str, Tensor]:
         factor = self._vae_factor()
-        shape = (1, self._transformer.config.in_channels, height // factor, width // factor)
-        drawn = noise(shape, seed).to(self._dtype) * self._noise_scale(steps)
+        shape = (
+            1,
+            self._transformer.config.in_channels,
+            asked.height // factor,
+            asked.width // factor,
+        )
+        drawn = noise(shape, asked.seed).to(self._dtype) * self._noise_scale(asked.steps)
         tensors = {"latents": drawn.to(self._dtype)}
-        tensors["prompt_embeds"], tensors["prompt_mask"] = self._text(prompt)
-        if guidance_scale > 1:
-            tensors["negative_embeds"], tensors["negative_mask"] = self._text(negative_prompt)
-        facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
-        facts.update(guidance_scale=float(guidance_scale), seed=seed)
-        return LatentState(tensors, 0, steps, facts).to(self._device)
+        tensors["prompt_embeds"], tensors["prompt_mask"] = self._text(asked.prompt)
+        if asked.guidance_scale > self.facts.branches_above:
+            tensors["negative_embeds"], tensors["negative_mask"] = self._text(asked.negative_prompt)
+        return tensors
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -137,9 +129,6 @@ class PixArtCard(DiffusersCard):
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
         return {"num_inference_steps": state.steps_total}
-
-    def _guided(self, state: LatentState) -> bool:
-        return "negative_embeds" in state.tensors
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         predicted: Tensor

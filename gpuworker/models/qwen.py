@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP, degrees
 from gpuworker.models.card import (
+    Asked,
     CardFacts,
     DiffusersCard,
     ModelRefused,
@@ -30,7 +31,7 @@ from gpuworker.models.card import (
     to_frames,
 )
 from gpuworker.models.solvers import dynamic_shift
-from gpuworker.state import Fact, LatentState
+from gpuworker.state import LatentState
 
 _TEMPLATE = (  # what the text encoder is told; the transformer does not get to see its beginning
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity,"
@@ -62,32 +63,18 @@ class QwenCard(DiffusersCard):
         super().__init__(parts, card, device, ElasticSP(parts["transformer"], joint=True))
         self.facts = self._facts(name)
 
-    @torch.inference_mode()
-    def encode(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        width: int,
-        height: int,
-        frames: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-    ) -> LatentState:
-        self.facts.check(width, height, frames, steps, guidance_scale)
-        rows, columns = height // self._patch_px(), width // self._patch_px()
+    def _first(self, asked: Asked) -> dict[str, Tensor]:
+        rows, columns = asked.height // self._patch_px(), asked.width // self._patch_px()
         channels = self._transformer.config.in_channels // 4
-        drawn = noise((1, 1, channels, 2 * rows, 2 * columns), seed).to(self._dtype)
+        drawn = noise((1, 1, channels, 2 * rows, 2 * columns), asked.seed).to(self._dtype)
         drawn = drawn.view(1, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
         tensors = {
             "latents": drawn.reshape(1, rows * columns, 4 * channels),
-            "prompt_embeds": self._embed(prompt),
+            "prompt_embeds": self._embed(asked.prompt),
         }
-        if guidance_scale > 1:
-            tensors["negative_embeds"] = self._embed(negative_prompt)
-        facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
-        facts.update(guidance_scale=float(guidance_scale), seed=seed)
-        return LatentState(tensors, 0, steps, facts).to(self._device)
+        if asked.guidance_scale > self.facts.branches_above:
+            tensors["negative_embeds"] = self._embed(asked.negative_prompt)
+        return tensors
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -149,9 +136,6 @@ class QwenCard(DiffusersCard):
         steps, tokens = state.steps_total, state.tensors["latents"].shape[1]
         shift = dynamic_shift(tokens, self._parts["scheduler"].config)
         return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift}
-
-    def _guided(self, state: LatentState) -> bool:
-        return "negative_embeds" in state.tensors
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         latents = latents_of(rows)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP, Plan, degrees
 from gpuworker.models.card import (
+    Asked,
     CardFacts,
     DiffusersCard,
     Row,
@@ -29,7 +30,7 @@ from gpuworker.models.card import (
     timesteps_of,
     to_frames,
 )
-from gpuworker.state import Fact, LatentState
+from gpuworker.state import LatentState
 
 _T5_TOKENS = 256
 _SIZE_MAX = 2048
@@ -52,28 +53,21 @@ class SD3Card(DiffusersCard):
         super().__init__(parts, card, device, elastic)
         self.facts = self._facts(name)
 
-    @torch.inference_mode()
-    def encode(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        width: int,
-        height: int,
-        frames: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-    ) -> LatentState:
-        self.facts.check(width, height, frames, steps, guidance_scale)
+    def _first(self, asked: Asked) -> dict[str, Tensor]:
         factor = self._vae_factor()
-        shape = (1, self._transformer.config.in_channels, height // factor, width // factor)
-        tensors = {"latents": noise(shape, seed).to(self._dtype)}
-        tensors["prompt_embeds"], tensors["pooled"] = self._text(prompt)
-        if guidance_scale > 1:
-            tensors["negative_embeds"], tensors["negative_pooled"] = self._text(negative_prompt)
-        facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
-        facts.update(guidance_scale=float(guidance_scale), seed=seed)
-        return LatentState(tensors, 0, steps, facts).to(self._device)
+        shape = (
+            1,
+            self._transformer.config.in_channels,
+            asked.height // factor,
+            asked.width // factor,
+        )
+        tensors = {"latents": noise(shape, asked.seed).to(self._dtype)}
+        tensors["prompt_embeds"], tensors["pooled"] = self._text(asked.prompt)
+        if asked.guidance_scale > self.facts.branches_above:
+            tensors["negative_embeds"], tensors["negative_pooled"] = self._text(
+                asked.negative_prompt
+            )
+        return tensors
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -159,9 +153,6 @@ class SD3Card(DiffusersCard):
                 config.get("max_shift", 1.16),
             )
         return timing
-
-    def _guided(self, state: LatentState) -> bool:
-        return "negative_embeds" in state.tensors
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         velocity: Tensor

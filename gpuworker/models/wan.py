@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP, degrees
 from gpuworker.models.card import (
+    Asked,
     CardFacts,
     DiffusersCard,
     Row,
@@ -27,7 +28,7 @@ from gpuworker.models.card import (
     to_frames,
 )
 from gpuworker.models.decoding import decoded
-from gpuworker.state import Fact, LatentState
+from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 512
 _SIZE_MAX = 1280
@@ -45,33 +46,19 @@ class WanCard(DiffusersCard):
         super().__init__(parts, card, device, ElasticSP(parts["transformer"], joint=False))
         self.facts = self._facts(name)
 
-    @torch.inference_mode()
-    def encode(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        width: int,
-        height: int,
-        frames: int,
-        steps: int,
-        guidance_scale: float,
-        seed: int,
-    ) -> LatentState:
-        self.facts.check(width, height, frames, steps, guidance_scale)
+    def _first(self, asked: Asked) -> dict[str, Tensor]:
         config, vae = self._transformer.config, self._parts["vae"].config
         shape = (  # [1, C, F, H, W]
             1,
             config.in_channels,
-            (frames - 1) // vae.scale_factor_temporal + 1,
-            height // vae.scale_factor_spatial,
-            width // vae.scale_factor_spatial,
+            (asked.frames - 1) // vae.scale_factor_temporal + 1,
+            asked.height // vae.scale_factor_spatial,
+            asked.width // vae.scale_factor_spatial,
         )
-        tensors = {"latents": noise(shape, seed), "prompt_embeds": self._embed(prompt)}
-        if guidance_scale > 1:
-            tensors["negative_embeds"] = self._embed(negative_prompt)
-        facts: dict[str, Fact] = dict(prompt=prompt, width=width, height=height, frames=frames)
-        facts.update(guidance_scale=float(guidance_scale), seed=seed)
-        return LatentState(tensors, 0, steps, facts).to(self._device)
+        tensors = {"latents": noise(shape, asked.seed), "prompt_embeds": self._embed(asked.prompt)}
+        if asked.guidance_scale > self.facts.branches_above:
+            tensors["negative_embeds"] = self._embed(asked.negative_prompt)
+        return tensors
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -133,9 +120,6 @@ class WanCard(DiffusersCard):
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
         return {"num_inference_steps": state.steps_total}
-
-    def _guided(self, state: LatentState) -> bool:
-        return "negative_embeds" in state.tensors
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         velocity: Tensor
