@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 from bench import mesh_bench, profile_bench
 from bench.bound import bound_command
+from bench.live_command import live_command
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
 from bench.report import report_command, timeline_command
 from bench.sim_command import sim_command, solver_command, trace_command
@@ -89,6 +90,7 @@ def replay_command(
 
 
 app.command("sim")(sim_command)
+app.command("live")(live_command)
 app.command("solver")(solver_command)
 app.command("trace")(trace_command)
 app.command("soak")(soak_command)

@@ -9,6 +9,7 @@ import msgspec
 import typer
 from rich.table import Table
 
+from hocket import gantt
 from hocket.cli_common import (
     Address,
     Control,
@@ -21,6 +22,7 @@ from hocket.cli_common import (
 )
 from hocket.client import HocketClient
 from hocket.errors import MeshStopped, UnknownRequest
+from hocket.interruptions import interruptions, stretches
 from hocket.span_file import SpanRecord, read_spans
 from hocket.trace_view import chrome_trace, latest_request, spans_of, timeline
 from hocket.v1.control_pb2 import DrainWorkerRequest, WatchClusterRequest, WatchClusterResponse
@@ -116,17 +118,23 @@ def trace(
 
 def timeline_file(
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="File to write; opens in ui.perfetto.dev.")
+        Path,
+        typer.Option("-o", "--output", help="File to write: .json for ui.perfetto.dev, or .html."),
     ] = Path("out/timeline.json"),
     state_dir: StateDir = None,
 ) -> None:
-    """Writes what every worker did as a Chrome trace, one track a worker."""
+    """Writes what every worker did, one track a worker, as a Chrome trace or as a page."""
     folder = settings(state_dir).state_dir
 
     async def work() -> None:
-        document = chrome_trace(_spans(folder))
+        spans = _spans(folder)
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(msgspec.json.encode(document))
+        if output.suffix == ".html":
+            found = stretches(spans)
+            output.write_text(gantt.page("What the workers did", found, interruptions(found), {}))
+            console.print(f"{output} (open it in a browser)")
+            return
+        output.write_bytes(msgspec.json.encode(chrome_trace(spans)))
         console.print(f"{output} (open it in Perfetto)")
 
     run(work())

@@ -77,7 +77,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of files.")] = Path("out"),
     keep: Annotated[bool, typer.Option("--keep", help="Leave the mesh running.")] = False,
 ) -> None:
-    """Starts a mesh, makes pictures at three sizes at once, drains a worker meanwhile, stops."""
+    """Starts a mesh, makes a video while pictures come and go, tells who gave way, stops."""
 
     async def work(folder: Path) -> None:
         plan = MeshPlan(
@@ -88,7 +88,7 @@ def demo(
             models=tuple(model or ()),
         )
         async with mesh(plan, report) as running:
-            await showing.show(running, output)
+            await showing.show(running, output, folder)
             if keep:
                 _greet(plan, running)
                 dead = await running.children.vital_death()

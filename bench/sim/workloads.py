@@ -4,6 +4,7 @@
     genserve-{light,balanced,heavy}-{uniform,skewed}     GENSERVE section 6.1
     mixed-burst                                          ours: FLUX.1-dev with bursts, two classes
     mixed-image-video                                    ours: videos, with bursts of images
+    emoji-mixed                                          ours: the shipped models, for live runs
     diflow-schnell, diflow-families                      LegoDiffusion's artifact, request scale
     disagfusion-elasticity, disagfusion-slo              DisagFusion's published plans
     phases                                               spans of any rate, regularity and mix
@@ -34,6 +35,8 @@ CACHED_STEPS = (5, 10, 15, 20, 25)  # of 50; of 28 they leave at least 3
 VIDEO, IMAGE = "wan2.2-5b", "sd3.5-medium"
 VIDEO_PX, IMAGE_PX = (256, 480, 768), (768, 1024, 1440)
 GENSERVE_STEPS = {VIDEO: 50, IMAGE: 28}
+EMOJI, MOTION, MOTION_FRAMES = "hocket-emoji", "hocket-emoji-motion", 16
+EMOJI_PX, EMOJI_SHARES, EMOJI_SLO_MIN_S = (64, 128, 256), (0.4, 0.4, 0.2), 0.5
 VIDEO_SHARE = {"light": 0.2, "balanced": 0.5, "heavy": 0.8}
 # Expected sorted Dirichlet(1, 1, 1). The paper names the law only; this fits its mean run times.
 SKEWED_THIRDS = (1 / 9, 5 / 18, 11 / 18)
@@ -232,6 +235,43 @@ class MixedImageVideo(Parameters, frozen=True):
         return made
 
 
+class EmojiMixed(Parameters, frozen=True):
+    """The models that Hocket ships: pictures at three sizes, and short videos.
+
+    SLO = slo_scale x the time alone on one worker by the given profile, and never below a floor
+    (what a call through the mesh takes is not in the profile).
+    """
+
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **Parameters.RANGES,
+        "video_share": (0.0, 1.0),
+    }
+    count: int = 60
+    rate: float = 40.0
+    slo_scale: float = 3.0
+    cv: float = 1.0
+    video_share: float = 0.15
+    picture_steps: int = 20
+    video_steps: int = 16
+    video_px: int = 64
+    reference: str = "emoji_cpu.csv"  # profile of the times alone
+
+    def make(self, seed: int) -> list[TraceRequest]:
+        steps = {EMOJI: self.picture_steps, MOTION: self.video_steps}
+        alone = alone_us(self.reference, steps)
+        kinds, sizes = stream(self.name, seed, "kinds"), stream(self.name, seed, "sizes")
+        arrivals = renewals(stream(self.name, seed, "arrivals"), self.count, self.rate, self.cv)
+        made = []
+        for i, at_s in enumerate(arrivals):
+            video = kinds.random() < self.video_share
+            model, workflow = (MOTION, "txt2vid") if video else (EMOJI, "txt2img")
+            px = self.video_px if video else pick(sizes, EMOJI_PX, EMOJI_SHARES)
+            frames = MOTION_FRAMES if video else 1
+            slo_s = max(EMOJI_SLO_MIN_S, self.slo_scale * alone[model, px] / 1e6)
+            made.append(request(i, at_s, model, workflow, px, frames, steps[model], slo_s))
+        return made
+
+
 def generate(name: str, seed: int, parameters: Mapping[str, Any]) -> tuple[TraceRequest, ...]:
     """The trace of a workload. Raises: CaseError for a name or parameter that is not allowed."""
     return tuple(workload(name, parameters).make(seed))
@@ -264,4 +304,5 @@ FAMILIES: dict[str, type[Parameters]] = {
     **{f"genserve-{m}-{s}": GenServe for m in VIDEO_SHARE for s in ("uniform", "skewed")},
     "mixed-burst": MixedBurst,
     "mixed-image-video": MixedImageVideo,
+    "emoji-mixed": EmojiMixed,
 }

@@ -111,6 +111,13 @@ def test_timeline_writes_a_file(state_dir: Path) -> None:
     assert status == 0 and b"thread_name" in file.read_bytes()
 
 
+def test_timeline_as_a_page(state_dir: Path) -> None:
+    file = state_dir / "t.html"
+    status, _ = hocket("timeline", "-o", str(file), "--state-dir", str(state_dir))
+    page = file.read_text()
+    assert status == 0 and "<svg" in page and ">w0</text>" in page
+
+
 @pytest.mark.parametrize(
     ("text", "length_s"), [("5", 5.0), ("5s", 5.0), ("800ms", 0.8), ("1.5m", 90.0), ("3us", 3e-6)]
 )
@@ -154,7 +161,8 @@ def test_step_runs_are_compressed() -> None:
 
 
 def test_a_summary_says_what_a_person_wants_to_know() -> None:
-    run = Run("a fox", 128, 4.0, Accepted(request_id="r1"), path=Path("out/r1.png"))
+    shape = Shape(width=128, height=128)
+    run = Run("a fox", shape, 4.0, accepted=Accepted(request_id="r1"), path=Path("out/r1.png"))
     run.finished = Finished(latency_us=2_000_000, predicted_latency_us=1_500_000, on_time=True)
     told = summary(run)
     for part in ("128x128 'a fox'", "r1", "predicted 1.50 s, took 2.00 s", "kept", "out/r1.png"):
