@@ -9,9 +9,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Column, Table
 
 from bench import mesh_bench, profile_bench
+from bench import overheads as overhead_bench
 from bench.bound import bound_command
 from bench.live_command import live_command
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
@@ -37,13 +39,32 @@ def mesh(
     console.print("measuring for about a minute: pairs of requests, admissions, groups of 2 and 4")
     found = asyncio.run(mesh_bench.measure(pairs, admissions))
     mesh_bench.write(found, out, f"python -m bench mesh --pairs {pairs} --admissions {admissions}")
+    _show(found)
+    console.print(f"written to {out}")
+
+
+@app.command()
+def overheads(
+    turns: Annotated[int, typer.Option(help="Runs of each kind.", min=1)] = 12,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
+        "bench/results/overheads.json"
+    ),
+) -> None:
+    """What pausing, moving and resizing a job costs, in its own steps."""
+    with Progress(console=console, transient=True) as progress:
+        found = asyncio.run(overhead_bench.measure(turns, progress))
+    mesh_bench.write(found, out, f"python -m bench overheads --turns {turns}")
+    _show(found)
+    console.print(f"written to {out}")
+
+
+def _show(found: mesh_bench.Findings) -> None:
     table = Table(
         Column("figure", no_wrap=True), "unit", "n", "p50", "p99", "min", "max", "aim", "verdict"
     )
     for figure in found.figures:
         table.add_row(*(str(cell) for cell in figure.row().values()))
     console.print(table)
-    console.print(f"written to {out}")
 
 
 @app.command()
