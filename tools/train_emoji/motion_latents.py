@@ -15,7 +15,7 @@ from tools.train_emoji.sample import ASSETS
 from tools.train_emoji.vocabulary import COLOURS, THINGS
 
 # Colours drawn of each thing and motion; the larger the picture, the less there is time for.
-SHADES = {64: len(COLOURS), 128: 6}
+SHADES = {64: len(COLOURS), 128: 3}
 
 
 def shades(thing: int, motion: int, side: int) -> list[int]:
