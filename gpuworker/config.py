@@ -10,7 +10,9 @@ import msgspec
 
 from hocket.config import Common
 
-EMBEDDED_MODEL = Path(__file__).parent / "assets" / "hocket-emoji"
+_ASSETS = Path(__file__).parent / "assets"
+EMBEDDED_MODEL = _ASSETS / "hocket-emoji"  # pictures
+EMBEDDED_MODELS = (EMBEDDED_MODEL, _ASSETS / "hocket-emoji-motion")
 
 
 class WorkerSettings(Common, frozen=True, kw_only=True):
@@ -24,7 +26,7 @@ class WorkerSettings(Common, frozen=True, kw_only=True):
     executor: Literal["torch", "emulated"] = "torch"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpu: str = ""  # what profiles call the device; "" derives it
-    model: tuple[str, ...] = ()  # local folders or hub ids; none: the embedded default
+    model: tuple[str, ...] = ()  # local folders or hub ids; none: the embedded ones
     profile: Path | None = None  # CSV that the emulated executor runs by
     host: str = socket.gethostname()
     advertise: str = "127.0.0.1"  # address at which other workers reach this one

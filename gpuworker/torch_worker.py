@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from gpuworker.agent import Agent
-from gpuworker.config import EMBEDDED_MODEL, WorkerSettings
+from gpuworker.config import EMBEDDED_MODELS, WorkerSettings
 from gpuworker.models.loading import LoadError
 from gpuworker.pool import run_pool
 from gpuworker.torch_executor import TorchExecutor, load_cards, pick_device
@@ -27,7 +27,7 @@ _THREAD_SWITCH_S = 0.0005  # heartbeats and reports must not wait long for the c
 def run(settings: WorkerSettings) -> int:
     """Runs `settings.count` workers; returns the process's exit status."""
     if not settings.model:
-        settings = msgspec.structs.replace(settings, model=(str(EMBEDDED_MODEL),))
+        settings = msgspec.structs.replace(settings, model=tuple(map(str, EMBEDDED_MODELS)))
     _set_native_environment()
     if settings.count == 1:
         return run_one(settings, settings.first_index)

@@ -146,7 +146,9 @@ def replaced_words(asked: str, shown: str) -> str:
         return ""
     known = set(shown.lower().split())
     missing = [word for word in asked.split() if word.lower() not in known]
-    what = ", ".join(repr(word) for word in missing) or repr(asked)
+    if not missing:  # a word was added: what it does, where nothing was said of it
+        return f"showing {shown!r}"
+    what = ", ".join(map(repr, missing))
     return f"no {what} in this model's vocabulary; showing {shown!r}"
 
 

@@ -71,6 +71,7 @@ class CardFacts:
     guidance_default: float
     degrees: tuple[int, ...]  # of sequence parallelism
     examples: tuple[str, ...]  # prompts
+    frames_min: int = 1
     fps: int = 0  # frames per second that its videos are made for; 0 for pictures
     branches_above: float = (
         1.0  # of true CFG: with a higher guidance scale, a step has two branches
@@ -87,9 +88,10 @@ class CardFacts:
             if side % self.size_multiple or not self.size_min <= side <= self.size_max:
                 allowed = f"{self.size_min}..{self.size_max}, multiples of {self.size_multiple}"
                 raise ShapeRefused(field, side, allowed)
-        if not 1 <= frames <= self.frames_max or (frames - 1) % self.frames_multiple:
-            allowed = f"1..{self.frames_max}, one more than a multiple of {self.frames_multiple}"
-            raise ShapeRefused("frames", frames, allowed)
+        low, high, multiple = self.frames_min, self.frames_max, self.frames_multiple
+        if not low <= frames <= high or (frames - 1) % multiple:
+            several = f"{low}..{high}, one more than a multiple of {multiple}"
+            raise ShapeRefused("frames", frames, several if low < high else str(low))
         if not self.steps_min <= steps <= self.steps_max:
             raise ShapeRefused("steps", steps, f"{self.steps_min}..{self.steps_max}")
         if self.guidance != "none" and not (

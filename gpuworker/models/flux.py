@@ -1,6 +1,6 @@
 """Family "flux": FluxTransformer2DModel, text to image.
 
-Two kinds of folder share the transformer and the step; what differs is text, layout and guidance,
+Three kinds of folder share the transformer and the step; what differs is text, layout and guidance,
 and that is a `FluxCard` method each:
 
 - `FluxCard`: Flux as its authors publish it. CLIP and T5 text, latents packed 2x2, resolution-
@@ -8,6 +8,7 @@ and that is a `FluxCard` method each:
   Same latents as diffusers' FluxPipeline.
 - `WordFluxCard`: our shipped small models. A word table as text encoder, one token a latent pixel,
   real classifier-free guidance: an unconditional row and a prompted one.
+- `word_motion.WordMotionCard`: clips by the same means.
 """
 
 from __future__ import annotations
@@ -59,12 +60,15 @@ class FluxCard(DiffusersCard):
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
-        vae = self._parts["vae"]
         latents = self._unpack(state.to(self._device))
-        tiled_over_px = int(self._card.get("tiled_over_px", _TILED_OVER_PX))
-        return to_frames(decoded(vae, latents.to(vae.dtype), state, tiled_over_px))
+        return self._pixels(latents.to(self._parts["vae"].dtype), state)
 
-    # What WordFluxCard does otherwise.
+    def _pixels(self, latents: Tensor, state: LatentState) -> NDArray[np.uint8]:
+        """Frames [F, H, W, 3] of latents [F, C, rows, columns]."""
+        tiled_over_px = int(self._card.get("tiled_over_px", _TILED_OVER_PX))
+        return to_frames(decoded(self._parts["vae"], latents, state, tiled_over_px))
+
+    # What WordFluxCard and word_motion.py do otherwise.
 
     def _facts(self, name: str) -> CardFacts:
         embedded = bool(self._transformer.config.guidance_embeds)
@@ -132,11 +136,11 @@ class FluxCard(DiffusersCard):
         if self._transformer.config.guidance_embeds:
             scales = [number(row.state, "guidance_scale") for row in rows]
             guidance = torch.tensor(scales, device=self._device, dtype=torch.float32)
-        latents = latents_of(rows)
+        given = self._input(rows)
         velocity: Tensor
         (velocity,) = self._transformer(
-            hidden_states=latents,
-            timestep=timesteps_of(rows).to(latents.dtype) / 1000,
+            hidden_states=given,
+            timestep=timesteps_of(rows).to(given.dtype) / 1000,
             guidance=guidance,
             pooled_projections=stacked(rows, "pooled", "plain_pooled"),
             encoder_hidden_states=stacked(rows, "prompt_embeds", "plain_embeds"),
@@ -145,6 +149,10 @@ class FluxCard(DiffusersCard):
             return_dict=False,
         )
         return velocity
+
+    def _input(self, rows: Sequence[Row]) -> Tensor:
+        """What the transformer sees of each row, token by token: [rows, N, in_channels]."""
+        return latents_of(rows)
 
     def _unpack(self, state: LatentState) -> Tensor:
         """Latents [1, C, H, W] as the VAE wants them."""
@@ -251,11 +259,3 @@ class WordFluxCard(FluxCard):
         latents = state.tensors["latents"].transpose(1, 2).reshape(1, -1, rows, columns)
         scaling, shift = float(self._card["latent_scaling"]), float(self._card["latent_shift"])
         return latents / scaling + shift
-
-
-def flux_card(
-    name: str, parts: dict[str, Any], card: dict[str, Any], device: torch.device
-) -> FluxCard:
-    """The card for a Flux folder, by its text encoder."""
-    words = hasattr(parts["text_encoder"], "resolve")
-    return (WordFluxCard if words else FluxCard)(name, parts, card, device)

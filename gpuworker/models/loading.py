@@ -20,13 +20,14 @@ from huggingface_hub import snapshot_download
 
 from gpuworker.models.card import ModelCard, ModelRefused
 from gpuworker.models.cogvideox import CogVideoXCard
-from gpuworker.models.flux import flux_card
+from gpuworker.models.flux import FluxCard, WordFluxCard
 from gpuworker.models.hunyuan_video import HunyuanVideoCard
 from gpuworker.models.ltx import LTXCard
 from gpuworker.models.pixart import PixArtCard
 from gpuworker.models.qwen import QwenCard
 from gpuworker.models.sd3 import SD3Card
 from gpuworker.models.wan import WanCard
+from gpuworker.models.word_motion import WordMotionCard
 
 _INDEX = "model_index.json"
 _HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
@@ -35,9 +36,20 @@ _ALWAYS_FLOAT32 = ("AutoencoderKLWan",)  # as its authors run it
 _TWO_STAGES = ("transformer_2", "boundary_ratio", "expand_timesteps")  # Wan 2.2
 _LIBRARIES = ("diffusers", "transformers")
 _OUR_MODELS = "gpuworker.models."  # a folder may name our own classes, nobody else's
+
+
+def _flux_card(
+    name: str, parts: dict[str, Any], card: dict[str, Any], device: torch.device
+) -> FluxCard:
+    """Of a Flux folder, by its text encoder and by whether it makes clips."""
+    words = hasattr(parts["text_encoder"], "resolve")
+    kind = (WordMotionCard if "frames" in card else WordFluxCard) if words else FluxCard
+    return kind(name, parts, card, device)
+
+
 _FAMILIES: Mapping[str, Callable[[str, dict[str, Any], dict[str, Any], torch.device], ModelCard]]
 _FAMILIES = {
-    "FluxTransformer2DModel": flux_card,
+    "FluxTransformer2DModel": _flux_card,
     "CogVideoXTransformer3DModel": CogVideoXCard,
     "HunyuanVideoTransformer3DModel": HunyuanVideoCard,
     "LTXVideoTransformer3DModel": LTXCard,

@@ -1,9 +1,9 @@
-"""A text encoder for a small, known vocabulary: a thing, a background colour and a picture size.
+"""A text encoder for a small, known vocabulary: a thing, its background colour, size and motion.
 
 The models which Hocket ships know about a hundred things. For those a language model would be
 waste, and free text would promise more than they can draw. So a prompt is *resolved* to the
 nearest known one ("two foxs at nite" -> "a fox"), which the user is shown, and what is encoded is
-three table rows: the thing, the colour, the size.
+three table rows: the thing, the colour, the size. Models of clips have a fourth, the motion.
 
 Intuition for the shape of the output: a thing's row is a small grid of vectors, which `text_ids`
 places over the picture on the rotary axes that the image tokens use. An image token near the top
@@ -48,6 +48,8 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         pooled_dim: P, the width of the pooled vector.
         grid: a thing has grid x grid tokens laid over the picture, and two free ones.
         position_span: the picture's side on the rotary axes, whatever its pixels.
+        motions: one row a motion: its name, then its aliases; the first is meant when a prompt
+            names none. None where the model draws still pictures.
     """
 
     @register_to_config
@@ -62,6 +64,7 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         pooled_dim: int = 128,
         grid: int = 4,
         position_span: float = 16.0,
+        motions: list[list[str]] | None = None,
     ) -> None:
         super().__init__()
         self.thing_tokens = grid * grid + 2
@@ -71,6 +74,13 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         self.thing_pooled = nn.Embedding(len(things) + 1, pooled_dim)
         self.colour_pooled = nn.Embedding(len(colours), pooled_dim)
         self.size_pooled = nn.Embedding(len(size_words), pooled_dim)
+        if motions:
+            # Added to the size token, so that clips have as many text tokens as pictures have.
+            self.motion_embed = nn.Embedding(len(motions) + 1, embed_dim)
+            self.motion_pooled = nn.Embedding(len(motions) + 1, pooled_dim)
+        self._motion_of = {
+            word: row for row, words in enumerate(motions or (), start=1) for word in words
+        }
         self._row_of = {
             phrase: row for row, names in enumerate(things, start=1) for phrase in names
         }
@@ -94,6 +104,8 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
     def tokenize(self, prompt: str) -> torch.Tensor:
         """int64 [1, 3]: the rows of thing, colour and size. No known thing and no text: row 0.
 
+        Of a model with motions [1, 4]: the motion's row comes last.
+
         The prompt is resolved first, so any text gives something the model can draw. Size words
         ("size128") are taken out of it; without one the default size is meant.
         """
@@ -102,15 +114,19 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         named = [word for word in words if word in sizes]
         rest = " ".join(word for word in words if word not in sizes)
         size = sizes.index(named[-1] if named else self.config.default_size_word)
-        thing, colour, _ = self._parse(rest)
-        return torch.tensor([[thing, colour, size]])
+        thing, colour, motion, _ = self._parse(rest)
+        return torch.tensor([[thing, colour, size, motion][: 4 if self._motion_of else 3]])
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embed ids [B, 3]: (token embeddings [B, T, D], pooled embeddings [B, P])."""
-        thing, colour, size = ids.unbind(1)
+        """Embed ids as `tokenize` gives them: tokens [B, T, D] and pooled embeddings [B, P]."""
+        thing, colour, size, *motion = ids.unbind(1)
         of_thing = self.thing_embed(thing).unflatten(1, (self.thing_tokens, -1))
-        others = torch.stack([self.colour_embed(colour), self.size_embed(size)], 1)
+        of_size = self.size_embed(size)
         pooled = self.thing_pooled(thing) + self.colour_pooled(colour) + self.size_pooled(size)
+        if motion:
+            of_size = of_size + self.motion_embed(motion[0])
+            pooled = pooled + self.motion_pooled(motion[0])
+        others = torch.stack([self.colour_embed(colour), of_size], 1)
         return torch.cat([of_thing, others], 1), pooled
 
     def resolve(self, prompt: str) -> str:
@@ -118,30 +134,51 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
 
         Text without any letters resolves to "", the unconditional prompt.
         """
-        thing, colour, exact = self._parse(prompt)
+        thing, colour, motion, exact = self._parse(prompt)
         if exact:
             return prompt
-        return self.phrase(thing, colour)
+        return self.phrase(thing, colour, motion)
 
-    def phrase(self, thing: int, colour: int) -> str:
-        """The plain wording of a pair of rows: (3, 0) -> "a fox"."""
+    def phrase(self, thing: int, colour: int, motion: int = 0) -> str:
+        """The plain wording of rows: (3, 0) -> "a fox", (3, 0, 1) -> "a fox bouncing"."""
         if thing == 0:
             return ""
         name = self.config.things[thing - 1][0]
         text = name if name in self.config.plain_names else f"{_article(name)} {name}"
+        if motion:
+            text = f"{text} {self.config.motions[motion - 1][0]}"
         if colour == 0:
             return text
         shade = self.config.colours[colour]
         return f"{text} on {_article(shade)} {shade} background"
 
-    def _parse(self, prompt: str) -> tuple[int, int, bool]:
-        """(thing row, colour row, whether every word was known as written)."""
+    def _parse(self, prompt: str) -> tuple[int, int, int, bool]:
+        """(thing row, colour row, motion row, whether every word was known as written)."""
         text = " ".join(re.findall(r"[a-z0-9]+", prompt.lower()))
         if not re.search(r"[a-z]", text):
-            return 0, 0, not prompt
+            return 0, 0, 0, not prompt
         colour, text, colour_exact = self._take_colour(text)
-        thing, thing_exact = self._find_thing(text.split())
-        return thing, colour, colour_exact and thing_exact
+        motion, words, motion_exact = self._take_motion(text.split())
+        thing, thing_exact = self._find_thing(words)
+        return thing, colour, motion, colour_exact and motion_exact and thing_exact
+
+    def _take_motion(self, words: list[str]) -> tuple[int, list[str], bool]:
+        """(motion row, words without the motion's, whether it was named by its own name)."""
+        if not self._motion_of:
+            return 0, words, True
+        near = [difflib.get_close_matches(word, self._motion_of, 1, _NEAR) for word in words]
+        misspelt = {
+            word: match[0]
+            for word, match in zip(words, near, strict=True)
+            if match and len(word) > 4 and word not in self._known_words()
+        }
+        for spelt in ({word: word for word in words}, misspelt):
+            for place, word in enumerate(words):
+                row = self._motion_of.get(spelt.get(word, ""), 0)
+                if row:
+                    own = word == self.config.motions[row - 1][0]
+                    return row, words[:place] + words[place + 1 :], own
+        return 1, words, False
 
     def _take_colour(self, text: str) -> tuple[int, str, bool]:
         """(colour row, text without the background phrase, whether it was spelt as known)."""
@@ -179,9 +216,12 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         """The known word nearest to a misspelt one, or the word itself when none is near."""
         if word in _GLUE or len(word) < 3:
             return word
-        known = sorted({part for phrase in self._row_of for part in phrase.split()})
-        near = difflib.get_close_matches(_singular(word), known, 1, _NEAR)
+        near = difflib.get_close_matches(_singular(word), sorted(self._known_words()), 1, _NEAR)
         return near[0] if near else word
+
+    def _known_words(self) -> set[str]:
+        """Every single word in the things' names."""
+        return {part for phrase in self._row_of for part in phrase.split()}
 
 
 def _article(name: str) -> str:

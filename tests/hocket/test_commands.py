@@ -150,6 +150,7 @@ def test_a_replaced_prompt_is_named() -> None:
     told = replaced_words("a wyvern", "a dragon")
     assert told == "no 'wyvern' in this model's vocabulary; showing 'a dragon'"
     assert replaced_words("A  Red Fox", "a red fox") == ""
+    assert replaced_words("a dog", "a dog bouncing") == "showing 'a dog bouncing'"
 
 
 def test_step_runs_are_compressed() -> None:

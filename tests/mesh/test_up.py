@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+from hocket.client import HocketClient
 from tests.waiting import alive
 
 WAIT_S = 120.0
@@ -35,12 +36,26 @@ async def test_ctrl_c_leaves_no_process_and_no_port(tmp_path: Path) -> None:
     pids += [json.loads((tmp_path / f"w{i}.json").read_text())["pid"] for i in range(2)]
     assert len(children) == 4 and all(alive(pid) for pid in pids)
     address = json.loads((tmp_path / "gateway.json").read_text())["address"]
+    await both_shipped_models_draw(address)
     os.killpg(up.pid, signal.SIGINT)  # as the terminal does
     async with asyncio.timeout(WAIT_S):
         await up.communicate()
     assert up.returncode in (0, 130)
     assert not any(alive(pid) for pid in pids)
     assert not await listens(address)
+
+
+async def both_shipped_models_draw(address: str) -> None:
+    """Pictures where no model is named, clips by name; neither with further settings."""
+    async with HocketClient(address) as client:
+        known = await client.models()
+        assert [model.name for model in known] == ["hocket-emoji", "hocket-emoji-motion"]
+        picture, _ = await client.generate_media("a fox", steps=1)
+        clip, how = await client.generate_media(
+            "a fox bouncing", model="hocket-emoji-motion", steps=1
+        )
+    assert picture.startswith(b"\x89PNG")
+    assert b"ftyp" in clip[:12] and (how.media.frames, how.media.fps) == (16, 8)
 
 
 async def listens(address: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpuworker.config import EMBEDDED_MODEL
+from gpuworker.config import EMBEDDED_MODEL, EMBEDDED_MODELS
 from gpuworker.models.word_text import WordTextEncoder
 
 
@@ -46,3 +46,50 @@ def test_nothing_falls_out_of_the_vocabulary(encoder: WordTextEncoder) -> None:
         given = encoder.resolve(asked)
         assert given and encoder.resolve(given) == given
         assert torch.equal(encoder.tokenize(asked), encoder.tokenize(given))
+
+
+@pytest.fixture(scope="module")
+def moving() -> WordTextEncoder:
+    return WordTextEncoder.from_pretrained(EMBEDDED_MODELS[1] / "text_encoder")
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [
+        ("a fox bouncing", "a fox bouncing"),
+        ("A bouncing fox", "a bouncing fox"),
+        ("a dog jumping", "a dog bouncing"),
+        ("a dog", "a dog bouncing"),
+        ("puppies that rotate on a navy background", "a dog spinning on a blue background"),
+        ("a spaceship fliyng", "a rocket flying"),
+        ("an apple drops over a red backdrop", "a red apple falling on a red background"),
+        ("", ""),
+    ],
+)
+def test_the_nearest_known_motion(moving: WordTextEncoder, asked: str, given: str) -> None:
+    assert moving.resolve(asked).lower() == given
+    assert moving.tokenize(asked).tolist() == moving.tokenize(given).tolist()
+
+
+def test_a_motion_of_nothing_is_something_that_does_it(moving: WordTextEncoder) -> None:
+    assert moving.resolve("jumping").endswith(" bouncing")
+
+
+def test_every_known_moving_prompt_stays_as_it_is(moving: WordTextEncoder) -> None:
+    for thing in range(1, len(moving.config.things) + 1):
+        for motion in range(1, len(moving.config.motions) + 1):
+            known = moving.phrase(thing, motion % len(moving.config.colours), motion)
+            assert moving.resolve(known) == known
+            assert moving.tokenize(known)[0, -1] == motion
+
+
+def test_a_motion_changes_what_is_encoded(moving: WordTextEncoder) -> None:
+    still, other = (moving(moving.tokenize(f"a fox {m}")) for m in ("bouncing", "falling"))
+    assert not torch.equal(still[0], other[0]) and not torch.equal(still[1], other[1])
+    assert still[0].shape[1] == moving.tokens and moving.tokens % 4 == 0
+
+
+def test_folders_without_motions_encode_as_before(encoder: WordTextEncoder) -> None:
+    assert not [name for name, _ in encoder.named_parameters() if "motion" in name]
+    assert encoder.tokenize("a fox bouncing").shape == (1, 3)
+    assert encoder.resolve("a fox bouncing") == "a fox"

@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -24,7 +25,7 @@ INDEX = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
 }
 
-CARD = {
+CARD: dict[str, Any] = {
     "name": "hocket-emoji",
     "family": "flux",
     "modality": "image",
@@ -41,7 +42,9 @@ CARD = {
 }
 
 
-def export(networks: Networks, vae: AutoencoderTiny, folder: Path) -> None:
+def export(
+    networks: Any, vae: AutoencoderTiny, folder: Path, index: dict[str, Any], card: dict[str, Any]
+) -> None:
     """Write every component as float16 safetensors, the index and the card.
 
     Written beside the folder first and moved into it piece by piece, since someone may be
@@ -55,8 +58,8 @@ def export(networks: Networks, vae: AutoencoderTiny, folder: Path) -> None:
     for key in ("block_out_channels", "_name_or_path"):
         _drop_unread_key(fresh / "vae" / "config.json", key)
     new_scheduler().save_pretrained(fresh / "scheduler")
-    (fresh / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
-    (fresh / "card.json").write_text(json.dumps(CARD, indent=2) + "\n")
+    (fresh / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (fresh / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     for path in sorted(fresh.rglob("*")):
         target = folder / path.relative_to(fresh)
         if path.is_dir():
@@ -84,7 +87,7 @@ def main() -> None:
         state = torch.load(args.checkpoint, weights_only=False)
         networks.load_state_dict(state["ema"])
         print(f"step {state['step']}, {state['cpu_s']:.0f} CPU-seconds a rank")
-    export(networks, AutoencoderTiny.from_pretrained(WORK / "vae"), args.folder)
+    export(networks, AutoencoderTiny.from_pretrained(WORK / "vae"), args.folder, INDEX, CARD)
 
 
 if __name__ == "__main__":

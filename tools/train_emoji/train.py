@@ -9,6 +9,8 @@ CPU time is scarce, all else by AdamW. Start it again to go on from the last che
 import argparse
 import copy
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,15 @@ class Networks(nn.Module):
                 nn.init.zeros_(module.linear.bias)
 
 
-def optimizers(networks: Networks, rate: float) -> list[torch.optim.Optimizer]:
+@dataclass(frozen=True)
+class Task:
+    """What a run trains on: kinds of batches, and the loss of one drawn from a generator."""
+
+    kinds: Sequence[str]
+    loss: Callable[[Any, str, torch.Generator], torch.Tensor]
+
+
+def optimizers(networks: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon over the blocks' matrices but the modulations, AdamW over everything else."""
     matrices, tables, others = [], [], []
     for name, parameter in networks.named_parameters():
@@ -116,24 +126,41 @@ def save(path: Path, state: dict[str, Any]) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def arguments() -> argparse.Namespace:
-    """Command line; the defaults are the first phase."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(doc: str | None, checkpoint: Path, mix: str) -> argparse.Namespace:
+    """Command line of a training phase."""
+    parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--steps", type=int, required=True, help="steps of this phase")
-    parser.add_argument("--mix", default="0.7,0.3,0", help="shares of steps by size, ascending")
+    parser.add_argument("--mix", default=mix, help="shares of steps by kind, in their order")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--decay", action="store_true", help="let the rate fall to zero")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--checkpoint", type=Path, default=WORK / "model.pt")
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint)
     return parser.parse_args()
+
+
+def picture_task(mix: str) -> Task:
+    """Pictures of each size; latents of sizes which the mix leaves out are not read."""
+    wanted = [side for side, share in zip(SIZE_WORDS, mix.split(","), strict=True) if float(share)]
+    latents = {side: torch.load(WORK / f"latents-{side}.pt", mmap=True) for side in wanted}
+
+    def loss(networks: Networks, kind: str, generator: torch.Generator) -> torch.Tensor:
+        side = int(kind)
+        clean, ids = batch_of(latents[side], side, generator)
+        return flow_loss(networks, clean, ids, side, generator)
+
+    return Task([str(side) for side in SIZE_WORDS], loss)
 
 
 def main() -> None:
     """Run one phase of training; see README.md for the phases of the shipped weights."""
-    args = arguments()
+    args = arguments(__doc__, WORK / "model.pt", "0.7,0.3,0")
     rank = join()
     torch.manual_seed(args.seed)
-    networks = Networks()
+    train(args, rank, Networks(), picture_task(args.mix))
+
+
+def train(args: argparse.Namespace, rank: int, networks: nn.Module, task: Task) -> None:
+    """Go on from the checkpoint, if there is one, for as many steps as asked."""
     ema = copy.deepcopy(networks).requires_grad_(False)
     chosen = optimizers(networks, args.rate)
     state: dict[str, Any] = {"step": 0, "cpu_s": 0.0}
@@ -143,25 +170,24 @@ def main() -> None:
         ema.load_state_dict(state["ema"])
         for optimizer, stored in zip(chosen, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
-    run_phase(args, rank, networks, ema, chosen, state["step"], state["cpu_s"])
+    run_phase(args, rank, networks, ema, chosen, task, state["step"], state["cpu_s"])
 
 
 def run_phase(
     args: argparse.Namespace,
     rank: int,
-    networks: Networks,
-    ema: Networks,
+    networks: nn.Module,
+    ema: nn.Module,
     chosen: list[torch.optim.Optimizer],
+    task: Task,
     first: int,
     cpu_s: float,
 ) -> None:
-    """The loop. Ranks draw the same picture size each step, so that neither waits for long."""
+    """The loop. Ranks draw the same kind of batch each step, so that neither waits for long."""
     shares = torch.tensor([float(share) for share in args.mix.split(",")])
-    sides = [side for side, share in zip(SIZE_WORDS, shares, strict=True) if share > 0]
-    latents = {side: torch.load(WORK / f"latents-{side}.pt", mmap=True) for side in sides}
     shared = torch.Generator().manual_seed(args.seed * 1_000_003 + first)
     own = torch.Generator().manual_seed(args.seed * 1_000_003 + first + 7919 * (rank + 1))
-    recent: dict[int, list[float]] = {side: [] for side in sides}
+    recent: dict[str, list[float]] = {kind: [] for kind in task.kinds}
     for step in range(first + 1, first + args.steps + 1):
         share = min(1.0, step / 200)
         if args.decay:
@@ -169,8 +195,8 @@ def run_phase(
         for optimizer in chosen:
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * group["scale"] * share
-        side = list(SIZE_WORDS)[int(torch.multinomial(shares, 1, generator=shared))]
-        loss = flow_loss(networks, *batch_of(latents[side], side, own), side, own)
+        kind = task.kinds[int(torch.multinomial(shares, 1, generator=shared))]
+        loss = task.loss(networks, kind, own)
         loss.backward()
         all_reduce_gradients(networks)
         torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
@@ -181,7 +207,7 @@ def run_phase(
         with torch.no_grad():
             for mean, now in zip(ema.parameters(), networks.parameters(), strict=True):
                 mean.lerp_(now, 1 - keep)
-        recent[side].append(loss.item())
+        recent[kind].append(loss.item())
         last = step == first + args.steps
         if rank == 0 and (step % 50 == 0 or last):
             report = {of: round(sum(v[-50:]) / len(v[-50:]), 4) for of, v in recent.items() if v}

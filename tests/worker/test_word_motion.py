@@ -1,0 +1,106 @@
+"""The shipped model of clips: the plain loop's clip in every layout, frames that really move."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from gpuworker.config import EMBEDDED_MODELS
+from gpuworker.models.card import ModelCard, ShapeRefused
+from gpuworker.models.loading import load_card
+from gpuworker.models.word_motion import WordMotionCard
+from gpuworker.state import LatentState
+from gpuworker.team import Layout
+from tests.worker.tiny_models import Reference
+from tests.worker.worker_jobs import (
+    LATENT_TOLERANCE,
+    Schedule,
+    latent_error,
+    level_error,
+    random_schedule,
+    run_schedule,
+)
+from tests.worker.worker_pool import CPU, Pool
+from tools.train_emoji.motion_sample import decode, denoise
+from tools.train_emoji.sample import Pipeline
+
+FOLDER = EMBEDDED_MODELS[1]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def card() -> ModelCard:
+    return load_card(str(FOLDER), CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def clip() -> Reference:
+    """What the training's own sampler makes, which shares no code with the card."""
+    pipe = Pipeline.load(FOLDER)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(FOLDER / "scheduler")
+    prompt, guidance = "a fox bouncing on a green background", 1.5
+    tokens = denoise(pipe, scheduler, prompt, 64, 5, STEPS, guidance)
+    settings = {"prompt": prompt, "negative_prompt": "", "width": 64, "height": 64}
+    settings.update(frames=16, steps=STEPS, guidance_scale=guidance, seed=5)
+    return Reference(str(FOLDER), settings, tokens, decode(pipe, tokens, 64).numpy())
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        [((0,), 2), ((1, 0), 2), ((2, 3, 0, 1), 2)],
+        [((0, 3), 2, Layout(cfg=2)), ((1, 2, 0, 3), 4, Layout(cfg=2, ring=2))],
+        random_schedule(2, STEPS, cfg=(1, 2)),
+    ],
+)
+def test_a_clip_equals_the_plain_loop(pool: Pool, clip: Reference, schedule: Schedule) -> None:
+    state, frames = run_schedule(pool, clip, schedule)
+    assert latent_error(state, clip) <= LATENT_TOLERANCE
+    assert level_error(frames, clip) <= 1
+
+
+def test_another_motion_is_another_clip(card: ModelCard, clip: Reference) -> None:
+    """The comparison above would see it."""
+    settings = clip.settings | {"prompt": "a fox falling on a green background"}
+    assert latent_error(run(card, settings).to_bytes(), clip) > 100 * LATENT_TOLERANCE
+
+
+@pytest.mark.parametrize(("motion", "axis"), [("flying", 1), ("falling", 0)])
+def test_the_thing_moves_as_told(card: ModelCard, clip: Reference, motion: str, axis: int) -> None:
+    prompt = f"a red apple {motion} on a white background"
+    frames = card.decode(run(card, clip.settings | {"prompt": prompt}))
+    drawn = (frames.min(-1) < 200).astype(float)  # whatever is not the white
+    along = np.arange(64)
+    places = [(f.sum(1 - axis) * along).sum() / f.sum() for f in drawn[2:14]]
+    assert places[-1] - places[0] > 20
+    assert np.all(np.diff(places) > -1)
+
+
+def test_lengths_it_was_not_trained_on_are_refused(card: ModelCard, clip: Reference) -> None:
+    assert isinstance(card, WordMotionCard)
+    for frames in (1, 8, 17):
+        with pytest.raises(ShapeRefused) as refused:
+            card.encode(**clip.settings | {"frames": frames})
+        assert (refused.value.field, refused.value.allowed) == ("frames", "16")
+
+
+def test_what_will_be_drawn_is_told(card: ModelCard) -> None:
+    assert card.resolve("a puppy jumping") == "a dog bouncing"
+    assert all(card.resolve(example) == example for example in card.facts.examples)
+
+
+def test_the_folder_names_its_licence() -> None:
+    assert "Noto Emoji" in (FOLDER / "NOTICE").read_text()
+    assert json.loads((FOLDER / "card.json").read_text())["name"] == FOLDER.name
+
+
+def run(card: ModelCard, settings: dict[str, object]) -> LatentState:
+    """All steps, on one worker."""
+    state = card.encode(**settings)  # type: ignore[arg-type]
+    for _ in range(STEPS):
+        (state,) = card.step([state], None)
+    return state
