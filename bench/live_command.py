@@ -25,7 +25,7 @@ from bench.live_run import Outcome, run_live
 from bench.machine import machine_kind
 from bench.reporting.statistics import mean_interval
 from bench.sim.case import Case, CaseError
-from bench.sim.experiment import RunSpec, load_experiment, parse_seeds
+from bench.sim.experiment import Experiment, RunSpec, load_experiment, parse_seeds
 from bench.sim.loop import run
 from bench.sim_command import console, explained
 from control.scheduler.schedule_log import DoneLine
@@ -73,10 +73,11 @@ def live_command(
     experiment = load_experiment(case)
     names = [p.strip() for p in policies.split(",") if p.strip()]
     runs = experiment.runs(parse_seeds(seeds or experiment.file.seeds), names)
+    several = len(experiment.cells()) > 1
     found: list[Compared] = []
     with Progress(console=console, transient=True) as progress:
         for spec in runs:
-            found.append(_both(spec, executor, out, progress))
+            found.append(_both(spec, _label(spec, experiment, several), executor, out, progress))
             progress.console.print(_line(found[-1]), highlight=False)
     console.print(table(found))
     if out is not None:
@@ -135,9 +136,17 @@ def table(found: Sequence[Compared]) -> Table:
     return shown
 
 
-def _both(spec: RunSpec, executor: str, out: Path | None, progress: Progress) -> Compared:
+def _label(spec: RunSpec, experiment: Experiment, several: bool) -> str:
+    """The policy, and what its cell has of its own."""
+    own = {k: v for cell in experiment.cells() for k, v in cell.items() if spec.cell.get(k) == v}
+    return spec.policy.shown + ("".join(f" {k}={v}" for k, v in own.items()) if several else "")
+
+
+def _both(
+    spec: RunSpec, label: str, executor: str, out: Path | None, progress: Progress
+) -> Compared:
     planned = spec.to_case()
-    task = progress.add_task(f"{spec.policy.shown}, seed {spec.seed}", total=len(planned.trace))
+    task = progress.add_task(f"{label}, seed {spec.seed}", total=len(planned.trace))
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hocket-live-")))
 
@@ -146,10 +155,10 @@ def _both(spec: RunSpec, executor: str, out: Path | None, progress: Progress) ->
 
         live = asyncio.run(run_live(planned, folder, executor, told))
         if out is not None:
-            name = f"{spec.policy.shown.replace(' ', '-')}-{spec.seed}"
+            name = f"{label.replace(' ', '-').replace('=', '-')}-{spec.seed}"
             _draw(folder, out / f"{name}.html", f"{spec.title}, {name}", planned, live)
     progress.remove_task(task)
-    return compare(spec.policy.shown, spec.seed, planned, live)
+    return compare(label, spec.seed, planned, live)
 
 
 def _draw(folder: Path, path: Path, title: str, case: Case, live: dict[str, Outcome]) -> None:
