@@ -13,7 +13,10 @@ from hocket.interruptions import Interruption, Kind, Stretch
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 # Told apart on dark and on light grounds, also with the common kinds of colour blindness.
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb5566", "#999933")
+_COLOURS = (
+    *("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#8c564b", "#999933"),
+    *("#004488", "#dd8833", "#117755", "#777777"),
+)
 _NODE_SHADE = {"dit": 1.0, "text": 0.5, "vae": 0.65}
 _ROW_PX, _WIDTH_PX, _LABEL_PX, _TICK_PX = 34, 1120, 70, 22
 _PAGE = """<!doctype html>

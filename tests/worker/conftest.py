@@ -7,12 +7,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.worker.family_table import FamilyTable
 from tests.worker.tiny_cogvideox import cogvideox_reference
 from tests.worker.tiny_hunyuan import hunyuan_reference
 from tests.worker.tiny_ltx import ltx_reference
 from tests.worker.tiny_models import Reference, flux_reference, wan_reference
 from tests.worker.tiny_qwen import qwen_reference
 from tests.worker.worker_pool import Pool
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The table of families stands under every run that tests them."""
+    config.pluginmanager.register(FamilyTable())
 
 
 @pytest.fixture(scope="session")

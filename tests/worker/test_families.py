@@ -6,7 +6,7 @@ runs a slice, `make test-full` all of it and prints the table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from gpuworker.models.loading import load_card
 from gpuworker.team import Layout, Team
 from tests.worker import worker_tasks as tasks
 from tests.worker.families import FAMILIES, Family
+from tests.worker.family_table import ERROR
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_jobs import (
     LATENT_TOLERANCE,
@@ -33,6 +34,7 @@ from tests.worker.worker_jobs import (
 from tests.worker.worker_pool import CPU, Pool
 
 Made = dict[str, Reference]
+Record = Callable[[str, object], None]
 
 
 class Mute:
@@ -76,10 +78,11 @@ def reference(
     return made[name]
 
 
-def check(pool: Pool, reference: Reference, schedule: Schedule) -> None:
+def check(pool: Pool, reference: Reference, schedule: Schedule, record_property: Record) -> None:
     """The stock pipeline's latents and picture."""
     state, frames = run_schedule(pool, reference, schedule)
     error, levels = latent_error(state, reference), level_error(frames, reference)
+    record_property(ERROR, error)
     assert error <= LATENT_TOLERANCE, f"latents differ by {error} after {schedule}"
     assert levels <= 1, f"pictures differ by {levels} levels after {schedule}"
 
@@ -90,24 +93,34 @@ def steps_of(reference: Reference) -> int:
 
 
 @pytest.mark.parametrize("degree", [1, 2, pytest.param(4, marks=pytest.mark.full)])
-def test_every_layout(pool: Pool, family: Family, reference: Reference, degree: int) -> None:
+def test_every_layout(
+    pool: Pool, family: Family, reference: Reference, degree: int, record_property: Record
+) -> None:
     for layout in layouts(degree, family.cfg):
-        check(pool, reference, [(tuple(range(degree)), steps_of(reference), layout)])
+        whole = [(tuple(range(degree)), steps_of(reference), layout)]
+        check(pool, reference, whole, record_property)
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.full)])
-def test_random_schedules(pool: Pool, family: Family, reference: Reference, seed: int) -> None:
-    check(pool, reference, random_schedule(seed, steps_of(reference), family.cfg))
+def test_random_schedules(
+    pool: Pool, family: Family, reference: Reference, seed: int, record_property: Record
+) -> None:
+    drawn = random_schedule(seed, steps_of(reference), family.cfg)
+    check(pool, reference, drawn, record_property)
 
 
-def test_preempted_and_resumed_elsewhere(pool: Pool, reference: Reference) -> None:
+def test_preempted_and_resumed_elsewhere(
+    pool: Pool, reference: Reference, record_property: Record
+) -> None:
     """Parked as bytes between any two of the legs; another worker, another degree."""
     steps = steps_of(reference)
-    check(pool, reference, [((0,), 2), ((2, 3), steps - 4), ((1,), 2)])
+    check(pool, reference, [((0,), 2), ((2, 3), steps - 4), ((1,), 2)], record_property)
 
 
 @pytest.mark.parametrize("degree", [pytest.param(1, marks=pytest.mark.full), 2])
-def test_a_batch_of_four(pool: Pool, family: Family, reference: Reference, degree: int) -> None:
+def test_a_batch_of_four(
+    pool: Pool, family: Family, reference: Reference, degree: int, record_property: Record
+) -> None:
     """Companions with other seeds, prompts, guidance and positions come and go."""
     steps, mine = steps_of(reference), reference.settings
     others = [
@@ -122,6 +135,7 @@ def test_a_batch_of_four(pool: Pool, family: Family, reference: Reference, degre
         )
         for state in pool.each(members, tasks.step_together, batch):
             error = latent_error(state, reference)
+            record_property(ERROR, error)
             assert error <= LATENT_TOLERANCE, f"the companions changed it by {error} in {layout}"
 
 
