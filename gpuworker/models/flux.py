@@ -29,6 +29,7 @@ from gpuworker.models.card import (
     latents_of,
     noise,
     number,
+    numbers_of,
     stacked,
     timesteps_of,
     to_frames,
@@ -130,8 +131,7 @@ class FluxCard(DiffusersCard):
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         guidance = None
         if self._transformer.config.guidance_embeds:
-            scales = [number(row.state, "guidance_scale") for row in rows]
-            guidance = torch.tensor(scales, device=self._device, dtype=torch.float32)
+            guidance = numbers_of(rows, "guidance_scale")
         latents = latents_of(rows)
         velocity: Tensor
         (velocity,) = self._transformer(

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gpuworker.exchange import AttentionInputs, ulysses
-from gpuworker.groups import BlobLost, Group, GroupCache, GroupLost
+from gpuworker.groups import Group, GroupCache, GroupLost
+from gpuworker.rendezvous import BlobLost
 from gpuworker.state import LatentState
 from gpuworker.team import Communicator, Layout, Team
 from tests.worker.worker_pool import CPU, Member
