@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 from torch.distributed import distributed_c10d as c10d
 
 from gpuworker.exchange import AttentionInputs, LocalAttention, ParallelAttention, usp
@@ -65,12 +66,12 @@ class XfuserAttention:
     """A `ParallelAttention`. Raises `XfuserMissing` where xfuser does not load."""
 
     def __init__(self, backend: Any = None) -> None:
-        """`backend` is a value of xfuser's AttentionBackendType; None: its choice for the device."""
+        """`backend` is one of xfuser's AttentionBackendType; None: what fits the device."""
         try:
-            self._layer = importlib.import_module("xfuser.model_executor.layers.usp")
-            self._state = importlib.import_module("xfuser.core.distributed.parallel_state")
-            self._runtime = importlib.import_module("xfuser.core.distributed.runtime_state")
-            kinds = importlib.import_module("xfuser.core.distributed.attention_backend")
+            self._layer: Any = importlib.import_module("xfuser.model_executor.layers.usp")
+            self._state: Any = importlib.import_module("xfuser.core.distributed.parallel_state")
+            self._runtime: Any = importlib.import_module("xfuser.core.distributed.runtime_state")
+            kinds: Any = importlib.import_module("xfuser.core.distributed.attention_backend")
             self._backend = backend or self._fitting(kinds.AttentionBackendType)
         except Exception as error:  # whatever its many parts raise where they find no accelerator
             raise XfuserMissing(f"{type(error).__name__}: {error}") from error
@@ -195,15 +196,20 @@ class _Settings:
 
 @contextmanager
 def _world(whole: Any, parts: dict[Any, tuple[int, ...]]) -> Iterator[None]:
-    """torch.distributed's functions find `whole` as the default group and know the parts' ranks."""
-    world = c10d._world
-    before, known = world.default_pg, dict(world.pg_group_ranks)
-    world.default_pg = whole
+    """torch.distributed's functions find `whole` as the default group, and the parts by name."""
+    world, known = c10d._world, dict(c10d._world.pg_group_ranks)
+    before, world.default_pg = world.default_pg, whole
+    named: list[Any] = []
     for group, ranks in ({whole: tuple(range(whole.size()))} | parts).items():
         world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
+        named.append(f"hocket/{id(group)}")
+        group._set_group_name(named[-1])
+        _register_process_group(named[-1], group)
     try:
         yield
     finally:
+        for name in named:
+            _unregister_process_group(name)
         world.default_pg = before
         world.pg_group_ranks.clear()
         world.pg_group_ranks.update(known)

@@ -60,13 +60,14 @@ class _Run:
 
     async def run(self, asked: str) -> list[str]:
         """Runs the sections; names of those that failed."""
-        device: dict[str, Any] = json.loads(await _told("device"))
+        told = json.loads(await _facts())
+        device: dict[str, Any] = told["device"]
         if device["device"] == "cpu" and not self._tiny:
             console.print("no CUDA device here: `--tiny` runs the same on the CPU", style="red")
             raise typer.Exit(2)
         facts = {**device, "machine": machine_kind(), "command": shlex.join(sys.argv[1:])}
         (self._output / "device.json").write_text(json.dumps(facts, indent=2) + "\n")
-        models = (await _told("models", *self._flags())).split()
+        models: list[str] = told["tiny" if self._tiny else "models"]
         chosen = asked.split(",") if asked else [*models, *_OTHERS]
         if unknown := set(chosen) - {*models, *_OTHERS}:
             allowed = ", ".join((*models, *_OTHERS))
@@ -88,7 +89,7 @@ class _Run:
         out = self._output / f"{section}.jsonl"
         arguments = ["steps", section] if is_model else [section]
         arguments += [f"--out={out}", f"--minutes={minutes:.2f}", *self._flags()]
-        return await _shown(log, f"{_MODULE}", *arguments)
+        return await _shown(log, _MODULE, *arguments)
 
     async def _mesh(self, log: Path) -> bool:
         try:
@@ -110,9 +111,9 @@ def _say(text: str) -> None:
     console.print(f"  {text}", highlight=False)
 
 
-async def _told(*arguments: str) -> str:
+async def _facts() -> str:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", _MODULE, *arguments), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", f"{_MODULE}.facts"), stdout=asyncio.subprocess.PIPE
     )
     out, _ = await process.communicate()
     if process.returncode:

@@ -15,18 +15,7 @@ from typing import Any
 
 from bench.reporting.statistics import mean_interval
 
-HEADER = [
-    "model",
-    "gpu",
-    "node",
-    "width",
-    "height",
-    "frames",
-    "degree",
-    "batch",
-    "call_us",
-    "source",
-]
+HEADER = "model,gpu,node,width,height,frames,degree,batch,call_us,source"
 Found = Mapping[str, Any]  # one line of a section's file
 
 
@@ -48,8 +37,8 @@ def write_report(folder: Path) -> None:
 def profile_csv(cells: Iterable[Found], device: Mapping[str, Any]) -> str:
     """As `control.scheduler.profile` reads it: what is run as written, on one GPU."""
     text = io.StringIO()
+    text.write(HEADER + "\n")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow((*HEADER, "source"))
     for found in cells:
         cell = found["cell"]
         if cell["compile"] == "off" and found.get("ours_us"):

@@ -1,17 +1,14 @@
 """`python -m gpuworker.measuring SECTION --out FILE`: figures of one device, as JSON lines.
 
-Sections: `device`, `steps MODEL`, `groups`, `layouts`. `python -m bench gpu` runs them, each in a
+Sections: `steps MODEL`, `groups`, `layouts`. `python -m bench gpu` runs them, each in a
 process of its own, and writes the report.
 """
 
 from __future__ import annotations
 
-import json
-import platform
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import diffusers
 import torch
 import typer
 
@@ -24,18 +21,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 Out = Annotated[Path, typer.Option(help="JSON lines; what is there is not measured again.")]
 Tiny = Annotated[bool, typer.Option(help="Tiny models, few pairs: shows that it runs.")]
 Minutes = Annotated[float, typer.Option(help="No new cell begins after so long.")]
-
-
-@app.command()
-def device() -> None:
-    """What this machine is, as one JSON object."""
-    print(json.dumps(facts()))
-
-
-@app.command()
-def models(tiny: Tiny = False) -> None:
-    """The names that `steps` knows, one a line."""
-    print("\n".join(TINY if tiny else SIZES))
 
 
 @app.command()
@@ -68,28 +53,6 @@ def layouts(out: Out, tiny: Tiny = False, minutes: Minutes = 20.0) -> None:
     """One step in every layout of 2, 4 and 8 members, a GPU each, against one member."""
     size = next(iter((TINY if tiny else SIZES).values()))
     measure_layouts(Record(out, minutes), size.name, best_device().type, 2 if tiny else 8)
-
-
-def facts() -> dict[str, Any]:
-    """Kind of device and versions; no names of hosts."""
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "cpu_threads": torch.get_num_threads(),
-    }
-    if not torch.cuda.is_available():
-        return found | {"device": "cpu", "count": 1}
-    properties = torch.cuda.get_device_properties(0)
-    return found | {
-        "device": torch.cuda.get_device_name(0),
-        "count": torch.cuda.device_count(),
-        "memory_bytes": properties.total_memory,
-        "capability": ".".join(map(str, torch.cuda.get_device_capability(0))),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),  # type: ignore[no-untyped-call]
-    }
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import multiprocessing as mp
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -92,7 +93,7 @@ def _alone(device: torch.device, rounds: int) -> dict[str, Any]:
             channel = host_channel(name, 0, 1, timeout, gloo)
         found["form_us"].append((steady_ns() - began_ns) // 1000)
         for key in ("first_us", "next_us"):
-            found[key].append(_by_clock_us(device, lambda c=channel: c.allreduce([tensor]).wait()))
+            found[key].append(_by_clock_us(device, partial(_reduced, channel, tensor)))
         began_ns = steady_ns()
         if device.type == "cuda":
             channel.abort()
@@ -101,6 +102,10 @@ def _alone(device: torch.device, rounds: int) -> dict[str, Any]:
     usable = bool((tensor + 1).isfinite().all())  # the device still computes
     rendezvous.close()
     return {**found, "usable_after": usable}
+
+
+def _reduced(channel: Any, tensor: torch.Tensor) -> None:
+    channel.allreduce([tensor]).wait()
 
 
 def _by_clock_us(device: torch.device, work: Callable[[], Any]) -> int:
@@ -131,7 +136,7 @@ def _groups_of(
         cache.get(epoch, names, address, _TIMEOUT_S)
         found["warm_us"].append((steady_ns() - began_ns) // 1000)
         for _ in range(3):
-            took_us = _by_clock_us(device, lambda g=group: g.all_to_all(flat, each, each))
+            took_us = _by_clock_us(device, partial(group.all_to_all, flat, each, each))
         found["exchange_us"].append(took_us)
         group.broadcast_word(1 if rank == 0 else None)  # nobody gives up while others exchange
         began_ns = steady_ns()

@@ -129,7 +129,7 @@ _TINY_FLUX = {
     "axes_dims_rope": (4, 6, 6),
     "guidance_embeds": True,
 }
-_TINY_WAN = _wan_config(4, 64, 1) | {"attention_head_dim": 12, "text_dim": 32, "freq_dim": 32}
+_TINY_WAN = {**_wan_config(4, 64, 1), "attention_head_dim": 12, "text_dim": 32, "freq_dim": 32}
 
 SIZES: Mapping[str, Size] = {
     size.name: size
@@ -217,7 +217,7 @@ def built(size: Size, device: torch.device, dtype: torch.dtype) -> DiffusersCard
         "vae": on_device(size.vae, device, torch.float32 if size.vae_float32 else dtype),
         "scheduler": size.scheduler(),
     }
-    return size.card(size.name, parts, {"text_tokens": size.text_tokens}, device)  # type: ignore[call-arg, arg-type]
+    return size.card(size.name, parts, {"text_tokens": size.text_tokens}, device)  # type: ignore[arg-type]
 
 
 def on_device(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:

@@ -127,14 +127,15 @@ class _Bench:
         peak_bytes = _peak_bytes(self._device)
         plain.step()
         for _ in range(WARM_STEPS - 1):
-            ours.step(), plain.step()
+            ours.step()
+            plain.step()
         ours_us: list[int] = []
         plain_us: list[int] = []
         began_ns = steady_ns()
         for turn in range(self._pairs):
-            sides = [(ours, ours_us), (plain, plain_us)]
-            for side, times in sides if turn % 2 else reversed(sides):
-                times.append(timed_us(self._device, side.step))
+            sides = [(ours.step, ours_us), (plain.step, plain_us)]
+            for step, times in sides if turn % 2 else reversed(sides):
+                times.append(timed_us(self._device, step))
             if len(ours_us) >= PAIRS_MIN and steady_ns() - began_ns > self._cell_s * 1e9:
                 break
         return {
