@@ -68,8 +68,8 @@ proto: setup  ## regenerates hocket/v1 from proto/
 bench: setup  ## the mesh against the plain diffusers loop, groups, transfers, admission
 	@python -m bench mesh
 
-bench-gpu: setup  ## on a GPU host: step times, compiled steps, NCCL, layouts, a whole mesh
-	@python -m bench gpu --output bench/results/gpu
+bench-gpu: setup  ## on a GPU host: steps, NCCL, layouts, a mesh (ARGS=--tiny on a CPU)
+	@python -m bench gpu $(ARGS)
 
 profile: setup  ## measures this machine's step times through the mesh, writes a profile CSV
 	@python -m bench profile

@@ -227,6 +227,20 @@ def rank_sum(member: Member, meeting: Meeting) -> int | Loss:
         return Loss.of(lost)
 
 
+def part_sums(member: Member, meeting: Meeting, parts: tuple[tuple[int, ...], ...]) -> list[int]:
+    """Of each part that this member is in: the sum of its ranks, over a channel of its own."""
+    group, sums = meeting.join(member), []
+    assert group.channel(range(group.size)) is group.channel(range(group.size))
+    for part in parts:
+        if group.rank in part:
+            rank = torch.tensor([group.rank])
+            group.channel(part).allreduce([rank]).wait()
+            assert group.channel(part) is group.channel(part), "formed once"
+            sums.append(int(rank))
+    group.broadcast_word(0 if group.rank == 0 else None)  # nobody leaves before the others
+    return sums
+
+
 def join_and_abort(member: Member, meeting: Meeting) -> None:
     """Joins a group and gives it up, as a worker does that ran out of memory."""
     group = meeting.join(member)
