@@ -217,7 +217,9 @@ def built(size: Size, device: torch.device, dtype: torch.dtype) -> DiffusersCard
         "vae": on_device(size.vae, device, torch.float32 if size.vae_float32 else dtype),
         "scheduler": size.scheduler(),
     }
-    return size.card(size.name, parts, {"text_tokens": size.text_tokens}, device)  # type: ignore[arg-type]
+    make: Any = size.card  # each family has the same constructor, which its base has not
+    card: DiffusersCard = make(size.name, parts, {"text_tokens": size.text_tokens}, device)
+    return card
 
 
 def on_device(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> Any:
