@@ -54,11 +54,13 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
     told = telemetry.setup("gpuworker", name, settings.state_dir, settings.log_level)
     try:
         device = pick_device(settings.device, index)
+        alone = device.type == "cuda" and settings.count > torch.cuda.device_count()
+        wanted = "native" if alone and settings.attention == "auto" else settings.attention
         cards = load_cards(
             settings.model,
             device,
             compiled=settings.compile != "off",
-            attention=chosen_attention(settings.attention, device),
+            attention=chosen_attention(wanted, device),
         )
         bus = await Bus.connect(settings.nats_url, name)
         executor = TorchExecutor(
@@ -71,7 +73,7 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
             advertise=settings.advertise,
             groups_max=settings.groups_max,
             batch_max=settings.batch_max,
-            alone=device.type == "cuda" and settings.count > torch.cuda.device_count(),
+            alone=alone,
         )
         agent = Agent(name, settings, bus, executor, SystemClock(), told.tracer)
         endpoints.announce(settings.state_dir, name, executor.store_address)

@@ -83,10 +83,10 @@ class XfuserAttention:
             return usp(team, local, inputs, others)
         q, k, v = (t.transpose(1, 2) for t in inputs[:3])  # [B, H, tokens here, D]
         group = team.group
-        channels = [group.channel(r) for r in (team.ulysses_ranks, team.ring_ranks)]
         view = _View.of(team)
+        heads, links = (group.channel(r) if len(r) > 1 else None for r in (view.heads, view.links))
         try:
-            with self._lent(group, view, *channels):
+            with self._lent(group, view, heads, links):
                 out: Tensor = self._layer.USP(q, k, v, combine_qkv_a2a=True, backend=self._backend)
         except torch.OutOfMemoryError:
             raise
@@ -139,9 +139,11 @@ class XfuserAttention:
         processes = self._layer.PROCESS_GROUP
         before = (processes.ULYSSES_PG, processes.RING_PG)
         whole = group.channel(range(group.size))
+        named = {heads: view.heads, ring: view.links}
+        parts = {part: ranks for part, ranks in named.items() if part is not None}
         processes.ULYSSES_PG, processes.RING_PG = heads, ring
         try:
-            with _world(whole, {heads: view.heads, ring: view.links}), self._seen(view):
+            with _world(whole, parts), self._seen(view):
                 yield
         finally:
             processes.ULYSSES_PG, processes.RING_PG = before
