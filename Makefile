@@ -14,7 +14,7 @@ PLANNER := control/scheduler/policies/hocket
 CODE := hocket gateway control gpuworker bench tests tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-full lint types proto bench profile clean
+.PHONY: help setup demo up test test-full lint types proto bench bench-gpu profile clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -67,6 +67,9 @@ proto: setup  ## regenerates hocket/v1 from proto/
 
 bench: setup  ## the mesh against the plain diffusers loop, groups, transfers, admission
 	@python -m bench mesh
+
+bench-gpu: setup  ## on a GPU host: steps, NCCL, layouts, a mesh (ARGS=--tiny on a CPU)
+	@python -m bench gpu $(ARGS)
 
 profile: setup  ## measures this machine's step times through the mesh, writes a profile CSV
 	@python -m bench profile

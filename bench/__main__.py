@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from bench import mesh_bench, profile_bench
 from bench import overheads as overhead_bench
 from bench.bound import bound_command
+from bench.gpu.command import gpu_command
 from bench.live_command import live_command
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
 from bench.report import report_command, timeline_command
@@ -118,6 +119,7 @@ app.command("soak")(soak_command)
 app.command("report")(report_command)
 app.command("timeline")(timeline_command)
 app.command("bound")(bound_command)
+app.command("gpu")(gpu_command)
 
 
 if __name__ == "__main__":

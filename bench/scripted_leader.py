@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpuworker.groups import Rendezvous
+from gpuworker.rendezvous import Rendezvous
 from gpuworker.state import LatentState
 from hocket.bus import Bus, Feed, Subjects
 from hocket.v1 import mesh_pb2, types_pb2

@@ -25,6 +25,8 @@ def main(
     gpu: Annotated[str | None, typer.Option(help="What profiles call the device.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Folder or hub id; repeatable.")] = None,
     profile: Annotated[Path | None, typer.Option(help="CSV for the emulated executor.")] = None,
+    compile: Annotated[str | None, typer.Option(help="off or default: torch.compile.")] = None,
+    attention: Annotated[str | None, typer.Option(help="auto, native or xfuser.")] = None,
     host: Annotated[str | None, typer.Option(help="Host name told to the planner.")] = None,
     advertise: Annotated[str | None, typer.Option(help="Address for other workers.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,

@@ -33,3 +33,7 @@ class WorkerSettings(Common, frozen=True, kw_only=True):
     heartbeat_us: Annotated[int, msgspec.Meta(ge=10_000)] = 250_000
     batch_max: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # jobs of one shape at a time
     groups_max: Annotated[int, msgspec.Meta(ge=1)] = 64  # communicators kept
+    # "default": blocks go through torch.compile, which each kind of shape pays for once.
+    compile: Literal["off", "default"] = "off"
+    # Where a sequence is split: our own exchange, xfuser's on a GPU, or xfuser's where it is there.
+    attention: Literal["auto", "native", "xfuser"] = "auto"

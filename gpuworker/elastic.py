@@ -27,7 +27,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ class ElasticSP:
         self._comm: Communicator | None = None  # of the members that share this one's sequence
         self._streams: dict[str, Lengths] = {}
         self._exchanges = 0
+        self.compiled = False  # the model's blocks; where a sequence is split they run as written
         self._inside: Reach | None = None  # the attention module that is running
         self._meets_torch = not _leave_mark(model, self, cross)
         if not self._meets_torch:
@@ -106,12 +107,20 @@ class ElasticSP:
         self._team, self._comm = team, team.sequence() if team is not None and shared else None
         self._forget()
         try:
-            with OnTheWay(self) if shared and self._meets_torch else nullcontext():
+            with self._as_written(shared), self._meeting_torch(shared):
                 yield
             if self._streams and not self._exchanges:  # split tokens never met: the result is wrong
                 raise DiffusersMoved("attention did not come by here")
         finally:
             self._team = self._comm = None
+
+    def _as_written(self, shared: bool) -> AbstractContextManager[Any]:
+        """Exchanges are Python between two attentions: nothing for a compiler to see through."""
+        eager = shared and self.compiled
+        return torch.compiler.set_stance("force_eager") if eager else nullcontext()
+
+    def _meeting_torch(self, shared: bool) -> AbstractContextManager[Any]:
+        return OnTheWay(self) if shared and self._meets_torch else nullcontext()
 
     def _forget(self) -> None:
         self._streams, self._exchanges, self._inside = {}, 0, None
@@ -124,6 +133,10 @@ class ElasticSP:
             yield
         finally:
             self._inside = before
+
+    def attend_by(self, attention: ParallelAttention) -> None:
+        """Replaces what goes around attention from the next step on."""
+        self._attention = attention
 
     @property
     def active(self) -> bool:

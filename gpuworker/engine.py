@@ -15,17 +15,21 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from traceback import clear_frames
 
 import torch
 
 from gpuworker import media
 from gpuworker.executor import Listener, Media, RunNote, SideNote, StepNote, Stopwatch
-from gpuworker.groups import BlobLost, Group, GroupCache, GroupLost, Rendezvous
+from gpuworker.groups import Group, GroupCache, GroupLost
 from gpuworker.inbox import Inbox
-from gpuworker.latents import LatentShelf
+from gpuworker.latents import LatentMissing, LatentShelf
 from gpuworker.models.card import ModelCard
+from gpuworker.pace import Ended, Pace
+from gpuworker.rendezvous import BlobLost, Rendezvous
 from gpuworker.state import LatentState
 from gpuworker.team import Layout, Team
 from hocket import spans, telemetry
@@ -40,18 +44,6 @@ _FORM_TIMEOUT_S = 10.0
 
 # Asks a holder (worker name) for a latent and returns the store key, or raises LatentMissing.
 Ask = Callable[[str, mesh_pb2.LatentRequest], mesh_pb2.LatentReply]
-
-
-@dataclass
-class LatentMissing(Exception):
-    """No holder could give the latent that an assignment starts from."""
-
-    request: str
-    steps_done: int
-    tried: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"no latent of {self.request} after step {self.steps_done}; tried {self.tried}"
 
 
 class _Truncated(Exception):
@@ -89,6 +81,7 @@ class Engine:
         rendezvous: Rendezvous,
         groups: GroupCache,
         ask: Ask,
+        pace: Pace,
     ) -> None:
         self._worker = worker
         self._cards = cards
@@ -97,10 +90,12 @@ class Engine:
         self._rendezvous = rendezvous
         self._groups = groups
         self._ask = ask
+        self._pace = pace
 
     def run(self, listener: Listener) -> None:
         """Runs assignments until the inbox is closed."""
         torch.set_grad_enabled(False)
+        self._pace.enter()
         while (assignment := self._inbox.take()) is not None:
             run = _Run(assignment)
             with telemetry.within(run.members[0].traceparent):
@@ -124,7 +119,10 @@ class Engine:
             return self._failed(run, "LATENT_MISSING", str(missing))
         except torch.OutOfMemoryError as error:
             self._abort(run)
-            return self._failed(run, "OUT_OF_MEMORY", str(error))
+            told = str(error)
+            clear_frames(error.__traceback__)  # they hold what filled the memory
+            self._pace.recover()
+            return self._failed(run, "OUT_OF_MEMORY", told)
         except Exception as error:
             log.exception("assignment %d failed", run.assignment.sequence)
             self._abort(run)
@@ -145,7 +143,8 @@ class Engine:
     def _encode(self, run: _Run) -> RunNote:
         if self._must_stop(run, 0):
             raise _Truncated
-        began, card, resolved = Stopwatch(), self._card(run), {}
+        began, card, resolved = self._pace.start(), self._card(run), {}
+        states = []
         for member in run.members:
             spec = member.spec
             state = card.encode(
@@ -158,32 +157,43 @@ class Engine:
                 guidance_scale=spec.guidance_scale,
                 seed=spec.seed,
             )
-            self._shelf.put(member.request_id, state)
+            states.append(state)
             if (given := card.resolve(spec.prompt)) != spec.prompt:
                 resolved[member.request_id] = given
-        run.steps.append(began.step(0))
+        self._land(run, states, self._pace.end(began, 0))
         return self._note(run, 0, last=True, resolved=resolved)
 
     def _denoise(self, run: _Run, states: list[LatentState], listener: Listener) -> RunNote:
         card = self._card(run)
         team = Team(run.group, _layout(run.assignment)) if run.group is not None else None
-        made = 0
+        made, seen = 0, 0
+        launched: deque[tuple[list[LatentState], Ended]] = deque()  # and not seen to end
         while made < run.assignment.steps and self._goes_on(run, made):
-            began = Stopwatch()
+            began = self._pace.start()
             states = card.step(states, team)
-            self._settle(run)
-            for member, state in zip(run.members, states, strict=True):
-                self._shelf.put(member.request_id, state)
-            self._groups.acknowledge()
-            run.steps.append(began.step(made))
+            launched.append((states, self._pace.end(began, made)))
             made += 1
+            while len(launched) > self._pace.ahead:
+                self._land(run, *launched.popleft())
+                seen += 1
             if (
-                made < run.assignment.steps
+                seen
+                and made < run.assignment.steps
                 and run.leads(self._worker)
                 and run.unreported.elapsed_ns() >= _REPORT_EVERY_NS
             ):
-                listener(self._note(run, made))
+                listener(self._note(run, seen))
+        while launched:
+            self._land(run, *launched.popleft())
         return self._note(run, made, last=True)
+
+    def _land(self, run: _Run, states: Sequence[LatentState], ended: Ended) -> None:
+        """Waits for the end of a call on this member's device; what it made is shown from then."""
+        note = self._pace.wait(ended, run.group)
+        for member, state in zip(run.members, states, strict=True):
+            self._shelf.put(member.request_id, state)
+        self._groups.acknowledge()
+        run.steps.append(note)
 
     def _decode(self, run: _Run, states: list[LatentState]) -> RunNote:
         if self._must_stop(run, 0):
@@ -232,13 +242,6 @@ class Engine:
 
     def _others(self, run: _Run) -> tuple[str, ...]:
         return tuple(name for name in run.assignment.group.members if name != self._worker)
-
-    def _settle(self, run: _Run) -> None:
-        """Returns when the step has ended on this member's device."""
-        if run.group is not None:
-            run.group.settle()
-        elif torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
 
     def _abort(self, run: _Run) -> None:
         if run.group is not None:

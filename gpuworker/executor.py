@@ -51,6 +51,11 @@ class Stopwatch:
         start_ns = self._start_unix_ns
         return StepNote(step, start_ns, start_ns + took_ns, took_ns // 1000)
 
+    def ended(self, step: int, took_us: int) -> StepNote:
+        """A step that another clock timed, which ended by now."""
+        end_ns = self._start_unix_ns + self.elapsed_ns()
+        return StepNote(step, end_ns - 1000 * took_us, end_ns, took_us)
+
     def side(self, name: str, attributes: Mapping[str, str | int]) -> SideNote:
         start_ns = self._start_unix_ns
         return SideNote(name, start_ns, start_ns + self.elapsed_ns(), attributes)

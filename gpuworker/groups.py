@@ -1,7 +1,7 @@
 """Groups on demand: communicators that only their members make, named by (epoch, ordered members).
 
-There is no world and no default process group. Every worker hosts a small store (`Rendezvous`);
-the members of a group meet in the first member's store under the group's name. House rules:
+There is no world and no default process group. The members of a group meet in the first member's
+store (rendezvous.py) under the group's name. House rules:
 
 - A name is used once: old addresses stay in the store, and a member that still has a group must
   never meet another that makes it anew. After a loss or an eviction control raises the epoch.
@@ -16,31 +16,28 @@ On CUDA a group is an NCCL communicator for tensors and a gloo one for words; on
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from datetime import timedelta
 from functools import partial
 from traceback import clear_frames
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, PrefixStore, TCPStore
+from torch._C._distributed_c10d import AllgatherOptions, PrefixStore
 
+from gpuworker.channels import cuda_channel, host_channel
+from gpuworker.rendezvous import Abandoned, Cancel, Rendezvous, run_bounded, wait_until
 from hocket.clock import SystemClock
 
 DEFAULT_TIMEOUT_S = 30.0
 _SPENT_MAX = 4096  # member lists whose last epoch is remembered
-_STORE_TIMEOUT = timedelta(seconds=10)  # of a connect or a get at another worker's store
-_CHUNK_BYTES = 4 << 20  # a store value may have 8 MiB
-_POLL_S = 0.0005
-_CANCEL_POLL_S = 0.02
+_SETTLE_POLL_S = 0.0002
+_PAUSE = threading.Event()  # never set: waiting for it gives the interpreter to others
 _CLOCK = SystemClock()
-T = TypeVar("T")
 Members = tuple[str, ...]
 
 
@@ -56,83 +53,6 @@ class GroupLost(Exception):
         self.members, self.epoch, self.cause, self.suspects = members, epoch, cause, suspects
 
 
-class BlobLost(Exception):
-    """A blob that could not be fetched. Fields: `address` of its holder, `key`, `cause`."""
-
-    def __init__(self, address: str, key: str, cause: str) -> None:
-        super().__init__(f"{key} at {address}: {cause}")
-        self.address, self.key, self.cause = address, key, cause
-
-
-class Cancel(Protocol):
-    """Says when to give a wait up; a `threading.Event` is one."""
-
-    def is_set(self) -> bool: ...
-
-
-class Rendezvous:
-    """This process's store: where the groups meet whose first member it is, and which offers blobs.
-
-    `address` ("host:port") goes out with the heartbeat. Lives as long as the process. Thread-safe.
-    """
-
-    def __init__(self, host: str = "127.0.0.1") -> None:
-        self.host = host
-        self._store: Any = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        self.address = f"{host}:{self._store.port}"
-        self._clients: dict[str, Any] = {}
-
-    def client(self, address: str) -> Any:
-        """A store at `address`, else OSError or RuntimeError; blocks where the host is stopped."""
-        if address == self.address:
-            return self._store
-        if address not in self._clients:
-            host, port = address.rsplit(":", 1)
-            # TCPStore itself would try for long where nobody listens.
-            socket.create_connection((host, int(port)), DEFAULT_TIMEOUT_S).close()
-            self._clients[address] = TCPStore(host, int(port), None, False, _STORE_TIMEOUT, False)
-        return self._clients[address]
-
-    def forget(self, address: str) -> None:
-        """Connects anew next time."""
-        self._clients.pop(address, None)
-
-    def close(self) -> None:
-        """Lets the store go; it stops when nothing uses it any more."""
-        self._clients, self._store = {}, None
-
-    def put(self, key: str, blob: bytes) -> None:
-        """Offers a blob of any size to whoever fetches `key` from here; keeps it until `drop`."""
-        chunks = range(0, len(blob), _CHUNK_BYTES)
-        for number, start in enumerate(chunks):
-            self._store.set(f"blob/{key}/{number}", blob[start : start + _CHUNK_BYTES])
-        self._store.set(f"blob/{key}", str(len(chunks)))  # last: all of it is there
-
-    def drop(self, key: str) -> None:
-        """Takes an offered blob back; one that is not there is fine."""
-        if self._store.check([f"blob/{key}"]):
-            chunks = int(self._store.get(f"blob/{key}"))
-            for name in (f"blob/{key}", *(f"blob/{key}/{number}" for number in range(chunks))):
-                self._store.delete_key(name)
-
-    def fetch(
-        self, address: str, key: str, timeout_s: float, cancel: Cancel | None = None
-    ) -> bytes:
-        """Waits until the worker at `address` offers `key` and returns it. Raises `BlobLost`."""
-
-        def work(abandoned: threading.Event) -> bytes:
-            store = self.client(address)
-            _wait_until(partial(store.check, [f"blob/{key}"]), abandoned)
-            chunks = int(store.get(f"blob/{key}"))
-            return b"".join(store.get(f"blob/{key}/{number}") for number in range(chunks))
-
-        try:
-            return run_bounded(work, timeout_s, cancel)
-        except (RuntimeError, OSError, Abandoned) as error:
-            self.forget(address)
-            raise BlobLost(address, key, str(error)) from error
-
-
 class Group:
     """The communicator of an ordered worker list. One thread uses it; `abort` may come from any.
 
@@ -140,12 +60,20 @@ class Group:
     """
 
     def __init__(
-        self, epoch: int, members: Members, rank: int, device: torch.device, channels: Any = None
+        self,
+        epoch: int,
+        members: Members,
+        rank: int,
+        device: torch.device,
+        channels: Any = None,
+        meet: Callable[[str, int, int], Any] | None = None,
     ) -> None:
         self.epoch, self.members = epoch, members
         self.rank, self.size, self.device = rank, len(members), device
         self.timeout_s = DEFAULT_TIMEOUT_S
-        self._channels: tuple[Any, Any] | None = channels  # process groups of device and host
+        self._channels: tuple[Any, Any] | None = channels  # of device and host
+        self._meet = meet  # makes a further channel of the device
+        self._parts: dict[tuple[int, ...], Any] = {}
         self._lost: str | None = None
 
     @property
@@ -198,26 +126,47 @@ class Group:
         whole = torch.frombuffer(mine or bytearray(length + 1), dtype=torch.uint8)[:length]
         return self.broadcast(whole, src).numpy().tobytes()
 
-    def settle(self) -> None:
-        """Waits until the device has done all that was queued; a no-op on CPU.
+    def channel(self, ranks: Sequence[int]) -> Any:
+        """torch's own process group of some members, this one among them, for who wants one.
+
+        Formed by all of them at its first use, and kept: that of all members is there already.
+        """
+        key = tuple(ranks)
+        channels, meet = self._channels, self._meet
+        if channels is None or meet is None:
+            raise GroupLost(self.members, self.epoch, self._lost or "closed")
+        if len(key) == self.size:
+            return channels[0]
+        if key not in self._parts:
+            name, rank = "part/" + "/".join(map(str, key)), key.index(self.rank)
+            try:
+                self._parts[key] = run_bounded(lambda _: meet(name, rank, len(key)), self.timeout_s)
+            except (RuntimeError, Abandoned) as error:
+                raise self.lose(error) from error
+        return self._parts[key]
+
+    def settle(self, event: Any) -> None:
+        """Waits until the device has come by `event`, a CUDA event of this step.
 
         NCCL's own waits have no end: here a hung peer is found, after `timeout_s`.
         """
-        if self.device.type != "cuda":
-            return
-        event: Any = torch.cuda.Event()
-        event.record()
         try:
-            run_bounded(lambda left: _wait_until(event.query, left), self.timeout_s)
+            end_us = _CLOCK.now_us() + int(self.timeout_s * 1e6)
+            while not event.query():
+                if _CLOCK.now_us() >= end_us:
+                    raise Abandoned("time-out")
+                _PAUSE.wait(_SETTLE_POLL_S)
         except (RuntimeError, Abandoned) as error:
-            raise self._fail(error) from error
+            raise self.lose(error) from error
 
     def abort(self, cause: str = "aborted") -> None:
         """Gives the group up, from any thread, as often as one likes; peers fail soon after."""
         self._lost = self._lost or cause
         channels, self._channels = self._channels, None
+        parts, self._parts = self._parts, {}
         if channels is not None and channels[0] is not channels[1]:
-            channels[0].abort()  # stops kernels that spin on a dead peer
+            for channel in (channels[0], *parts.values()):
+                channel.abort()  # stops kernels that spin on a dead peer
 
     def _run(self, tensor: Tensor, collective: Callable[[Any, timedelta], Any]) -> None:
         """Runs one collective where `tensor` lives; when it fails, the group is given up."""
@@ -230,9 +179,10 @@ class Group:
         except RuntimeError as error:
             clear_frames(error.__traceback__)  # no reference may keep the sockets open
             del channel, channels
-            raise self._fail(error) from error
+            raise self.lose(error) from error
 
-    def _fail(self, error: Exception) -> GroupLost:
+    def lose(self, error: Exception) -> GroupLost:
+        """Gives the group up for an error of its channels; what to raise then."""
         self.abort(str(error))
         return GroupLost(self.members, self.epoch, self._lost or "")
 
@@ -331,10 +281,14 @@ class GroupCache:
             store.set(f"here/{rank}", "")
             suspects.update(set(members) - {self._me})
             for peer, name in enumerate(members):
-                _wait_until(partial(store.check, [f"here/{peer}"]), abandoned)
+                wait_until(partial(store.check, [f"here/{peer}"]), abandoned)
                 suspects.discard(name)
-            channels = self._connect(store, rank, len(members), timedelta(seconds=timeout_s))
-            return Group(epoch, members, rank, self._device, channels)
+            timeout = timedelta(seconds=timeout_s)
+            host = host_channel(store, rank, len(members), timeout, self._gloo)
+            meet = partial(self._device_channel, store, timeout)
+            cuda = self._device.type == "cuda"
+            device = meet("", rank, len(members)) if cuda else host
+            return Group(epoch, members, rank, self._device, (device, host), meet)
 
         try:
             return run_bounded(work, timeout_s, cancel)
@@ -343,58 +297,11 @@ class GroupCache:
             blamed = () if str(error) == "cancelled" else tuple(sorted(suspects))
             raise GroupLost(members, epoch, f"not formed: {error}", blamed) from error
 
-    def _connect(self, store: Any, rank: int, size: int, timeout: timedelta) -> tuple[Any, Any]:
-        """Makes the process groups, outside any world, as torch.distributed._dist2 does."""
-        kinds, cpu = dist.ProcessGroup.BackendType, torch.device("cpu")
-        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices, options._threads, options._timeout = [self._gloo], 1, timeout
-        gloo = dist.ProcessGroupGloo(PrefixStore("host", store), rank, size, options)
-        host = dist.ProcessGroup(store, rank, size)
-        host._set_default_backend(kinds.GLOO)
-        host._register_backend(cpu, kinds.GLOO, gloo)
-        if self._device.type != "cuda":
-            return host, host
-        torch.cuda.set_device(self._device)  # of this thread
-        nccl_options: Any = dist.ProcessGroupNCCL.Options()
-        nccl_options._timeout, nccl_options.config.blocking = timeout, 0
-        nccl = dist.ProcessGroupNCCL(PrefixStore("device", store), rank, size, nccl_options)
-        nccl.eager_connect_single_device(self._device)
-        device = dist.ProcessGroup(store, rank, size)
-        device._set_default_backend(kinds.NCCL)
-        device._register_backend(self._device, kinds.NCCL, nccl)
-        return device, host
-
-
-class Abandoned(Exception):
-    """A bounded call that its caller left; the text is "time-out" or "cancelled"."""
-
-
-def run_bounded(
-    work: Callable[[threading.Event], T], timeout_s: float, cancel: Cancel | None = None
-) -> T:
-    """Runs `work(abandoned)` on a thread of its own; raises what it raises, or `Abandoned`.
-
-    An abandoned thread sees its event set; one that is stuck in a system call ends with that call.
-    """
-    result: Future[T] = Future()
-    abandoned = threading.Event()
-
-    def run() -> None:
-        try:
-            result.set_result(work(abandoned))
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, name="bounded", daemon=True).start()
-    end_us = _CLOCK.now_us() + int(timeout_s * 1e6)
-    while not wait([result], _CANCEL_POLL_S).done:
-        if (cancelled := cancel is not None and cancel.is_set()) or _CLOCK.now_us() >= end_us:
-            abandoned.set()
-            raise Abandoned("cancelled" if cancelled else "time-out")
-    return result.result()
-
-
-def _wait_until(ready: Callable[[], bool], abandoned: threading.Event) -> None:
-    while not ready():
-        if abandoned.wait(_POLL_S):
-            raise Abandoned("time-out")
+    def _device_channel(
+        self, store: Any, timeout: timedelta, name: str, rank: int, size: int
+    ) -> Any:
+        """A channel for tensors on this worker's device, of all members or of some (`name`)."""
+        store = PrefixStore(name, store) if name else store
+        if self._device.type == "cuda":
+            return cuda_channel(store, rank, size, timeout, self._device)
+        return host_channel(store, rank, size, timeout, self._gloo)

@@ -10,11 +10,24 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from gpuworker.state import LatentState
 from hocket.v1 import mesh_pb2, types_pb2
 
 _RELEASED_MAX = 4096
+
+
+@dataclass
+class LatentMissing(Exception):
+    """No holder could give the latent that an assignment starts from."""
+
+    request: str
+    steps_done: int
+    tried: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"no latent of {self.request} after step {self.steps_done}; tried {self.tried}"
 
 
 class LatentShelf:

@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from gpuworker.groups import GroupCache, Rendezvous
+from gpuworker.groups import GroupCache
+from gpuworker.rendezvous import Rendezvous
 from hocket.clock import steady_ns
 
 _ROUNDS = 20

@@ -87,8 +87,8 @@ class Part:
     """
 
     def __init__(self, whole: Communicator, ranks: Sequence[int]) -> None:
-        self._whole, self._ranks = whole, tuple(ranks)
-        self.rank, self.size = self._ranks.index(whole.rank), len(self._ranks)
+        self._whole, self.ranks = whole, tuple(ranks)
+        self.rank, self.size = self.ranks.index(whole.rank), len(self.ranks)
 
     def all_to_all(self, flat: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """As `Communicator.all_to_all`; counts are by rank within the part, whose order is kept."""
@@ -103,7 +103,7 @@ class Part:
         return got.view(sum(lengths), *moved.shape[1:]).movedim(0, dim).contiguous()
 
     def _spread(self, counts: Sequence[int]) -> list[int]:
-        by_rank = dict(zip(self._ranks, counts, strict=True))
+        by_rank = dict(zip(self.ranks, counts, strict=True))
         return [by_rank.get(rank, 0) for rank in range(self._whole.size)]
 
 
@@ -117,20 +117,23 @@ class Team:
         self.half, within = divmod(group.rank, layout.sequence)
         self._link, self._place = divmod(within, layout.ulysses)
 
+        first, end = self.half * layout.sequence, (self.half + 1) * layout.sequence
+        self.sequence_ranks = range(first, end)
+        place = first + self._link * layout.ulysses
+        self.ulysses_ranks = range(place, place + layout.ulysses)
+        self.ring_ranks = range(first + self._place, end, layout.ulysses)
+
     def sequence(self) -> Communicator:
         """The members among whom this one's sequence is split."""
-        first = self.half * self.layout.sequence
-        return self._part(range(first, first + self.layout.sequence))
+        return self._part(self.sequence_ranks)
 
     def ulysses(self) -> Communicator:
         """Those that exchange heads for tokens with this member."""
-        first = self.half * self.layout.sequence + self._link * self.layout.ulysses
-        return self._part(range(first, first + self.layout.ulysses))
+        return self._part(self.ulysses_ranks)
 
     def ring(self) -> Communicator:
         """Those around which this member's keys and values travel."""
-        first = self.half * self.layout.sequence + self._place
-        return self._part(range(first, first + self.layout.sequence, self.layout.ulysses))
+        return self._part(self.ring_ranks)
 
     def halves(self) -> Communicator:
         """This member and its like in the other half."""

@@ -6,17 +6,21 @@ import asyncio
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from gpuworker.engine import Engine
+from gpuworker.exchange import ParallelAttention
 from gpuworker.executor import Listener
-from gpuworker.groups import GroupCache, Rendezvous
+from gpuworker.groups import GroupCache
 from gpuworker.inbox import Inbox, StopMark
 from gpuworker.latents import LatentShelf
-from gpuworker.models.card import CardFacts, ModelCard
-from gpuworker.models.loading import load_card
+from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
+from gpuworker.models.loading import LoadError, load_card
+from gpuworker.pace import pace_of
+from gpuworker.rendezvous import Rendezvous
 from hocket.bus import Bus, Subjects
 from hocket.errors import PeerSilent
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
@@ -42,7 +46,9 @@ class TorchExecutor:
         advertise: str,
         groups_max: int,
         batch_max: int = 1,
+        alone: bool = False,
     ) -> None:
+        """`alone`: no groups, because NCCL takes no two workers on one GPU."""
         self._bus = bus
         self._subjects = subjects
         self._cards = cards
@@ -54,11 +60,19 @@ class TorchExecutor:
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
         self._shelf = LatentShelf(self._rendezvous.put, self._rendezvous.drop)
         self._engine = Engine(
-            worker, cards, self._inbox, self._shelf, self._rendezvous, self._groups, self._ask
+            worker,
+            cards,
+            self._inbox,
+            self._shelf,
+            self._rendezvous,
+            self._groups,
+            self._ask,
+            pace_of(device),
         )
         self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
         self._thread: threading.Thread | None = None
-        self.models = tuple(model_info(card.facts, batch_max) for card in cards.values())
+        facts = [replace(c.facts, degrees=(1,)) if alone else c.facts for c in cards.values()]
+        self.models = tuple(model_info(each, batch_max) for each in facts)
         self.store_address = self._rendezvous.address
 
     @property
@@ -139,12 +153,26 @@ class TorchExecutor:
             )
 
 
-def load_cards(sources: tuple[str, ...], device: torch.device) -> dict[str, ModelCard]:
+def load_cards(
+    sources: tuple[str, ...],
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    attention: ParallelAttention | None = None,
+) -> dict[str, ModelCard]:
     """Loads every model, named by its card; raises LoadError naming what is missing."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cards: dict[str, ModelCard] = {}
     for source in sources:
         card = load_card(source, device, dtype)
+        if attention is not None:
+            card.attend_by(attention)
+        if compiled:
+            try:
+                card.compile()
+            except ModelRefused as refused:
+                raise LoadError(source, refused.part, refused.reason) from refused
+            card.warm()
         cards[card.facts.name] = card
     return cards
 

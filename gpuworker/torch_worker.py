@@ -16,6 +16,7 @@ from gpuworker.config import EMBEDDED_MODELS, WorkerSettings
 from gpuworker.models.loading import LoadError
 from gpuworker.pool import run_pool
 from gpuworker.torch_executor import TorchExecutor, load_cards, pick_device
+from gpuworker.xfuser_attention import XfuserMissing, chosen_attention
 from hocket import endpoints, telemetry
 from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
@@ -39,7 +40,7 @@ def run_one(settings: WorkerSettings, index: int) -> int:
     sys.setswitchinterval(_THREAD_SWITCH_S)
     try:
         asyncio.run(_serve(settings, index))
-    except (HocketError, LoadError) as error:
+    except (HocketError, LoadError, XfuserMissing) as error:
         print(f"worker {settings.name_prefix}{index}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -53,7 +54,14 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
     told = telemetry.setup("gpuworker", name, settings.state_dir, settings.log_level)
     try:
         device = pick_device(settings.device, index)
-        cards = load_cards(settings.model, device)
+        alone = device.type == "cuda" and settings.count > torch.cuda.device_count()
+        wanted = "native" if alone and settings.attention == "auto" else settings.attention
+        cards = load_cards(
+            settings.model,
+            device,
+            compiled=settings.compile != "off",
+            attention=chosen_attention(wanted, device),
+        )
         bus = await Bus.connect(settings.nats_url, name)
         executor = TorchExecutor(
             name,
@@ -65,6 +73,7 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
             advertise=settings.advertise,
             groups_max=settings.groups_max,
             batch_max=settings.batch_max,
+            alone=alone,
         )
         agent = Agent(name, settings, bus, executor, SystemClock(), told.tracer)
         endpoints.announce(settings.state_dir, name, executor.store_address)
@@ -90,7 +99,8 @@ def _gpu_name(kind: str, index: int) -> str:
     if kind == "cpu":
         return "cpu"
     name: str = torch.cuda.get_device_name(index)
-    return name.lower().replace("nvidia ", "").split(" ")[0]
+    words = name.lower().split()  # "NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"
+    return next((word for word in words if any(c.isdigit() for c in word)), words[0])
 
 
 def _set_native_environment() -> None:

@@ -2,7 +2,7 @@
 
 A card owns weights and nothing of any request. All that a request needs between two steps is in its
 `LatentState`, so that any worker which holds the state and the weights can make the next step.
-Noise schedulers are built anew for each step (solvers.py): nothing of one request can leak into
+Noise schedulers are taken anew for each step (solvers.py): nothing of one request can leak into
 another, and a joining worker agrees by construction.
 
 A step takes several jobs of one shape at once and may share the work in any layout. What it does is
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.elastic import ElasticSP
-from gpuworker.models.solvers import Solver, check_solver
+from gpuworker.exchange import ParallelAttention
+from gpuworker.models.solvers import Schedules, check_solver
 from gpuworker.state import Fact, LatentState
 from gpuworker.team import LayoutRefused, Team
 
@@ -141,6 +142,18 @@ class ModelCard(ABC):
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
         """The pictures of a finished state: uint8 [frames, height, width, 3]."""
 
+    @abstractmethod
+    def compile(self, backend: str = "inductor") -> None:
+        """Has the transformer's blocks compiled at their first use. Raises `ModelRefused`."""
+
+    @abstractmethod
+    def attend_by(self, attention: ParallelAttention) -> None:
+        """Replaces what goes around attention where a sequence is split."""
+
+    @abstractmethod
+    def warm(self) -> None:
+        """Makes one step of the default shape: what is compiled is compiled behind it."""
+
 
 class Asked(NamedTuple):
     """The settings of a job, which the model can do."""
@@ -177,6 +190,12 @@ class DiffusersCard(ModelCard):
         self._parts, self._card, self._device, self._elastic = parts, card, device, elastic
         self._transformer: Any = parts["transformer"]
         self._dtype: torch.dtype = self._transformer.dtype
+        self._schedules = Schedules(parts["scheduler"])
+
+    @property
+    def transformer(self) -> Any:
+        """The diffusers module whose steps these are."""
+        return self._transformer
 
     @torch.inference_mode()
     def encode(
@@ -205,7 +224,7 @@ class DiffusersCard(ModelCard):
         if any(s.tensors["latents"].shape != here[0].tensors["latents"].shape for s in here):
             raise ValueError("jobs that step together have one shape")
         solvers = [
-            Solver(self._parts["scheduler"], state, self._timing(state) | {"device": self._device})
+            self._schedules.solver(state, self._timing(state) | {"device": self._device})
             for state in here
         ]
         rows = {
@@ -224,6 +243,24 @@ class DiffusersCard(ModelCard):
                 prediction = self._guide(state, prediction, rest.pop(0))
             behind.append(solver.step(prediction))
         return behind
+
+    def compile(self, backend: str = "inductor") -> None:
+        if not getattr(self._transformer, "_repeated_blocks", None):
+            family = type(self._transformer).__name__
+            raise ModelRefused("compile", f"diffusers names no repeated blocks of {family}")
+        self._transformer.compile_repeated_blocks(backend=backend)
+        self._elastic.compiled = True
+
+    def attend_by(self, attention: ParallelAttention) -> None:
+        self._elastic.attend_by(attention)
+
+    def warm(self) -> None:
+        facts = self.facts
+        width, height = facts.size_default
+        guidance = facts.guidance_default
+        steps = facts.steps_default
+        state = self.encode("", "", width, height, facts.frames_default, steps, guidance, seed=0)
+        self.step([state], None)
 
     def _branches(
         self, rows: Mapping[int, list[Row]], team: Team | None
@@ -283,6 +320,13 @@ def latents_of(rows: Sequence[Row]) -> Tensor:
 def timesteps_of(rows: Sequence[Row]) -> Tensor:
     """[rows]."""
     return torch.stack([row.timestep for row in rows])
+
+
+def numbers_of(rows: Sequence[Row], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[rows]: a numeric fact of each row's state, filled in on the device without a copy to it."""
+    device = rows[0].latents.device
+    filled = [torch.full((1,), number(row.state, name), dtype=dtype, device=device) for row in rows]
+    return torch.cat(filled)
 
 
 def noise(shape: tuple[int, ...], seed: int) -> Tensor:

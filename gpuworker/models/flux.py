@@ -30,6 +30,7 @@ from gpuworker.models.card import (
     latents_of,
     noise,
     number,
+    numbers_of,
     stacked,
     timesteps_of,
     to_frames,
@@ -134,8 +135,7 @@ class FluxCard(DiffusersCard):
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         guidance = None
         if self._transformer.config.guidance_embeds:
-            scales = [number(row.state, "guidance_scale") for row in rows]
-            guidance = torch.tensor(scales, device=self._device, dtype=torch.float32)
+            guidance = numbers_of(rows, "guidance_scale")
         given = self._input(rows)
         velocity: Tensor
         (velocity,) = self._transformer(

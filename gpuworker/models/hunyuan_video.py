@@ -26,7 +26,7 @@ from gpuworker.models.card import (
     Row,
     latents_of,
     noise,
-    number,
+    numbers_of,
     stacked,
     to_frames,
 )
@@ -131,7 +131,6 @@ class HunyuanVideoCard(DiffusersCard):
         return {"sigmas": np.linspace(1.0, 0.0, state.steps_total + 1)[:-1]}
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
-        scales = [number(row.state, "guidance_scale") for row in rows]
         # The pipeline rounds each timestep to the latents' precision, which is its job's own.
         timesteps = [row.timestep.to(row.latents.dtype).float() for row in rows]
         velocity: Tensor
@@ -141,7 +140,7 @@ class HunyuanVideoCard(DiffusersCard):
             encoder_hidden_states=stacked(rows, "prompt_embeds"),
             encoder_attention_mask=stacked(rows, "prompt_mask"),
             pooled_projections=stacked(rows, "pooled"),
-            guidance=torch.tensor(scales, device=self._device, dtype=self._dtype) * 1000.0,
+            guidance=numbers_of(rows, "guidance_scale", self._dtype) * 1000.0,
             return_dict=False,
         )
         return velocity

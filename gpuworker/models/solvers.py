@@ -1,16 +1,22 @@
-"""Noise schedulers that go from worker to worker: built anew for each step, their past put back.
+"""Noise schedulers that go from worker to worker: taken anew for each step, their past put back.
 
 What a multistep solver remembers between two steps is part of the job's `LatentState` ("solver.…"
 among its tensors and facts), so that the next worker steps on as if it had made the last step. One
 that draws noise keeps the state of its random generator there.
+
+Setting the times of a scheduler copies tables to the device and waits for it, which on CUDA would
+stop the stream between any two steps: `Schedules` does it once a kind of job, a step takes a copy.
 """
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import CogVideoXDPMScheduler
 from torch import Tensor
@@ -18,6 +24,7 @@ from torch import Tensor
 from gpuworker.state import Fact, LatentState
 
 _PREFIX = "solver."
+_SCHEDULES_MAX = 64  # kinds of job whose times are kept: shapes x numbers of steps
 
 
 @dataclass(frozen=True)
@@ -113,15 +120,36 @@ def noise_memory(scheduler: Any, generator: torch.Generator) -> dict[str, Tensor
     return {_PREFIX + "noise_state": generator.get_state()} if "noise_state" in known else {}
 
 
+class Schedules:
+    """A model's noise scheduler with its times set, for the kinds of job that came last."""
+
+    def __init__(self, prototype: Any) -> None:
+        self._prototype = prototype
+        self._known: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+
+    def solver(self, state: LatentState, timing: Mapping[str, Any]) -> Solver:
+        """For the next step of `state`; `timing` are the arguments of `set_timesteps`."""
+        name = type(self._prototype).__name__
+        kind = tuple(
+            (key, value.tobytes() if isinstance(value, np.ndarray) else value)
+            for key, value in sorted(timing.items())
+        )
+        if kind not in self._known:
+            made = _OURS.get(name, type(self._prototype)).from_config(self._prototype.config)
+            made.set_timesteps(**timing)
+            self._known[kind] = made
+            if len(self._known) > _SCHEDULES_MAX:
+                self._known.popitem(last=False)
+        self._known.move_to_end(kind)
+        # What a step changes is set on the copy; the tables that both share are only read.
+        return Solver(copy.copy(self._known[kind]), _KNOWN[name], state)
+
+
 class Solver:
     """A scheduler that is about to make one step of one job."""
 
-    def __init__(self, prototype: Any, state: LatentState, timing: Mapping[str, Any]) -> None:
-        """`timing` are the arguments of its `set_timesteps`."""
-        name = type(prototype).__name__
-        self._scheduler: Any = _OURS.get(name, type(prototype)).from_config(prototype.config)
-        self._scheduler.set_timesteps(**timing)
-        self._past = _KNOWN[name]
+    def __init__(self, scheduler: Any, past: _Past, state: LatentState) -> None:
+        self._scheduler, self._past = scheduler, past
         if hasattr(self._scheduler, "set_begin_index"):
             self._scheduler.set_begin_index(state.steps_done)
         self._state = state

@@ -7,7 +7,8 @@ import signal
 import pytest
 import torch
 
-from gpuworker.groups import GroupCache, GroupLost, Rendezvous
+from gpuworker.groups import GroupCache, GroupLost
+from gpuworker.rendezvous import Rendezvous
 from tests.worker import worker_tasks as tasks
 from tests.worker.worker_jobs import meet
 from tests.worker.worker_pool import CPU, Pool
@@ -37,6 +38,12 @@ def test_a_group_of_one_needs_nobody() -> None:
     assert group.all_gather(tensor, 0, [4]) is tensor
     assert group.broadcast_word(7) == 7
     assert group.broadcast_blob(b"x") == b"x"
+
+
+def test_some_members_may_have_a_channel_of_their_own(pool: Pool) -> None:
+    parts = ((0, 1), (2, 3), (0, 2), (1, 3), (0, 1, 2, 3))
+    found = pool.each(pool.names[:4], tasks.part_sums, meet(pool, pool.names[:4]), parts)
+    assert found == [[1, 2, 6], [1, 4, 6], [5, 2, 6], [5, 4, 6]]
 
 
 def test_a_cached_group_is_found_without_its_peers(pool: Pool) -> None:

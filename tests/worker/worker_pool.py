@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from gpuworker.groups import GroupCache, Rendezvous
+from gpuworker.groups import GroupCache
 from gpuworker.models.card import ModelCard
 from gpuworker.models.loading import load_card
+from gpuworker.rendezvous import Rendezvous
 from gpuworker.state import LatentState
 
 CPU = torch.device("cpu")

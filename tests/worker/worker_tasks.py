@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gpuworker.exchange import AttentionInputs, ulysses
-from gpuworker.groups import BlobLost, Group, GroupCache, GroupLost
+from gpuworker.groups import Group, GroupCache, GroupLost
+from gpuworker.rendezvous import BlobLost
 from gpuworker.state import LatentState
 from gpuworker.team import Communicator, Layout, Team
 from tests.worker.worker_pool import CPU, Member
@@ -224,6 +225,20 @@ def rank_sum(member: Member, meeting: Meeting) -> int | Loss:
         return int(ranks.sum())
     except GroupLost as lost:
         return Loss.of(lost)
+
+
+def part_sums(member: Member, meeting: Meeting, parts: tuple[tuple[int, ...], ...]) -> list[int]:
+    """Of each part that this member is in: the sum of its ranks, over a channel of its own."""
+    group, sums = meeting.join(member), []
+    assert group.channel(range(group.size)) is group.channel(range(group.size))
+    for part in parts:
+        if group.rank in part:
+            rank = torch.tensor([group.rank])
+            group.channel(part).allreduce([rank]).wait()
+            assert group.channel(part) is group.channel(part), "formed once"
+            sums.append(int(rank))
+    group.broadcast_word(0 if group.rank == 0 else None)  # nobody leaves before the others
+    return sums
 
 
 def join_and_abort(member: Member, meeting: Meeting) -> None:

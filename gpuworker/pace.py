@@ -1,0 +1,90 @@
+"""How a step is timed, and waited for: by the clock on a CPU, by the stream's events on a GPU.
+
+On a GPU a step is only *launched* by the code that makes it. `end` leaves an event behind it; the
+engine waits for that event before it shows the step to anyone, and reads the time from it then. So
+no synchronisation is made for a figure, and while steps are short the next one is launched before
+the last is waited for: the GPU goes from one to the other without a gap.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from gpuworker.executor import StepNote, Stopwatch
+from gpuworker.groups import Group
+
+_AHEAD_BELOW_US = 50_000  # a longer step would make a truncation wait, and hides its launch anyway
+
+
+class Ended(NamedTuple):
+    """A call behind which a mark was left; `start` and `end` are its events on a GPU."""
+
+    step: int
+    watch: Stopwatch
+    start: Any = None
+    end: Any = None
+
+
+class Pace:
+    """Of a CPU: what has returned has ended."""
+
+    ahead = False  # whether the next step may be launched before the last is waited for
+
+    def enter(self) -> None:
+        """To be called by the compute thread, once."""
+
+    def start(self) -> Ended:
+        """Marks where a call begins."""
+        return Ended(0, Stopwatch())
+
+    def end(self, started: Ended, step: int) -> Ended:
+        """Marks where it ends, as the assignment's `step`-th."""
+        return started._replace(step=step, end=started.watch.step(step))
+
+    def wait(self, ended: Ended, group: Group | None) -> StepNote:
+        """Returns when the call has ended on this device. Raises `GroupLost`."""
+        note: StepNote = ended.end
+        return note
+
+    def recover(self) -> None:
+        """Gives memory back to the device after a call that found too little."""
+
+
+class CudaPace(Pace):
+    """Of a GPU, whose compute thread uses one stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def enter(self) -> None:
+        torch.cuda.set_device(self._device)  # a thread's own: it would be the first GPU
+
+    def start(self) -> Ended:
+        return Ended(0, Stopwatch(), self._mark())
+
+    def end(self, started: Ended, step: int) -> Ended:
+        return started._replace(step=step, end=self._mark())
+
+    def wait(self, ended: Ended, group: Group | None) -> StepNote:
+        if group is None:
+            ended.end.synchronize()
+        else:
+            group.settle(ended.end)
+        took_us = int(ended.start.elapsed_time(ended.end) * 1000)
+        self.ahead = took_us < _AHEAD_BELOW_US
+        return ended.watch.ended(ended.step, took_us)
+
+    def recover(self) -> None:
+        torch.cuda.empty_cache()
+
+    def _mark(self) -> Any:
+        event: Any = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record()
+        return event
+
+
+def pace_of(device: torch.device) -> Pace:
+    """The pace of a device."""
+    return CudaPace(device) if device.type == "cuda" else Pace()

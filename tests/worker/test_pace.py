@@ -1,0 +1,169 @@
+"""Steps that are launched before the last one is waited for: the same job, latents and notes.
+
+A CPU's steps have ended when they return; here their ends are only looked at later, as a GPU's are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from gpuworker.engine import Engine
+from gpuworker.executor import RunNote, StepNote
+from gpuworker.groups import Group, GroupCache
+from gpuworker.inbox import Inbox, StopMark
+from gpuworker.latents import LatentShelf
+from gpuworker.models.card import ModelCard
+from gpuworker.models.loading import load_card
+from gpuworker.pace import Ended, Pace
+from gpuworker.rendezvous import Rendezvous
+from gpuworker.state import LatentState
+from hocket.v1 import mesh_pb2, types_pb2
+from tests.worker.tiny_models import Reference
+from tests.worker.worker_pool import CPU
+
+STEPS = 8
+
+
+class LatePace(Pace):
+    """Looks at a step's end after the next one was launched, and notes the order."""
+
+    ahead = True
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+
+    def end(self, started: Ended, step: int) -> Ended:
+        self.order.append(f"launched {step}")
+        return super().end(started, step)
+
+    def wait(self, ended: Ended, group: Group | None) -> StepNote:
+        self.order.append(f"seen {ended.step}")
+        return super().wait(ended, group)
+
+
+class Desk:
+    """An engine of one worker, run to the end of what it was given."""
+
+    def __init__(self, card: ModelCard, reference: Reference, pace: Pace) -> None:
+        self.inbox, self.notes, self.pace = Inbox(), [], pace
+        self.rendezvous = Rendezvous()
+        self.shelf = LatentShelf(self.rendezvous.put, self.rendezvous.drop)
+        self._sequence = 0
+        settings = reference.settings
+        self._spec = types_pb2.GenerationSpec(
+            model=card.facts.name,
+            prompt=settings["prompt"],
+            shape=types_pb2.Shape(width=settings["width"], height=settings["height"]),
+            steps=STEPS,
+            guidance_scale=settings["guidance_scale"],
+            seed=settings["seed"],
+        )
+        groups = GroupCache(self.rendezvous, "w0", CPU)
+        cards = {card.facts.name: card}
+        self._engine = Engine(
+            "w0", cards, self.inbox, self.shelf, self.rendezvous, groups, _nobody, pace
+        )
+
+    def give(self, node: str, steps: int, first_step: int = 0) -> None:
+        self._sequence += 1
+        member = mesh_pb2.BatchMember(request_id="r", spec=self._spec, first_step=first_step)
+        self.inbox.put(
+            mesh_pb2.Assignment(
+                sequence=self._sequence,
+                node=node,
+                batch=[member],
+                steps=steps,
+                group=types_pb2.Group(epoch=1, members=["w0"]),
+            )
+        )
+
+    def run(self) -> list[RunNote]:
+        notes: list[RunNote] = []
+
+        def heard(note: RunNote) -> None:
+            notes.append(note)
+            if note.last and note.assignment.sequence == self._sequence:
+                self.inbox.close()
+
+        self._engine.run(heard)
+        return notes
+
+
+def _nobody(holder: str, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
+    raise AssertionError("no latent is elsewhere")
+
+
+@contextmanager
+def failing(card: ModelCard, at_step: int) -> Iterator[None]:
+    """The card runs out of memory when it is asked for that step."""
+    step = card.step
+
+    def bounded(states: list[LatentState], team: object) -> list[LatentState]:
+        if states[0].steps_done == at_step:
+            raise torch.OutOfMemoryError("planted")
+        return step(states, team)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card, "step", bounded)
+        yield
+
+
+@pytest.fixture
+def card(flux: Reference) -> ModelCard:
+    return load_card(flux.folder, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("pace", [Pace(), LatePace()], ids=["at once", "late"])
+def test_the_picture_and_the_notes_are_the_same(
+    card: ModelCard, flux: Reference, pace: Pace
+) -> None:
+    desk = Desk(card, flux, pace)
+    desk.give("text", 1)
+    desk.give("dit", STEPS)
+    _, *notes = desk.run()
+    assert [step.step for note in notes for step in note.steps] == list(range(STEPS))
+    assert [note.steps_done for note in notes] == [
+        sum(len(n.steps) for n in notes[: place + 1]) for place in range(len(notes))
+    ]
+    state = desk.shelf.get("r", STEPS)
+    assert state is not None
+    assert float((state.tensors["latents"] - flux.latents).abs().max()) < 1e-4
+
+
+def test_a_late_pace_launches_one_step_ahead(card: ModelCard, flux: Reference) -> None:
+    pace = LatePace()
+    desk = Desk(card, flux, pace)
+    desk.give("text", 1)
+    desk.give("dit", 3)
+    desk.run()
+    text, steps = pace.order[:2], pace.order[2:]
+    assert text == ["launched 0", "seen 0"]
+    assert steps == ["launched 0", "launched 1", "seen 0", "launched 2", "seen 1", "seen 2"]
+
+
+@pytest.mark.parametrize("pace", [Pace(), LatePace()], ids=["at once", "late"])
+def test_a_truncation_stops_at_its_step(card: ModelCard, flux: Reference, pace: Pace) -> None:
+    desk = Desk(card, flux, pace)
+    desk.inbox.truncate("r", StopMark(0, 3))
+    desk.give("text", 1)
+    desk.give("dit", STEPS)
+    *_, last = desk.run()
+    assert last.steps_done == 3 and desk.shelf.steps_done("r") == 3
+
+
+@pytest.mark.parametrize("pace", [Pace(), LatePace()], ids=["at once", "late"])
+def test_after_a_failure_a_latent_is_held_that_can_be_gone_on_from(
+    card: ModelCard, flux: Reference, pace: Pace
+) -> None:
+    desk = Desk(card, flux, pace)
+    desk.give("text", 1)
+    desk.give("dit", STEPS)
+    with failing(card, at_step=5):
+        *_, last = desk.run()
+    assert last.failure is not None and last.failure.reason == "OUT_OF_MEMORY"
+    held = desk.shelf.steps_done("r")
+    assert held == last.steps_done and held in (4, 5)
