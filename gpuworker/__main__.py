@@ -24,6 +24,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     gpu: Annotated[str | None, typer.Option(help="What profiles call the device.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Folder or hub id; repeatable.")] = None,
+    batch_max: Annotated[int | None, typer.Option(help="Jobs of one shape at a time.")] = None,
     profile: Annotated[Path | None, typer.Option(help="CSV for the emulated executor.")] = None,
     host: Annotated[str | None, typer.Option(help="Host name told to the planner.")] = None,
     advertise: Annotated[str | None, typer.Option(help="Address for other workers.")] = None,

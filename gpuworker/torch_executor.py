@@ -180,6 +180,7 @@ def model_info(facts: CardFacts, batch_max: int = 1) -> generation_pb2.ModelInfo
         degrees=facts.degrees,
         examples=facts.examples,
         batch_max=batch_max,
+        obeys_layout=True,
         branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,
     )
 

@@ -58,6 +58,7 @@ class MeshPlan:
     models: tuple[str, ...] = ()  # empty: the shipped one
     executor: str = ""  # empty: the worker's default
     profile: str = ""  # CSV by which emulated workers sleep
+    batch_max: int = 0  # jobs of one shape that a worker takes at a time; 0: the worker's default
     log_level: str = "info"
 
 
@@ -121,6 +122,8 @@ async def _start_workers(plan: MeshPlan, url: str, children: Children) -> Child:
         options.append(f"--executor={plan.executor}")
     if plan.profile:
         options.append(f"--profile={plan.profile}")
+    if plan.batch_max:
+        options.append(f"--batch-max={plan.batch_max}")
     command = _service("gpuworker", plan, url, options)
     return await children.start("workers", command, stop_rank=2, vital=False)
 

@@ -181,7 +181,8 @@ class Pods:
                     pod.sequences.setdefault(worker, []).append(sequence)
                     pods[pod.index] = None
             homes = [self.where.get(m.request) for m in flight.assignment.batch]
-            pods = {p: None for p in pods if not any(h and h.index == p for h in homes)}
+            # Any of a batch may leave it before its end: one at home in the pod is not enough.
+            pods = {p: None for p in pods if not all(h and h.index == p for h in homes)}
             if pods:
                 self.guests[sequence] = list(pods)
 
