@@ -117,6 +117,12 @@ async def _start_control(plan: MeshPlan, url: str, children: Children, report: R
 
 
 async def _start_workers(plan: MeshPlan, url: str, children: Children) -> Child:
+    command = _service("gpuworker", plan, url, worker_options(plan))
+    return await children.start("workers", command, stop_rank=2, vital=False)
+
+
+def worker_options(plan: MeshPlan) -> list[str]:
+    """What the workers' command is told of a plan; the rest is the workers' default."""
     options = [f"--count={plan.workers}", *(f"--model={model}" for model in plan.models)]
     if plan.executor:
         options.append(f"--executor={plan.executor}")
@@ -124,8 +130,7 @@ async def _start_workers(plan: MeshPlan, url: str, children: Children) -> Child:
         options.append(f"--profile={plan.profile}")
     if plan.batch_max:
         options.append(f"--batch-max={plan.batch_max}")
-    command = _service("gpuworker", plan, url, options)
-    return await children.start("workers", command, stop_rank=2, vital=False)
+    return options
 
 
 async def _start_gateway(plan: MeshPlan, url: str, children: Children, report: Report) -> str:
