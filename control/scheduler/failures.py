@@ -20,6 +20,7 @@ from .ledger import Ledger
 from .lifecycle import WorkerState
 from .tracker import Tracked
 from .values import (
+    DIT,
     Assignment,
     AssignmentFailed,
     Ended,
@@ -82,19 +83,20 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
         t for t in ledger.tracked.values() if _concerned(ledger, t, assignment, fact.suspects)
     ]
     together = fact.batch or flight.size
-    if fact.reason == OUT_OF_MEMORY and not fact.request:
-        _overrun(ledger, assignment, together)
+    elsewhere = (
+        fact.reason == OUT_OF_MEMORY and not fact.request and _overrun(ledger, assignment, together)
+    )
     ended: list[Ended] = []
     for tracked in concerned:
         member = next((m for m in assignment.batch if m.request == tracked.id), None)
-        if member is None:
+        if member is None or elsewhere:
             restart(ledger, tracked, fact.at_us)
         elif fact.request == tracked.id or (together == 1 and not fact.request):
             ended += _own_failure(ledger, tracked, member, assignment.node, fact, copies)
         elif fact.suspects or fact.reason in (GROUP_LOST, MESSAGE_LOST):
             ended += _strike(ledger, tracked, assignment.node, fact)
         else:
-            if not fact.request and fact.reason != OUT_OF_MEMORY:
+            if not fact.request:
                 tracked.alone = assignment.node
             restart(ledger, tracked, fact.at_us)
     ledger.due = True
@@ -164,12 +166,17 @@ def _strike(
     return ()
 
 
-def _overrun(ledger: Ledger, assignment: Assignment, together: int) -> None:
-    """So many jobs do not fit there: planners ask for fewer from now on, or for a wider group."""
+def _overrun(ledger: Ledger, assignment: Assignment, together: int) -> bool:
+    """So many jobs do not fit there: planners ask for fewer from now on, or for a wider group or
+    another kind of workers. Whether that is news, and leaves them a choice.
+    """
     tracked = ledger.tracked.get(assignment.batch[0].request)
-    if tracked is not None:
-        gpus, degree = ledger.gpus(assignment.workers), len(assignment.workers)
-        ledger.memory.overrun(tracked.request, assignment.node, gpus, degree, together)
+    if tracked is None:
+        return False
+    request, gpus = tracked.request, ledger.gpus(assignment.workers)
+    degree = len(assignment.workers)
+    news = ledger.memory.overrun(request, assignment.node, gpus, degree, together)
+    return news and (together > 1 or (assignment.node == DIT and ledger.may_fit(request)))
 
 
 def _depends_on(ledger: Ledger, tracked: Tracked, name: str) -> bool:

@@ -81,6 +81,12 @@ class Ledger:
         gpus = self.gpus(self.cluster.able_names(request.model))
         return self.memory.wide_enough(request, gpus, self.cluster.degrees(request.model))
 
+    def may_fit(self, request: Request) -> bool:
+        """Some kind of usable workers may have the memory for a step of it, at some degree."""
+        kinds = {w.gpu for w in self.cluster.able(request.model)}
+        degrees = self.cluster.degrees(request.model)
+        return any(not self.memory.hopeless(request, (gpu,), degrees) for gpu in sorted(kinds))
+
     def batch_max(self, request: Request, node: str) -> int:
         """Most jobs of its model and shape that any usable worker takes at once."""
         able = self.cluster.able(request.model)

@@ -1,8 +1,8 @@
 """What ran out of memory once is not tried again: learned from failures, by what it depends on.
 
 A batch that did not fit is halved for its model, node, GPU kind and shape; a single job that did
-not fit needs a wider group, where there is one. Nothing is forgotten while the leader lives: trying
-again costs every job of the batch its steps.
+not fit needs a wider group, or workers of another kind, where there are any. Nothing is forgotten
+while the leader lives: trying again costs every job of the batch its steps.
 """
 
 from __future__ import annotations
@@ -35,14 +35,20 @@ class MemoryLimits:
 
     def overrun(
         self, request: Request, node: str, gpus: Iterable[str], degree: int, batch: int
-    ) -> None:
-        """A call of so many jobs on that many workers of these kinds ran out of memory."""
-        self.version += 1
+    ) -> bool:
+        """A call of so many jobs on that many workers of these kinds ran out of memory. Whether
+        that was news.
+        """
+        news = False
         for place in _places(request, node, gpus):
-            if batch > 1:
-                _note(self._batch_max, place, min(batch // 2, self._batch_max.get(place, batch)))
-            else:
-                _note(self._too_narrow, place, max(degree, self._too_narrow.get(place, 0)))
+            if batch > 1 and batch // 2 < self._batch_max.get(place, batch):
+                _note(self._batch_max, place, batch // 2)
+                news = True
+            elif batch == 1 and degree > self._too_narrow.get(place, 0):
+                _note(self._too_narrow, place, degree)
+                news = True
+        self.version += news
+        return news
 
     def batch_max(self, request: Request, node: str, gpus: Iterable[str], wanted: int) -> int:
         """Of so many jobs, those that fit together, as far as is known."""
@@ -57,8 +63,17 @@ class MemoryLimits:
         """Of these degrees of a denoiser, those at which one job may fit; all where none would."""
         if not self._too_narrow:
             return degrees
+        return self._wider(request, gpus, degrees) or degrees
+
+    def hopeless(self, request: Request, gpus: Iterable[str], degrees: tuple[int, ...]) -> bool:
+        """One job of its shape is known not to fit these kinds at any of these degrees."""
+        return bool(self._too_narrow) and not self._wider(request, gpus, degrees)
+
+    def _wider(
+        self, request: Request, gpus: Iterable[str], degrees: tuple[int, ...]
+    ) -> tuple[int, ...]:
         narrow = max(self._too_narrow.get(place, 0) for place in _places(request, DIT, gpus))
-        return tuple(d for d in degrees if d > narrow) or degrees
+        return tuple(d for d in degrees if d > narrow)
 
 
 def _places(request: Request, node: str, gpus: Iterable[str]) -> list[Place]:

@@ -189,6 +189,27 @@ def test_one_job_too_large_for_a_worker_gets_a_wider_group(policy):
     assert (ended.outcome, ended.reason) == (Outcome.FAILED, MEMORY)
 
 
+def test_one_job_too_large_for_a_kind_of_workers_goes_to_another():
+    """No strike for what a place cannot hold: only where nothing else is left."""
+    world = World(workers=0, policy="hocket", failures_max=1)
+    facts = ModelFacts(name=FLUX.name, degrees=(1, 2))
+    for i, gpu in enumerate(("h100", "h100", "h200")):
+        fact = WorkerUp(at_us=0, worker=f"w{i}", incarnation="1", gpu=gpu, models=(facts,))
+        world.observe(fact)
+    (running,) = world.encoded("a", px=2048).assignments
+    places = []
+    while not world.ended:
+        places.append(running.workers)
+        world.fail(running, running.workers[0], MEMORY)
+        plan = world.plan()
+        if plan.assignments and plan.assignments[0].node == TEXT:
+            world.over(plan.assignments[0])
+            plan = world.plan()
+        running = (plan.assignments or (None,))[0]
+    assert ("w2",) in places and ("w0", "w1") in places
+    assert 2 <= len(places) <= 3 and world.ended[0].reason == MEMORY
+
+
 # ------------------------------------------------------------------------------------ leaving
 
 
