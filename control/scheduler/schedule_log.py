@@ -272,9 +272,11 @@ class ScheduleLog:
             ran.step_end_us.append(at_us)
         if assignment.node != DIT:  # one call, however many reports tell of it
             ran.step_end_us = ran.step_end_us[-1:]
-        for p in fact.jobs:
-            took = p.steps_done - ran.first_step(p.request) if assignment.node == DIT else 1
-            ran.took[p.request] = min(took, len(ran.step_end_us))
+        firsts = {m.request: m.first_step for m in assignment.batch}
+        for p in fact.jobs:  # a replay that plans otherwise meets reports of strangers
+            if p.request in firsts:
+                took = p.steps_done - firsts[p.request] if assignment.node == DIT else 1
+                ran.took[p.request] = max(0, min(took, len(ran.step_end_us)))
         for worker in assignment.workers:
             self._free_us[worker] = at_us
 
@@ -286,6 +288,8 @@ class ScheduleLog:
             again: dict[str, int] = {}  # by node: where a later run begins
             for sequence in sorted(sequences, reverse=True):
                 ran = self._ran[sequence]
+                if not ran.took[request]:
+                    continue  # it left before the first step
                 node, first = ran.assignment.node, ran.first_step(request)
                 if node in again:
                     survives = again[node] - first
