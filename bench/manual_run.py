@@ -24,7 +24,8 @@ from control.scheduler import values
 from control.scheduler.core import Scheduler
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
-from gpuworker.emulated import EmulatedExecutor, EmulatedHost, profile_cells
+from gpuworker.emulated import EmulatedExecutor, EmulatedHost
+from gpuworker.emulated_profile import profile_cells
 from hocket.bus import Bus, Subjects
 from hocket.clock import ManualClock
 from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
@@ -83,7 +84,10 @@ class ManualRun:
         bus = await self._connect("workers")
         agents = []
         for up in case.cluster.leases(0):
-            executor = EmulatedExecutor(up.worker, host, case.cluster.gpu, media=False)
+            batch_max = max((m.batch_max for m in up.models), default=1)
+            executor = EmulatedExecutor(
+                up.worker, host, case.cluster.gpu, media=False, batch_max=batch_max
+            )
             executors.append(executor)
             settings = WorkerSettings(
                 cluster=self._cluster,

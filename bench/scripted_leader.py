@@ -168,6 +168,19 @@ class Leader:
                 if report.sequence == sequence and (report.last or report.HasField("failure")):
                     return report
 
+    async def results(self, sequence: int) -> dict[str, mesh_pb2.StepResult]:
+        """The newest result of each job of an assignment, once it is over."""
+        assert self.reports is not None
+        found: dict[str, mesh_pb2.StepResult] = {}
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                report = await self.reports.next()
+                if report.sequence == sequence:
+                    assert not report.HasField("failure"), report.failure.message
+                    found.update({result.request_id: result for result in report.results})
+                    if report.last:
+                        return found
+
     async def times(self, sequences: set[int]) -> list[int]:
         """Step times (µs) of these assignments, once all of them have ended."""
         assert self.reports is not None

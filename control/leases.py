@@ -105,6 +105,7 @@ def _up(beat: mesh_pb2.Heartbeat, now_us: int) -> WorkerUp:
                 name=model.name,
                 degrees=tuple(model.degrees),
                 batch_max=max(1, model.batch_max),
+                halves=model.obeys_layout,
             )
             for model in beat.models
         ),

@@ -145,6 +145,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         refusal = self._refusal(submit)
         if refusal is not None:
             return _rejected(submit, refusal)
+        spec = submit.request.spec
+        spec.guidance_branches = translate.branches_of(spec, self._leases.models())
         accepted_us = self._driver.stamp()
         request = translate.to_request(submit.request_id, submit.request, accepted_us)
         finish_us = self._driver.scheduler.predict_finish_us(request, accepted_us)
@@ -157,7 +159,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             predicted_latency_us=finish_us - accepted_us,
             predicted_on_time=not late,
             trace_id=telemetry.trace_id(traceparent),
-            effective_spec=submit.request.spec,
+            effective_spec=spec,
             queue_depth=self._records.open_count,
         )
         await self._journal.append(
@@ -256,6 +258,7 @@ def _same_wish(first: control_pb2.SubmitRequest, again: control_pb2.SubmitReques
         wish = generation_pb2.GenerateRequest()
         wish.CopyFrom(submit.request)
         wish.spec.ClearField("seed")
+        wish.spec.ClearField("guidance_branches")
         wish.ClearField("progress_every")
         wishes.append(wish)
     return wishes[0] == wishes[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from control.requests import Record
 from control.scheduler import values
@@ -36,6 +36,16 @@ def to_request(
     )
 
 
+def branches_of(spec: types_pb2.GenerationSpec, models: Iterable[generation_pb2.ModelInfo]) -> int:
+    """Branches of guidance in each step of a request, by what workers say of its model."""
+    above = [m.branches_above for m in models if m.name == spec.model and _branches(m)]
+    return 2 if above and spec.guidance_scale > max(above) else 1
+
+
+def _branches(model: generation_pb2.ModelInfo) -> bool:
+    return model.HasField("branches_above")
+
+
 def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
     """The fact that a worker's report states, stamped now."""
     jobs = tuple(
@@ -49,7 +59,11 @@ def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
             worker=report.worker,
             jobs=jobs,
             reason=report.failure.reason,
-            suspects=_suspects(report),
+            suspects=_names(report, "suspects"),
+            request=report.failure.metadata.get("request", ""),
+            tried=_names(report, "tried"),
+            goes_on=not report.last,
+            batch=_count(report, "batch"),
         )
     return values.StepsEnded(
         at_us=now_us,
@@ -62,9 +76,14 @@ def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
     )
 
 
-def _suspects(report: mesh_pb2.StepReport) -> tuple[str, ...]:
-    named = report.failure.metadata.get("suspects", "")
+def _names(report: mesh_pb2.StepReport, key: str) -> tuple[str, ...]:
+    named = report.failure.metadata.get(key, "")
     return tuple(named.split(",")) if named else ()
+
+
+def _count(report: mesh_pb2.StepReport, key: str) -> int:
+    told = report.failure.metadata.get(key, "")
+    return int(told) if told.isdecimal() else 0
 
 
 def to_assignment(

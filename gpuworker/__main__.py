@@ -24,6 +24,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     gpu: Annotated[str | None, typer.Option(help="What profiles call the device.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Folder or hub id; repeatable.")] = None,
+    batch_max: Annotated[int | None, typer.Option(help="Jobs of one shape at a time.")] = None,
     profile: Annotated[Path | None, typer.Option(help="CSV for the emulated executor.")] = None,
     compile: Annotated[str | None, typer.Option(help="off or default: torch.compile.")] = None,
     attention: Annotated[str | None, typer.Option(help="auto, native or xfuser.")] = None,

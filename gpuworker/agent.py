@@ -4,8 +4,9 @@ blocks.
     assign / truncate ──▶ executor ──▶ RunNote ──▶ report (+ media into the object store, + spans)
     heartbeat every few hundred ms, whatever the executor is doing
 
-Reports leave in the order in which the executor gave them. A decode's report waits for its media to
-be stored, since a finished request must have a fetchable result; nothing behind it waits.
+Reports leave in the order in which the executor gave them. A decode's report waits for its file to
+be stored, since a finished request must have a fetchable result; nothing behind it waits, nor the
+other jobs of a batch: each is reported by itself, and the last to be stored ends the assignment.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import logging
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import nats.errors
 import nats.js.errors
@@ -37,6 +39,14 @@ log = logging.getLogger(__name__)
 _GOODBYE_S = 1.0
 _MEDIA_KEPT_S = 24 * 3600.0  # finished media can be fetched again for a day
 _STORE_WAITS_US = (0, 500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000)  # before each try
+
+
+@dataclass
+class _Storing:
+    """The files of an assignment that are on their way to the store."""
+
+    under_way: int = 0
+    all_made: bool = False  # nothing more will come
 
 
 class Agent:
@@ -62,7 +72,7 @@ class Agent:
         self._notes: asyncio.Queue[RunNote] = asyncio.Queue()
         self._beats = 0
         self._reports = 0
-        self._storing: set[int] = set()  # assignments whose media are on their way to the store
+        self._storing: dict[tuple[int, int], _Storing] = {}  # by term and sequence
 
     async def run(self) -> None:
         """Serves until cancelled; then says goodbye, so that the lease ends at once."""
@@ -120,7 +130,9 @@ class Agent:
             assignment_sequence=sequence,
             leaving=leaving,
             host=self._settings.host,
-            pending_sequences=sorted({*self._executor.pending(), *self._storing}),
+            pending_sequences=sorted(
+                {*self._executor.pending(), *(s for t, s in self._storing if t == term)}
+            ),
         )
 
     async def _say_goodbye(self) -> None:
@@ -137,26 +149,39 @@ class Agent:
         async with asyncio.TaskGroup() as uploads:
             while True:
                 note = await self._notes.get()
-                if not note.media:
-                    await self._report(note)
+                key = (note.assignment.term, note.assignment.sequence)
+                if note.media:
+                    storing = self._storing.setdefault(key, _Storing())
+                    storing.under_way += len(note.media)
+                    storing.all_made = note.last
+                    for member in note.assignment.batch:
+                        if member.request_id in note.media:
+                            uploads.create_task(self._store_and_report(note, member, storing))
+                elif note.last and (storing := self._storing.get(key, _Storing())).under_way:
+                    storing.all_made = True  # the last file to be stored ends the assignment
+                    if note.failure is not None:
+                        await self._report(replace(note, last=False))
                 else:
-                    self._storing.add(note.assignment.sequence)
-                    uploads.create_task(self._store_and_report(note))
+                    await self._report(note)
+                    if note.last:
+                        self._storing.pop(key, None)
 
-    async def _store_and_report(self, note: RunNote) -> None:
-        stored: dict[str, types_pb2.MediaInfo] = {}
-        for member in note.assignment.batch:
-            media = note.media[member.request_id]
-            start_ns = unix_ns()
-            info = stored[member.request_id] = types_pb2.MediaInfo()
-            info.CopyFrom(media.info)
-            info.sha256 = hashlib.sha256(media.content).hexdigest()
-            info.size_bytes = len(media.content)
-            info.object_name = member.request_id
-            if (problem := await self._store(info.object_name, media.content)) is not None:
-                await self._report(_not_stored(note, problem))
-                self._storing.discard(note.assignment.sequence)
-                return
+    async def _store_and_report(
+        self, note: RunNote, member: mesh_pb2.BatchMember, storing: _Storing
+    ) -> None:
+        request, start_ns = member.request_id, unix_ns()
+        media = note.media[request]
+        info = types_pb2.MediaInfo()
+        info.CopyFrom(media.info)
+        info.sha256 = hashlib.sha256(media.content).hexdigest()
+        info.size_bytes = len(media.content)
+        info.object_name = request
+        problem = await self._store(info.object_name, media.content)
+        storing.under_way -= 1
+        last = storing.all_made and not storing.under_way
+        if problem is not None:
+            await self._report(_not_stored(note, request, problem, last=last))
+        else:
             telemetry.record_span(
                 self._tracer,
                 spans.PUBLISH,
@@ -164,13 +189,14 @@ class Agent:
                 end_ns=unix_ns(),
                 parent=member.traceparent,
                 attributes={
-                    spans.REQUEST: member.request_id,
+                    spans.REQUEST: request,
                     spans.WORKER: self.name,
                     spans.BYTES: info.size_bytes,
                 },
             )
-        await self._report(note, stored)
-        self._storing.discard(note.assignment.sequence)
+            await self._report(_only(note, request, last=last), {request: info})
+        if last:
+            self._storing.pop((note.assignment.term, note.assignment.sequence), None)
 
     async def _store(self, name: str, media: bytes) -> str | None:
         """Puts media into the object store; after several tries in vain, what the matter is."""
@@ -215,7 +241,7 @@ class Agent:
     def _trace(self, note: RunNote) -> None:
         assignment = note.assignment
         denoising = assignment.node == "dit"
-        for member in assignment.batch:
+        for member in (m for m in assignment.batch if m.request_id in note.behind):
             common: dict[str, str | int | list[str]] = {
                 spans.REQUEST: member.request_id,
                 spans.MODEL: member.spec.model,
@@ -233,7 +259,10 @@ class Agent:
                     parent=member.traceparent,
                     attributes={**common, **side.attributes},
                 )
+            behind = note.behind[member.request_id]
             for step in note.steps:
+                if denoising and member.first_step + step.step >= behind:
+                    break  # it had left the batch
                 telemetry.record_span(
                     self._tracer,
                     spans.STEP,
@@ -274,12 +303,23 @@ def _results(note: RunNote, media: Mapping[str, types_pb2.MediaInfo]) -> list[me
     ]
 
 
-def _not_stored(note: RunNote, problem: str) -> RunNote:
+def _only(note: RunNote, request: str, *, last: bool) -> RunNote:
+    """What a note says of one job; of those made in one call, the first tells its time."""
+    if len(note.media) == 1:
+        return replace(note, last=last)
+    first = next(iter(note.media)) == request
+    behind = {request: note.behind[request]}
+    return replace(note, behind=behind, steps=note.steps if first else (), last=last)
+
+
+def _not_stored(note: RunNote, request: str, problem: str, *, last: bool) -> RunNote:
     return RunNote(
         assignment=note.assignment,
-        behind=note.behind,
-        last=True,
-        failure=types_pb2.Failure(reason="MEDIA_NOT_STORED", message=problem),
+        behind={request: note.behind[request]},
+        last=last,
+        failure=types_pb2.Failure(
+            reason="MEDIA_NOT_STORED", message=problem, metadata={"request": request}
+        ),
     )
 
 

@@ -31,7 +31,7 @@ class WorkerSettings(Common, frozen=True, kw_only=True):
     host: str = socket.gethostname()
     advertise: str = "127.0.0.1"  # address at which other workers reach this one
     heartbeat_us: Annotated[int, msgspec.Meta(ge=10_000)] = 250_000
-    batch_max: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1  # jobs of one shape at a time
+    batch_max: Annotated[int, msgspec.Meta(ge=1, le=32)] = 8  # jobs of one shape at a time
     groups_max: Annotated[int, msgspec.Meta(ge=1)] = 64  # communicators kept
     # "default": blocks go through torch.compile, which each kind of shape pays for once.
     compile: Literal["off", "default"] = "off"

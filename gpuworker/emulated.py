@@ -10,37 +10,17 @@ it names has a copy with exactly the steps that it names.
 from __future__ import annotations
 
 import asyncio
-import csv
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
 
+from gpuworker.emulated_profile import Cell
 from gpuworker.executor import Listener, Media, RunNote, StepNote
 from gpuworker.inbox import Inbox, StopMark
 from hocket.clock import Clock
-from hocket.errors import WrongConfig
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
-
-Cell = tuple[str, str, int, int, int, int]  # model, node, width, height, frames, degree
-
-
-def profile_cells(lines: Iterable[str], name: str) -> dict[Cell, int]:
-    """Call times (µs) of batch 1, by cell, of a profile CSV; raises WrongConfig naming the line."""
-    cells: dict[Cell, int] = {}
-    for number, row in enumerate(csv.DictReader(lines), start=2):
-        try:
-            if int(row["batch"]) != 1:
-                continue
-            shape = (int(row["width"]), int(row["height"]), int(row["frames"]))
-            cell = (row["model"], row["node"], *shape, int(row["degree"]))
-            cells[cell] = int(row["call_us"])
-        except (KeyError, ValueError) as error:
-            raise WrongConfig(
-                key="profile", value=f"{name}:{number}", allowed=f"a profile row ({error!r})"
-            ) from error
-    return cells
 
 
 @dataclass
@@ -88,7 +68,8 @@ class EmulatedHost:
             if not waiter.done():
                 waiter.set_result(None)
 
-    def _tell_all(self, assignment: mesh_pb2.Assignment) -> None:
+    def tell_all(self, assignment: mesh_pb2.Assignment) -> None:
+        """Something has changed about its jobs."""
         for member in assignment.batch:
             self.tell(member.request_id)
 
@@ -101,7 +82,7 @@ class EmulatedHost:
         fresh = Meeting(frozenset(assignment.group.members))
         meeting = self.meetings.setdefault((assignment.term, assignment.sequence), fresh)
         meeting.came.add(worker)
-        self._tell_all(assignment)
+        self.tell_all(assignment)
         return meeting
 
     def leave(self, assignment: mesh_pb2.Assignment, worker: str) -> None:
@@ -112,7 +93,7 @@ class EmulatedHost:
         meeting.over = meeting.over or worker == assignment.group.members[0]
         if self._all_left(key):
             del self.meetings[key]
-        self._tell_all(assignment)
+        self.tell_all(assignment)
 
     def close(self, worker: str) -> None:
         """A worker is no more."""
@@ -148,7 +129,7 @@ class EmulatedHost:
         cell = (spec.model, assignment.node, *shape, degree)
         return self.profile.get(cell, assignment.predicted_step_time_us)
 
-    def models(self) -> tuple[generation_pb2.ModelInfo, ...]:
+    def models(self, batch_max: int) -> tuple[generation_pb2.ModelInfo, ...]:
         """The models of the profile, with every profiled shape and degree."""
         infos = []
         for name in sorted({cell[0] for cell in self.profile}):
@@ -168,6 +149,7 @@ class EmulatedHost:
                     guidance_max=100.0,
                     guidance_default=3.5,
                     degrees=sorted({c[5] for c in dit}),
+                    batch_max=batch_max,
                 )
             )
         return tuple(infos)
@@ -176,15 +158,23 @@ class EmulatedHost:
 class EmulatedExecutor:
     """One emulated worker."""
 
-    def __init__(self, worker: str, host: EmulatedHost, gpu: str, *, media: bool = True) -> None:
+    def __init__(
+        self,
+        worker: str,
+        host: EmulatedHost,
+        gpu: str,
+        *,
+        media: bool = True,
+        batch_max: int = 1,
+    ) -> None:
         self._worker = worker
         self._host = host
         self._media = media
         self._inbox = Inbox()
         self._arrived = asyncio.Event()
-        self._at: str | None = None  # request of the assignment in hand
+        self._at: mesh_pb2.Assignment | None = None  # in hand
         self._task: asyncio.Task[None] | None = None
-        self.models = host.models()
+        self.models = host.models(batch_max)
         self.store_address = f"emulated/{worker}"
         self._gpu = gpu
 
@@ -245,7 +235,7 @@ class EmulatedExecutor:
     def _look_again(self) -> None:
         """Lets the assignment in hand see that it may have to stop."""
         if self._at is not None:
-            self._host.tell(self._at)
+            self._host.tell_all(self._at)
 
     async def _run(self, listener: Listener) -> None:
         while True:
@@ -254,7 +244,7 @@ class EmulatedExecutor:
                 self._arrived.clear()
                 await self._arrived.wait()
                 continue
-            self._at = assignment.batch[0].request_id
+            self._at = assignment
             meeting = self._host.enter(assignment, self._worker)
             try:
                 if assignment.group.members[0] == self._worker:
@@ -271,13 +261,17 @@ class EmulatedExecutor:
     ) -> None:
         host, members = self._host, assignment.batch
 
+        def staying() -> list[mesh_pb2.BatchMember]:
+            stay = self._inbox.staying(assignment)
+            return [m for m in members if m.request_id in stay]
+
         def ready() -> bool:
             here = meeting.came == meeting.members
-            latents = assignment.node == "text" or all(host.holds(m) for m in members)
-            return (here and latents) or self._inbox.must_stop(assignment)
+            latents = assignment.node == "text" or all(host.holds(m) for m in staying())
+            return (here and latents) or not staying()
 
         def decided() -> bool:
-            passed = assignment.node != "text" and any(host.have_passed(m) for m in members)
+            passed = assignment.node != "text" and any(host.have_passed(m) for m in staying())
             return ready() or passed
 
         if not (await self._in_time(assignment, decided) and ready()):
@@ -285,15 +279,18 @@ class EmulatedExecutor:
             return
         meeting.started = True
         step_us, began_us = host.step_time_us(assignment), host.clock.now_us()
-        made = 0
-        while made < assignment.steps and not self._inbox.must_stop(assignment, made):
+        made, going = 0, [m.request_id for m in members]
+        while made < assignment.steps and (stay := self._inbox.staying(assignment, made)):
+            going = [request for request in going if request in stay]
             await host.clock.sleep_until(began_us + (made + 1) * step_us)
             made += 1
-            self._keep(assignment, made)
+            self._keep(assignment, made, going)
             ended = assignment.node != "dit" or made == assignment.steps
-            listener(self._note(assignment, made, step_us, last=ended))
+            behind = _behind(assignment, made, going)
+            listener(self._note(assignment, behind, made - 1, step_us, last=ended))
         if made == 0 or (made < assignment.steps and assignment.node == "dit"):
-            listener(RunNote(assignment=assignment, behind=_behind(assignment, made), last=True))
+            behind = _behind(assignment, made, going)
+            listener(RunNote(assignment=assignment, behind=behind, last=True))
 
     async def _in_time(self, assignment: mesh_pb2.Assignment, ready: Callable[[], bool]) -> bool:
         """Whether an assignment could start within its collectives' time-out."""
@@ -317,7 +314,13 @@ class EmulatedExecutor:
     def _in_vain(self, assignment: mesh_pb2.Assignment, meeting: Meeting) -> RunNote:
         """What a torch worker says whose peers or whose latent do not come."""
         missing = tuple(sorted(meeting.members - meeting.came))
-        reason = "GROUP_LOST" if missing else "LATENT_MISSING"
+        failure = types_pb2.Failure(reason="GROUP_LOST", message="waited in vain")
+        if not missing:
+            stay = self._inbox.staying(assignment)
+            lacking = [m for m in assignment.batch if m.request_id in stay]
+            member = next((m for m in lacking if not self._host.holds(m)), assignment.batch[0])
+            failure.reason = "LATENT_MISSING"
+            failure.metadata["request"] = member.request_id
         return RunNote(
             assignment=assignment,
             behind={
@@ -326,7 +329,7 @@ class EmulatedExecutor:
                 if m.request_id in self._copies
             },
             last=True,
-            failure=types_pb2.Failure(reason=reason, message="waited in vain"),
+            failure=failure,
             suspects=missing,
         )
 
@@ -339,37 +342,45 @@ class EmulatedExecutor:
 
         await self._host.until(assignment, through)
 
-    def _keep(self, assignment: mesh_pb2.Assignment, made: int) -> None:
+    def _keep(self, assignment: mesh_pb2.Assignment, made: int, going: Sequence[str]) -> None:
         """Every member now has a copy of the latents behind the step."""
         if assignment.node == "vae":
             return
-        for request, steps in _behind(assignment, made).items():
+        for request, steps in _behind(assignment, made, going).items():
             for worker in assignment.group.members:
                 if worker not in self._host.gone:  # the latents of a closed one are gone
                     self._host.copies.setdefault(worker, {})[request] = steps
             self._host.tell(request)
 
     def _note(
-        self, assignment: mesh_pb2.Assignment, made: int, step_us: int, *, last: bool
+        self,
+        assignment: mesh_pb2.Assignment,
+        behind: Mapping[str, int],
+        step: int,
+        step_us: int,
+        *,
+        last: bool,
     ) -> RunNote:
         now_ns = self._host.clock.now_us() * 1000
         media = {}
         if assignment.node == "vae" and self._media:
             info = types_pb2.MediaInfo(media_type="image/png", width=8, height=8, frames=1)
-            media = {m.request_id: Media(_blank_png(), info) for m in assignment.batch}
+            media = {request: Media(_blank_png(), info) for request in behind}
         return RunNote(
             assignment=assignment,
-            behind=_behind(assignment, made),
-            steps=(StepNote(made - 1, now_ns - step_us * 1000, now_ns, step_us),),
+            behind=behind,
+            steps=(StepNote(step, now_ns - step_us * 1000, now_ns, step_us),),
             last=last,
             media=media,
         )
 
 
-def _behind(assignment: mesh_pb2.Assignment, made: int) -> dict[str, int]:
-    """Steps behind each job after `made` of the assignment's."""
+def _behind(assignment: mesh_pb2.Assignment, made: int, requests: Sequence[str]) -> dict[str, int]:
+    """Steps behind these jobs after `made` of the assignment's."""
     stepped = made if assignment.node == "dit" else 0
-    return {m.request_id: m.first_step + stepped for m in assignment.batch}
+    return {
+        m.request_id: m.first_step + stepped for m in assignment.batch if m.request_id in requests
+    }
 
 
 def _blank_png() -> bytes:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
-from gpuworker.emulated import Cell, EmulatedExecutor, EmulatedHost, profile_cells
+from gpuworker.emulated import EmulatedExecutor, EmulatedHost
+from gpuworker.emulated_profile import Cell, profile_cells
 from hocket import telemetry
 from hocket.bus import Bus
 from hocket.clock import SystemClock
@@ -57,7 +58,9 @@ async def _serve(settings: WorkerSettings) -> None:
             agents = []
             for index in range(settings.first_index, settings.first_index + settings.count):
                 name = f"{settings.name_prefix}{index}"
-                executor = EmulatedExecutor(name, host, settings.gpu or "emulated")
+                executor = EmulatedExecutor(
+                    name, host, settings.gpu or "emulated", batch_max=settings.batch_max
+                )
                 executors.append(executor)
                 agent = Agent(name, settings, bus, executor, clock, told.tracer)
                 agents.append(tasks.create_task(agent.run()))

@@ -5,8 +5,8 @@ Runs in one compute thread. It talks to peers only through the group (collective
 free of deadlocks:
 
 * Every member takes every assignment, in sequence order, and enters its group, truncated or not.
-  Before each step the first member decides whether the group goes on and tells the others by a
-  control word; nobody leaves alone.
+  Before each step the first member decides whether the group goes on, and with which jobs of a
+  batch, and tells the others by a control word; nobody leaves alone.
 * A step returns a new latent. The old one stays on the shelf until the new one is complete, so
   whatever survives a crash is the exact state after some step.
 """
@@ -14,22 +14,20 @@ free of deadlocks:
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from traceback import clear_frames
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from gpuworker import media
-from gpuworker.executor import Listener, Media, RunNote, SideNote, StepNote, Stopwatch
+from gpuworker.executor import Listener, Media, RunNote, Stopwatch
 from gpuworker.groups import Group, GroupCache, GroupLost
 from gpuworker.inbox import Inbox
 from gpuworker.latents import LatentMissing, LatentShelf
 from gpuworker.models.card import ModelCard
 from gpuworker.pace import Ended, Pace
-from gpuworker.rendezvous import BlobLost, Rendezvous
+from gpuworker.run import GO, Run
+from gpuworker.sources import Off, Sources
 from gpuworker.state import LatentState
 from gpuworker.team import Layout, Team
 from hocket import spans, telemetry
@@ -37,36 +35,13 @@ from hocket.v1 import mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)
 
-_GO, _STOP = 1, 0
 _REPORT_EVERY_NS = 5_000_000  # shorter steps are reported in batches
 _GROUP_SPAN_AT_LEAST_NS = 500_000  # joining a cached group is no news
 _FORM_TIMEOUT_S = 10.0
 
-# Asks a holder (worker name) for a latent and returns the store key, or raises LatentMissing.
-Ask = Callable[[str, mesh_pb2.LatentRequest], mesh_pb2.LatentReply]
-
 
 class _Truncated(Exception):
     """A job of one step was called off before it began."""
-
-
-@dataclass
-class _Run:
-    """An assignment in hand."""
-
-    assignment: mesh_pb2.Assignment
-    group: Group | None = None  # None at degree 1
-    sides: list[SideNote] = field(default_factory=list)
-    steps: list[StepNote] = field(default_factory=list)
-    unreported: Stopwatch = field(default_factory=Stopwatch)
-
-    @property
-    def members(self) -> Sequence[mesh_pb2.BatchMember]:
-        """The jobs, of one model and shape."""
-        return self.assignment.batch
-
-    def leads(self, worker: str) -> bool:
-        return self.assignment.group.members[0] == worker
 
 
 class Engine:
@@ -78,18 +53,16 @@ class Engine:
         cards: Mapping[str, ModelCard],
         inbox: Inbox,
         shelf: LatentShelf,
-        rendezvous: Rendezvous,
         groups: GroupCache,
-        ask: Ask,
+        sources: Sources,
         pace: Pace,
     ) -> None:
         self._worker = worker
         self._cards = cards
         self._inbox = inbox
         self._shelf = shelf
-        self._rendezvous = rendezvous
         self._groups = groups
-        self._ask = ask
+        self._sources = sources
         self._pace = pace
 
     def run(self, listener: Listener) -> None:
@@ -97,14 +70,14 @@ class Engine:
         torch.set_grad_enabled(False)
         self._pace.enter()
         while (assignment := self._inbox.take()) is not None:
-            run = _Run(assignment)
-            with telemetry.within(run.members[0].traceparent):
+            run = Run(assignment)
+            with telemetry.within(assignment.batch[0].traceparent):
                 note = self._run(run, listener)
             if run.leads(self._worker) or note.failure is not None:
                 listener(note)
             self._inbox.done(assignment)
 
-    def _run(self, run: _Run, listener: Listener) -> RunNote:
+    def _run(self, run: Run, listener: Listener) -> RunNote:
         try:
             run.group = self._join(run)
             return self._work(run, listener)
@@ -114,64 +87,64 @@ class Engine:
             # Forming, it names who was missing; inside a collective nobody knows who failed.
             suspects = lost.suspects if run.group is None else self._others(run)
             return self._failed(run, "GROUP_LOST", str(lost), suspects)
-        except (LatentMissing, BlobLost) as missing:
+        except LatentMissing as missing:
             self._abort(run)
-            return self._failed(run, "LATENT_MISSING", str(missing))
-        except torch.OutOfMemoryError as error:
-            self._abort(run)
-            told = str(error)
-            clear_frames(error.__traceback__)  # they hold what filled the memory
-            self._pace.recover()
-            return self._failed(run, "OUT_OF_MEMORY", told)
+            return self._missing(run, missing, last=True)
         except Exception as error:
             log.exception("assignment %d failed", run.assignment.sequence)
             self._abort(run)
-            return self._failed(run, "MODEL_ERROR", f"{type(error).__name__}: {error}")
+            return self._failed(run, *_reason(error))
 
-    def _work(self, run: _Run, listener: Listener) -> RunNote:
-        node = run.assignment.node
-        if node == "text":
-            return self._encode(run)
-        states = [self._obtain(run, member) for member in run.members]
-        if node == "vae":
-            return self._decode(run, states)
-        return self._denoise(run, states, listener)
+    def _work(self, run: Run, listener: Listener) -> RunNote:
+        match run.assignment.node:
+            case "text":
+                return self._encode(run, listener)
+            case "vae":
+                return self._decode(run, listener)
+        return self._denoise(run, listener)
 
     # ------------------------------------------------------------------------------------------
     # nodes
 
-    def _encode(self, run: _Run) -> RunNote:
-        if self._must_stop(run, 0):
-            raise _Truncated
+    def _encode(self, run: Run, listener: Listener) -> RunNote:
         began, card, resolved = self._pace.start(), self._card(run), {}
         states = []
-        for member in run.members:
+        for member in tuple(run.members):
+            if not self._stays(run, member):
+                run.leave(member)
+                continue
             spec = member.spec
-            state = card.encode(
-                prompt=spec.prompt,
-                negative_prompt=spec.negative_prompt,
-                width=spec.shape.width,
-                height=spec.shape.height,
-                frames=max(1, spec.shape.frames),
-                steps=spec.steps,
-                guidance_scale=spec.guidance_scale,
-                seed=spec.seed,
-            )
-            states.append(state)
+            try:
+                states.append(_encoded(card, spec))
+            except Exception as error:
+                self._give_up(run, member, error, listener)
+                continue
             if (given := card.resolve(spec.prompt)) != spec.prompt:
                 resolved[member.request_id] = given
+        if not run.members:
+            raise _Truncated
         self._land(run, states, self._pace.end(began, 0))
-        return self._note(run, 0, last=True, resolved=resolved)
+        return run.note(0, last=True, resolved=resolved)
 
-    def _denoise(self, run: _Run, states: list[LatentState], listener: Listener) -> RunNote:
+    def _denoise(self, run: Run, listener: Listener) -> RunNote:
         card = self._card(run)
         team = Team(run.group, _layout(run.assignment)) if run.group is not None else None
+        # Nobody fetches for who has left.
+        if not run.alone() and not run.obey(self._word(run, 0), 0):
+            return run.note(0, last=True, resolved={})
+        states = self._gather(run, listener)
         made, seen = 0, 0
         launched: deque[tuple[list[LatentState], Ended]] = deque()  # and not seen to end
-        while made < run.assignment.steps and self._goes_on(run, made):
+        while made < run.assignment.steps:
+            word = self._word(run, made)
+            if word != GO:  # whoever leaves does so with the steps that it has run
+                seen += self._land_all(run, launched)
+            if not run.obey(word, made):
+                break
             began = self._pace.start()
-            states = card.step(states, team)
-            launched.append((states, self._pace.end(began, made)))
+            fresh = card.step([states[m.request_id] for m in run.members], team)
+            states = {m.request_id: s for m, s in zip(run.members, fresh, strict=True)}
+            launched.append((fresh, self._pace.end(began, made)))
             made += 1
             while len(launched) > self._pace.ahead:
                 self._land(run, *launched.popleft())
@@ -182,12 +155,18 @@ class Engine:
                 and run.leads(self._worker)
                 and run.unreported.elapsed_ns() >= _REPORT_EVERY_NS
             ):
-                listener(self._note(run, seen))
+                listener(run.note(seen, resolved={}))
+        self._land_all(run, launched)
+        return run.note(made, last=True, resolved={})
+
+    def _land_all(self, run: Run, launched: deque[tuple[list[LatentState], Ended]]) -> int:
+        """Waits for all that was launched; how many steps that were."""
+        count = len(launched)
         while launched:
             self._land(run, *launched.popleft())
-        return self._note(run, made, last=True)
+        return count
 
-    def _land(self, run: _Run, states: Sequence[LatentState], ended: Ended) -> None:
+    def _land(self, run: Run, states: Sequence[LatentState], ended: Ended) -> None:
         """Waits for the end of a call on this member's device; what it made is shown from then."""
         note = self._pace.wait(ended, run.group)
         for member, state in zip(run.members, states, strict=True):
@@ -195,25 +174,50 @@ class Engine:
         self._groups.acknowledge()
         run.steps.append(note)
 
-    def _decode(self, run: _Run, states: list[LatentState]) -> RunNote:
-        if self._must_stop(run, 0):
-            raise _Truncated
-        began = Stopwatch()
-        made: dict[str, Media] = {}
-        card = self._card(run)
-        for member, state in zip(run.members, states, strict=True):
-            spec = member.spec
+    def _decode(self, run: Run, listener: Listener) -> RunNote:
+        """Each job is told of as soon as its file is made: others may take long, or fail."""
+        states, card = self._gather(run, listener), self._card(run)
+        told = False
+        for member in tuple(run.members):
+            if not self._stays(run, member):
+                run.leave(member)
+                continue
+            began, spec = Stopwatch(), member.spec
             fps = spec.shape.fps or card.facts.fps
-            made[member.request_id] = Media(
-                *media.encode_media(card.decode(state), spec.media_type, fps)
-            )
-        run.steps.append(began.step(0))
-        return self._note(run, 0, last=True, media=made)
+            try:
+                frames = card.decode(states[member.request_id])
+                made = Media(*media.encode_media(frames, spec.media_type, fps))
+            except Exception as error:
+                self._give_up(run, member, error, listener)
+                continue
+            run.steps.append(began.step(0))
+            last = member is run.members[-1]
+            note = run.note_of(member, made, last=last)
+            if last:
+                return note
+            listener(note)
+            told = True
+        if not told:
+            raise _Truncated
+        return run.over()
+
+    def _stays(self, run: Run, member: mesh_pb2.BatchMember) -> bool:
+        return member.request_id in self._inbox.staying(run.assignment)
+
+    def _give_up(
+        self, run: Run, member: mesh_pb2.BatchMember, error: Exception, listener: Listener
+    ) -> None:
+        """One job of a batch fails by itself. Raises the error where there are no others."""
+        if run.alone():
+            raise error
+        log.exception("%s in assignment %d", member.request_id, run.assignment.sequence)
+        run.leave(member)
+        listener(self._failed(run, *_reason(error), named=member.request_id, last=False))
 
     # ------------------------------------------------------------------------------------------
     # groups
 
-    def _join(self, run: _Run) -> Group | None:
+    def _join(self, run: Run) -> Group | None:
         named, began = run.assignment.group, Stopwatch()
         if len(named.members) == 1:
             return None
@@ -222,171 +226,98 @@ class Engine:
             tuple(named.members),
             run.assignment.rendezvous_address,
             _FORM_TIMEOUT_S,
-            _Off(self._inbox, run.assignment),
+            Off(self._inbox, run.assignment),
         )
         group.timeout_s = run.assignment.collective_timeout_us / 1e6
         if began.elapsed_ns() > _GROUP_SPAN_AT_LEAST_NS:
             run.sides.append(began.side(spans.GROUP, {}))
         return group
 
-    def _goes_on(self, run: _Run, made: int) -> bool:
-        """Settles, on every member alike, whether the next step is run."""
-        stop = self._must_stop(run, made)
+    def _word(self, run: Run, made: int) -> int:
+        """Settles, on every member alike, whether the next step is run, and with which jobs."""
+        word = run.word(self._inbox.staying(run.assignment, made))
         if run.group is None:
-            return not stop
-        word = (_STOP if stop else _GO) if run.group.rank == 0 else None
-        return run.group.broadcast_word(word) == _GO
+            return word
+        return run.group.broadcast_word(word if run.group.rank == 0 else None)
 
-    def _must_stop(self, run: _Run, made: int) -> bool:
-        return self._inbox.must_stop(run.assignment, made)
-
-    def _others(self, run: _Run) -> tuple[str, ...]:
+    def _others(self, run: Run) -> tuple[str, ...]:
         return tuple(name for name in run.assignment.group.members if name != self._worker)
 
-    def _abort(self, run: _Run) -> None:
+    def _abort(self, run: Run) -> None:
         if run.group is not None:
             run.group.abort()
 
     # ------------------------------------------------------------------------------------------
     # latents
 
-    def _obtain(self, run: _Run, member: mesh_pb2.BatchMember) -> LatentState:
-        """The latent to start from: held here, broadcast by a member, or fetched from a holder
-        outside.
+    def _gather(self, run: Run, listener: Listener) -> dict[str, LatentState]:
+        """The latents to start from. A job whose latent nobody has leaves a batch on one worker; a
+        group gives the batch up.
         """
-        steps_done = member.first_step
-        own = self._shelf.get(member.request_id, steps_done)
-        if run.group is None:
-            if own is None:
-                own = self._fetch(run, member)
-                self._shelf.put(member.request_id, own)
-            return own
-        source = _source(run.assignment, member)
-        if source is None:  # the plan knows that every member holds it
-            if own is None:
-                raise LatentMissing(member.request_id, steps_done, (self._worker,))
-            return own
-        began = Stopwatch()
-        if run.group.rank == source and own is None:
-            own = self._fetch(run, member)
-        blob = own.to_bytes() if own is not None and run.group.rank == source else None
-        content = run.group.broadcast_blob(blob, source)
-        if own is None:
-            own = LatentState.from_bytes(content, run.group.device)
-        self._shelf.put(member.request_id, own)
-        if run.leads(self._worker):
-            members = run.assignment.group.members
-            holder = members[source]
-            others = ",".join(name for name in members if name != holder)
-            run.sides.append(
-                began.side(
-                    spans.TRANSFER,
-                    {spans.BYTES: len(content), spans.FROM: holder, spans.TO: others},
-                )
-            )
-        return own
-
-    def _fetch(self, run: _Run, member: mesh_pb2.BatchMember) -> LatentState:
-        tried, began = [], Stopwatch()
-        for holder in member.holders:
-            if holder.worker == self._worker:
-                continue
-            tried.append(holder.worker)
-            reply = self._ask(
-                holder.worker,
-                mesh_pb2.LatentRequest(
-                    request_id=member.request_id,
-                    steps_done=member.first_step,
-                    attempt=member.attempt,
-                    wait_us=run.assignment.collective_timeout_us // 2,
-                ),
-            )
-            if reply.HasField("failure"):
-                log.warning("%s gave no latent: %s", holder.worker, reply.failure.message)
-                continue
-            blob = self._rendezvous.fetch(
-                holder.store_address,
-                reply.key,
-                run.assignment.collective_timeout_us / 1e6,
-                _Off(self._inbox, run.assignment),
-            )
-            run.sides.append(
-                began.side(
-                    spans.TRANSFER,
-                    {spans.BYTES: len(blob), spans.FROM: holder.worker, spans.TO: self._worker},
-                )
-            )
-            return LatentState.from_bytes(blob)
-        raise LatentMissing(member.request_id, member.first_step, tuple(tried))
+        states: dict[str, LatentState] = {}
+        for member in tuple(run.members):
+            try:
+                states[member.request_id] = self._sources.obtain(run, member)
+            except LatentMissing as missing:
+                if run.group is not None or len(run.members) == 1:
+                    raise
+                run.leave(member)
+                listener(self._missing(run, missing, last=False))
+        return states
 
     # ------------------------------------------------------------------------------------------
     # notes
 
-    def _card(self, run: _Run) -> ModelCard:
-        return self._cards[run.members[0].spec.model]
+    def _card(self, run: Run) -> ModelCard:
+        return self._cards[run.assignment.batch[0].spec.model]
 
-    def _note(
-        self,
-        run: _Run,
-        made: int,
-        *,
-        last: bool = False,
-        media: Mapping[str, Media] | None = None,
-        resolved: Mapping[str, str] | None = None,
-    ) -> RunNote:
-        """What is behind the jobs after `made` steps of the assignment."""
-        note = RunNote(
-            assignment=run.assignment,
-            behind={m.request_id: m.first_step + made for m in run.members},
-            steps=tuple(run.steps),
-            sides=tuple(run.sides),
-            last=last,
-            media=media or {},
-            resolved=resolved or {},
+    def _missing(self, run: Run, missing: LatentMissing, *, last: bool) -> RunNote:
+        tried = ",".join(missing.tried)
+        return self._failed(
+            run, "LATENT_MISSING", str(missing), named=missing.request, last=last, tried=tried
         )
-        run.steps.clear()
-        run.sides.clear()
-        run.unreported = Stopwatch()
-        return note
 
     def _failed(
-        self, run: _Run, reason: str, message: str, suspects: tuple[str, ...] = ()
+        self,
+        run: Run,
+        reason: str,
+        message: str,
+        suspects: tuple[str, ...] = (),
+        *,
+        named: str = "",
+        last: bool = True,
+        **metadata: str,
     ) -> RunNote:
-        held = {m.request_id: self._shelf.steps_done(m.request_id) for m in run.members}
-        return RunNote(
-            assignment=run.assignment,
-            behind={request: steps for request, steps in held.items() if steps is not None},
-            last=True,
-            failure=types_pb2.Failure(reason=reason, message=message),
-            suspects=suspects,
-        )
+        """What failed, `named` by whose fault where that is known."""
+        failure = types_pb2.Failure(reason=reason, message=message, metadata=metadata)
+        failure.metadata["batch"] = str(len(run.members) + (not last))
+        told = [m.request_id for m in run.assignment.batch] if last else [named]
+        if named:
+            failure.metadata["request"] = named
+        held = {request: self._shelf.steps_done(request) for request in told}
+        return run.failed(held, failure, suspects, last=last)
 
 
-class _Off(threading.Event):
-    """Looks like an event; is set once the assignment's attempt has been truncated."""
+def _encoded(card: ModelCard, spec: types_pb2.GenerationSpec) -> LatentState:
+    return card.encode(
+        prompt=spec.prompt,
+        negative_prompt=spec.negative_prompt,
+        width=spec.shape.width,
+        height=spec.shape.height,
+        frames=max(1, spec.shape.frames),
+        steps=spec.steps,
+        guidance_scale=spec.guidance_scale,
+        seed=spec.seed,
+    )
 
-    def __init__(self, inbox: Inbox, assignment: mesh_pb2.Assignment) -> None:
-        super().__init__()
-        self._inbox = inbox
-        self._assignment = assignment
 
-    def is_set(self) -> bool:
-        return self._inbox.must_stop(self._assignment)
+def _reason(error: Exception) -> tuple[str, str]:
+    """(reason, message) of a failure."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "OUT_OF_MEMORY", str(error)
+    return "MODEL_ERROR", f"{type(error).__name__}: {error}"
 
 
 def _layout(assignment: mesh_pb2.Assignment) -> Layout:
     named = assignment.layout
     return Layout(max(1, named.cfg), max(1, named.ulysses), max(1, named.ring))
-
-
-def _source(assignment: mesh_pb2.Assignment, member: mesh_pb2.BatchMember) -> int | None:
-    """Rank that broadcasts the latent; None when every member holds it already.
-
-    Computed from the plan alone, so that all members agree without a word. Rank 0 fetches where no
-    member holds it.
-    """
-    holders = {h.worker for h in member.holders if h.steps_done == member.first_step}
-    holding = [worker in holders for worker in assignment.group.members]
-    if all(holding):
-        return None
-    return holding.index(True) if any(holding) else 0

@@ -93,21 +93,26 @@ class Inbox:
         with self._changed:
             return self._waiting.pop(0) if self._waiting and not self._closed else None
 
-    def must_stop(self, assignment: mesh_pb2.Assignment, made: int = 0) -> bool:
-        """Whether an assignment has to stop after `made` of its steps: any of its jobs has to.
+    def staying(self, assignment: mesh_pb2.Assignment, made: int = 0) -> tuple[str, ...]:
+        """The jobs that go on after `made` steps of an assignment, by request.
 
-        A new leader plans from the latents that exist: what the old one had under way stops too.
+        A new leader plans from the latents that exist: what the old one had under way stops.
         """
         with self._changed:
             if assignment.term < self.term:
-                return True
+                return ()
             marks = [(m, self._marks.get(m.request_id)) for m in assignment.batch]
-        return any(
-            mark is not None
-            and member.attempt <= mark.attempt
-            and member.first_step + made >= mark.stop_at_step
+        return tuple(
+            member.request_id
             for member, mark in marks
+            if mark is None
+            or member.attempt > mark.attempt
+            or member.first_step + made < mark.stop_at_step
         )
+
+    def must_stop(self, assignment: mesh_pb2.Assignment, made: int = 0) -> bool:
+        """Whether none of its jobs goes on after `made` steps of an assignment."""
+        return not self.staying(assignment, made)
 
     def close(self) -> None:
         with self._changed:

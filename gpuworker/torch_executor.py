@@ -21,6 +21,7 @@ from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
 from gpuworker.models.loading import LoadError, load_card
 from gpuworker.pace import pace_of
 from gpuworker.rendezvous import Rendezvous
+from gpuworker.sources import Sources
 from hocket.bus import Bus, Subjects
 from hocket.errors import PeerSilent
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
@@ -64,9 +65,8 @@ class TorchExecutor:
             cards,
             self._inbox,
             self._shelf,
-            self._rendezvous,
             self._groups,
-            self._ask,
+            Sources(worker, self._inbox, self._shelf, self._rendezvous, self._ask),
             pace_of(device),
         )
         self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
@@ -208,6 +208,7 @@ def model_info(facts: CardFacts, batch_max: int = 1) -> generation_pb2.ModelInfo
         degrees=facts.degrees,
         examples=facts.examples,
         batch_max=batch_max,
+        obeys_layout=True,
         branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,
     )
 

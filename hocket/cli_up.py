@@ -29,6 +29,9 @@ NatsUrl = Annotated[str, typer.Option(help="A broker that runs already.")]
 Model = Annotated[list[str] | None, typer.Option(help="Folder or hub id of a model; repeatable.")]
 Executor = Annotated[str, typer.Option(help="torch or emulated.")]
 Profile = Annotated[str, typer.Option(help="CSV by which emulated workers sleep.")]
+BatchMax = Annotated[
+    int, typer.Option(min=0, max=32, help="Jobs of one shape a worker; 0: its default.")
+]
 Listen = Annotated[str, typer.Option(help="Door of the gateway; port 0 picks one.")]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 
@@ -41,6 +44,7 @@ def up(
     model: Model = None,
     executor: Executor = "",
     profile: Profile = "",
+    batch_max: BatchMax = 0,
     listen: Listen = "127.0.0.1:0",
     log_level: LogLevel = "info",
 ) -> None:
@@ -56,6 +60,7 @@ def up(
         models=tuple(model or ()),
         executor=executor,
         profile=profile,
+        batch_max=batch_max,
         log_level=log_level,
     )
 

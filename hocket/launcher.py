@@ -58,6 +58,7 @@ class MeshPlan:
     models: tuple[str, ...] = ()  # empty: the shipped one
     executor: str = ""  # empty: the worker's default
     profile: str = ""  # CSV by which emulated workers sleep
+    batch_max: int = 0  # jobs of one shape that a worker takes at a time; 0: the worker's default
     log_level: str = "info"
 
 
@@ -116,13 +117,20 @@ async def _start_control(plan: MeshPlan, url: str, children: Children, report: R
 
 
 async def _start_workers(plan: MeshPlan, url: str, children: Children) -> Child:
+    command = _service("gpuworker", plan, url, worker_options(plan))
+    return await children.start("workers", command, stop_rank=2, vital=False)
+
+
+def worker_options(plan: MeshPlan) -> list[str]:
+    """What the workers' command is told of a plan; the rest is the workers' default."""
     options = [f"--count={plan.workers}", *(f"--model={model}" for model in plan.models)]
     if plan.executor:
         options.append(f"--executor={plan.executor}")
     if plan.profile:
         options.append(f"--profile={plan.profile}")
-    command = _service("gpuworker", plan, url, options)
-    return await children.start("workers", command, stop_rank=2, vital=False)
+    if plan.batch_max:
+        options.append(f"--batch-max={plan.batch_max}")
+    return options
 
 
 async def _start_gateway(plan: MeshPlan, url: str, children: Children, report: Report) -> str:

@@ -15,7 +15,8 @@ named are those of the profile. `experiment.py` adds what makes many runs of one
 
 Faults are for tests: [[faults]] with at_us, kind and worker (or request): `lost`, `up` (restarted:
 a new incarnation), `beat` (alive after all), `drain`, `fail` (breaks the group it runs in, and is
-suspected of it), `cancel`. [[stragglers]] with worker, from_us, until_us, factor.
+suspected of it), `error` and `memory` (of the batch that it runs), `cancel`. [[stragglers]] with
+worker, from_us, until_us, factor.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Something that happens to a worker or a request at a time."""
 
     at_us: int
-    kind: Literal["lost", "up", "beat", "drain", "cancel", "fail"]
+    kind: Literal["lost", "up", "beat", "drain", "cancel", "fail", "error", "memory"]
     worker: str = ""
     request: str = ""
     host: str = "host000"  # of a worker that comes up

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from control.scheduler.core import Scheduler
 from control.scheduler.facts import in_order
+from control.scheduler.failures import OUT_OF_MEMORY
 from control.scheduler.schedule_log import ScheduleLog
 from control.scheduler.summary import Summary, summarise
 from control.scheduler.values import (
@@ -33,9 +34,10 @@ from control.scheduler.values import (
 
 from .case import Case, Fault
 from .invariants import Checker, InvariantError
-from .workers import Workers
+from .workers import GROUP_BROKEN, Workers
 
 Timer = Callable[[], int]  # nanoseconds since some origin
+BROKEN = {"fail": GROUP_BROKEN, "error": "MODEL_ERROR", "memory": OUT_OF_MEMORY}  # faults, reasons
 PLANS_A_CENSUS = 256  # so often the requests inside are counted
 PLANS_AN_INSTANT = 10_000  # more than that without time going on: the run will never end
 
@@ -174,8 +176,8 @@ class Loop:
         """Lets something happen to the workers; returns the facts that control learns."""
         workers = self._workers
         if isinstance(happening, Fault):
-            if happening.kind == "fail":
-                return list(workers.fail(happening.at_us, happening.worker))
+            if (reason := BROKEN.get(happening.kind)) is not None:
+                return list(workers.fail(happening.at_us, happening.worker, reason))
             happening = _fact(workers, happening)
         match happening:
             case Arrived():

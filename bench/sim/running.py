@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from control.scheduler.values import Assignment
+import msgspec
+
+from control.scheduler.values import DIT, Assignment, JobProgress, Member
 
 
 @dataclass(slots=True, eq=False)
 class Running:
     """An assignment in the workers' hands."""
 
-    assignment: Assignment
+    assignment: Assignment  # of the jobs that are still in it
     call_us: int  # of one step, by the profile
     started: bool = False
     over: bool = False
@@ -21,6 +23,8 @@ class Running:
     reported_us: int = 0  # the last report went out, or the first step began
     unreported: list[int] = field(default_factory=list)  # times of steps since then
     setup_us: tuple[int, int, int] = (0, 0, 0)  # load, transfer, group: for the first report
+    leaving: list[Member] = field(default_factory=list)  # called off: out at the end of the step
+    left: list[JobProgress] = field(default_factory=list)  # since the last report
 
     def stops(self) -> bool:
         """The step that has just ended was its last."""
@@ -29,3 +33,28 @@ class Running:
         if self.stop_at is None:
             return False
         return self.assignment.batch[0].first_step + self.steps_done >= self.stop_at
+
+    def progress(self, member: Member) -> JobProgress:
+        """Where a job stands by the steps of this assignment."""
+        steps = self.steps_done if self.assignment.node == DIT else 0
+        done = member.first_step + steps
+        return JobProgress(request=member.request, attempt=member.attempt, steps_done=done)
+
+    def leave(self, member: Member) -> bool:
+        """A job leaves a batch, at the end of the step under way; false for the last job."""
+        if member not in self.leaving:
+            if len(self.assignment.batch) - len(self.leaving) == 1:
+                return False
+            self.leaving.append(member)
+        if not self.started:
+            self.part()
+            self.left.clear()  # nothing was run
+        return True
+
+    def part(self) -> None:
+        """Those who were called off are out; others go on."""
+        if self.leaving:
+            self.left += [self.progress(m) for m in self.leaving]
+            rest = tuple(m for m in self.assignment.batch if m not in self.leaving)
+            self.assignment = msgspec.structs.replace(self.assignment, batch=rest)
+            self.leaving.clear()

@@ -16,11 +16,12 @@ from __future__ import annotations
 import heapq
 from collections import deque
 
+import msgspec
+
 from control.scheduler.failures import LATENT_MISSING
 from control.scheduler.latency import estimate_us
 from control.scheduler.profile import CellKey, Profile
 from control.scheduler.values import (
-    DIT,
     TEXT,
     VAE,
     Assignment,
@@ -40,6 +41,7 @@ from .invariants import Checker
 from .running import Running
 
 Fact = StepsEnded | AssignmentFailed
+GROUP_BROKEN = "GROUP_BROKEN"
 
 
 class Workers:
@@ -97,8 +99,8 @@ class Workers:
             missing = self._missing(running)
             if missing is None:
                 self._start(now_us, running)
-            elif not any(r is not running for r in self._runs.get(missing, ())):
-                self._give_up(now_us, running)  # nobody is at work on that latent
+            elif not any(r is not running for r in self._runs.get(missing.request, ())):
+                self._give_up(now_us, running, missing)  # nobody is at work on that latent
 
     def next_us(self) -> int | None:
         """When a step ends next, or a report comes in."""
@@ -154,20 +156,20 @@ class Workers:
         if self._checker:
             self._checker.worker_lost(worker)
 
-    def fail(self, now_us: int, worker: str) -> list[Fact]:
-        """Breaks what a worker runs with others: each member reports, all but itself accuse it."""
+    def fail(self, now_us: int, worker: str, reason: str) -> list[Fact]:
+        """Breaks what a worker runs; of a broken group all the others report, and accuse it."""
         running = self._head(worker) if worker in self._queues else None
         if running is None or not running.started:
             return []
         a = running.assignment
         self._drop(running)
         facts: list[Fact] = []
-        for reporter in a.workers:
-            if reporter == worker and len(a.workers) > 1:
-                continue
-            at_us = now_us + self.case.costs.report_delay_us
-            fact = self._failure(at_us, a, reporter, "GROUP_BROKEN", (worker,))
-            self._send(fact.at_us, fact, facts)
+        broken = reason == GROUP_BROKEN
+        others = [w for w in a.workers if w != worker] if broken else []
+        at_us = now_us + self.case.costs.report_delay_us
+        for reporter in others or [worker]:
+            fact = self._failure(at_us, a, reporter, reason, (worker,) if broken else ())
+            self._send(at_us, fact, facts)
         return facts
 
     def _send(self, at_us: int, fact: Fact, now: list[Fact]) -> None:
@@ -177,12 +179,13 @@ class Workers:
         else:
             now.append(fact)
 
-    def _has(self, member: Member, worker: str) -> bool:
-        return worker in self._latents.get(member.request, {})
-
-    def _progress(self, member: Member, worker: str) -> JobProgress:
-        done = self._latents[member.request][worker]
-        return JobProgress(request=member.request, attempt=member.attempt, steps_done=done)
+    def _copies(self, a: Assignment, worker: str) -> tuple[JobProgress, ...]:
+        held = [(m, self._latents.get(m.request, {}).get(worker)) for m in a.batch]
+        return tuple(
+            JobProgress(request=m.request, attempt=m.attempt, steps_done=done)
+            for m, done in held
+            if done is not None
+        )
 
     # -------------------------------------------------------------------------------- steps
 
@@ -196,7 +199,7 @@ class Workers:
         """At the head of all its members' queues."""
         return all(self._head(worker) is running for worker in running.assignment.workers)
 
-    def _missing(self, running: Running) -> str | None:
+    def _missing(self, running: Running) -> Member | None:
         """The first job whose latent nobody named has as far as is needed; it is waited for."""
         a = running.assignment
         if a.node == TEXT:
@@ -207,16 +210,18 @@ class Workers:
                 waiting = self._waiting.setdefault(member.request, [])
                 if running not in waiting:
                     waiting.append(running)
-                return member.request
+                return member
         return None
 
-    def _give_up(self, now_us: int, running: Running) -> None:
+    def _give_up(self, now_us: int, running: Running, missing: Member) -> None:
         """Control believed in a latent that is not there; the first member says so."""
         a = running.assignment
         self._drop(running)
         at_us = now_us + max(1, self.case.costs.report_delay_us)
         fact = self._failure(at_us, a, a.workers[0], LATENT_MISSING, ())
-        self._reports.append((at_us, fact))
+        tried = tuple(h.worker for h in missing.holders)
+        named = msgspec.structs.replace(fact, request=missing.request, tried=tried)
+        self._reports.append((at_us, named))
 
     def _failure(
         self, at_us: int, a: Assignment, reporter: str, reason: str, suspects: tuple[str, ...]
@@ -225,7 +230,7 @@ class Workers:
             at_us=at_us,
             sequence=a.sequence,
             worker=reporter,
-            jobs=tuple(self._progress(m, reporter) for m in a.batch if self._has(m, reporter)),
+            jobs=self._copies(a, reporter),
             reason=reason,
             suspects=suspects,
         )
@@ -288,16 +293,18 @@ class Workers:
         a = running.assignment
         running.steps_done += 1
         running.unreported.append(running.step_us)
-        steps = running.steps_done if a.node == DIT else 0
         for member in a.batch:
             if (copies := self._latents.get(member.request)) is None:
                 copies = self._latents[member.request] = {}
-            done = member.first_step + steps
+            done = running.progress(member).steps_done
             for worker in a.workers:
                 copies[worker] = done
             self._ask_again(member.request)
         if self._checker:
             self._checker.stepped(a, running.steps_done, now_us)
+        for member in running.leaving:
+            self._runs[member.request].remove(running)
+        running.part()
         last = running.stops()
         if running.steps_done == 1:
             members = frozenset(a.workers)
@@ -309,20 +316,18 @@ class Workers:
             self._step(now_us, running)
         if not last and now_us - running.reported_us < self.case.costs.report_us:
             return None
-        return self._report(now_us, running, steps, last)
+        return self._report(now_us, running, last)
 
-    def _report(self, now_us: int, running: Running, steps: int, last: bool) -> StepsEnded:
+    def _report(self, now_us: int, running: Running, last: bool) -> StepsEnded:
         a = running.assignment
         times, running.unreported = tuple(running.unreported), []
         (load_us, transfer_us, group_us), running.setup_us = running.setup_us, (0, 0, 0)
         running.reported_us = now_us
+        left, running.left = tuple(running.left), []
         return StepsEnded(
             at_us=now_us + self.case.costs.report_delay_us,
             sequence=a.sequence,
-            jobs=tuple(
-                JobProgress(request=m.request, attempt=m.attempt, steps_done=m.first_step + steps)
-                for m in a.batch
-            ),
+            jobs=(*(running.progress(m) for m in a.batch), *left),
             step_time_us=times,
             last=last,
             group_time_us=group_us,
@@ -366,7 +371,11 @@ class Workers:
             member = next(m for m in a.batch if m.request == truncation.request)
             if member.attempt > truncation.attempt:
                 continue
-            if running.started or member.first_step < truncation.stop_at_step:
+            if running.leave(member):
+                if not running.started:
+                    self._runs[member.request].remove(running)
+                    self._touched.update(dict.fromkeys(a.workers))
+            elif running.started or member.first_step < truncation.stop_at_step:
                 running.stop_at = truncation.stop_at_step
             else:
                 self._drop(running)

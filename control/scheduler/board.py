@@ -7,26 +7,46 @@
 
 Workers follow one order of sequences, so a forecast is one walk along it: an assignment starts when
 its members are free of earlier ones and its job's earlier assignment is over, and lasts its steps.
+
+A job may leave a batch before the others are through: called off, failed, or (its file was stored
+first) done. The flight is then of those who stay.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from .cluster import Cluster
-from .values import DIT, Assignment
+from .values import DIT, Assignment, Member
 
 
 @dataclass(slots=True)
 class Flight:
     """An assignment on its way."""
 
-    assignment: Assignment
+    assignment: Assignment  # of the jobs that are still in it
     issued_us: int
     setup_us: int = 0  # loads, transfers and group before the first step, as predicted
     steps_done: int = 0  # reported of its own steps
     reported_us: int | None = None  # when its last report came
     behind_us: int = 0  # when what its jobs had out before it ended
+    spent_us: int = 0  # reported of an encode or decode that tells job by job
+    left: list[Member] = field(default_factory=list)  # called off, or given up, before its end
+    size: int = 0  # jobs that it was issued for
+
+    def __post_init__(self) -> None:
+        self.size = len(self.assignment.batch)
+
+    def part(self, request: str) -> Member:
+        """A job is no longer in it; another one still is."""
+        batch = self.assignment.batch
+        (gone,) = [m for m in batch if m.request == request]
+        rest = tuple(m for m in batch if m is not gone)
+        assert rest, "the last job takes the flight along"
+        self.assignment = msgspec.structs.replace(self.assignment, batch=rest)
+        return gone
 
     @property
     def steps_left(self) -> int:
@@ -66,18 +86,31 @@ class Board:
         """Takes off an assignment that is over."""
         return self.flights.pop(sequence)
 
+    def leave(self, sequence: int, request: str) -> None:
+        """A job leaves a batch whose others go on; reports may still tell of it."""
+        flight = self.flights[sequence]
+        flight.left.append(flight.part(request))
+        self._retired_of.setdefault(request, []).append(sequence)
+
     def call_off(self, sequence: int) -> Flight:
-        """Takes off an assignment that shall not go on; a late report of it can still be told."""
+        """Takes off an assignment whose last job shall not go on; a late report of it, and of those
+        who left before, can still be told.
+        """
         flight = self.flights.pop(sequence)
-        self.retired[sequence] = flight.assignment
+        whole = (*flight.left, *flight.assignment.batch)
+        self.retired[sequence] = msgspec.structs.replace(flight.assignment, batch=whole)
         for member in flight.assignment.batch:
             self._retired_of.setdefault(member.request, []).append(sequence)
         return flight
 
     def forget(self, request: str) -> None:
-        """Drops called-off assignments of a request that ended."""
+        """A request ended: drops called-off assignments that nobody else inside had a part in."""
         for sequence in self._retired_of.pop(request, ()):
-            self.retired.pop(sequence, None)
+            retired = self.retired.get(sequence)
+            if retired is not None and not any(
+                sequence in self._retired_of.get(m.request, ()) for m in retired.batch
+            ):
+                del self.retired[sequence]
 
     def busy(self) -> set[str]:
         """Workers that have something outstanding."""

@@ -189,7 +189,7 @@ class Scheduler:
             steps=start.steps,
             workers=start.workers,
             epoch=ledger.cluster.epoch(start.workers),
-            layout=_layout(start, members),
+            layout=self._layout(start, members),
             step_time_us=time.mean_us,
             step_time_us_safe=time.safe_us,
             start_us=begin_us,
@@ -204,6 +204,13 @@ class Scheduler:
             job.move(JobState.ASSIGNED)
             ledger.touched[tracked.id] = None
         return assignment
+
+    def _layout(self, start: Start, members: Sequence[Tracked]) -> Layout:
+        """Halves of guidance only where every worker says that it obeys them."""
+        model, workers = members[0].request.model, self._ledger.cluster.workers
+        halves = all(workers[name].models[model].halves for name in start.workers)
+        branches = min(t.request.branches for t in members) if start.node == DIT else 1
+        return Layout.of(len(start.workers), branches if halves else 1)
 
     def _member(self, tracked: Tracked, start: Start) -> Member:
         """Sources that are in the group come first: a copy on the spot needs no transfer."""
@@ -230,11 +237,6 @@ class Scheduler:
         return load_us + ledger.moving.cost_us(
             ledger.cluster, where, start.workers, decode=start.node == VAE
         )
-
-
-def _layout(start: Start, members: Sequence[Tracked]) -> Layout:
-    branches = min(t.request.branches for t in members) if start.node == DIT else 1
-    return Layout.of(len(start.workers), branches)
 
 
 __all__ = ["TEXT", "VAE", "Scheduler"]

@@ -116,7 +116,7 @@ def workers_of(ledger: Ledger, window: Window, forecast: Forecast, now_us: int) 
 
 def degrees_of(ledger: Ledger, request: Request) -> tuple[int, ...]:
     """Widths in which a request's denoiser can run on the usable workers, ascending."""
-    return ledger.cluster.degrees(request.model)
+    return ledger.degrees(request)
 
 
 def fastest_us(ledger: Ledger, request: Request) -> int:

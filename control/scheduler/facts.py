@@ -21,7 +21,9 @@ from .values import (
     Ended,
     Event,
     Held,
+    JobProgress,
     Layout,
+    Member,
     Outcome,
     StepsEnded,
     WorkerLost,
@@ -56,11 +58,15 @@ def _fact_order(fact: Event) -> tuple[int, int, int, str]:
         case CancelRequested():
             return (fact.at_us, rank, 0, fact.request)
         case StepsEnded():
-            return (fact.at_us, rank, fact.sequence, str(fact.jobs[0].steps_done).zfill(9))
+            return (fact.at_us, rank, fact.sequence, _steps_told(fact))
         case AssignmentFailed():
             return (fact.at_us, rank, fact.sequence, fact.worker)
         case WorkerUp() | WorkerLost() | DrainRequested():
             return (fact.at_us, rank, 0, fact.worker)
+
+
+def _steps_told(fact: StepsEnded) -> str:
+    return str(fact.jobs[0].steps_done if fact.jobs else 0).zfill(9)
 
 
 def apply(ledger: Ledger, fact: Event) -> tuple[Ended, ...]:
@@ -134,58 +140,85 @@ def _drain(ledger: Ledger, fact: DrainRequested) -> tuple[Ended, ...]:
 
 def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
     flight = ledger.board.flights.get(fact.sequence)
-    if flight is None or not _tells_of(fact, flight):
+    if flight is None:
         failures.late_report(ledger, fact)
         return ()
-    _learn(ledger, flight, fact)
+    assignment = flight.assignment
+    told = {(p.request, p.attempt): p for p in fact.jobs}
+    staying = [(m, told.get((m.request, m.attempt))) for m in assignment.batch]
+    news = any(progress for _, progress in staying)
+    if not news and not (fact.last and (flight.left or not fact.jobs)):
+        failures.late_copies(ledger, assignment.workers, flight.left, fact.jobs)
+        return ()
+    over = fact.last or (assignment.node != DIT and all(progress for _, progress in staying))
+    _learn(ledger, flight, fact, over)
     if flight.reported_us is None:
         ledger.moving.observe(fact)
-    flight.reported_us = fact.at_us
-    assignment = flight.assignment
+    if assignment.node == DIT or over:
+        flight.reported_us = fact.at_us
     ledger.cluster.formed(assignment.workers, assignment.epoch)
-    if fact.last:
+    if over:
         ledger.board.end(fact.sequence)
         for name in assignment.workers:
             worker = ledger.cluster.workers[name]
             worker.freed_us = max(worker.freed_us, fact.at_us)
+    ended = _tell_jobs(ledger, flight, staying, fact, over)
+    failures.late_copies(ledger, assignment.workers, flight.left, fact.jobs)
+    return ended
+
+
+def _tell_jobs(
+    ledger: Ledger,
+    flight: Flight,
+    staying: list[tuple[Member, JobProgress | None]],
+    fact: StepsEnded,
+    over: bool,
+) -> tuple[Ended, ...]:
+    """What a report says of the jobs that are in the flight; an encode or decode may tell of some
+    of them before the others.
+    """
+    assignment = flight.assignment
     ended: list[Ended] = []
     steps_before = flight.steps_done
-    for progress in fact.jobs:
-        member = next(m for m in assignment.batch if m.request == progress.request)
-        tracked = ledger.tracked[progress.request]
+    for member, progress in staying:
+        tracked = ledger.tracked[member.request]
+        if progress is None:
+            if over:  # what told of it got lost: nobody will say it again
+                tracked.jobs[assignment.node].outstanding.remove(fact.sequence)
+                latents.restart(ledger, tracked, fact.at_us)
+            continue
         if assignment.node == DIT:
             steps = min(progress.steps_done - member.first_step, assignment.steps)
             flight.steps_done = max(flight.steps_done, steps)
             if steps > steps_before:
                 tracked.stepped(member.first_step + steps, assignment.workers, fact.at_us)
                 ledger.progress(tracked.id)
-        if fact.last:
+        if over:
+            ended += _job_over(ledger, tracked, flight, fact.at_us)
+        elif assignment.node != DIT:
+            flight.part(member.request)
             ended += _job_over(ledger, tracked, flight, fact.at_us)
     return tuple(ended)
 
 
-def _tells_of(fact: StepsEnded, flight: Flight) -> bool:
-    """The report is of this very assignment: its requests, in their present attempts."""
-    batch = flight.assignment.batch
-    if len(batch) == 1 == len(fact.jobs):
-        job, member = fact.jobs[0], batch[0]
-        return job.request == member.request and job.attempt == member.attempt
-    reported = {(p.request, p.attempt) for p in fact.jobs}
-    return reported == {(m.request, m.attempt) for m in batch}
-
-
-def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded) -> None:
-    """Refines the latency model; a mixed group teaches nothing about either kind."""
+def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded, over: bool) -> None:
+    """Refines the latency model. A mixed group teaches nothing about either kind, and a batch that
+    some have left nothing about its size.
+    """
     assignment = flight.assignment
     gpus = ledger.gpus(assignment.workers)
     tracked = ledger.tracked.get(assignment.batch[0].request)
-    if len(gpus) != 1 or tracked is None:
+    if len(gpus) != 1 or tracked is None or flight.left:
         return
+    times_us = fact.step_time_us
+    if assignment.node != DIT:  # one call, however many reports tell of it
+        flight.spent_us += sum(times_us)
+        times_us = (flight.spent_us,) if over and flight.spent_us else ()
     model, shape = tracked.request.model, tracked.request.shape
     # Times are kept by degree: a request is split in one way at each.
-    layout, batch = Layout(ulysses=assignment.layout.degree), len(assignment.batch)
-    key = CellKey(model, gpus[0], assignment.node, shape, layout, batch)
-    for step_us in fact.step_time_us:
+    layout = Layout(ulysses=assignment.layout.degree)
+    key = CellKey(model, gpus[0], assignment.node, shape, layout, flight.size)
+    for step_us in times_us:
         ledger.latency.observe(key, step_us)
 
 

@@ -4,19 +4,36 @@ Whatever goes wrong, the answer is one: call off everything outstanding of the r
 count a new attempt, and go on from the furthest latent that a living worker still holds, or from
 the encode. Reports of called-off work that come in late may at most tell of latents that nobody had
 counted on.
+
+Whose fault was it? A job that ran alone, or that the report names, gets a strike; those in a batch
+with it get none. Of a batch whose failure names nobody, all go on one by one at that node, where
+the culprit will be found; a batch that was too large for the memory goes on in halves.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from . import latents
 from .latents import restart
 from .ledger import Ledger
 from .lifecycle import WorkerState
 from .tracker import Tracked
-from .values import Assignment, AssignmentFailed, Ended, Outcome, StepsEnded
+from .values import (
+    DIT,
+    Assignment,
+    AssignmentFailed,
+    Ended,
+    JobProgress,
+    Member,
+    Outcome,
+    StepsEnded,
+)
 
 # The reporter asked the named holders in vain: they do not have what we believed they had.
 LATENT_MISSING = "LATENT_MISSING"
+GROUP_LOST = "GROUP_LOST"  # a member of the group, or its connection: no job's fault
+OUT_OF_MEMORY = "OUT_OF_MEMORY"
 # A message was lost on its way (the broker restarted, say): nobody's fault, and no strike, unless
 # it is always this one that gets lost.
 MESSAGE_LOST = "MESSAGE_LOST"
@@ -47,7 +64,7 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
     assignment = flight.assignment if flight else ledger.board.retired.get(fact.sequence)
     if assignment is None or fact.worker not in assignment.workers:
         return ()
-    requests = {m.request for m in assignment.batch}
+    requests = {m.request for m in (*assignment.batch, *(flight.left if flight else ()))}
     copies = [p for p in fact.jobs if p.request in requests]
     for progress in copies:  # what a worker says of its own copy is exact
         latents.hold(ledger, progress.request, fact.worker, progress.steps_done, exact=True)
@@ -55,6 +72,8 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
         for progress in copies:
             latents.profit(ledger, progress.request)
         return ()
+    if fact.goes_on:
+        return _one_failed(ledger, assignment, fact, copies)
     for name in fact.suspects:
         worker = ledger.cluster.workers.get(name)
         if worker is not None and worker.state is WorkerState.UP:
@@ -63,18 +82,22 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
     concerned = [
         t for t in ledger.tracked.values() if _concerned(ledger, t, assignment, fact.suspects)
     ]
+    together = fact.batch or flight.size
+    elsewhere = (
+        fact.reason == OUT_OF_MEMORY and not fact.request and _overrun(ledger, assignment, together)
+    )
     ended: list[Ended] = []
     for tracked in concerned:
         member = next((m for m in assignment.batch if m.request == tracked.id), None)
-        struck_out = member is not None and _struck_out(ledger, tracked, assignment.node, fact)
-        if member is not None and fact.reason == LATENT_MISSING:
-            held = any(p.request == tracked.id for p in copies)
-            for name in (*(h.worker for h in member.holders), fact.worker):
-                if name != fact.worker or not held:
-                    tracked.holders.pop(name, None)
-        if struck_out:
-            ended.append(ledger.end(tracked, Outcome.FAILED, fact.at_us, fact.reason))
+        if member is None or elsewhere:
+            restart(ledger, tracked, fact.at_us)
+        elif fact.request == tracked.id or (together == 1 and not fact.request):
+            ended += _own_failure(ledger, tracked, member, assignment.node, fact, copies)
+        elif fact.suspects or fact.reason in (GROUP_LOST, MESSAGE_LOST):
+            ended += _strike(ledger, tracked, assignment.node, fact)
         else:
+            if not fact.request:
+                tracked.alone = assignment.node
             restart(ledger, tracked, fact.at_us)
     ledger.due = True
     return tuple(ended)
@@ -83,12 +106,77 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
 def late_report(ledger: Ledger, fact: StepsEnded) -> None:
     """Steps of called-off work that ended after all: their latents count if they come in time."""
     assignment = ledger.board.retired.get(fact.sequence)
-    if assignment is None:
-        return
-    for progress in fact.jobs:
-        for name in assignment.workers:
-            latents.hold(ledger, progress.request, name, progress.steps_done, exact=False)
-        latents.profit(ledger, progress.request)
+    if assignment is not None:
+        late_copies(ledger, assignment.workers, assignment.batch, fact.jobs)
+
+
+def late_copies(
+    ledger: Ledger,
+    workers: tuple[str, ...],
+    members: Sequence[Member],
+    jobs: tuple[JobProgress, ...],
+) -> None:
+    """What a report tells of jobs that its assignment no longer counts on."""
+    known = {(m.request, m.attempt) for m in members}
+    for progress in jobs:
+        if (progress.request, progress.attempt) in known:
+            for name in workers:
+                latents.hold(ledger, progress.request, name, progress.steps_done, exact=False)
+            latents.profit(ledger, progress.request)
+
+
+def _one_failed(
+    ledger: Ledger,
+    assignment: Assignment,
+    fact: AssignmentFailed,
+    copies: list[JobProgress],
+) -> tuple[Ended, ...]:
+    """One job of a batch was given up; the others go on, and get no strike."""
+    tracked = ledger.tracked.get(fact.request)
+    member = next((m for m in assignment.batch if m.request == fact.request), None)
+    if tracked is None or member is None:
+        return ()
+    ledger.due = True
+    return _own_failure(ledger, tracked, member, assignment.node, fact, copies)
+
+
+def _own_failure(
+    ledger: Ledger,
+    tracked: Tracked,
+    member: Member,
+    node: str,
+    fact: AssignmentFailed,
+    copies: list[JobProgress],
+) -> tuple[Ended, ...]:
+    """It was this very job that failed."""
+    if fact.reason == LATENT_MISSING:
+        held = any(p.request == tracked.id for p in copies)
+        for name in (*(fact.tried or [h.worker for h in member.holders]), fact.worker):
+            if name != fact.worker or not held:
+                tracked.holders.pop(name, None)
+    return _strike(ledger, tracked, node, fact)
+
+
+def _strike(
+    ledger: Ledger, tracked: Tracked, node: str, fact: AssignmentFailed
+) -> tuple[Ended, ...]:
+    if _struck_out(ledger, tracked, node, fact):
+        return (ledger.end(tracked, Outcome.FAILED, fact.at_us, fact.reason),)
+    restart(ledger, tracked, fact.at_us)
+    return ()
+
+
+def _overrun(ledger: Ledger, assignment: Assignment, together: int) -> bool:
+    """So many jobs do not fit there: planners ask for fewer from now on, or for a wider group or
+    another kind of workers. Whether that is news, and leaves them a choice.
+    """
+    tracked = ledger.tracked.get(assignment.batch[0].request)
+    if tracked is None:
+        return False
+    request, gpus = tracked.request, ledger.gpus(assignment.workers)
+    degree = len(assignment.workers)
+    news = ledger.memory.overrun(request, assignment.node, gpus, degree, together)
+    return news and (together > 1 or (assignment.node == DIT and ledger.may_fit(request)))
 
 
 def _depends_on(ledger: Ledger, tracked: Tracked, name: str) -> bool:

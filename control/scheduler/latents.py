@@ -73,5 +73,10 @@ def _better(ledger: Ledger, tracked: Tracked, worker: str, steps_done: int, fres
     flights = [ledger.board.flights[s].assignment for s in tracked.outstanding]
     if any(worker in a.workers for a in flights):
         return False
-    ends = [a.batch[0].first_step + a.steps for a in flights if a.node == DIT]
+    ends = [
+        m.first_step + a.steps
+        for a in flights
+        for m in a.batch
+        if a.node == DIT and m.request == tracked.id
+    ]
     return not encoded or steps_done > max(ends, default=tracked.steps_done)

@@ -10,6 +10,7 @@ from .board import Board
 from .cluster import Cluster
 from .latency import LatencyModel, Prediction
 from .lifecycle import JobState
+from .memory_limits import MemoryLimits
 from .moving import Moving
 from .profile import CellKey
 from .residency import Residency
@@ -57,8 +58,9 @@ class Ledger:
     touched: dict[str, None] = field(default_factory=dict)  # requests changed since a plan
     parting: dict[str, int] = field(default_factory=dict)  # worker -> end of a called-off step
     stages_wait: bool = False  # the last plan left encode or decode jobs for want of room
+    memory: MemoryLimits = field(default_factory=MemoryLimits)
     _rates: dict[tuple[str, Shape], Rates] = field(default_factory=dict)
-    _rates_version: tuple[int, int] = (0, 0)
+    _rates_version: tuple[int, int, int] = (0, 0, 0)
 
     def cell(self, request: Request, gpu: str, node: str, layout: Layout) -> CellKey:
         return CellKey(request.model, gpu, node, request.shape, layout, 1)
@@ -74,9 +76,27 @@ class Ledger:
         """GPU kinds of some workers, sorted; of all when there are none."""
         return self.cluster.gpus(tuple(workers))
 
+    def degrees(self, request: Request) -> tuple[int, ...]:
+        """Widths in which its denoiser can run on the usable workers, ascending."""
+        gpus = self.gpus(self.cluster.able_names(request.model))
+        return self.memory.wide_enough(request, gpus, self.cluster.degrees(request.model))
+
+    def may_fit(self, request: Request) -> bool:
+        """Some kind of usable workers may have the memory for a step of it, at some degree."""
+        kinds = {w.gpu for w in self.cluster.able(request.model)}
+        degrees = self.cluster.degrees(request.model)
+        return any(not self.memory.hopeless(request, (gpu,), degrees) for gpu in sorted(kinds))
+
+    def batch_max(self, request: Request, node: str) -> int:
+        """Most jobs of its model and shape that any usable worker takes at once."""
+        able = self.cluster.able(request.model)
+        most = min((w.models[request.model].batch_max for w in able), default=1)
+        gpus = self.gpus(self.cluster.able_names(request.model))
+        return self.memory.batch_max(request, node, gpus, most)
+
     def rates(self, request: Request) -> Rates:
         """What its calls take on the usable workers; worked out once until something changes."""
-        version = (self.cluster.version, self.latency.version)
+        version = (self.cluster.version, self.latency.version, self.memory.version)
         if version != self._rates_version or len(self._rates) >= RATES_MAX:
             self._rates.clear()
             self._rates_version = version
@@ -100,7 +120,7 @@ class Ledger:
         cluster = self.cluster
         able = cluster.able(request.model)
         gpus = self.gpus(cluster.able_names(request.model))
-        degrees = cluster.degrees(request.model)
+        degrees = self.degrees(request)
         times = {d: self.predict(request, DIT, d, gpus) for d in degrees}
         widths = {1} | {d for w in able for d in w.models[request.model].degrees if d <= len(able)}
         return Rates(
@@ -120,19 +140,24 @@ class Ledger:
         return request.deadline_us - self.rates(request).decode_safe_us
 
     def call_off(self, tracked: Tracked, now_us: int, release: bool = False) -> None:
-        """Calls off all outstanding assignments of a request, and says so in the next plan."""
+        """Calls off all that a request has outstanding, and says so in the next plan.
+
+        Those in a batch with it go on.
+        """
         called_off = tracked.outstanding
         forecast = self.board.forecast(self.cluster, now_us) if called_off else None
         involved: set[str] = set(tracked.holders) if release else set()
-        mates: dict[str, None] = {}
         for sequence in called_off:
             assert forecast is not None
+            assignment = self.board.flights[sequence].assignment
+            involved.update(assignment.workers)
+            if len(assignment.batch) > 1:
+                self.board.leave(sequence, tracked.id)
+                continue
             free_us = self.board.step_end_us(sequence, forecast, now_us)
             flight = self.board.call_off(sequence)
-            mates.update(dict.fromkeys(m.request for m in flight.assignment.batch))
             self.cluster.abandon(flight.assignment.workers, flight.assignment.epoch)
             for name in flight.assignment.workers:
-                involved.add(name)
                 worker = self.cluster.workers[name]
                 worker.freed_us = max(worker.freed_us, free_us)
                 if free_us > now_us:
@@ -140,7 +165,6 @@ class Ledger:
         for job in tracked.jobs.values():
             job.outstanding.clear()
         self._touch(tracked.id)
-        self._part(tracked, list(mates), now_us)
         if called_off:
             workers = self.cluster.canonical(w for w in involved if w in self.cluster.workers)
             self.truncations.append(
@@ -164,19 +188,6 @@ class Ledger:
             tracked.attempt += 1  # it runs steps again
         self.progress(tracked.id)
         self._touch(tracked.id)
-
-    def _part(self, tracked: Tracked, mates: list[str], now_us: int) -> None:
-        """Those who shared a called-off batch stop with it and go on by themselves."""
-        for name in mates:
-            mate = self.tracked.get(name)
-            if mate is None or mate is tracked:
-                continue
-            for job in mate.jobs.values():
-                # All that is off the board: mates of mates may have been called off just before.
-                job.outstanding[:] = [s for s in job.outstanding if s in self.board.flights]
-            self.call_off(mate, now_us)
-            mate.attempt += 1
-            self.fall_back(mate)
 
     def progress(self, request: str) -> None:
         """What is left of it to run is not what it was."""

@@ -53,6 +53,7 @@ class Work:
     steps_left: int  # 1 for encode and decode
     group: tuple[str, ...]  # ran its last denoising step
     holders: tuple[Holder, ...]  # have its latent
+    company: str  # shares a batch with those of the same word only; its own id: with nobody
 
     @property
     def id(self) -> str:
@@ -117,12 +118,11 @@ class Scene:
 
     def degrees(self, request: Request) -> tuple[int, ...]:
         """Widths in which its denoiser can run on the usable workers, ascending."""
-        return self._ledger.cluster.degrees(request.model)
+        return self._ledger.degrees(request)
 
-    def batch_max(self, request: Request) -> int:
+    def batch_max(self, request: Request, node: str) -> int:
         """Most jobs of its model and shape that a worker takes at once."""
-        able = self._ledger.cluster.able(request.model)
-        return min((w.models[request.model].batch_max for w in able), default=1)
+        return self._ledger.batch_max(request, node)
 
     def move_us(self, work: Work, workers: tuple[str, ...]) -> int:
         """Setting up a run there: moving the latent, forming the group."""
@@ -252,6 +252,7 @@ def _work(
         steps_left,
         group,
         holders,
+        tracked.id if tracked.alone == node else "",
     )
 
 

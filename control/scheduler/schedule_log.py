@@ -146,6 +146,7 @@ class _Ran:
     assignment: Assignment
     start_us: int
     step_end_us: list[int] = field(default_factory=list)
+    took: dict[str, int] = field(default_factory=dict)  # by member: steps that it was there for
     kept: dict[str, int] = field(default_factory=dict)  # by member: steps whose result survived
 
     def first_step(self, request: str) -> int:
@@ -155,13 +156,13 @@ class _Ran:
         return next(m.first_step for m in self.assignment.batch if m.request == request)
 
     def lines(self, origin_us: int, gpus: dict[str, int]) -> list[RunLine]:
-        """What survived, then what was lost; of a batch, members may differ."""
-        ran = len(self.step_end_us)
-        cuts = sorted({0, ran, *self.kept.values()})
+        """What survived, then what was lost; of a batch, members may differ or leave early."""
+        cuts = sorted({0, *self.took.values(), *self.kept.values()})
         lines: list[RunLine] = []
         for first, last in pairwise(cuts):
-            kept = [m for m in self.assignment.batch if self.kept[m.request] >= last]
-            lost = [m for m in self.assignment.batch if self.kept[m.request] < last]
+            there = [m for m in self.assignment.batch if self.took[m.request] >= last]
+            kept = [m for m in there if self.kept[m.request] >= last]
+            lost = [m for m in there if self.kept[m.request] < last]
             for kind, members in ((RunLine, kept), (LostLine, lost)):
                 if members:
                     lines.append(self._line(kind, members, first, last, origin_us, gpus))
@@ -254,12 +255,11 @@ class ScheduleLog:
         return "".join(msgspec.json.encode(line).decode() + "\n" for line in self.lines())
 
     def _steps(self, fact: StepsEnded) -> None:
-        assignment = self._assignments.get(fact.sequence)
-        if assignment is None or not fact.step_time_us:
+        assignment, ran = self._assignments.get(fact.sequence), self._ran.get(fact.sequence)
+        if assignment is None or not (fact.step_time_us or ran):
             return
         moved_us = fact.load_time_us + fact.group_time_us + fact.transfer_time_us
         begin_us = fact.at_us - sum(fact.step_time_us)
-        ran = self._ran.get(fact.sequence)
         if ran is None:
             free_us = max(self._free_us.get(w, begin_us - moved_us) for w in assignment.workers)
             start_us = min(begin_us, max(begin_us - moved_us, free_us))
@@ -270,17 +270,26 @@ class ScheduleLog:
         for step_us in fact.step_time_us:
             at_us += step_us
             ran.step_end_us.append(at_us)
+        if assignment.node != DIT:  # one call, however many reports tell of it
+            ran.step_end_us = ran.step_end_us[-1:]
+        firsts = {m.request: m.first_step for m in assignment.batch}
+        for p in fact.jobs:  # a replay that plans otherwise meets reports of strangers
+            if p.request in firsts:
+                took = p.steps_done - firsts[p.request] if assignment.node == DIT else 1
+                ran.took[p.request] = max(0, min(took, len(ran.step_end_us)))
         for worker in assignment.workers:
             self._free_us[worker] = at_us
 
     def _settled(self) -> list[_Ran]:
         """All runs, `kept` set: a later attempt's run undoes the steps that it runs again."""
         for ran in self._ran.values():
-            ran.kept = {m.request: len(ran.step_end_us) for m in ran.assignment.batch}
+            ran.kept = {m.request: ran.took.setdefault(m.request, 0) for m in ran.assignment.batch}
         for request, sequences in self._by_request.items():
             again: dict[str, int] = {}  # by node: where a later run begins
             for sequence in sorted(sequences, reverse=True):
                 ran = self._ran[sequence]
+                if not ran.took[request]:
+                    continue  # it left before the first step
                 node, first = ran.assignment.node, ran.first_step(request)
                 if node in again:
                     survives = again[node] - first

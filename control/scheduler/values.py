@@ -81,6 +81,7 @@ class ModelFacts(_Value, frozen=True):
     name: str
     degrees: tuple[int, ...] = (1,)  # ways its denoiser can be split
     batch_max: int = 1  # jobs of one shape that it steps, encodes or decodes together
+    halves: bool = False  # it obeys a layout that gives branches of guidance to halves of a group
 
 
 # -------------------------------------------------------------------------------- facts in
@@ -159,7 +160,11 @@ class StepsEnded(_Value, frozen=True, tag_field="kind", tag="steps_ended"):
 
 
 class AssignmentFailed(_Value, frozen=True, tag_field="kind", tag="assignment_failed"):
-    """One member gave an assignment up. Survivors report it each; the first report counts."""
+    """One member gave an assignment, or one job of it, up.
+
+    Survivors report it each; the first report counts. Of a batch, `request` names the job whose
+    fault it was, where that is known.
+    """
 
     at_us: int
     sequence: int
@@ -167,6 +172,10 @@ class AssignmentFailed(_Value, frozen=True, tag_field="kind", tag="assignment_fa
     jobs: tuple[JobProgress, ...]  # last latent that this worker still holds; empty: none
     reason: str  # upper-snake-case
     suspects: tuple[str, ...] = ()  # members not to be used until their next heartbeat
+    request: str = ""  # whose fault it was; "": not known
+    tried: tuple[str, ...] = ()  # asked in vain for its latent; empty: all that it had named
+    goes_on: bool = False  # only that job was given up: the others of the batch go on
+    batch: int = 0  # jobs that were together when it failed; 0: as assigned
 
 
 Event = (
@@ -216,8 +225,8 @@ class Assignment(_Value, frozen=True):
 
 
 class Truncation(_Value, frozen=True):
-    """A job's assignments up to `attempt` stop after `stop_at_step` steps, or, at 0, as soon as
-    they can.
+    """A job stops in its assignments up to `attempt` after `stop_at_step` steps, or, at 0, as soon
+    as it can. Those in a batch with it go on.
     """
 
     request: str

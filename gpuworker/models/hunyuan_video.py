@@ -23,6 +23,7 @@ from gpuworker.models.card import (
     Asked,
     CardFacts,
     DiffusersCard,
+    ModelRefused,
     Row,
     latents_of,
     noise,
@@ -33,6 +34,7 @@ from gpuworker.models.card import (
 from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 256
+_TEXT_TOKENS_MIN = 8  # so that a group of eight can split them
 _CLIP_TOKENS = 77
 _LAYERS_SKIPPED = 2  # of the language model, at its end
 _SIZE_MAX = 1280
@@ -48,6 +50,7 @@ class HunyuanVideoCard(DiffusersCard):
         transformer = parts["transformer"]
         elastic = ElasticSP(transformer, joint=True, plan=_plan(transformer.config))
         super().__init__(parts, card, device, elastic)
+        self._text_tokens = _text_tokens(card)
         self.facts = self._facts(name)
 
     def _first(self, asked: Asked) -> dict[str, Tensor]:
@@ -102,8 +105,8 @@ class HunyuanVideoCard(DiffusersCard):
     def _text(self, prompt: str) -> dict[str, Tensor]:
         """Embeddings [1, T, D] of a prompt, their mask [1, T], and CLIP's pooled one [1, P]."""
         template, crop = DEFAULT_PROMPT_TEMPLATE["template"], DEFAULT_PROMPT_TEMPLATE["crop_start"]
-        length = self._card.get("text_tokens", _TEXT_TOKENS)
-        ids, mask = self._ids("tokenizer", str(template).format(prompt), int(crop) + length)
+        length = int(crop) + self._text_tokens
+        ids, mask = self._ids("tokenizer", str(template).format(prompt), length)
         hidden = self._parts["text_encoder"](
             input_ids=ids, attention_mask=mask, output_hidden_states=True
         ).hidden_states[-(_LAYERS_SKIPPED + 1)]
@@ -144,6 +147,14 @@ class HunyuanVideoCard(DiffusersCard):
             return_dict=False,
         )
         return velocity
+
+
+def _text_tokens(card: dict[str, Any]) -> int:
+    wanted = card.get("text_tokens", _TEXT_TOKENS)
+    if not isinstance(wanted, int) or wanted < _TEXT_TOKENS_MIN:
+        reason = f"text_tokens={wanted!r}: allowed is {_TEXT_TOKENS_MIN} and more"
+        raise ModelRefused("card.json", reason)
+    return wanted
 
 
 def _plan(config: Any) -> Plan:

@@ -435,6 +435,7 @@ class ModelInfo(_message.Message):
     EXAMPLES_FIELD_NUMBER: _builtins.int
     BATCH_MAX_FIELD_NUMBER: _builtins.int
     BRANCHES_ABOVE_FIELD_NUMBER: _builtins.int
+    OBEYS_LAYOUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     family: _builtins.str
@@ -459,6 +460,8 @@ class ModelInfo(_message.Message):
     """With a guidance scale above this, a step has two branches, which different workers can make. Absent where
     guidance is embedded or none.
     """
+    obeys_layout: _builtins.bool
+    """The worker obeys the layout of an assignment; one that does not say so splits every step by Ulysses alone."""
     @_builtins.property
     def workflows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workflows it serves; the first is its default."""
@@ -493,10 +496,11 @@ class ModelInfo(_message.Message):
         examples: _abc.Iterable[_builtins.str] | None = ...,
         batch_max: _builtins.int = ...,
         branches_above: _builtins.float | None = ...,
+        obeys_layout: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "branches_above", b"branches_above"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "shapes", b"shapes", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workflows", b"workflows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "shapes", b"shapes", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workflows", b"workflows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__branches_above: _TypeAlias = _typing.Literal["branches_above"]  # noqa: Y015
     _WhichOneofArgType__branches_above: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above"]  # noqa: Y015

@@ -332,7 +332,7 @@ Global___BatchMember: _TypeAlias = BatchMember  # noqa: Y015
 
 @_typing.final
 class Truncate(_message.Message):
-    """Stop early, or skip. Sent on `.truncate.<worker>`."""
+    """A job stops early, or is skipped; others in a batch with it go on. Sent on `.truncate.<worker>`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -370,7 +370,9 @@ Global___Truncate: _TypeAlias = Truncate  # noqa: Y015
 
 @_typing.final
 class StepReport(_message.Message):
-    """What became of steps. Sent on `.report.<worker>` by the group's first member, once."""
+    """What became of steps. Sent on `.report.<worker>` by the group's first member, once; of a batch, jobs may end in
+    reports of their own.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -419,7 +421,7 @@ class StepReport(_message.Message):
 
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepResult]:
-        """The jobs, in batch order."""
+        """The jobs that it tells of, in batch order; one that was called off is told of once more."""
 
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -431,7 +433,9 @@ class StepReport(_message.Message):
 
     @_builtins.property
     def failure(self) -> _types_pb2.Failure:
-        """Set when it failed."""
+        """Set when it failed; without `last`, only for the job that the failure's metadata names as `request`. More
+        metadata: `suspects`, of its latent's holders the `tried` ones, jobs that were together (`batch`).
+        """
 
     @_builtins.property
     @_deprecated("""This field has been marked as deprecated using proto field options.""")

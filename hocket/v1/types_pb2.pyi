@@ -258,7 +258,7 @@ class GenerationSpec(_message.Message):
     "image/webp" for a video; empty picks the one named first.
     """
     guidance_branches: _builtins.int
-    """Branches of guidance in each step, 1 or 2. Filled in by the gateway; what a caller says is ignored."""
+    """Branches of guidance in each step, 1 or 2. Filled in by gateway and control; what a caller says is ignored."""
     @_builtins.property
     def shape(self) -> Global___Shape:
         """Shape of the result; zero fields pick the model's default."""

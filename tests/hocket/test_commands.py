@@ -22,6 +22,7 @@ from hocket.cli_generate import (
 from hocket.cli_up import POLICIES
 from hocket.demo import Run, step_runs, summary
 from hocket.errors import MeshStopped, WrongConfig
+from hocket.launcher import MeshPlan, worker_options
 from hocket.v1.generation_pb2 import Accepted, Finished, Progress
 from hocket.v1.types_pb2 import MediaInfo, Shape
 from tests.hocket.test_trace_view import CONTROL, GATEWAY, WORKER
@@ -48,6 +49,14 @@ def test_help_names_every_policy() -> None:
     assert len(POLICIES) == len(set(POLICIES)) and set(POLICIES) == set(REGISTRY)
     _, told = hocket("up", "--help")
     assert "disagfusion" in told
+
+
+def test_a_mesh_passes_its_batches_on() -> None:
+    status, told = hocket("up", "--batch-max", "64", "--help")
+    assert status in (0, 2) and "--batch-max" in told
+    options = worker_options(MeshPlan(Path("state"), 2, batch_max=4))
+    assert "--batch-max=4" in options
+    assert not any("batch" in o for o in worker_options(MeshPlan(Path("state"), 2)))
 
 
 def test_every_command_is_there() -> None:

@@ -16,6 +16,7 @@ from hocket.clock import ManualClock
 from hocket.v1 import mesh_pb2, types_pb2
 
 STEP_US = 1000
+ROOM_BYTES = 700  # for one blank picture with its entry, not for two
 WAIT_S = 60.0
 
 
@@ -49,16 +50,55 @@ async def test_media_that_cannot_be_stored_are_a_reported_failure(
     await bus.close()
 
 
-def job(sequence: int, node: str) -> mesh_pb2.Assignment:
+async def test_each_file_of_a_batch_is_stored_and_told_by_itself(
+    nats_url: str, tmp_path: Path
+) -> None:
+    """A store with room for one file: one job is done, the other is named and keeps its turn."""
+    bus = await Bus.connect(nats_url, "agent")
+    subjects = Subjects("small-store")
+    small = ObjectStoreConfig(bucket=subjects.media_bucket, max_bytes=ROOM_BYTES)
+    await bus.jetstream.create_object_store(subjects.media_bucket, small)
+    clock = ManualClock()
+    cells = {("m", node, 8, 8, 1, 1): STEP_US for node in ("text", "vae")}
+    executor = EmulatedExecutor("w0", EmulatedHost(clock, cells), "cpu", batch_max=2)
+    settings = WorkerSettings(cluster="small-store", state_dir=tmp_path, heartbeat_us=1 << 40)
+    agent = Agent("w0", settings, bus, executor, clock, NoOpTracer())
+    beats = await bus.follow(subjects.heartbeat("w0"), mesh_pb2.Heartbeat)
+    reports = await bus.follow(subjects.report("w0"), mesh_pb2.StepReport)
+    running = asyncio.ensure_future(agent.run())
+    async with asyncio.timeout(WAIT_S):
+        await beats.next()
+        both = [job(1, "text", "r", "s"), job(2, "vae", "r", "s")]
+        await bus.publish(subjects.assign("w0"), mesh_pb2.Assign(term=1, assignments=both))
+        first = await report_of(reports, 2, clock)
+        second = await report_of(reports, 2, clock)
+    stored, failed = (second, first) if first.HasField("failure") else (first, second)
+    (done,) = stored.results
+    assert done.media.object_name == done.request_id and not stored.HasField("failure")
+    assert failed.failure.reason == "MEDIA_NOT_STORED"
+    other = failed.failure.metadata["request"]
+    assert {done.request_id, other} == {"r", "s"}
+    assert [r.request_id for r in failed.results] == [other]
+    assert (first.last, second.last) == (False, True)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await executor.close()
+    await bus.close()
+
+
+def job(sequence: int, node: str, *requests: str) -> mesh_pb2.Assignment:
     spec = types_pb2.GenerationSpec(model="m", shape=types_pb2.Shape(width=8, height=8), steps=1)
     holder = types_pb2.LatentHolder(worker="w0", steps_done=0)
-    member = mesh_pb2.BatchMember(request_id="r", spec=spec, steps_total=1, holders=[holder])
+    batch = [
+        mesh_pb2.BatchMember(request_id=request, spec=spec, steps_total=1, holders=[holder])
+        for request in requests or ("r",)
+    ]
     return mesh_pb2.Assignment(
         sequence=sequence,
         node=node,
         term=1,
         steps=1,
-        batch=[member],
+        batch=batch,
         group=types_pb2.Group(epoch=1, members=["w0"]),
     )
 

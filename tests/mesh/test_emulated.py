@@ -98,19 +98,23 @@ def order(
     holders: Sequence[str] = (),
     attempt: int = 0,
     term: int = 1,
+    requests: Sequence[str] = ("r",),
 ) -> mesh_pb2.Assignment:
-    member = mesh_pb2.BatchMember(
-        request_id="r",
-        first_step=first,
-        steps_total=STEPS,
-        attempt=attempt,
-        holders=[types_pb2.LatentHolder(worker=name, steps_done=first) for name in holders],
-        spec=types_pb2.GenerationSpec(model="m", steps=STEPS),
-    )
+    batch = [
+        mesh_pb2.BatchMember(
+            request_id=request,
+            first_step=first,
+            steps_total=STEPS,
+            attempt=attempt,
+            holders=[types_pb2.LatentHolder(worker=name, steps_done=first) for name in holders],
+            spec=types_pb2.GenerationSpec(model="m", steps=STEPS),
+        )
+        for request in requests
+    ]
     return mesh_pb2.Assignment(
         sequence=sequence,
         node=node,
-        batch=[member],
+        batch=batch,
         steps=steps,
         group=types_pb2.Group(members=members),
         term=term,
@@ -140,6 +144,19 @@ async def test_a_new_attempt_resumes_from_a_latent_that_survived(cluster: Cluste
     await cluster.play()
     assert cluster.news(3)[-1] == (8, True)
     assert cluster.news(4) == [(8, True)]
+    assert not cluster.busy
+
+
+async def test_who_is_called_off_leaves_the_batch_and_the_others_go_on(cluster: Cluster) -> None:
+    both = ("r", "s")
+    cluster.assign(order(1, "text", ["w0"], requests=both))
+    cluster.assign(order(2, "dit", ["w0", "w1"], steps=4, holders=["w0"], requests=both))
+    await cluster.steps(3)  # the encoding, and two steps
+    cluster.truncate(attempt=0)  # of r
+    await cluster.play()
+    last = cluster.notes[-1]
+    assert last.last and last.behind == {"s": 4}
+    assert cluster.held("w1") == {"r": 3, "s": 4}, "the step in hand was made"
     assert not cluster.busy
 
 

@@ -29,6 +29,15 @@ def test_a_first_heartbeat_brings_a_worker_up_and_the_next_says_nothing_new() ->
     assert leases.heartbeat(beat(), 20) == ()
 
 
+def test_a_worker_says_that_it_obeys_layouts_or_it_does_not() -> None:
+    news = beat("w1")
+    news.models[0].obeys_layout = True
+    leases = Leases(LEASE_US)
+    (old,), (new,) = leases.heartbeat(beat(), 10), leases.heartbeat(news, 10)
+    assert isinstance(old, WorkerUp) and isinstance(new, WorkerUp)
+    assert (old.models[0].halves, new.models[0].halves) == (False, True)
+
+
 def test_a_lease_ends_exactly_when_it_is_due() -> None:
     leases = Leases(LEASE_US)
     leases.heartbeat(beat(), 0)

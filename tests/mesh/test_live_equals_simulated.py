@@ -65,6 +65,37 @@ async def test_same_case_same_digests(
     assert await live(planned, nats_url, tmp_path) == list(run(planned).digests)
 
 
+SUBLINEAR = {1: 100_000, 2: 110_000, 4: 120_000, 8: 150_000}  # a step of so many together
+CELLS = {"text": {1: 5_000}, "dit": SUBLINEAR, "vae": {1: 5_000}}
+
+
+@pytest.mark.parametrize("policy", ["hocket", "genserve"])
+async def test_batches_agree(policy: str, nats_url: str, tmp_path: Path) -> None:
+    """Equal pictures that come faster than one by one could be served."""
+    rows = [
+        f"flux.1-dev,h100,{node},512,512,1,1,{batch},{us},[T]"
+        for node, cells in CELLS.items()
+        for batch, us in cells.items()
+    ]
+    planned = case(2, policy)
+    planned = msgspec.structs.replace(
+        planned,
+        profile_csv="\n".join((PROFILE.read_text().splitlines()[0], *rows)) + "\n",
+        cluster=ClusterSpec(
+            workers=2, gpu="h100", models=(ModelFacts(name="flux.1-dev", batch_max=4),)
+        ),
+        trace=tuple(
+            msgspec.structs.replace(
+                r, arrival_us=i * 60_000, width=512, height=512, steps=6, slo_us=1_500_000
+            )
+            for i, r in enumerate(planned.trace)
+        ),
+    )
+    simulated = run(planned)
+    assert any(len(a.batch) > 1 for p in simulated.plans for a in p.assignments)
+    assert await live(planned, nats_url, tmp_path) == list(simulated.digests)
+
+
 async def test_published_rounds_without_amendments_agree(nats_url: str, tmp_path: Path) -> None:
     planned = case(5, "tetriserve", amend=False)
     assert await live(planned, nats_url, tmp_path) == list(run(planned).digests)

@@ -143,19 +143,30 @@ async def test_a_batch_steps_together_and_each_job_ends_as_alone(
         )
         assert difference(state.tensors["latents"], plain) <= TOLERANCE, name
     decoded = [leader.member(n, spec(seed), behind[n], (here,)) for seed, n in enumerate(names)]
-    made = await leader.ending(await leader.assign("vae", Piece(1, (here,)), *decoded))
-    assert [result.media.object_name for result in made.results] == names
-    assert len({result.media.sha256 for result in made.results}) == len(names)
+    made = await leader.results(await leader.assign("vae", Piece(1, (here,)), *decoded))
+    assert {name: result.media.object_name for name, result in made.items()} == {
+        name: name for name in names
+    }
+    assert len({result.media.sha256 for result in made.values()}) == len(names)
 
 
-async def test_one_job_that_is_called_off_stops_its_batch(leader: Leader) -> None:
+async def test_one_job_that_is_called_off_leaves_its_batch(
+    leader: Leader, reference: Reference
+) -> None:
+    """On every member of the group after the same step; the other one's latent is its own."""
     names = ("kept", "off")
     members = [leader.member(n, spec(seed), 0, ()) for seed, n in enumerate(names)]
     await leader.ending(await leader.assign("text", Piece(1, ("w0",)), *members))
     await leader.truncate("off", stop_at_step=2, attempt=0)
     batch = [leader.member(n, spec(seed), 0, ("w0",)) for seed, n in enumerate(names)]
-    over = await leader.ending(await leader.assign("dit", Piece(STEPS, ("w0", "w1")), *batch))
-    assert [result.steps_done for result in over.results] == [2, 2]
+    over = await leader.results(await leader.assign("dit", Piece(STEPS, ("w0", "w1")), *batch))
+    assert {name: result.steps_done for name, result in over.items()} == {"kept": STEPS, "off": 2}
+    for name, seed, steps in (("kept", 0, STEPS), ("off", 1, 2)):
+        state = await leader.latent(name, "w1", steps)
+        plain, _ = reference.denoise(
+            spec(seed).prompt, SIDE, seed, STEPS, GUIDANCE, stop_after=steps
+        )
+        assert difference(state.tensors["latents"], plain) <= TOLERANCE, name
 
 
 async def test_comparison_sees_another_seed(leader: Leader, reference: Reference) -> None:

@@ -13,6 +13,7 @@ from bench.sim.costs import Costs, Straggler
 from bench.sim.loop import Loop, run
 from control.scheduler.policies import REGISTRY
 from control.scheduler.schedule_log import LostLine, RunLine
+from control.scheduler.settings import Settings
 from control.scheduler.values import DIT, Outcome, StepsEnded
 
 from .driving import FLUX, FLUX_CSV, case
@@ -24,8 +25,10 @@ BATCHES_CSV = FLUX_CSV.rstrip("\n") + "".join(
     for px, batch, us in [(256, 2, 25_000), (256, 4, 30_000), (512, 2, 70_000), (512, 4, 100_000)]
 )
 STEPS = 6
+FAILURES_MAX = Settings().failures_max
 POLICIES = ["hocket", "edf", "tetriserve", "genserve"]
 WORKERS = [f"w{i:04d}" for i in range(5)]
+FAULTS = ["lost", "up", "beat", "drain", "cancel", "fail", "error", "memory"]
 END_US = 6_000_000  # faults are over by then
 
 arrivals = st.lists(
@@ -42,7 +45,7 @@ faults = st.lists(
     st.builds(
         Fault,
         at_us=st.integers(1, END_US - 1),
-        kind=st.sampled_from(["lost", "up", "beat", "drain", "cancel", "fail"]),
+        kind=st.sampled_from(FAULTS),
         worker=st.sampled_from(WORKERS),
         request=st.sampled_from(["r0", "r1", "r2"]),
     ),
@@ -174,8 +177,11 @@ def test_liveness(arrivals, faults, costs, world, last):
     outcomes = {e.request: e.outcome for e in result.ended}
     assert outcomes.keys() == {f"r{i}" for i in range(len(arrivals))}
     asked = {f.request for f in faults if f.kind == "cancel"}
+    strikes = sum(f.kind in ("error", "memory") for f in faults)
     for request, outcome in outcomes.items():
-        assert outcome is Outcome.DONE or (outcome is Outcome.CANCELLED and request in asked)
+        struck_out = outcome is Outcome.FAILED and strikes >= FAILURES_MAX
+        cancelled = outcome is Outcome.CANCELLED and request in asked
+        assert outcome is Outcome.DONE or cancelled or struck_out
 
 
 ALL_LOST = tuple(Fault(at_us=500_000, kind="lost", worker=w) for w in WORKERS[:4])
@@ -230,3 +236,54 @@ def test_a_mate_of_a_mate_may_be_off_the_board_already(seed):
     )
     assert len(result.ended) == len(rows)
     assert any(len(a.batch) > 1 for p in result.plans for a in p.assignments)
+
+
+@pytest.mark.parametrize("policy", ["hocket", "genserve", "diflow"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_batches_under_faults(policy, data):
+    """One shape, a batch wherever there can be one, faults all along: nobody is lost or ended
+    wrongly, and no step is run twice of whom nothing happened to.
+    """
+    count = data.draw(st.integers(2, 8))
+    rows = [(data.draw(st.integers(0, 300_000)), 512, 700_000) for _ in range(count)]
+    names_ = st.sampled_from([f"r{i}" for i in range(count)])
+    some = st.builds(
+        Fault,
+        at_us=st.integers(1_000, 1_500_000),
+        kind=st.sampled_from(FAULTS),
+        worker=st.sampled_from(WORKERS[:2]),
+        request=names_,
+    )
+    faults = data.draw(st.lists(some, max_size=6))
+    gone = any(f.kind in ("lost", "drain", "fail") for f in faults)
+    back = [Fault(at_us=3_000_000, kind="up", worker=w) for w in WORKERS[:2] if gone]
+    lead_us = data.draw(st.sampled_from([0, 20_000]))
+    ways = (
+        {"policy_settings": {"mode": "throughput", "admission": False}}
+        if policy == "diflow"
+        else {}
+    )
+    one = case(
+        sorted(rows), workers=2, faults=(*faults, *back), policy=policy, lead_us=lead_us, **ways
+    )
+    models = (msgspec.structs.replace(FLUX, degrees=(1, 2), batch_max=4),)
+    result = run(
+        msgspec.structs.replace(
+            one,
+            profile_csv=SUBLINEAR_CSV,
+            cluster=msgspec.structs.replace(one.cluster, models=models),
+            costs=data.draw(costs),
+        )
+    )
+    check_plans(result)
+    check_steps(result)
+    assert len(result.ended) == count
+    cancelled = {f.request for f in faults if f.kind == "cancel"}
+    strikes = sum(f.kind in ("error", "memory") for f in faults)
+    for end in result.ended:
+        struck_out = end.outcome is Outcome.FAILED and strikes >= FAILURES_MAX
+        left = end.outcome is Outcome.CANCELLED and end.request in cancelled
+        assert end.outcome is Outcome.DONE or left or struck_out
+    if all(f.kind in ("cancel", "beat") for f in faults):
+        assert all(e.steps_lost == 0 for e in result.ended), "a cancellation costs nobody a step"

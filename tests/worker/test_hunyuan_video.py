@@ -48,3 +48,15 @@ def test_models_that_take_a_picture_are_refused(hunyuan: Reference, tmp_path: Pa
     with pytest.raises(LoadError) as refused:
         load_card(str(folder), CPU, torch.float32)
     assert refused.value.missing == "image_condition_type"
+
+
+@pytest.mark.parametrize("tokens", [7, 0, "many"])
+def test_too_few_text_tokens_for_a_group_are_refused(
+    hunyuan: Reference, tmp_path: Path, tokens: object
+) -> None:
+    folder = tmp_path / "tiny-short"
+    shutil.copytree(hunyuan.folder, folder)
+    (folder / "card.json").write_text(json.dumps({"text_tokens": tokens}))
+    with pytest.raises(LoadError) as refused:
+        load_card(str(folder), CPU, torch.float32)
+    assert refused.value.missing == "card.json" and "8 and more" in str(refused.value)

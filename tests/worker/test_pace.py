@@ -20,6 +20,7 @@ from gpuworker.models.card import ModelCard
 from gpuworker.models.loading import load_card
 from gpuworker.pace import Ended, Pace
 from gpuworker.rendezvous import Rendezvous
+from gpuworker.sources import Sources
 from gpuworker.state import LatentState
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.tiny_models import Reference
@@ -64,9 +65,8 @@ class Desk:
         )
         groups = GroupCache(self.rendezvous, "w0", CPU)
         cards = {card.facts.name: card}
-        self._engine = Engine(
-            "w0", cards, self.inbox, self.shelf, self.rendezvous, groups, _nobody, pace
-        )
+        sources = Sources("w0", self.inbox, self.shelf, self.rendezvous, _nobody)
+        self._engine = Engine("w0", cards, self.inbox, self.shelf, groups, sources, pace)
 
     def give(self, node: str, steps: int, first_step: int = 0) -> None:
         self._sequence += 1

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..scene import Scene, Seat, Work
 
 NODES = (TEXT, DIT, VAE)
-Op = tuple[str, str, Shape]  # model, node
+Op = tuple[str, str, Shape, str]  # model, node; the last one: of who shares no call, its id
 
 
 class Caps(NamedTuple):
@@ -146,7 +146,7 @@ class DiFlow(EventPolicy):
             wide = [s for s in open_ if s.worker.can(head.request.model, branches)]
             if len(wide) >= branches:
                 degree, open_ = branches, wide
-        most = min(max(1, cap // branches), scene.batch_max(head.request))
+        most = min(max(1, cap // branches), scene.batch_max(head.request, head.node))
         group = [head, *ready.take(head, most - 1)]
         costs = [(self._cost(scene, group, s, queued_us), s.index, s) for s in open_]
         seats = sorted(costs, key=lambda c: c[:2])[:degree]
@@ -172,7 +172,7 @@ class DiFlow(EventPolicy):
         caps = CAPS.get((request.model.split("+")[0], node))
         if caps is None:
             branches = self._spread if node == DIT else 1
-            caps = Caps(1, branches * scene.batch_max(request))
+            caps = Caps(1, branches * scene.batch_max(request, node))
         return Caps(self._latency_cap or caps.latency, self._throughput_cap or caps.throughput)
 
     def _branches(self, scene: Scene, works: Sequence[Work]) -> dict[str, int]:
@@ -267,4 +267,4 @@ class _Ready:
 
 
 def _op(work: Work) -> Op:
-    return (work.request.model, work.node, work.request.shape)
+    return (work.request.model, work.node, work.request.shape, work.company)

@@ -128,7 +128,7 @@ class GenServe(EventPolicy):
         while left:
             first = left[0]
             mates = [w for w in left if w.where == first.where and alike(w, first)]
-            mates = mates[: scene.batch_max(first.request)]
+            mates = mates[: scene.batch_max(first.request, first.node)]
             left = [w for w in left if w not in mates]
             self._stage(scene, table, standing, mates)
         for work in sorted(videos, key=lambda w: (deadline_us(w.request), w.order)):

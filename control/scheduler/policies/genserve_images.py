@@ -83,7 +83,7 @@ def waits_until_us(scene: Scene, works: Sequence[Work], rules: ImageRules) -> in
 def _fill(scene: Scene, queue: Sequence[Work], rules: ImageRules, on_time: bool) -> list[Work]:
     """The first of the queue and whoever can join it."""
     first = queue[0]
-    limit = scene.batch_max(first.request)
+    limit = scene.batch_max(first.request, first.node)
     if rules.batch_max:
         limit = min(limit, rules.batch_max)
     members = [first]
@@ -101,14 +101,14 @@ def _fill(scene: Scene, queue: Sequence[Work], rules: ImageRules, on_time: bool)
 def alike(a: Work, b: Work) -> bool:
     """May share a batch."""
     ra, rb = a.request, b.request
-    key = (ra.model, ra.shape, ra.steps, a.node, a.first_step)
-    return key == (rb.model, rb.shape, rb.steps, b.node, b.first_step)
+    key = (ra.model, ra.shape, ra.steps, a.node, a.first_step, a.company)
+    return key == (rb.model, rb.shape, rb.steps, b.node, b.first_step, b.company)
 
 
 def _waits(scene: Scene, members: Sequence[Work], rules: ImageRules) -> bool:
     """Not full, nobody has waited long, and one more could still be served in time."""
     first = members[0]
-    limit = min(rules.batch_max or NEVER_US, scene.batch_max(first.request))
+    limit = min(rules.batch_max or NEVER_US, scene.batch_max(first.request, first.node))
     if not rules.wait_us or len(members) >= limit:
         return False
     oldest_us = min(m.arrived_us for m in members)

@@ -160,7 +160,7 @@ class Hocket:
     def _decide(self, ledger: Ledger, pod: Pod, now_us: int, issue: Issue) -> None:
         roster = self._maker.make(ledger, pod, now_us)
         nothing = len(roster.entries) == roster.running and not roster.spare
-        if nothing and roster.free and self._may_steal and self._steal(pod):
+        if nothing and roster.free and self._may_steal and self._steal(ledger, pod):
             roster = self._maker.make(ledger, pod, now_us)
         if not roster.free:
             return
@@ -292,20 +292,20 @@ class Hocket:
         each = sorted(ledger.residency.load_us(workers[w], model, node) for w in roster.free)
         return [float(each[min(k, len(each)) - 1]) for k in roster.widths]
 
-    def _steal(self, pod: Pod) -> bool:
+    def _steal(self, ledger: Ledger, pod: Pod) -> bool:
         """Takes a waiting request from the pod with the most work; those it gave up on first."""
         others = [p for p in self._pods.pods if p is not pod and len(p.entries) > len(p.workers)]
         for other in sorted(others, key=lambda p: (-p.work_us // len(p.workers), p.index))[:4]:
-            waiting = [e for e in other.entries if self._may_leave(e, pod)]
+            waiting = [e for e in other.entries if self._may_leave(ledger, e, pod)]
             if waiting:
                 entry: Entry = min(waiting, key=lambda e: (e.hopeful, e.key))
                 self._pods.move(entry, pod)
                 return True
         return False
 
-    def _may_leave(self, entry: Entry, pod: Pod) -> bool:
+    def _may_leave(self, ledger: Ledger, entry: Entry, pod: Pod) -> bool:
         tracked = entry.tracked
-        return not tracked.outstanding and pod.can(tracked.request.model)
+        return not tracked.outstanding and pod.fits(ledger, tracked.request)
 
     def _preload(self, ledger: Ledger) -> None:
         """A worker that joins has had time to load what fits."""

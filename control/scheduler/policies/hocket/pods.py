@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ...cluster import Worker
 from ...ledger import Ledger
 from ...tracker import Tracked
+from ...values import Request
 
 BEST_EFFORT_KEY = 1 << 62
 GROUPS_MAX = 64  # of one width, remembered in a pod
@@ -68,6 +69,14 @@ class Pod:
     def can(self, model: str) -> bool:
         return self.workers[0].can(model)
 
+    def fits(self, ledger: Ledger, request: Request) -> bool:
+        """Has the model, and as far as is known the memory for a step of the request."""
+        facts = self.workers[0].models.get(request.model)
+        if facts is None:
+            return False
+        degrees = tuple(d for d in (1, *facts.degrees) if d <= len(self.workers))
+        return not ledger.memory.hopeless(request, self.gpus, degrees)
+
     def running(self, ledger: Ledger, worker: str) -> list[int]:
         """Sequences that the worker has in hand, oldest first."""
         flights = ledger.board.flights
@@ -113,6 +122,7 @@ class Pods:
             pod = self.where.get(request)
             if pod is not None:
                 changed.add(pod.index)
+                changed |= self._leave_small(ledger, entry, pod)
         return changed
 
     def move(self, entry: Entry, pod: Pod) -> None:
@@ -120,6 +130,18 @@ class Pods:
         self.where[entry.id].remove(entry)
         pod.add(entry)
         self.where[entry.id] = pod
+
+    def _leave_small(self, ledger: Ledger, entry: Entry, pod: Pod) -> set[int]:
+        """Another kind of workers for a request whose steps do not fit these."""
+        request = entry.tracked.request
+        if entry.tracked.outstanding or pod.fits(ledger, request):
+            return set()
+        roomier = [p for p in self.pods if p is not pod and p.fits(ledger, request)]
+        if not roomier:
+            return set()
+        to = min(roomier, key=lambda p: (p.work_us // len(p.workers), p.index))
+        self.move(entry, to)
+        return {to.index}
 
     def _drop(self, request: str) -> set[int]:
         entry = self.entries.pop(request, None)
@@ -181,7 +203,8 @@ class Pods:
                     pod.sequences.setdefault(worker, []).append(sequence)
                     pods[pod.index] = None
             homes = [self.where.get(m.request) for m in flight.assignment.batch]
-            pods = {p: None for p in pods if not any(h and h.index == p for h in homes)}
+            # Any of a batch may leave it before its end: one at home in the pod is not enough.
+            pods = {p: None for p in pods if not all(h and h.index == p for h in homes)}
             if pods:
                 self.guests[sequence] = list(pods)
 

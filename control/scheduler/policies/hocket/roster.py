@@ -30,7 +30,7 @@ from .kernel import (
 )
 from .pods import Entry, Pod
 
-Kind = tuple[str, Shape]
+Kind = tuple[str, Shape, str]  # the last one: of who shares no batch, its id
 NEEDS_MAX = 256  # arrivals that tell what a newcomer may need
 
 
@@ -80,7 +80,7 @@ class RosterMaker:
         self._patience_us = patience_us
         self._fill_step_us = fill_step_us
         self._needs: deque[int] = deque(maxlen=NEEDS_MAX)
-        self._prices: dict[tuple[tuple[str, ...], tuple[int, ...], Kind], Prices] = {}
+        self._prices: dict[tuple[tuple[str, ...], tuple[int, ...], str, Shape], Prices] = {}
 
     def forget(self) -> None:
         """A new plan: prices may have changed."""
@@ -114,7 +114,7 @@ class RosterMaker:
             if ledger.tracked.get(entry.id) is not entry.tracked:
                 continue  # it ended since the last plan
             request = entry.tracked.request
-            kind = (request.model, request.shape)
+            kind = (request.model, request.shape, entry.id if entry.tracked.alone == DIT else "")
             number = numbers.get(kind)
             if number is None:
                 number = numbers[kind] = len(roster.kinds)
@@ -141,7 +141,7 @@ class RosterMaker:
 
     def price(self, ledger: Ledger, pod: Pod, widths: tuple[int, ...], request: Request) -> Prices:
         """Call times of the request's kind there."""
-        key = (pod.gpus, widths, (request.model, request.shape))
+        key = (pod.gpus, widths, request.model, request.shape)
         known = self._prices.get(key)
         if known is None:
             facts = pod.workers[0].models[request.model]
@@ -149,8 +149,11 @@ class RosterMaker:
             def call(node: str, degree: int = 1, batch: int = 1) -> int:
                 return ledger.predict(request, node, degree, pod.gpus, batch).safe_us
 
-            steps = [float(call(DIT, k)) if k == 1 or k in facts.degrees else NEVER for k in widths]
+            able = tuple(k for k in widths if k == 1 or k in facts.degrees)
+            able = ledger.memory.wide_enough(request, pod.gpus, able)
+            steps = [float(call(DIT, k)) if k in able else NEVER for k in widths]
             most = min(facts.batch_max, self._batch_max or facts.batch_max)
+            most = ledger.memory.batch_max(request, DIT, pod.gpus, most)
             batches = [float(call(DIT, 1, b)) for b in range(1, most + 1)]
             known = Prices(call(TEXT), call(VAE), tuple(steps), tuple(batches))
             self._prices[key] = known

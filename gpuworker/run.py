@@ -1,0 +1,119 @@
+"""An assignment in a worker's hands: who is still in it, and what is told of it.
+
+A job may leave a batch between two steps, called off or given up; the others go on. Members of a
+group must agree on who stays, so the first member's control word says it:
+
+    1  all go on      0  nobody does, the run is over      -mask  those whose bit is set, in order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gpuworker.executor import Media, RunNote, SideNote, StepNote, Stopwatch
+from gpuworker.groups import Group
+from hocket.v1 import mesh_pb2, types_pb2
+
+GO, STOP = 1, 0
+
+
+@dataclass
+class Run:
+    """An assignment in hand."""
+
+    assignment: mesh_pb2.Assignment
+    group: Group | None = None  # None at degree 1
+    members: list[mesh_pb2.BatchMember] = field(default_factory=list)  # still in it, in order
+    sides: list[SideNote] = field(default_factory=list)
+    steps: list[StepNote] = field(default_factory=list)
+    unreported: Stopwatch = field(default_factory=Stopwatch)
+    _left: dict[str, int] = field(default_factory=dict)  # steps behind those who left since a note
+
+    def __post_init__(self) -> None:
+        self.members = list(self.assignment.batch)
+
+    def leads(self, worker: str) -> bool:
+        """Whether that worker is the first member."""
+        return self.assignment.group.members[0] == worker
+
+    def alone(self) -> bool:
+        """It was no batch from the beginning: whatever fails is this job's."""
+        return len(self.assignment.batch) == 1
+
+    def word(self, staying: Collection[str]) -> int:
+        """The control word by which those go on."""
+        stays = [member.request_id in staying for member in self.members]
+        if all(stays):
+            return GO
+        return -sum(1 << i for i, stay in enumerate(stays) if stay)
+
+    def obey(self, word: int, made: int) -> bool:
+        """Lets go of those who leave after `made` steps; false when the run is over."""
+        if word < 0:
+            leaving = [m for i, m in enumerate(self.members) if not -word >> i & 1]
+            for member in leaving:
+                self.leave(member, made)
+        return word != STOP
+
+    def leave(self, member: mesh_pb2.BatchMember, made: int | None = None) -> None:
+        """A job is out; it is told of once more where it stands behind `made` steps."""
+        self.members.remove(member)
+        if made:
+            self._left[member.request_id] = member.first_step + made
+
+    def note(self, made: int, *, last: bool = False, resolved: Mapping[str, str]) -> RunNote:
+        """What is behind the jobs after `made` steps of the assignment."""
+        behind = {m.request_id: m.first_step + made for m in self.members} | self._left
+        self._left = {}
+        return self._told(behind, last=last, resolved=resolved)
+
+    def note_of(self, member: mesh_pb2.BatchMember, media: Media, *, last: bool) -> RunNote:
+        """One job is decoded."""
+        request = member.request_id
+        return self._told({request: member.first_step}, last=last, media={request: media})
+
+    def over(self) -> RunNote:
+        """All has been told."""
+        return self._told({}, last=True)
+
+    def failed(
+        self,
+        held: Mapping[str, int | None],
+        failure: types_pb2.Failure,
+        suspects: Sequence[str] = (),
+        *,
+        last: bool = True,
+    ) -> RunNote:
+        """It, or the one job that the failure names, was given up; `held` by this worker are the
+        latents with so many steps behind them.
+        """
+        return RunNote(
+            assignment=self.assignment,
+            behind={request: steps for request, steps in held.items() if steps is not None},
+            last=last,
+            failure=failure,
+            suspects=tuple(suspects),
+        )
+
+    def _told(
+        self,
+        behind: Mapping[str, int],
+        *,
+        last: bool,
+        media: Mapping[str, Media] | None = None,
+        resolved: Mapping[str, str] | None = None,
+    ) -> RunNote:
+        note = RunNote(
+            assignment=self.assignment,
+            behind=behind,
+            steps=tuple(self.steps),
+            sides=tuple(self.sides),
+            last=last,
+            media=media or {},
+            resolved=resolved or {},
+        )
+        self.steps.clear()
+        self.sides.clear()
+        self.unreported = Stopwatch()
+        return note

@@ -1,0 +1,132 @@
+"""A real engine in a test worker: assignments go in, notes and latents come out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gpuworker.engine import Engine
+from gpuworker.executor import RunNote
+from gpuworker.inbox import Inbox, StopMark
+from gpuworker.latents import LatentShelf
+from gpuworker.models.card import ModelCard
+from gpuworker.pace import Pace
+from gpuworker.sources import Sources
+from gpuworker.state import LatentState
+from hocket.v1 import mesh_pb2, types_pb2
+from tests.worker.worker_pool import Member
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker does; what happens meanwhile is named by request."""
+
+    folder: str
+    assignments: tuple[bytes, ...]
+    stops: tuple[tuple[str, int], ...] = ()  # called off during that call of the denoiser
+    stops_in_decode: tuple[tuple[str, str], ...] = ()  # (called off, while this one is decoded)
+    broken: tuple[str, ...] = ()  # cannot be decoded
+    lacking: tuple[str, ...] = ()  # their latents are nowhere
+
+
+@dataclass(frozen=True)
+class Told:
+    """A note, as it travels through a pipe."""
+
+    sequence: int
+    behind: dict[str, int]
+    last: bool
+    reason: str
+    metadata: dict[str, str]
+    media: tuple[str, ...]
+
+    @classmethod
+    def of(cls, note: RunNote) -> Told:
+        failure = note.failure or types_pb2.Failure()
+        return cls(
+            note.assignment.sequence,
+            dict(note.behind),
+            note.last,
+            failure.reason,
+            dict(failure.metadata),
+            tuple(note.media),
+        )
+
+
+def run_engine(member: Member, order: Order) -> tuple[list[Told], dict[str, bytes]]:
+    """Runs the assignments; the notes, and every latent that is left."""
+    assignments = [mesh_pb2.Assignment.FromString(blob) for blob in order.assignments]
+    inbox = _Closing(assignments[-1].sequence)
+    inbox.accept_term(1)
+    shelf = LatentShelf(member.rendezvous.put, member.rendezvous.drop)
+    card = _Watched(member.card(order.folder), order, inbox, shelf, assignments)
+    name = assignments[0].batch[0].spec.model
+    sources = Sources(member.name, inbox, shelf, member.rendezvous, _nobody)
+    engine = Engine(member.name, {name: card}, inbox, shelf, member.groups, sources, Pace())
+    for assignment in assignments:
+        inbox.put(assignment)
+    notes: list[RunNote] = []
+    engine.run(notes.append)
+    requests = {m.request_id for a in assignments for m in a.batch}
+    left = {r: shelf.get(r, shelf.steps_done(r) or 0) for r in sorted(requests)}
+    states = {r: state.to_bytes() for r, state in left.items() if state is not None}
+    return [Told.of(note) for note in notes], states
+
+
+class _Closing(Inbox):
+    """Ends the engine's loop behind the last assignment."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self._last = last
+
+    def done(self, assignment: mesh_pb2.Assignment) -> None:
+        super().done(assignment)
+        if assignment.sequence == self._last:
+            self.close()
+
+
+class _Watched(ModelCard):
+    """A real card, during whose calls something happens."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        order: Order,
+        inbox: Inbox,
+        shelf: LatentShelf,
+        assignments: Sequence[mesh_pb2.Assignment],
+    ) -> None:
+        self.facts, self._card, self._order = card.facts, card, order
+        self._inbox, self._shelf, self._calls = inbox, shelf, 0
+        self._names = {m.spec.seed: m.request_id for a in assignments for m in a.batch}
+
+    def encode(self, **settings: Any) -> LatentState:  # type: ignore[override]
+        return self._card.encode(**settings)
+
+    def step(self, states: Sequence[LatentState], team: Any) -> list[LatentState]:
+        self._calls += 1
+        for request, call in self._order.stops:
+            if call == self._calls:
+                self._inbox.truncate(request, StopMark(0, 0))
+        fresh = self._card.step(states, team)
+        if self._calls == 1:
+            for request in self._order.lacking:
+                self._shelf.release(request)
+        return fresh
+
+    def decode(self, state: LatentState) -> Any:
+        name = self._names[int(str(state.facts["seed"]))]
+        for request, meanwhile in self._order.stops_in_decode:
+            if meanwhile == name:
+                self._inbox.truncate(request, StopMark(0, 0))
+        if name in self._order.broken:
+            raise ValueError(f"{name} has no picture")
+        return self._card.decode(state)
+
+
+def _nobody(holder: str, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
+    return mesh_pb2.LatentReply(
+        failure=types_pb2.Failure(reason="LATENT_MISSING", message=f"{holder} has none")
+    )
