@@ -25,6 +25,12 @@ def main(
     gpu: Annotated[str | None, typer.Option(help="What profiles call the device.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Folder or hub id; repeatable.")] = None,
     profile: Annotated[Path | None, typer.Option(help="CSV for the emulated executor.")] = None,
+    memory_mib: Annotated[
+        int | None, typer.Option(help="Device memory to use; 0: all models have to fit.")
+    ] = None,
+    latents_mib: Annotated[
+        int | None, typer.Option(help="Of it, for parked latents; 0: a quarter.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Host name told to the planner.")] = None,
     advertise: Annotated[str | None, typer.Option(help="Address for other workers.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,

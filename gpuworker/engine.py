@@ -25,6 +25,7 @@ from gpuworker.executor import Listener, Media, RunNote, SideNote, StepNote, Sto
 from gpuworker.groups import BlobLost, Group, GroupCache, GroupLost, Rendezvous
 from gpuworker.inbox import Inbox
 from gpuworker.latents import LatentShelf
+from gpuworker.memory import Memory, OutOfMemory
 from gpuworker.models.card import ModelCard
 from gpuworker.state import LatentState
 from gpuworker.team import Layout, Team
@@ -89,6 +90,7 @@ class Engine:
         rendezvous: Rendezvous,
         groups: GroupCache,
         ask: Ask,
+        memory: Memory,
     ) -> None:
         self._worker = worker
         self._cards = cards
@@ -97,6 +99,7 @@ class Engine:
         self._rendezvous = rendezvous
         self._groups = groups
         self._ask = ask
+        self._memory = memory
 
     def run(self, listener: Listener) -> None:
         """Runs assignments until the inbox is closed."""
@@ -111,8 +114,9 @@ class Engine:
 
     def _run(self, run: _Run, listener: Listener) -> RunNote:
         try:
-            run.group = self._join(run)
-            return self._work(run, listener)
+            with self._memory.at_work(run.assignment, run.sides):
+                run.group = self._join(run)
+                return self._work(run, listener)
         except _Truncated:
             return self._failed(run, "TRUNCATED", "called off before it began")
         except GroupLost as lost:
@@ -122,9 +126,9 @@ class Engine:
         except (LatentMissing, BlobLost) as missing:
             self._abort(run)
             return self._failed(run, "LATENT_MISSING", str(missing))
-        except torch.OutOfMemoryError as error:
+        except OutOfMemory as error:
             self._abort(run)
-            return self._failed(run, "OUT_OF_MEMORY", str(error))
+            return self._failed(run, "OUT_OF_MEMORY", str(error), (), **error.metadata)
         except Exception as error:
             log.exception("assignment %d failed", run.assignment.sequence)
             self._abort(run)
@@ -211,11 +215,12 @@ class Engine:
             named.epoch,
             tuple(named.members),
             run.assignment.rendezvous_address,
-            _FORM_TIMEOUT_S,
+            _FORM_TIMEOUT_S + run.assignment.load_time_us / 1e6,
             _Off(self._inbox, run.assignment),
         )
         group.timeout_s = run.assignment.collective_timeout_us / 1e6
-        if began.elapsed_ns() > _GROUP_SPAN_AT_LEAST_NS:
+        waited = run.assignment.load_time_us > 0  # for others' weights: says nothing of forming
+        if began.elapsed_ns() > _GROUP_SPAN_AT_LEAST_NS and not waited:
             run.sides.append(began.side(spans.GROUP, {}))
         return group
 
@@ -347,14 +352,14 @@ class Engine:
         return note
 
     def _failed(
-        self, run: _Run, reason: str, message: str, suspects: tuple[str, ...] = ()
+        self, run: _Run, reason: str, message: str, suspects: tuple[str, ...] = (), **facts: str
     ) -> RunNote:
         held = {m.request_id: self._shelf.steps_done(m.request_id) for m in run.members}
         return RunNote(
             assignment=run.assignment,
             behind={request: steps for request, steps in held.items() if steps is not None},
             last=True,
-            failure=types_pb2.Failure(reason=reason, message=message),
+            failure=types_pb2.Failure(reason=reason, message=message, metadata=facts),
             suspects=suspects,
         )
 

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.elastic import ElasticSP
+from gpuworker.models import footprint
+from gpuworker.models.footprint import Call
 from gpuworker.models.solvers import Solver, check_solver
 from gpuworker.state import Fact, LatentState
 from gpuworker.team import LayoutRefused, Team
@@ -139,6 +141,10 @@ class ModelCard(ABC):
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
         """The pictures of a finished state: uint8 [frames, height, width, 3]."""
 
+    @abstractmethod
+    def activation_bytes(self, call: Call) -> int:
+        """What a call takes beside its weights, estimated (see footprint.py)."""
+
 
 class Asked(NamedTuple):
     """The settings of a job, which the model can do."""
@@ -222,6 +228,23 @@ class DiffusersCard(ModelCard):
                 prediction = self._guide(state, prediction, rest.pop(0))
             behind.append(solver.step(prediction))
         return behind
+
+    def activation_bytes(self, call: Call) -> int:
+        element_bytes = self._dtype.itemsize
+        if call.node == "text":
+            return footprint.text_bytes(self._parts["text_encoder"].config, element_bytes)
+        vae = self._parts["vae"]
+        if call.node == "vae":
+            tiled_over_px = int(self._card.get("tiled_over_px", 1 << 62))
+            return footprint.decoder_bytes(vae.config, call, tiled_over_px, vae.dtype.itemsize)
+        return footprint.denoiser_bytes(
+            self._transformer.config,
+            call,
+            self.facts.size_multiple,
+            self.facts.frames_multiple,
+            element_bytes,
+            self.facts.guidance == "true_cfg",
+        )
 
     def _branches(
         self, rows: Mapping[int, list[Row]], team: Team | None
