@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
+_LINE_BYTES = 64
 _ALIGNED_BYTES = 256  # a tensor's place in a block suits every type
 
 
@@ -50,11 +51,11 @@ class FileCopy:
 
     def __init__(self, module: nn.Module, folder: Path) -> None:
         entries = _entries(folder)
-        self._dtypes: list[torch.dtype] = []
+        self._forms: list[tuple[torch.dtype, int]] = []  # type, where it lay in a cache line
         self._places: dict[Path, list[tuple[int, str]]] = {}
         self._kept: dict[int, Tensor] = {}
         for number, (name, parameter) in enumerate(module.named_parameters()):
-            self._dtypes.append(parameter.dtype)
+            self._forms.append((parameter.dtype, parameter.data_ptr() % _LINE_BYTES))
             place = _find(name, parameter.detach(), entries)
             if place is None:
                 self._kept[number] = parameter.detach()
@@ -68,9 +69,9 @@ class FileCopy:
         found = dict(self._kept)
         for file, entries in self._places.items():
             with safe_open(file, framework="pt") as opened:
-                for number, key in entries:  # a copy: what is read is mapped to the file
-                    found[number] = opened.get_tensor(key).to(self._dtypes[number], copy=True)
-        return [found[number] for number in range(len(self._dtypes))]
+                for number, key in entries:
+                    found[number] = _copied(opened.get_tensor(key), *self._forms[number])
+        return [found[number] for number in range(len(self._forms))]
 
 
 class PinnedCopy:
@@ -107,6 +108,19 @@ class PinnedCopy:
             block[start : start + size].view(dtype).view(shape)
             for start, size, dtype, shape in self._views
         ]
+
+
+def _copied(read: Tensor, dtype: torch.dtype, place: int) -> Tensor:
+    """A tensor of its own (what is read is mapped to the file), at the same place in a cache line.
+
+    The CPU's kernels round differently for tensors that lie differently: with this, a worker whose
+    weights come and go makes the very bits of one that keeps them.
+    """
+    size = read.numel() * dtype.itemsize
+    block = torch.empty(size + _LINE_BYTES, dtype=torch.uint8)
+    start = (place - block.data_ptr()) % _LINE_BYTES
+    copy = block[start : start + size].view(dtype).view(read.shape)
+    return copy.copy_(read)
 
 
 def _entries(folder: Path) -> Mapping[tuple[int, ...], Sequence[_Place]]:
