@@ -29,6 +29,7 @@ from gpuworker.memory import Memory, OutOfMemory
 from gpuworker.models.card import ModelCard
 from gpuworker.state import LatentState
 from gpuworker.team import Layout, Team
+from gpuworker.weights import StoreClosed
 from hocket import spans, telemetry
 from hocket.v1 import mesh_pb2, types_pb2
 
@@ -117,7 +118,7 @@ class Engine:
             with self._memory.at_work(run.assignment, run.sides):
                 run.group = self._join(run)
                 return self._work(run, listener)
-        except _Truncated:
+        except (_Truncated, StoreClosed):
             return self._failed(run, "TRUNCATED", "called off before it began")
         except GroupLost as lost:
             # Forming, it names who was missing; inside a collective nobody knows who failed.

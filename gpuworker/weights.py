@@ -65,6 +65,10 @@ class BudgetTooSmall(Exception):
         self.part, self.size_bytes, self.budget_bytes = part, size_bytes, budget_bytes
 
 
+class StoreClosed(Exception):
+    """The worker stops: no more weights come."""
+
+
 @dataclass
 class _Part:
     """One node's modules and where their weights are while they are away."""
@@ -198,7 +202,7 @@ class WeightStore:
     def use(self, wish: Wish) -> Iterator[tuple[SideNote, ...]]:
         """Holds a part on the device; gives what is to be told of the load that it took, if any.
 
-        Raises whatever made the load fail.
+        Raises whatever made the load fail, and StoreClosed.
         """
         with self._changed:
             wish = self._wishes.setdefault(wish.order, wish)
@@ -218,7 +222,8 @@ class WeightStore:
     def evict_others(self, keep: PartName) -> None:
         """Makes all the room there is: after an allocation failed."""
         with self._changed:
-            for name in [name for name in self._resident if name != keep]:
+            away = [name for name in self._resident if name != keep] if self.budget_bytes else []
+            for name in away:
                 self._evict(name)
 
     def _wait_for(self, wish: Wish) -> int:
@@ -236,6 +241,8 @@ class WeightStore:
         if (failure := self._failed.pop(wish.part, None)) is not None:
             self._wishes.pop(wish.order, None)
             raise failure
+        if wish.part not in self._resident:
+            raise StoreClosed
         return began.elapsed_ns()
 
     def _make_room(self, wish: Wish) -> None:
@@ -244,9 +251,8 @@ class WeightStore:
             self._evict(name)
 
     def _touch(self, name: PartName) -> SideNote | None:
-        if name in self._resident:
-            del self._resident[name]
-            self._resident[name] = None
+        del self._resident[name]
+        self._resident[name] = None
         part = self._parts[name]
         arrival, part.arrival = part.arrival, None
         return arrival

@@ -84,6 +84,17 @@ def test_a_failed_allocation_is_recognised_and_told(
     assert after.activations_bytes > HUGE
 
 
+def test_without_a_budget_nothing_can_leave() -> None:
+    store = WeightStore(CPU)
+    card = load_card(str(EMBEDDED_MODEL), CPU, torch.float32, store)
+    memory = Memory({MODEL: card}, CPU, store, LatentShelf(lambda *_: None, lambda _: None))
+    with pytest.raises(OutOfMemory), memory.at_work(assignment("vae"), []):
+        torch_asks()
+    with memory.at_work(assignment("dit"), []) as _:
+        assert all(part.resident for part in memory.facts().parts)
+    memory.close()
+
+
 def test_what_the_failed_call_held_is_freed(memory: Memory) -> None:
     """Its frames would keep it alive for as long as the error is looked at."""
     freed: list[bool] = []

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gpuworker.models.loading import load_card
-from gpuworker.weights import BudgetTooSmall, Order, PartName, WeightStore, Wish
+from gpuworker.weights import BudgetTooSmall, Order, PartName, StoreClosed, WeightStore, Wish
 from tests.waiting import until
 from tests.worker.families import FAMILIES
 from tests.worker.worker_pool import CPU
@@ -157,6 +157,13 @@ def test_a_failed_load_is_told_to_who_needs_it_and_tried_again(two: Shelfful) ->
     file.with_suffix(".away").rename(file)
     with two.store.use(wish(2, B_DIT)):
         assert two.right(B_DIT)
+
+
+def test_a_store_that_closes_lets_nobody_wait(folder: Path) -> None:
+    one = Shelfful(folder, 1).started()
+    one.store.close()
+    with pytest.raises(StoreClosed), one.store.use(wish(1, B_DIT)):
+        pass
 
 
 def test_a_part_larger_than_the_budget_is_refused_at_start(folder: Path) -> None:

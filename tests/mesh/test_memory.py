@@ -1,0 +1,232 @@
+"""Workers with little memory, as real processes on a real broker: the same pictures as with all the
+memory in the world, weights that come and go, latents that are parked in files, and a worker that
+outlives an allocation that failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import resource
+import shutil
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from bench.scripted_leader import WAIT_S, Leader, Piece, WorkerPool
+from gpuworker.config import EMBEDDED_MODEL
+from hocket.bus import Bus
+from hocket.span_file import SpanRecord, read_spans
+from hocket.v1 import mesh_pb2, types_pb2
+from tests.waiting import until
+from tests.worker.tiny_models import Reference, wan_reference
+
+STEPS = 6
+MIB = 1 << 20
+_clusters = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The embedded model under two names."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("a", "b"):
+        shutil.copytree(EMBEDDED_MODEL, folder / name)
+        card = json.loads((folder / name / "card.json").read_text())
+        (folder / name / "card.json").write_text(json.dumps({**card, "name": name}))
+    return str(folder / "a"), str(folder / "b")
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A tiny Wan that decodes any size in one piece."""
+    made = wan_reference(tmp_path_factory.mktemp("models") / "tiny-wan")
+    card = Path(made.folder) / "card.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "tiled_over_px": 1 << 30}))
+    return made
+
+
+@asynccontextmanager
+async def workers(
+    url: str, state: Path, models: tuple[str, ...], count: int, *options: str
+) -> AsyncIterator[tuple[Leader, WorkerPool]]:
+    bus = await Bus.connect(url, "leader")
+    cluster = f"memory-{next(_clusters)}"
+    with WorkerPool(url, cluster, state, models, count, options) as pool:
+        leader = Leader(bus, cluster, 1)
+        await leader.listen(count)
+        yield leader, pool
+    await bus.close()
+
+
+def spec(model: str, seed: int, side: int = 64, steps: int = STEPS) -> types_pb2.GenerationSpec:
+    return types_pb2.GenerationSpec(
+        model=model,
+        prompt="a fox on a green background",
+        shape=types_pb2.Shape(width=side, height=side, frames=1),
+        steps=steps,
+        guidance_scale=2.0,
+        seed=seed,
+    )
+
+
+async def memory_of(
+    leader: Leader, worker: str, enough: Callable[[types_pb2.Memory], bool]
+) -> types_pb2.Memory:
+    """What the worker's heartbeats say as soon as it is enough."""
+    beats = await leader.bus.follow(leader.subjects.heartbeat(worker), mesh_pb2.Heartbeat)
+    async with asyncio.timeout(WAIT_S):
+        while not enough((beat := await beats.next()).memory):
+            pass
+    await beats.close()
+    return beat.memory
+
+
+async def alternate(leader: Leader, state: Path) -> dict[str, tuple[bytes, str]]:
+    """Requests of both models in turn, all published at once: latent, and digest of the picture."""
+    made = {}
+    for number in range(4):
+        request, wanted = f"r{number}", spec("ab"[number % 2], seed=number)
+        await leader.run(request, wanted, [Piece(STEPS, ("w0",))])
+        member = leader.member(request, wanted, STEPS, ("w0",))
+        made[request] = await leader.assign("vae", Piece(1, ("w0",)), member)
+    found = {}
+    for request, sequence in made.items():
+        done = await leader.ending(sequence)
+        assert not done.HasField("failure"), done.failure
+        latent = await leader.latent(request, "w0", STEPS)
+        found[request] = (latent.to_bytes(), done.results[0].media.sha256)
+        await leader.release(request)
+    return found
+
+
+def loads_and_steps(state: Path) -> tuple[list[SpanRecord], list[SpanRecord]]:
+    spans = read_spans(state / "traces")
+    return [s for s in spans if s.name == "load"], [s for s in spans if s.name == "step"]
+
+
+async def test_two_models_in_memory_for_one(
+    nats_url: str, models: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The same bits as with room for both; what comes next loads beside the steps in hand."""
+    async with workers(nats_url, tmp_path / "wide", models, 1) as (leader, _):
+        wide = await alternate(leader, tmp_path)
+        memory = await memory_of(leader, "w0", lambda _: True)
+        assert (memory.budget_bytes, memory.loads, memory.evictions) == (0, 0, 0)
+        assert sum(part.size_bytes for part in memory.parts) == memory.weights_bytes
+    budget = ("--memory-mib=26", "--latents-mib=2")
+    async with workers(nats_url, tmp_path / "narrow", models, 1, *budget) as (leader, _):
+        before = await memory_of(leader, "w0", lambda _: True)
+        assert {(p.model, p.node) for p in before.parts if p.resident} >= {("a", "dit")}
+        assert await alternate(leader, tmp_path) == wide
+        memory = await memory_of(leader, "w0", lambda now: now.latents_bytes == 0)
+    assert memory.budget_bytes == 24 * MIB
+    assert memory.weights_bytes <= memory.budget_bytes < sum(p.size_bytes for p in memory.parts)
+    assert memory.evictions >= 3, "each change of the model makes the other one's denoiser leave"
+    assert all(part.load_time_us > 0 for part in memory.parts)
+    loads, steps = loads_and_steps(tmp_path / "narrow")
+    assert len(loads) == memory.loads, "each is told once"
+    first = next(load for load in loads if load.attributes["hocket.part"] == "b/text")
+    of_a = [step for step in steps if step.attributes["hocket.request_id"] == "r0"]
+    denoised = max(s.end_unix_ns for s in of_a if s.attributes["hocket.node"] == "dit")
+    assert first.start_unix_ns < denoised, "b's weights come while a's steps run"
+
+
+async def test_a_group_waits_for_the_member_that_loads(
+    nats_url: str, models: tuple[str, ...], tmp_path: Path
+) -> None:
+    """One member has the model, the other one has to make room for it first."""
+    budget = ("--memory-mib=26", "--latents-mib=2")
+    found = {}
+    for name, options in {"wide": (), "narrow": budget}.items():
+        async with workers(nats_url, tmp_path / name, models, 2, *options) as (leader, _):
+            await leader.run("first", spec("b", 1), [Piece(STEPS, ("w1",))])  # b is on w1 now
+            pieces = [Piece(2, ("w0", "w1")), Piece(2, ("w1",)), Piece(STEPS - 4, ("w1", "w0"))]
+            await leader.run("pair", spec("b", 2), pieces)
+            found[name] = [
+                (await leader.latent("pair", worker, STEPS)).to_bytes() for worker in ("w0", "w1")
+            ]
+    assert found["narrow"] == found["wide"] and len(set(found["wide"])) == 1
+
+
+async def test_parked_latents_are_spilled_and_resumed_elsewhere(
+    nats_url: str, wan: Reference, tmp_path: Path
+) -> None:
+    """Eight jobs stop after two steps on w0, which has room for two; they go on, on both."""
+    jobs = [f"j{number}" for number in range(8)]
+    wanted = {job: video(320, 320, 9, steps=4, seed=seed) for seed, job in enumerate(jobs)}
+    ends = {job: ("w0", "w1") if n % 3 == 0 else (f"w{n % 2}",) for n, job in enumerate(jobs)}
+    found: dict[str, list[bytes]] = {}
+    for name, limits in {"wide": (), "narrow": ("--memory-mib=64", "--latents-mib=1")}.items():
+        state = tmp_path / name
+        async with workers(nats_url, state, (wan.folder,), 2, *limits) as (leader, _):
+            for job in jobs:
+                await leader.run(job, wanted[job], [Piece(2, ("w0",))])
+            await leader.ending(leader.sequence)
+            if limits:
+                parked = await memory_of(leader, "w0", lambda now: 0 < now.latents_bytes <= MIB)
+                assert parked.latents_budget_bytes == MIB and parked.latents_host_bytes == 0
+                assert parked.latents_file_bytes > parked.latents_bytes, "most of them"
+            for job in jobs:
+                await leader.assign(
+                    "dit", Piece(2, ends[job]), leader.member(job, wanted[job], 2, ("w0",))
+                )
+            found[name] = [(await leader.latent(job, ends[job][-1], 4)).to_bytes() for job in jobs]
+            for job in jobs:
+                await leader.release(job)
+            await until(lambda folder=state / "latents": not list(folder.rglob("*.safetensors")))
+    assert found["narrow"] == found["wide"]
+
+
+async def test_a_worker_outlives_a_failed_allocation(
+    nats_url: str, wan: Reference, tmp_path: Path
+) -> None:
+    """Its address space ends a little above what it has: a huge decode fails, a small one works."""
+    small, huge = video(48, 32, 9), video(1280, 1280, 33)
+    async with workers(nats_url, tmp_path, (wan.folder,), 1) as (leader, pool):
+        first = await decoded(leader, "first", small)
+        assert first.results[0].media.sha256
+        limit_memory(pool.pid("w0"), 192 * MIB)
+        failed = await decoded(leader, "huge", huge)
+        assert failed.failure.reason == "OUT_OF_MEMORY", failed.failure
+        told = failed.failure.metadata
+        assert (told["node"], told["shape"], told["batch"]) == ("vae", "1280x1280x33", "1")
+        assert int(told["needed_bytes"]) > 192 * MIB > int(told["free_bytes"]) > 0
+        assert failed.results[0].steps_done == 0, "the latent is still there"
+        after = await memory_of(leader, "w0", lambda _: True)
+        assert after.activations_bytes >= int(told["needed_bytes"])
+        again = await decoded(leader, "again", small)
+        assert again.results[0].media.sha256 == first.results[0].media.sha256
+        assert again.incarnation == leader.beats["w0"].incarnation, "the process is the same"
+
+
+def limit_memory(pid: int, more_bytes: int) -> None:
+    """Lets a process have that much more address space than it has."""
+    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (used + more_bytes, used + more_bytes))
+
+
+def video(
+    width: int, height: int, frames: int, steps: int = 1, seed: int = 11
+) -> types_pb2.GenerationSpec:
+    return types_pb2.GenerationSpec(
+        model="tiny-wan",
+        prompt="a red fox on the sea",
+        shape=types_pb2.Shape(width=width, height=height, frames=frames),
+        steps=steps,
+        guidance_scale=3.0,
+        seed=seed,
+        media_type="video/mp4",
+    )
+
+
+async def decoded(
+    leader: Leader, request: str, wanted: types_pb2.GenerationSpec
+) -> mesh_pb2.StepReport:
+    """Noise, decoded as if it were finished."""
+    await leader.assign("text", Piece(1, ("w0",)), leader.member(request, wanted, 0, ()))
+    member = leader.member(request, wanted, 0, ("w0",))
+    return await leader.ending(await leader.assign("vae", Piece(1, ("w0",)), member))
