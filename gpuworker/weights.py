@@ -153,6 +153,7 @@ class WeightStore:
             room = self.budget_bytes - self._used_bytes() - part.size_bytes
             if room >= max(activations_bytes(other) for other in (*self._resident, name)):
                 self._load(part, ())
+                part.arrival = None  # it is no request's
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
         self._thread.start()
 
