@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -84,10 +85,11 @@ class LatentShelf:
         self._released: dict[str, None] = {}  # a step in hand may end after its request's release
         self._in_hand: frozenset[str] = frozenset()
         self._stuck: set[str] = set()  # could not be spilled
+        self._pressed = False  # memory ran out: all that is parked goes
         self._files = itertools.count()
         self._closed = False
         self._thread: threading.Thread | None = None
-        if self._shares.folder is not None and self._shares.device_bytes:
+        if self._shares.folder is not None:
             shutil.rmtree(self._shares.folder, ignore_errors=True)
             self._shares.folder.mkdir(parents=True)
             self._thread = threading.Thread(target=self._spill_all, name="spill", daemon=True)
@@ -134,6 +136,12 @@ class LatentShelf:
             with self._changed:
                 self._in_hand = frozenset()
                 self._changed.notify_all()
+
+    def spill_parked(self) -> None:
+        """Makes all the room there is, soon: after an allocation failed."""
+        with self._changed:
+            self._pressed = True
+            self._changed.notify_all()
 
     def release(self, request: str) -> None:
         with self._changed:
@@ -247,17 +255,18 @@ class LatentShelf:
 
     def _next(self) -> tuple[str, _Entry, Place] | None:
         """What has to be spilled now, and where to."""
-        crowded = (
+        device_bytes = 0 if self._pressed else self._shares.device_bytes or sys.maxsize
+        for place, share_bytes in (
             (Place.HOST, self._shares.host_bytes),
-            (Place.DEVICE, self._shares.device_bytes),
-        )
-        for place, share_bytes in crowded:
+            (Place.DEVICE, device_bytes),
+        ):
             if self._bytes_in(place) <= share_bytes:
                 continue
             for request, entry in self._entries.items():
                 parked = request not in self._in_hand and request not in self._stuck
                 if parked and entry.place is place:
                     return request, entry, self._below(entry)
+        self._pressed = False
         return None
 
     def _below(self, entry: _Entry) -> Place:

@@ -67,7 +67,9 @@ class Memory:
         self._shelf = shelf
         self._latents_budget_bytes = latents_budget_bytes
         self._activations = Activations(cards, device)
-        self._evict: dict[int, tuple[PartName, ...]] = {}  # by assignment
+        self._cards = cards
+        self._term = 0
+        self._evict: dict[int, tuple[PartName, ...]] = {}  # by assignment of the term
         weights.start(lambda part: self._activations.largest(*part))
 
     def plan_loads(self, loads: Sequence[mesh_pb2.WeightsLoad]) -> None:
@@ -80,9 +82,15 @@ class Memory:
 
     def expect(self, assignment: mesh_pb2.Assignment) -> None:
         """An assignment waits: its weights come as soon as there is room."""
-        self._weights.expect(self._wish(assignment))
+        if assignment.batch[0].spec.model in self._cards:
+            self._weights.expect(self._wish(assignment))
 
     def forget_before(self, term: int) -> None:
+        """A newer leader counts its assignments anew."""
+        if term == self._term:
+            return
+        self._term = term
+        self._evict.clear()
         self._weights.forget_before(term)
 
     @contextmanager
@@ -107,6 +115,7 @@ class Memory:
         needed_bytes = self._activations.fell_short(model, call, asked_bytes)
         free_bytes = self._free_bytes()
         self._weights.evict_others(keep=wish.part)
+        self._shelf.spill_parked()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         raise OutOfMemory(model, call, needed_bytes, free_bytes)

@@ -205,6 +205,8 @@ class WeightStore:
 
         Raises whatever made the load fail, and StoreClosed.
         """
+        if wish.part not in self._parts:
+            raise KeyError(f"no weights of {wish.part}")
         with self._changed:
             wish = self._wishes.setdefault(wish.order, wish)
             waited = self._wait_for(wish)

@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.memory_bench import flux_state_bytes, wan_state_bytes
 from gpuworker.latents import LatentShelf, Place, Shares
+from gpuworker.models.loading import load_card
 from gpuworker.state import LatentState
 from hocket.v1 import mesh_pb2
 from tests.waiting import until
+from tests.worker.tiny_models import TEXT_TOKENS, Reference, wan_unipc_reference
+from tests.worker.worker_pool import CPU
 
 
 def state(seed: int, steps_done: int = 3) -> LatentState:
@@ -145,9 +149,44 @@ async def test_where_no_file_can_be_written_latents_stay(
         assert back is not None and back.to_bytes() == state(number).to_bytes()
 
 
+async def test_when_memory_ran_out_all_that_is_parked_goes(tmp_path: Path, store: Store) -> None:
+    shares = Shares(folder=tmp_path / "w0")  # unlimited
+    shelf = LatentShelf(store.blobs.__setitem__, store.drop, shares)
+    for number in range(3):
+        shelf.put(f"r{number}", state(number))
+    with shelf.in_hand(["r2"]):
+        shelf.spill_parked()
+        await until(lambda: spilled(shelf) == ["r0", "r1"])
+    shelf.put("r3", state(3))
+    assert shelf.bytes_in(Place.DEVICE) == 2 * SIZE
+    shelf.close()
+
+
 def test_without_a_share_nothing_is_spilled(store: Store) -> None:
     shelf = LatentShelf(store.blobs.__setitem__, store.drop)
     for number in range(100):
         shelf.put(f"r{number}", state(number))
     assert shelf.bytes_in(Place.DEVICE) == 100 * SIZE
     shelf.close()
+
+
+def test_the_arithmetic_of_parked_jobs_is_that_of_real_ones(
+    flux: Reference, wan: Reference, tmp_path: Path
+) -> None:
+    """What `python -m bench memory` says of models that are too large to be run here."""
+    unipc = wan_unipc_reference(tmp_path / "unipc")
+    small = {"text_tokens": TEXT_TOKENS, "text_width": 32, "element_bytes": 4}
+    have = [(r, load_card(r.folder, CPU, torch.float32)) for r in (flux, wan, unipc)]
+    sizes = []
+    for reference, card in have:
+        states = [card.encode(**reference.settings)]
+        for _ in range(4):
+            states = card.step(states, None)
+        sizes.append(states[0].nbytes)
+    shape = [wan.settings[name] for name in ("width", "height", "frames")]
+    packed = {"pixels_a_token": 4, "channels": 16, "pooled_width": 32}
+    assert sizes == [
+        flux_state_bytes(28, 28, **packed, **small),
+        wan_state_bytes(*shape, history=0, **small),
+        wan_state_bytes(*shape, history=3, **small),
+    ]
