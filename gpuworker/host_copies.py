@@ -92,8 +92,8 @@ class PinnedCopy:
         for tensor, view in zip(parameters, self._cut(self._block), strict=True):
             view.copy_(tensor)
         # Not pin_memory(), which rounds up to a power of two.
-        lock = torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, 0)
-        torch.cuda.check_error(int(lock))
+        outcome = torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, 0)
+        torch.cuda.check_error(outcome)
 
     def fill(self) -> list[Tensor]:
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,6 +111,7 @@ class WeightStore:
         self._newest: Order = (0, 0)
         self._waiting: Wish | None = None  # the compute thread cannot go on without it
         self._in_use: Wish | None = None
+        self._loading: PartName | None = None
         self._failed: dict[PartName, BaseException] = {}
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -208,6 +210,8 @@ class WeightStore:
         if wish.part not in self._parts:
             raise KeyError(f"no weights of {wish.part}")
         with self._changed:
+            for order in [order for order in self._wishes if order < wish.order]:
+                del self._wishes[order]  # assignments are run in their order: those are over
             wish = self._wishes.setdefault(wish.order, wish)
             waited = self._wait_for(wish)
             self._in_use = wish
@@ -273,11 +277,14 @@ class WeightStore:
                 wish, victims = found
                 for name in victims:
                     self._evict(name)
+                self._loading = wish.part
             try:
                 self._load(self._parts[wish.part], victims)
             except BaseException as error:  # whoever needs the part raises it
                 log.warning("cannot load %s's %s: %s", *wish.part, error)
+                traceback.clear_frames(error.__traceback__)  # what it had read so far lives there
                 with self._changed:
+                    self._loading = None
                     self._failed[wish.part] = error
                     self._changed.notify_all()
 
@@ -336,6 +343,7 @@ class WeightStore:
                 },
             )
             self._resident[part.name] = None
+            self._loading = None
             self.loads += 1
             self._changed.notify_all()
 
@@ -346,14 +354,15 @@ class WeightStore:
         self.evictions += 1
 
     def _used_bytes(self) -> int:
-        """On the device, resident or stuck there."""
+        """On the device: resident, on the way there, or stuck."""
         fixed = sum(
             copy.fixed_bytes
             for name, part in self._parts.items()
             if name not in self._resident
             for copy in part.copies
         )
-        return fixed + sum(self._parts[name].size_bytes for name in self._resident)
+        coming = () if self._loading is None else (self._loading,)
+        return fixed + sum(self._parts[name].size_bytes for name in (*self._resident, *coming))
 
 
 def _worth(name: PartName, wish: Wish, later: dict[PartName, Order]) -> tuple[bool, int, int]:

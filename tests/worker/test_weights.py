@@ -149,6 +149,13 @@ def test_a_newer_leader_forgets_what_the_older_one_wanted(folder: Path) -> None:
     one.store.close()
 
 
+def test_assignments_that_were_passed_over_protect_nothing(two: Shelfful) -> None:
+    two.store.expect(wish(1, A_TEXT))
+    two.store.expect(wish(2, A_DIT))
+    with two.store.use(wish(3, B_DIT)):
+        assert len(two.resident) == 2 and two.right(B_DIT)
+
+
 def test_a_failed_load_is_told_to_who_needs_it_and_tried_again(two: Shelfful) -> None:
     file = two.folder / "3" / "model.safetensors"
     file.rename(file.with_suffix(".away"))
