@@ -14,8 +14,9 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Container, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -40,7 +41,6 @@ from tests.worker.tiny_models import Reference, wan_reference
 
 STEPS = 6
 MIB = 1 << 20
-_clusters = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +63,46 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return made
 
 
-@asynccontextmanager
-async def workers(
-    url: str, state: Path, models: tuple[str, ...], count: int, *options: str
-) -> AsyncIterator[tuple[Leader, WorkerPool]]:
-    bus = await Bus.connect(url, "leader")
-    cluster = f"memory-{next(_clusters)}"
-    with WorkerPool(url, cluster, state, models, count, options) as pool:
-        leader = Leader(bus, cluster, 1)
-        await leader.listen(count)
-        yield leader, pool
-    await bus.close()
+@dataclass
+class Workers:
+    """A pool of real workers, and a leader for each test."""
+
+    pool: WorkerPool
+    terms: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @asynccontextmanager
+    async def led(self) -> AsyncIterator[Leader]:
+        bus = await Bus.connect(self.pool.url, "leader")
+        leader = Leader(bus, self.pool.cluster, next(self.terms))
+        await leader.listen(self.pool.count)
+        yield leader
+        await bus.close()
+
+
+@pytest.fixture(scope="module")
+def all_models(models: tuple[str, ...], wan: Reference) -> tuple[str, ...]:
+    return *models, wan.folder
+
+
+@pytest.fixture(scope="module")
+def wide(
+    nats_url: str, all_models: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Workers]:
+    """Two workers with all the memory they want."""
+    state = tmp_path_factory.mktemp("wide")
+    with WorkerPool(nats_url, "memory-wide", state, all_models, 2) as pool:
+        yield Workers(pool)
+
+
+@pytest.fixture(scope="module")
+def narrow(
+    nats_url: str, all_models: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Workers]:
+    """Two workers with room for the weights of one of the two models, and for few latents."""
+    state = tmp_path_factory.mktemp("narrow")
+    options = ("--memory-mib=25", "--latents-mib=1")
+    with WorkerPool(nats_url, "memory-narrow", state, all_models, 2, options) as pool:
+        yield Workers(pool)
 
 
 def spec(model: str, seed: int, side: int = 64, steps: int = STEPS) -> types_pb2.GenerationSpec:
@@ -99,7 +128,7 @@ async def memory_of(
     return beat.memory
 
 
-async def alternate(leader: Leader, state: Path) -> dict[str, tuple[bytes, str]]:
+async def alternate(leader: Leader) -> dict[str, tuple[bytes, str]]:
     """Requests of both models in turn, all published at once: latent, and digest of the picture."""
     made = {}
     for number in range(4):
@@ -113,86 +142,79 @@ async def alternate(leader: Leader, state: Path) -> dict[str, tuple[bytes, str]]
         assert not done.HasField("failure"), done.failure
         latent = await leader.latent(request, "w0", STEPS)
         found[request] = (latent.to_bytes(), done.results[0].media.sha256)
-        await leader.release(request)
     return found
 
 
-def loads_and_steps(state: Path) -> tuple[list[SpanRecord], list[SpanRecord]]:
-    spans = read_spans(state / "traces")
-    return [s for s in spans if s.name == "load"], [s for s in spans if s.name == "step"]
+def spans_of(workers: Workers, name: str, requests: Container[str]) -> list[SpanRecord]:
+    spans = read_spans(workers.pool.state_dir / "traces")
+    return [s for s in spans if s.name == name and s.attributes["hocket.request_id"] in requests]
 
 
-async def test_two_models_in_memory_for_one(
-    nats_url: str, models: tuple[str, ...], tmp_path: Path
-) -> None:
+async def test_two_models_in_memory_for_one(wide: Workers, narrow: Workers) -> None:
     """The same bits as with room for both; what comes next loads beside the steps in hand."""
-    async with workers(nats_url, tmp_path / "wide", models, 1) as (leader, _):
-        wide = await alternate(leader, tmp_path)
+    async with wide.led() as leader:
+        expected = await alternate(leader)
         memory = await memory_of(leader, "w0", lambda _: True)
         assert (memory.budget_bytes, memory.loads, memory.evictions) == (0, 0, 0)
         assert sum(part.size_bytes for part in memory.parts) == memory.weights_bytes
-    budget = ("--memory-mib=26", "--latents-mib=2")
-    async with workers(nats_url, tmp_path / "narrow", models, 1, *budget) as (leader, _):
+    async with narrow.led() as leader:
         before = await memory_of(leader, "w0", lambda _: True)
         assert {(p.model, p.node) for p in before.parts if p.resident} >= {("a", "dit")}
-        assert await alternate(leader, tmp_path) == wide
-        memory = await memory_of(leader, "w0", lambda now: now.latents_bytes == 0)
+        assert await alternate(leader) == expected
+        memory = await memory_of(leader, "w0", lambda _: True)
     assert memory.budget_bytes == 24 * MIB
     assert memory.weights_bytes <= memory.budget_bytes < sum(p.size_bytes for p in memory.parts)
     assert memory.evictions >= 3, "each change of the model makes the other one's denoiser leave"
     assert all(part.load_time_us > 0 for part in memory.parts)
-    loads, steps = loads_and_steps(tmp_path / "narrow")
-    assert len(loads) == memory.loads - before.loads, "each is told once"
+    await until(lambda: spans_of(narrow, "step", ("r3",))[-1:])
+    loads = spans_of(narrow, "load", expected)
+    assert 4 <= len(loads) <= memory.loads - before.loads, "each is told once"
     first = next(load for load in loads if load.attributes["hocket.part"] == "b/text")
-    of_a = [step for step in steps if step.attributes["hocket.request_id"] == "r0"]
-    denoised = max(s.end_unix_ns for s in of_a if s.attributes["hocket.node"] == "dit")
+    steps = spans_of(narrow, "step", ("r0",))
+    denoised = max(s.end_unix_ns for s in steps if s.attributes["hocket.node"] == "dit")
     assert first.start_unix_ns < denoised, "b's weights come while a's steps run"
 
 
-async def test_a_group_waits_for_the_member_that_loads(
-    nats_url: str, models: tuple[str, ...], tmp_path: Path
-) -> None:
+async def test_a_group_waits_for_the_member_that_loads(wide: Workers, narrow: Workers) -> None:
     """One member has the model, the other one has to make room for it first."""
-    budget = ("--memory-mib=26", "--latents-mib=2")
-    found = {}
-    for name, options in {"wide": (), "narrow": budget}.items():
-        async with workers(nats_url, tmp_path / name, models, 2, *options) as (leader, _):
-            await leader.run("first", spec("b", 1), [Piece(STEPS, ("w1",))])  # b is on w1 now
+    found = []
+    for workers in (wide, narrow):
+        async with workers.led() as leader:
+            await leader.run("of-a", spec("a", 1), [Piece(STEPS, ("w0",))])
+            await leader.run("of-b", spec("b", 1), [Piece(STEPS, ("w1",))])
             pieces = [Piece(2, ("w0", "w1")), Piece(2, ("w1",)), Piece(STEPS - 4, ("w1", "w0"))]
             await leader.run("pair", spec("b", 2), pieces)
-            found[name] = [
-                (await leader.latent("pair", worker, STEPS)).to_bytes() for worker in ("w0", "w1")
-            ]
-    assert found["narrow"] == found["wide"] and len(set(found["wide"])) == 1
+            latents = [await leader.latent("pair", worker, STEPS) for worker in ("w0", "w1")]
+            found.append({latent.to_bytes() for latent in latents})
+    assert found[0] == found[1] and len(found[0]) == 1
 
 
 async def test_parked_latents_are_spilled_and_resumed_elsewhere(
-    nats_url: str, wan: Reference, tmp_path: Path
+    wide: Workers, narrow: Workers
 ) -> None:
     """Eight jobs stop after two steps on w0, which has room for two; they go on, on both."""
     jobs = [f"j{number}" for number in range(8)]
     wanted = {job: video(320, 320, 9, steps=4, seed=seed) for seed, job in enumerate(jobs)}
     ends = {job: ("w0", "w1") if n % 3 == 0 else (f"w{n % 2}",) for n, job in enumerate(jobs)}
-    found: dict[str, list[bytes]] = {}
-    for name, limits in {"wide": (), "narrow": ("--memory-mib=64", "--latents-mib=1")}.items():
-        state = tmp_path / name
-        async with workers(nats_url, state, (wan.folder,), 2, *limits) as (leader, _):
+    found: list[list[bytes]] = []
+    for workers in (wide, narrow):
+        async with workers.led() as leader:
             for job in jobs:
                 await leader.run(job, wanted[job], [Piece(2, ("w0",))])
             await leader.ending(leader.sequence)
-            if limits:
+            if workers is narrow:
                 parked = await memory_of(leader, "w0", lambda now: 0 < now.latents_bytes <= MIB)
                 assert parked.latents_budget_bytes == MIB and parked.latents_host_bytes == 0
                 assert parked.latents_file_bytes > parked.latents_bytes, "most of them"
             for job in jobs:
-                await leader.assign(
-                    "dit", Piece(2, ends[job]), leader.member(job, wanted[job], 2, ("w0",))
-                )
-            found[name] = [(await leader.latent(job, ends[job][-1], 4)).to_bytes() for job in jobs]
-            for job in jobs:
+                member = leader.member(job, wanted[job], 2, ("w0",))
+                await leader.assign("dit", Piece(2, ends[job]), member)
+            found.append([(await leader.latent(j, ends[j][-1], 4)).to_bytes() for j in jobs])
+            for job in (*jobs, "of-a", "of-b", "pair", "r0", "r1", "r2", "r3"):
                 await leader.release(job)
-            await until(lambda folder=state / "latents": not list(folder.rglob("*.safetensors")))
-    assert found["narrow"] == found["wide"]
+    folder = narrow.pool.state_dir / "latents"
+    assert found[0] == found[1] and folder.exists()
+    await until(lambda: not list(folder.rglob("*.safetensors")))
 
 
 async def test_the_live_scheduler_plans_loads_from_what_workers_tell(
@@ -248,21 +270,22 @@ async def test_a_worker_outlives_a_failed_allocation(
 ) -> None:
     """Its address space ends a little above what it has: a huge decode fails, a small one works."""
     small, huge = video(48, 32, 9), video(1280, 1280, 33)
-    async with workers(nats_url, tmp_path, (wan.folder,), 1) as (leader, pool):
-        first = await decoded(leader, "first", small)
-        assert first.results[0].media.sha256
-        limit_memory(pool.pid("w0"), 192 * MIB)
-        failed = await decoded(leader, "huge", huge)
-        assert failed.failure.reason == "OUT_OF_MEMORY", failed.failure
-        told = failed.failure.metadata
-        assert (told["node"], told["shape"], told["batch"]) == ("vae", "1280x1280x33", "1")
-        assert int(told["needed_bytes"]) > 192 * MIB > int(told["free_bytes"]) > 0
-        assert failed.results[0].steps_done == 0, "the latent is still there"
-        after = await memory_of(leader, "w0", lambda _: True)
-        assert after.activations_bytes >= int(told["needed_bytes"])
-        again = await decoded(leader, "again", small)
-        assert again.results[0].media.sha256 == first.results[0].media.sha256
-        assert again.incarnation == leader.beats["w0"].incarnation, "the process is the same"
+    with WorkerPool(nats_url, "memory-out", tmp_path, (wan.folder,), 1) as pool:
+        async with Workers(pool).led() as leader:
+            first = await decoded(leader, "first", small)
+            assert first.results[0].media.sha256
+            limit_memory(pool.pid("w0"), 192 * MIB)
+            failed = await decoded(leader, "huge", huge)
+            assert failed.failure.reason == "OUT_OF_MEMORY", failed.failure
+            told = failed.failure.metadata
+            assert (told["node"], told["shape"], told["batch"]) == ("vae", "1280x1280x33", "1")
+            assert int(told["needed_bytes"]) > 192 * MIB > int(told["free_bytes"]) > 0
+            assert failed.results[0].steps_done == 0, "the latent is still there"
+            after = await memory_of(leader, "w0", lambda _: True)
+            assert after.activations_bytes >= int(told["needed_bytes"])
+            again = await decoded(leader, "again", small)
+            assert again.results[0].media.sha256 == first.results[0].media.sha256
+            assert again.incarnation == leader.beats["w0"].incarnation, "the process is the same"
 
 
 def limit_memory(pid: int, more_bytes: int) -> None:
