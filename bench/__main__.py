@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from bench import mesh_bench, profile_bench
+from bench import memory_bench, mesh_bench, profile_bench
 from bench import overheads as overhead_bench
 from bench.bound import bound_command
 from bench.gpu.command import gpu_command
@@ -66,6 +66,23 @@ def _show(found: mesh_bench.Findings) -> None:
     for figure in found.figures:
         table.add_row(*(str(cell) for cell in figure.row().values()))
     console.print(table)
+
+
+@app.command()
+def memory(
+    rounds: Annotated[int, typer.Option(help="Repetitions of what is timed.", min=1)] = 20,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
+        "bench/results/memory.json"
+    ),
+) -> None:
+    """Memory of parked jobs by shape, spilling, loading and evicting weights."""
+    found = asyncio.run(memory_bench.measure(rounds))
+    mesh_bench.write(found, out, f"python -m bench memory --rounds {rounds}")
+    table = Table(Column("figure", no_wrap=True), "unit", "n", "p50", "p99", "min", "max")
+    for figure in found.figures:
+        table.add_row(*(str(cell) for cell in list(figure.row().values())[:7]))
+    console.print(table)
+    console.print(f"written to {out}")
 
 
 @app.command()

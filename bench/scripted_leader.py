@@ -44,6 +44,7 @@ class WorkerPool:
     state_dir: Path
     models: tuple[str, ...]
     count: int = 4
+    options: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> WorkerPool:
@@ -51,6 +52,7 @@ class WorkerPool:
         command += [f"--nats-url={self.url}", f"--cluster={self.cluster}"]
         command += [f"--state-dir={self.state_dir}", "--device=cpu", "--log-level=error"]
         command += [f"--model={model}" for model in self.models]
+        command += self.options
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment)
         return self
@@ -61,11 +63,17 @@ class WorkerPool:
         self.process.wait(WAIT_S)
 
     def kill(self, worker: str) -> None:
-        """kill -9 of one worker: the pool's n-th child, in order of forking."""
+        """kill -9 of one worker."""
+        os.kill(self.pid(worker), signal.SIGKILL)
+
+    def pid(self, worker: str) -> int:
+        """Of one worker: the pool's n-th child, in order of forking, or the one process itself."""
         assert self.process is not None
+        if self.count == 1:
+            return self.process.pid
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         pids = sorted(int(pid) for pid in children.read_text().split())
-        os.kill(pids[int(worker.removeprefix("w"))], signal.SIGKILL)
+        return pids[int(worker.removeprefix("w"))]
 
 
 @dataclass

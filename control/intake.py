@@ -70,7 +70,10 @@ class Intake:
         if beat.term > self.term:
             self.step_down(Superseded(self.term, beat.term))
             return
-        await self._changed(self.leases.heartbeat(beat, self.driver.stamp()))
+        facts = self.leases.heartbeat(beat, self.driver.stamp())
+        await self._changed(facts)
+        if not facts and self._holds_other_weights(beat):
+            self.driver.post(self.leases.state(beat.worker, self.driver.stamp()))
         over = [h.request_id for h in beat.latents if not self.records.is_open(h.request_id)]
         if over or beat.term < self.term:  # the worker has not heard of this leader yet
             message = mesh_pb2.Assign(term=self.term, released=over)
@@ -139,6 +142,16 @@ class Intake:
             record.estimated_us = now_us
             record.finish_us = now_us if finish_us is None else finish_us
         return max(0, record.finish_us - now_us)
+
+    def _holds_other_weights(self, beat: mesh_pb2.Heartbeat) -> bool:
+        """Than the scheduler thinks; while work is on its way they may differ."""
+        if not beat.memory.budget_bytes or beat.leaving or beat.pending_sequences:
+            return False
+        scheduler = self.driver.scheduler
+        if any(beat.worker in flight.workers for flight in scheduler.outstanding()):
+            return False
+        resident = {(part.model, part.node) for part in beat.memory.parts if part.resident}
+        return resident != scheduler.weights_on(beat.worker)
 
     def _log_failure(self, report: mesh_pb2.StepReport) -> None:
         if report.failure.reason == "TRUNCATED":

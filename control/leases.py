@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from control.scheduler.values import Held, ModelFacts, WorkerLost, WorkerUp
-from hocket.v1 import generation_pb2, mesh_pb2
+from control.scheduler.values import Held, ModelFacts, PartFacts, WorkerLost, WorkerUp
+from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+
+_MIB = 1 << 20
+_LOAD_CHANGED = 2  # times longer or shorter is worth a fact …
+_LOAD_SHORT_US = 20_000  # … but not below this
 
 
 @dataclass
@@ -19,6 +23,7 @@ class Lease:
 
     heartbeat: mesh_pb2.Heartbeat  # the newest one
     seen_us: int
+    told: tuple[PartFacts, ...]  # of its weights, to the scheduler
     suspect: bool = False  # a peer reported trouble with it since its last heartbeat
 
 
@@ -41,11 +46,16 @@ class Leases:
         known = self._leases.get(beat.worker)
         if beat.leaving:
             return () if known is None else (self._end(beat.worker, now_us, "leaving"),)
+        weights = _weights(beat.memory)
         if known is not None and known.heartbeat.incarnation == beat.incarnation:
             news = known.suspect or known.heartbeat.models != beat.models
+            news = news or _is_news(known.told, weights)
             known.heartbeat, known.seen_us, known.suspect = beat, now_us, False
-            return (_up(beat, now_us),) if news else ()
-        self._leases[beat.worker] = Lease(heartbeat=beat, seen_us=now_us)
+            if not news:
+                return ()
+            known.told = weights
+            return (_up(beat, now_us),)
+        self._leases[beat.worker] = Lease(heartbeat=beat, seen_us=now_us, told=weights)
         return (_up(beat, now_us),)
 
     def expire(self, now_us: int) -> tuple[WorkerLost, ...]:
@@ -54,6 +64,10 @@ class Leases:
             name for name, lease in self._leases.items() if lease.seen_us + self._lease_us <= now_us
         ]
         return tuple(self._end(name, now_us, "lease") for name in sorted(late))
+
+    def state(self, worker: str, now_us: int) -> WorkerUp:
+        """What a living worker said last."""
+        return _up(self._leases[worker].heartbeat, now_us)
 
     def restate(self, now_us: int) -> tuple[WorkerUp, ...]:
         """All living workers with the latents they hold, for when messages were lost."""
@@ -112,4 +126,38 @@ def _up(beat: mesh_pb2.Heartbeat, now_us: int) -> WorkerUp:
         latents=tuple(
             Held(request=held.request_id, steps_done=held.steps_done) for held in beat.latents
         ),
+        memory_mib=beat.memory.budget_bytes >> 20,
+        weights=_weights(beat.memory),
     )
+
+
+def _weights(memory: types_pb2.Memory) -> tuple[PartFacts, ...]:
+    """Of a worker whose memory is bounded; sizes are rounded up."""
+    if not memory.budget_bytes:
+        return ()
+    return tuple(
+        PartFacts(
+            model=part.model,
+            node=part.node,
+            mib=-(-part.size_bytes // _MIB),
+            peak_mib=-(-part.peak_bytes // _MIB),
+            load_us=part.load_time_us,
+            resident=part.resident,
+        )
+        for part in memory.parts
+    )
+
+
+def _is_news(told: tuple[PartFacts, ...], now: tuple[PartFacts, ...]) -> bool:
+    """Sizes that changed, load times that changed a lot. What is resident changes all the time: see
+    `Intake`.
+    """
+    before = {(part.model, part.node): part for part in told}
+    for part in now:
+        was = before.get((part.model, part.node))
+        if was is None or (was.mib, was.peak_mib) != (part.mib, part.peak_mib):
+            return True
+        slower, faster = sorted((was.load_us, part.load_us), reverse=True)
+        if slower > _LOAD_CHANGED * max(faster, _LOAD_SHORT_US):
+            return True
+    return False

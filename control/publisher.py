@@ -111,24 +111,34 @@ class Publisher:
 
     def _assigns(self, plan: values.Plan) -> list[tuple[mesh_pb2.Assign, str]]:
         by_worker: dict[str, list[mesh_pb2.Assignment]] = {}
+        load_us = _load_us(plan)
         for assignment in plan.assignments:
             message = translate.to_assignment(
-                assignment, self._journal.term, self._record, self._leases.store_address
+                assignment,
+                self._journal.term,
+                self._record,
+                self._leases.store_address,
+                load_us.get(assignment.sequence, 0),
             )
             for worker in assignment.workers:
                 by_worker.setdefault(worker, []).append(message)
         if plan.released:
             for worker in self._leases.alive:
                 by_worker.setdefault(worker, [])
-        return [(self._assign(plan, by_worker[worker]), worker) for worker in sorted(by_worker)]
+        return [
+            (self._assign(plan, by_worker[worker], worker), worker) for worker in sorted(by_worker)
+        ]
 
-    def _assign(self, plan: values.Plan, items: list[mesh_pb2.Assignment]) -> mesh_pb2.Assign:
+    def _assign(
+        self, plan: values.Plan, items: list[mesh_pb2.Assignment], worker: str
+    ) -> mesh_pb2.Assign:
         return mesh_pb2.Assign(
             term=self._journal.term,
             round=plan.round,
             plan_digest=plan.digest,
             assignments=items,
             released=plan.released,
+            loads=[translate.to_weights_load(load) for load in plan.loads if load.worker == worker],
         )
 
     def _record(self, request: str) -> Record:
@@ -178,3 +188,15 @@ class Publisher:
             parent=record.traceparent,
             attributes={spans.REQUEST: record.id, **attributes},
         )
+
+
+def _load_us(plan: values.Plan) -> dict[int, int]:
+    """By assignment: until its slowest member has loaded what it needs."""
+    each: dict[tuple[int, str], int] = {}
+    for load in plan.loads:
+        key = (load.sequence, load.worker)
+        each[key] = each.get(key, 0) + load.load_us
+    slowest: dict[int, int] = {}
+    for (sequence, _), load_us in each.items():
+        slowest[sequence] = max(slowest.get(sequence, 0), load_us)
+    return slowest

@@ -225,6 +225,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                     heartbeat_age_us=now_us - lease.seen_us,
                     memory_used_bytes=device.memory_used_bytes,
                     memory_total_bytes=device.memory_total_bytes,
+                    memory=lease.heartbeat.memory,
                 )
             )
         return control_pb2.WatchClusterResponse(

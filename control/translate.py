@@ -10,6 +10,7 @@ from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _COLLECTIVE_TIMEOUT_STEPS = 8  # a collective counts as hung after this many predicted step times …
 _COLLECTIVE_TIMEOUT_MIN_US = 5_000_000  # … but never sooner than this
+_LOADS_LATE = 3  # times its prediction that a load may take while others wait for it
 
 
 def to_request(
@@ -73,6 +74,7 @@ def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
         last=report.last,
         group_time_us=report.group_time_us,
         transfer_time_us=report.transfer_time_us,
+        load_time_us=report.load_time_us,
     )
 
 
@@ -91,8 +93,9 @@ def to_assignment(
     term: int,
     records: Callable[[str], Record],
     store_address: Callable[[str], str],
+    load_us: int = 0,
 ) -> mesh_pb2.Assignment:
-    """What the workers of an assignment are told."""
+    """What the workers of an assignment are told; `load_us`: until the slowest has its weights."""
     layout = assignment.layout
     return mesh_pb2.Assignment(
         term=term,
@@ -104,9 +107,18 @@ def to_assignment(
         layout=types_pb2.Layout(cfg=layout.cfg, ulysses=layout.ulysses, ring=layout.ring),
         rendezvous_address=store_address(assignment.workers[0]),
         predicted_step_time_us=assignment.step_time_us,
-        collective_timeout_us=max(
-            _COLLECTIVE_TIMEOUT_MIN_US, _COLLECTIVE_TIMEOUT_STEPS * assignment.step_time_us_safe
-        ),
+        collective_timeout_us=_LOADS_LATE * load_us
+        + max(_COLLECTIVE_TIMEOUT_MIN_US, _COLLECTIVE_TIMEOUT_STEPS * assignment.step_time_us_safe),
+        load_time_us=_LOADS_LATE * load_us,
+    )
+
+
+def to_weights_load(load: values.Load) -> mesh_pb2.WeightsLoad:
+    """What a worker is told of a load."""
+    return mesh_pb2.WeightsLoad(
+        sequence=load.sequence,
+        weights=mesh_pb2.WeightsName(model=load.model, node=load.node),
+        evict=[mesh_pb2.WeightsName(model=model, node=node) for model, node in load.evict],
     )
 
 

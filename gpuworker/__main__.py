@@ -28,6 +28,12 @@ def main(
     profile: Annotated[Path | None, typer.Option(help="CSV for the emulated executor.")] = None,
     compile: Annotated[str | None, typer.Option(help="off or default: torch.compile.")] = None,
     attention: Annotated[str | None, typer.Option(help="auto, native or xfuser.")] = None,
+    memory_mib: Annotated[
+        int | None, typer.Option(help="Device memory to use; 0: all models have to fit.")
+    ] = None,
+    latents_mib: Annotated[
+        int | None, typer.Option(help="Of it, for parked latents; 0: a quarter.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Host name told to the planner.")] = None,
     advertise: Annotated[str | None, typer.Option(help="Address for other workers.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,

@@ -98,6 +98,7 @@ class Agent:
     async def _on_assign(self, assign: mesh_pb2.Assign) -> None:
         if not self._executor.accept_term(assign.term):
             return
+        self._executor.plan_loads(assign.loads)
         for assignment in assign.assignments:
             self._executor.submit(assignment)
         for request in assign.released:
@@ -133,6 +134,7 @@ class Agent:
             pending_sequences=sorted(
                 {*self._executor.pending(), *(s for t, s in self._storing if t == term)}
             ),
+            memory=self._executor.memory,
         )
 
     async def _say_goodbye(self) -> None:
@@ -231,6 +233,7 @@ class Agent:
             failure=note.failure,
             group_time_us=_side_us(note, spans.GROUP),
             transfer_time_us=_side_us(note, spans.TRANSFER),
+            load_time_us=sum(int(s.attributes.get(spans.WAITED_US, 0)) for s in note.sides),
             report_sequence=self._reports,
         )
         if note.failure is not None:

@@ -32,6 +32,9 @@ class WorkerSettings(Common, frozen=True, kw_only=True):
     advertise: str = "127.0.0.1"  # address at which other workers reach this one
     heartbeat_us: Annotated[int, msgspec.Meta(ge=10_000)] = 250_000
     batch_max: Annotated[int, msgspec.Meta(ge=1, le=32)] = 8  # jobs of one shape at a time
+    memory_mib: Annotated[int, msgspec.Meta(ge=0)] = 0  # for weights, activations and latents
+    latents_mib: Annotated[int, msgspec.Meta(ge=0)] = 0  # of it, for parked latents; 0: a quarter
+    latents_host_mib: Annotated[int, msgspec.Meta(ge=0)] = 4096  # on the host, beside CUDA devices
     groups_max: Annotated[int, msgspec.Meta(ge=1)] = 64  # communicators kept
     # "default": blocks go through torch.compile, which each kind of shape pays for once.
     compile: Literal["off", "default"] = "off"

@@ -183,6 +183,10 @@ class EmulatedExecutor:
         name = f"emulated {self._gpu}"
         return mesh_pb2.Device(kind="emulated", profile_name=self._gpu, name=name)
 
+    @property
+    def memory(self) -> types_pb2.Memory:
+        return types_pb2.Memory()
+
     def start(self, listener: Listener) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(listener))
 
@@ -190,6 +194,9 @@ class EmulatedExecutor:
         accepted = self._inbox.accept_term(term)
         self._look_again()
         return accepted
+
+    def plan_loads(self, loads: Sequence[mesh_pb2.WeightsLoad]) -> None:
+        """All weights are always there."""
 
     def submit(self, assignment: mesh_pb2.Assignment) -> None:
         self._inbox.put(assignment)

@@ -24,12 +24,14 @@ from gpuworker.executor import Listener, Media, RunNote, Stopwatch
 from gpuworker.groups import Group, GroupCache, GroupLost
 from gpuworker.inbox import Inbox
 from gpuworker.latents import LatentMissing, LatentShelf
+from gpuworker.memory import Memory, OutOfMemory, ran_out
 from gpuworker.models.card import ModelCard
 from gpuworker.pace import Ended, Pace
 from gpuworker.run import GO, Run
 from gpuworker.sources import Off, Sources
 from gpuworker.state import LatentState
 from gpuworker.team import Layout, Team
+from gpuworker.weights import StoreClosed
 from hocket import spans, telemetry
 from hocket.v1 import mesh_pb2, types_pb2
 
@@ -56,6 +58,7 @@ class Engine:
         groups: GroupCache,
         sources: Sources,
         pace: Pace,
+        memory: Memory,
     ) -> None:
         self._worker = worker
         self._cards = cards
@@ -64,6 +67,7 @@ class Engine:
         self._groups = groups
         self._sources = sources
         self._pace = pace
+        self._memory = memory
 
     def run(self, listener: Listener) -> None:
         """Runs assignments until the inbox is closed."""
@@ -79,9 +83,10 @@ class Engine:
 
     def _run(self, run: Run, listener: Listener) -> RunNote:
         try:
-            run.group = self._join(run)
-            return self._work(run, listener)
-        except _Truncated:
+            with self._memory.at_work(run.assignment, run.sides):
+                run.group = self._join(run)
+                return self._work(run, listener)
+        except (_Truncated, StoreClosed):
             return self._failed(run, "TRUNCATED", "called off before it began")
         except GroupLost as lost:
             # Forming, it names who was missing; inside a collective nobody knows who failed.
@@ -90,10 +95,13 @@ class Engine:
         except LatentMissing as missing:
             self._abort(run)
             return self._missing(run, missing, last=True)
+        except OutOfMemory as error:
+            self._abort(run)
+            return self._failed(run, "OUT_OF_MEMORY", str(error), metadata=error.metadata)
         except Exception as error:
             log.exception("assignment %d failed", run.assignment.sequence)
             self._abort(run)
-            return self._failed(run, *_reason(error))
+            return self._failed(run, "MODEL_ERROR", f"{type(error).__name__}: {error}")
 
     def _work(self, run: Run, listener: Listener) -> RunNote:
         match run.assignment.node:
@@ -207,12 +215,13 @@ class Engine:
     def _give_up(
         self, run: Run, member: mesh_pb2.BatchMember, error: Exception, listener: Listener
     ) -> None:
-        """One job of a batch fails by itself. Raises the error where there are no others."""
-        if run.alone():
+        """One job of a batch fails by itself. Raises the error where others may be to blame."""
+        if run.alone() or ran_out(error):
             raise error
         log.exception("%s in assignment %d", member.request_id, run.assignment.sequence)
         run.leave(member)
-        listener(self._failed(run, *_reason(error), named=member.request_id, last=False))
+        told = f"{type(error).__name__}: {error}"
+        listener(self._failed(run, "MODEL_ERROR", told, named=member.request_id, last=False))
 
     # ------------------------------------------------------------------------------------------
     # groups
@@ -225,11 +234,12 @@ class Engine:
             named.epoch,
             tuple(named.members),
             run.assignment.rendezvous_address,
-            _FORM_TIMEOUT_S,
+            _FORM_TIMEOUT_S + run.assignment.load_time_us / 1e6,
             Off(self._inbox, run.assignment),
         )
         group.timeout_s = run.assignment.collective_timeout_us / 1e6
-        if began.elapsed_ns() > _GROUP_SPAN_AT_LEAST_NS:
+        waited = run.assignment.load_time_us > 0  # for others' weights: says nothing of forming
+        if began.elapsed_ns() > _GROUP_SPAN_AT_LEAST_NS and not waited:
             run.sides.append(began.side(spans.GROUP, {}))
         return group
 
@@ -274,7 +284,12 @@ class Engine:
     def _missing(self, run: Run, missing: LatentMissing, *, last: bool) -> RunNote:
         tried = ",".join(missing.tried)
         return self._failed(
-            run, "LATENT_MISSING", str(missing), named=missing.request, last=last, tried=tried
+            run,
+            "LATENT_MISSING",
+            str(missing),
+            named=missing.request,
+            last=last,
+            metadata={"tried": tried},
         )
 
     def _failed(
@@ -286,11 +301,12 @@ class Engine:
         *,
         named: str = "",
         last: bool = True,
-        **metadata: str,
+        metadata: Mapping[str, str] | None = None,
     ) -> RunNote:
         """What failed, `named` by whose fault where that is known."""
-        failure = types_pb2.Failure(reason=reason, message=message, metadata=metadata)
-        failure.metadata["batch"] = str(len(run.members) + (not last))
+        size = len(run.members) + (not last)
+        told_of = {"batch": str(size), **(metadata or {})}
+        failure = types_pb2.Failure(reason=reason, message=message, metadata=told_of)
         told = [m.request_id for m in run.assignment.batch] if last else [named]
         if named:
             failure.metadata["request"] = named
@@ -309,13 +325,6 @@ def _encoded(card: ModelCard, spec: types_pb2.GenerationSpec) -> LatentState:
         guidance_scale=spec.guidance_scale,
         seed=spec.seed,
     )
-
-
-def _reason(error: Exception) -> tuple[str, str]:
-    """(reason, message) of a failure."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "OUT_OF_MEMORY", str(error)
-    return "MODEL_ERROR", f"{type(error).__name__}: {error}"
 
 
 def _layout(assignment: mesh_pb2.Assignment) -> Layout:

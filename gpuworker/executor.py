@@ -6,7 +6,7 @@ never talks to the broker; the agent never runs a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -98,6 +98,10 @@ class Executor(Protocol):
     def device(self) -> mesh_pb2.Device:
         """The accelerator and its memory, as of now."""
 
+    @property
+    def memory(self) -> types_pb2.Memory:
+        """What its memory is used for, as of now."""
+
     models: tuple[generation_pb2.ModelInfo, ...]
     store_address: str
 
@@ -106,6 +110,9 @@ class Executor(Protocol):
 
     def accept_term(self, term: int) -> bool:
         """False for a message of an older term than one already seen."""
+
+    def plan_loads(self, loads: Sequence[mesh_pb2.WeightsLoad]) -> None:
+        """What the plan loads and evicts for assignments that are submitted next."""
 
     def submit(self, assignment: mesh_pb2.Assignment) -> None:
         """Queues an assignment; a repeated one is ignored."""

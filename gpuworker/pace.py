@@ -48,9 +48,6 @@ class Pace:
         note: StepNote = ended.end
         return note
 
-    def recover(self) -> None:
-        """Gives memory back to the device after a call that found too little."""
-
 
 class CudaPace(Pace):
     """Of a GPU, whose compute thread uses one stream."""
@@ -75,9 +72,6 @@ class CudaPace(Pace):
         took_us = int(ended.start.elapsed_time(ended.end) * 1000)
         self.ahead = took_us < _AHEAD_BELOW_US
         return ended.watch.ended(ended.step, took_us)
-
-    def recover(self) -> None:
-        torch.cuda.empty_cache()
 
     def _mark(self) -> Any:
         event: Any = torch.cuda.Event(enable_timing=True, blocking=True)

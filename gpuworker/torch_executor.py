@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from gpuworker.exchange import ParallelAttention
 from gpuworker.executor import Listener
 from gpuworker.groups import GroupCache
 from gpuworker.inbox import Inbox, StopMark
-from gpuworker.latents import LatentShelf
+from gpuworker.latents import LatentShelf, Shares
+from gpuworker.memory import Memory
 from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
 from gpuworker.models.loading import LoadError, load_card
 from gpuworker.pace import pace_of
 from gpuworker.rendezvous import Rendezvous
 from gpuworker.sources import Sources
+from gpuworker.weights import WeightStore
 from hocket.bus import Bus, Subjects
 from hocket.errors import PeerSilent
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
@@ -44,6 +47,8 @@ class TorchExecutor:
         bus: Bus,
         subjects: Subjects,
         *,
+        weights: WeightStore,
+        shares: Shares,
         advertise: str,
         groups_max: int,
         batch_max: int = 1,
@@ -59,7 +64,8 @@ class TorchExecutor:
         self._inbox = Inbox()
         self._rendezvous = Rendezvous(advertise)
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
-        self._shelf = LatentShelf(self._rendezvous.put, self._rendezvous.drop)
+        self._shelf = LatentShelf(self._rendezvous.put, self._rendezvous.drop, shares)
+        self._memory = Memory(cards, device, weights, self._shelf, shares.device_bytes)
         self._engine = Engine(
             worker,
             cards,
@@ -68,6 +74,7 @@ class TorchExecutor:
             self._groups,
             Sources(worker, self._inbox, self._shelf, self._rendezvous, self._ask),
             pace_of(device),
+            self._memory,
         )
         self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
         self._thread: threading.Thread | None = None
@@ -91,6 +98,10 @@ class TorchExecutor:
             memory_used_bytes=used,
         )
 
+    @property
+    def memory(self) -> types_pb2.Memory:
+        return self._memory.facts()
+
     def start(self, listener: Listener) -> None:
         self._thread = threading.Thread(
             target=self._engine.run, args=(listener,), name="compute", daemon=True
@@ -98,9 +109,16 @@ class TorchExecutor:
         self._thread.start()
 
     def accept_term(self, term: int) -> bool:
-        return self._inbox.accept_term(term)
+        accepted = self._inbox.accept_term(term)
+        if accepted:
+            self._memory.forget_before(term)
+        return accepted
+
+    def plan_loads(self, loads: Sequence[mesh_pb2.WeightsLoad]) -> None:
+        self._memory.plan_loads(loads)
 
     def submit(self, assignment: mesh_pb2.Assignment) -> None:
+        self._memory.expect(assignment)
         self._inbox.put(assignment)
 
     def truncate(self, truncate: mesh_pb2.Truncate) -> None:
@@ -130,6 +148,7 @@ class TorchExecutor:
         self._groups.abort()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, 10.0)
+        await asyncio.to_thread(self._memory.close)
         self._offering.shutdown(wait=False, cancel_futures=True)
         self._groups.close()
         self._rendezvous.close()
@@ -156,15 +175,19 @@ class TorchExecutor:
 def load_cards(
     sources: tuple[str, ...],
     device: torch.device,
+    weights: WeightStore,
     *,
     compiled: bool = False,
     attention: ParallelAttention | None = None,
 ) -> dict[str, ModelCard]:
-    """Loads every model, named by its card; raises LoadError naming what is missing."""
+    """Loads every model, named by its card; the weights are the store's.
+
+    Raises LoadError naming what is missing, and BudgetTooSmall.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cards: dict[str, ModelCard] = {}
     for source in sources:
-        card = load_card(source, device, dtype)
+        card = load_card(source, device, dtype, weights)
         if attention is not None:
             card.attend_by(attention)
         if compiled:
@@ -172,7 +195,8 @@ def load_cards(
                 card.compile()
             except ModelRefused as refused:
                 raise LoadError(source, refused.part, refused.reason) from refused
-            card.warm()
+            if not weights.budget_bytes:  # else they are not there yet
+                card.warm()
         cards[card.facts.name] = card
     return cards
 

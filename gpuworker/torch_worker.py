@@ -7,21 +7,25 @@ import functools
 import os
 import signal
 import sys
+from pathlib import Path
 
 import msgspec
 import torch
 
 from gpuworker.agent import Agent
 from gpuworker.config import EMBEDDED_MODELS, WorkerSettings
-from gpuworker.models.loading import LoadError
+from gpuworker.latents import Shares
+from gpuworker.models.loading import LoadError, folder_bytes
 from gpuworker.pool import run_pool
 from gpuworker.torch_executor import TorchExecutor, load_cards, pick_device
+from gpuworker.weights import BudgetTooSmall, WeightStore
 from gpuworker.xfuser_attention import XfuserMissing, chosen_attention
 from hocket import endpoints, telemetry
 from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
-from hocket.errors import HocketError
+from hocket.errors import HocketError, WrongConfig
 
+_RESERVED = 0.15  # of a CUDA device: activations of what fits whole, the context, fragmentation
 _THREAD_SWITCH_S = 0.0005  # heartbeats and reports must not wait long for the compute thread's GIL
 
 
@@ -40,7 +44,7 @@ def run_one(settings: WorkerSettings, index: int) -> int:
     sys.setswitchinterval(_THREAD_SWITCH_S)
     try:
         asyncio.run(_serve(settings, index))
-    except (HocketError, LoadError, XfuserMissing) as error:
+    except (HocketError, LoadError, BudgetTooSmall, XfuserMissing) as error:
         print(f"worker {settings.name_prefix}{index}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -56,9 +60,12 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
         device = pick_device(settings.device, index)
         alone = device.type == "cuda" and settings.count > torch.cuda.device_count()
         wanted = "native" if alone and settings.attention == "auto" else settings.attention
+        shares, weights_bytes = budgets(settings, device, settings.state_dir / "latents" / name)
+        weights = WeightStore(device, weights_bytes)
         cards = load_cards(
             settings.model,
             device,
+            weights,
             compiled=settings.compile != "off",
             attention=chosen_attention(wanted, device),
         )
@@ -70,6 +77,8 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
             settings.gpu or _gpu_name(device.type, device.index or 0),
             bus,
             Subjects(settings.cluster),
+            weights=weights,
+            shares=shares,
             advertise=settings.advertise,
             groups_max=settings.groups_max,
             batch_max=settings.batch_max,
@@ -85,6 +94,26 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
             await bus.close()
     finally:
         told.close()
+
+
+def budgets(settings: WorkerSettings, device: torch.device, folder: Path) -> tuple[Shares, int]:
+    """Where latents may be parked, and the bytes that weights and activations may take.
+
+    Raises WrongConfig.
+    """
+    budget_bytes = settings.memory_mib << 20
+    if not budget_bytes and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        room = int(total * (1 - _RESERVED))
+        if sum(folder_bytes(source) for source in settings.model) > room:
+            budget_bytes = room
+    latents_bytes = (settings.latents_mib << 20) or budget_bytes // 4
+    if budget_bytes and latents_bytes >= budget_bytes:
+        allowed = f"less than memory_mib, which is {budget_bytes >> 20}"
+        raise WrongConfig(key="latents_mib", value=str(settings.latents_mib), allowed=allowed)
+    host_bytes = settings.latents_host_mib << 20 if device.type == "cuda" else 0
+    weights_bytes = budget_bytes - latents_bytes if budget_bytes else 0
+    return Shares(latents_bytes, host_bytes, folder), weights_bytes
 
 
 async def run_until(agent: Agent, stop: asyncio.Event) -> None:

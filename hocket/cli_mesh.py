@@ -26,6 +26,7 @@ from hocket.interruptions import interruptions, stretches
 from hocket.span_file import SpanRecord, read_spans
 from hocket.trace_view import chrome_trace, latest_request, spans_of, timeline
 from hocket.v1.control_pb2 import DrainWorkerRequest, WatchClusterRequest, WatchClusterResponse
+from hocket.v1.types_pb2 import Memory
 
 _ANSWER_S = 10.0
 
@@ -41,7 +42,7 @@ def status(control: Control = None, state_dir: StateDir = None) -> None:
         raise MeshStopped("control closed the stream without a word")
 
     state = run(work())
-    table = Table("worker", "device", "state", "heartbeat", "memory")
+    table = Table("worker", "device", "state", "heartbeat", "memory", "weights", "latents")
     for worker in state.workers:
         used, total = worker.memory_used_bytes / 2**20, worker.memory_total_bytes / 2**20
         table.add_row(
@@ -50,6 +51,8 @@ def status(control: Control = None, state_dir: StateDir = None) -> None:
             worker.state,
             f"{worker.heartbeat_age_us / 1e3:.0f} ms ago",
             f"{used:.0f} of {total:.0f} MiB",
+            _weights(worker.memory),
+            _latents(worker.memory),
         )
     console.print(table)
     served = ", ".join(model.name for model in state.models) or "none"
@@ -57,6 +60,24 @@ def status(control: Control = None, state_dir: StateDir = None) -> None:
         f"policy {state.policy}, term {state.term}, {state.requests_open} requests open, "
         f"models: {served}"
     )
+
+
+def _weights(memory: Memory) -> str:
+    there = sum(part.resident for part in memory.parts)
+    told = f"{_mib(memory.weights_bytes)} MiB, {there} of {len(memory.parts)} parts"
+    if not memory.budget_bytes:
+        return told
+    return f"{told}, budget {_mib(memory.budget_bytes)} MiB, {memory.evictions} evictions"
+
+
+def _latents(memory: Memory) -> str:
+    spilled = memory.latents_host_bytes + memory.latents_file_bytes
+    told = f"{_mib(memory.latents_bytes)} MiB"
+    return f"{told}, {_mib(spilled)} MiB spilled" if spilled else told
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.1f}"
 
 
 def drain(

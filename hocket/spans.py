@@ -19,6 +19,7 @@ ROUND = "round"  # one for each round in which the request was planned
 # Spans of a worker.
 STEP = "step"
 GROUP = "group"  # making a communicator
+LOAD = "load"  # getting weights onto the device; may lie before, or beside, another job's steps
 TRANSFER = "transfer"  # fetching a latent from its holder
 PUBLISH = "publish"  # writing media to the object store
 
@@ -38,5 +39,8 @@ TERM = "hocket.term"
 SEQUENCE = "hocket.sequence"  # of the assignment
 OUTCOME = "hocket.outcome"
 BYTES = "hocket.bytes"
+PART = "hocket.part"  # weights: "model/node"
+EVICTED = "hocket.evicted"  # parts that made room
+WAITED_US = "hocket.waited_us"  # how long the steps had to wait for it
 FROM = "hocket.from"
 TO = "hocket.to"

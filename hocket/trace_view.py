@@ -106,6 +106,8 @@ def _facts(span: SpanRecord, took_ms: float) -> str:
     facts: list[str] = []
     if names.NODE in seen:
         facts.append(str(seen[names.NODE]))
+    if names.PART in seen:
+        facts.append(f"{seen[names.PART]}, waited {int(str(seen[names.WAITED_US])) / 1e3:.1f} ms")
     if names.STEP_INDEX in seen:
         facts.append(f"{seen[names.STEP_INDEX]}/{seen.get(names.STEPS, '?')}")
     elif span.name == names.ROUND:

@@ -117,6 +117,9 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
     if known is None or restarted:
         worker.freed_us = fact.at_us
         worker.drain(False)
+    flights = ledger.board.flights.values()
+    idle = all(fact.worker not in flight.assignment.workers for flight in flights)
+    ledger.residency.told(worker, fact.weights, idle=idle)
     latents.adopt(ledger, fact.worker, fact.latents, fact.at_us, fresh=fresh)
     worker.unclaimed = {
         held.request: held.steps_done for held in fact.latents if held.request not in ledger.tracked

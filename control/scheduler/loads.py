@@ -54,6 +54,10 @@ class LoadTable:
     def knows(self, model: str, gpu: str, node: str) -> bool:
         return (model, gpu, node) in self._weights
 
+    def learn(self, model: str, gpu: str, node: str, weights: Weights) -> None:
+        """What a worker has measured stands above what a table said."""
+        self._weights[model, gpu, node] = weights
+
     def __bool__(self) -> bool:
         return bool(self._weights)
 

@@ -2,6 +2,7 @@
 
 A worker that names its memory keeps the weights it used last; what does not fit is evicted, least
 recently used first, before a load. A worker without a memory figure has everything it can run.
+Sizes and times come from a table, or from the workers themselves.
 
 A model named `base+adapter` for which the table has no rows of its own shares the weights of `base`
 and adds those of the base's node `controlnet-adapter` to denoising.
@@ -9,11 +10,12 @@ and adds those of the base's node `controlnet-adapter` to denoising.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .cluster import Worker
 from .loads import LoadTable, Weights
-from .values import DIT, TEXT, VAE, Load
+from .values import DIT, TEXT, VAE, Load, PartFacts
 
 Part = tuple[str, str]  # model, node
 
@@ -27,6 +29,7 @@ class Residency:
     _untold: dict[str, set[Part]] = field(default_factory=dict)  # preloaded, in no plan's loads yet
     _dropped: dict[str, list[Part]] = field(default_factory=dict)  # in no plan's evictions yet
     _incarnation: dict[str, str] = field(default_factory=dict)
+    _tells: set[str] = field(default_factory=set)  # workers that say what they hold
 
     def bounded(self, worker: Worker) -> bool:
         """Its memory counts."""
@@ -95,9 +98,10 @@ class Residency:
     def preload(self, worker: Worker, model: str, node: str) -> None:
         """Weights that were put there before the first request, if they fit beside the others.
 
-        The first plan that uses them says so, in a load that takes no time.
+        The first plan that uses them says so, in a load that takes no time. A worker that tells
+        what it holds has put there what it has.
         """
-        if not self.bounded(worker):
+        if not self.bounded(worker) or worker.name in self._tells:
             return
         held = self._of(worker)
         new = {
@@ -114,6 +118,22 @@ class Residency:
             del held[part]
             self._untold[worker.name].discard(part)
             self._dropped[worker.name].append(part)
+
+    def told(self, worker: Worker, facts: Sequence[PartFacts], *, idle: bool) -> None:
+        """What a worker says of its weights. What it holds counts where nothing is on its way to
+        it: it may do otherwise than the plan thought.
+        """
+        fresh = self._incarnation.get(worker.name) != worker.incarnation
+        for part in facts:
+            weights = Weights(part.load_us, part.mib, part.peak_mib)
+            self.table.learn(part.model, worker.gpu, part.node, weights)
+        if facts:
+            self._tells.add(worker.name)
+        if facts and (idle or fresh):
+            self._of(worker)
+            self._held[worker.name] = {(p.model, p.node): p.mib for p in facts if p.resident}
+            self._untold[worker.name].clear()
+            self._dropped[worker.name].clear()
 
     def _weights(self, worker: Worker, part: Part) -> Weights:
         return self.table.weights(part[0], worker.gpu, part[1])

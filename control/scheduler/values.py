@@ -108,6 +108,17 @@ class Held(_Value, frozen=True):
     steps_done: int
 
 
+class PartFacts(_Value, frozen=True):
+    """What a worker with bounded memory says of the weights of one node of one model."""
+
+    model: str
+    node: str
+    mib: int
+    peak_mib: int  # with the activations of the largest call asked for
+    load_us: int
+    resident: bool = False  # on the device now
+
+
 class WorkerUp(_Value, frozen=True, tag_field="kind", tag="worker_up"):
     """A worker's lease lives. Repeated for a known incarnation, it clears a suspicion."""
 
@@ -119,6 +130,7 @@ class WorkerUp(_Value, frozen=True, tag_field="kind", tag="worker_up"):
     models: tuple[ModelFacts, ...] = ()
     latents: tuple[Held, ...] = ()  # what it holds now, as it says; naming none denies nothing
     memory_mib: int = 0  # for weights and activations; 0: all its models always fit
+    weights: tuple[PartFacts, ...] = ()  # where its memory is bounded; those used last at the end
     island: str = ""  # workers of one host with the same island are linked closely; "": one island
 
 

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP
 from gpuworker.exchange import ParallelAttention
+from gpuworker.models import footprint
+from gpuworker.models.footprint import Call
 from gpuworker.models.solvers import Schedules, check_solver
 from gpuworker.state import Fact, LatentState
 from gpuworker.team import LayoutRefused, Team
@@ -154,6 +156,10 @@ class ModelCard(ABC):
     def warm(self) -> None:
         """Makes one step of the default shape: what is compiled is compiled behind it."""
 
+    @abstractmethod
+    def activation_bytes(self, call: Call) -> int:
+        """What a call takes beside its weights, estimated (see footprint.py)."""
+
 
 class Asked(NamedTuple):
     """The settings of a job, which the model can do."""
@@ -261,6 +267,23 @@ class DiffusersCard(ModelCard):
         steps = facts.steps_default
         state = self.encode("", "", width, height, facts.frames_default, steps, guidance, seed=0)
         self.step([state], None)
+
+    def activation_bytes(self, call: Call) -> int:
+        element_bytes = self._dtype.itemsize
+        if call.node == "text":
+            return footprint.text_bytes(self._parts["text_encoder"].config, element_bytes)
+        vae = self._parts["vae"]
+        if call.node == "vae":
+            tiled_over_px = int(self._card.get("tiled_over_px", 1 << 62))
+            return footprint.decoder_bytes(vae.config, call, tiled_over_px, vae.dtype.itemsize)
+        return footprint.denoiser_bytes(
+            self._transformer.config,
+            call,
+            self.facts.size_multiple,
+            self.facts.frames_multiple,
+            element_bytes,
+            self.facts.guidance == "true_cfg",
+        )
 
     def _branches(
         self, rows: Mapping[int, list[Row]], team: Team | None

@@ -28,6 +28,7 @@ from gpuworker.models.qwen import QwenCard
 from gpuworker.models.sd3 import SD3Card
 from gpuworker.models.wan import WanCard
 from gpuworker.models.word_motion import WordMotionCard
+from gpuworker.weights import WeightStore
 
 _INDEX = "model_index.json"
 _HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
@@ -76,10 +77,16 @@ class LoadError(Exception):
         self.source, self.missing, self.reason = source, missing, reason
 
 
-def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> ModelCard:
+def load_card(
+    folder_or_id: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: WeightStore | None = None,
+) -> ModelCard:
     """Loads a model onto `device` and returns its card, which is named like the folder.
 
-    Raises `LoadError`, and `solvers.SolverRefused`.
+    With a store, the weights are the store's, and on the device when it says so. Raises
+    `LoadError`, `solvers.SolverRefused`, and `weights.BudgetTooSmall`.
     """
     folder = _folder(folder_or_id)
     index = _json(folder_or_id, folder / _INDEX)
@@ -91,17 +98,22 @@ def load_card(folder_or_id: str, device: torch.device, dtype: torch.dtype) -> Mo
         raise LoadError(folder_or_id, str(pipeline), "this pipeline is not supported")
     _check_index(folder_or_id, named)
     card = _json(folder_or_id, folder / "card.json") if (folder / "card.json").exists() else {}
-    parts = {
-        name: _component(folder_or_id, folder / name, library, class_name, device, dtype)
-        for name, (library, class_name) in named.items()
-    }
+    model = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
+    parts: dict[str, Any] = {}
+    for name, (library, class_name) in named.items():
+        part = _component(folder_or_id, folder / name, library, class_name, dtype)
+        if isinstance(part, torch.nn.Module):
+            if weights is not None:
+                weights.add((model, _node(name)), part, folder / name)
+            else:
+                part.to(device)
+        parts[name] = part
     family = type(parts["transformer"]).__name__
     _check_family(folder_or_id, family)
     if family in _LATENTS_ALONE:
         _check_latents_alone(folder_or_id, parts)
-    name = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
     try:
-        return _FAMILIES[family](name, parts, card, device)
+        return _FAMILIES[family](model, parts, card, device)
     except ModelRefused as refused:
         raise LoadError(folder_or_id, refused.part, refused.reason) from refused
 
@@ -149,10 +161,21 @@ def _json(source: str, path: Path) -> dict[str, Any]:
     return content
 
 
-def _component(
-    source: str, path: Path, library: str, class_name: str, device: torch.device, dtype: torch.dtype
-) -> Any:
-    """One component, by its class; modules in evaluation mode on the device."""
+def folder_bytes(folder_or_id: str) -> int:
+    """Bytes of a model's weights as its files have them. Raises `LoadError`."""
+    files = _folder(folder_or_id).glob("*/*.safetensors")
+    return sum(file.stat().st_size for file in files)
+
+
+def _node(component: str) -> str:
+    """The node that a component's weights are for."""
+    if component.startswith("text_encoder"):
+        return "text"
+    return "vae" if component == "vae" else "dit"
+
+
+def _component(source: str, path: Path, library: str, class_name: str, dtype: torch.dtype) -> Any:
+    """One component, by its class; modules in evaluation mode on the host."""
     if library not in _LIBRARIES and not library.startswith(_OUR_MODELS):
         raise LoadError(source, f"{library}.{class_name}", "not a library that folders may name")
     try:
@@ -175,7 +198,7 @@ def _component(
     if "torch_dtype" in precision and part.dtype != precision["torch_dtype"]:
         # Without accelerate, diffusers takes the precision of a file whose first entry fits.
         part = part.to(precision["torch_dtype"])
-    return part.to(device).eval() if isinstance(part, torch.nn.Module) else part
+    return part.eval() if isinstance(part, torch.nn.Module) else part
 
 
 def _check_latents_alone(source: str, parts: dict[str, Any]) -> None:

@@ -205,6 +205,7 @@ class WorkerStatus(_message.Message):
     HEARTBEAT_AGE_US_FIELD_NUMBER: _builtins.int
     MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     device: _builtins.str
@@ -217,6 +218,10 @@ class WorkerStatus(_message.Message):
     """Memory in use, in bytes."""
     memory_total_bytes: _builtins.int
     """Memory in all, in bytes."""
+    @_builtins.property
+    def memory(self) -> _types_pb2.Memory:
+        """What it is used for."""
+
     def __init__(
         self,
         *,
@@ -226,10 +231,11 @@ class WorkerStatus(_message.Message):
         heartbeat_age_us: _builtins.int = ...,
         memory_used_bytes: _builtins.int = ...,
         memory_total_bytes: _builtins.int = ...,
+        memory: _types_pb2.Memory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "heartbeat_age_us", b"heartbeat_age_us", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "heartbeat_age_us", b"heartbeat_age_us", "memory", b"memory", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

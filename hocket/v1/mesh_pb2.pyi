@@ -46,6 +46,7 @@ class Heartbeat(_message.Message):
     LEAVING_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     PENDING_SEQUENCES_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     incarnation: _builtins.str
@@ -80,6 +81,10 @@ class Heartbeat(_message.Message):
         one that stays absent for lost on the way, and plans its steps anew.
         """
 
+    @_builtins.property
+    def memory(self) -> _types_pb2.Memory:
+        """What its memory is used for."""
+
     def __init__(
         self,
         *,
@@ -95,10 +100,11 @@ class Heartbeat(_message.Message):
         leaving: _builtins.bool = ...,
         host: _builtins.str = ...,
         pending_sequences: _abc.Iterable[_builtins.int] | None = ...,
+        memory: _types_pb2.Memory | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_sequence", b"assignment_sequence", "device", b"device", "host", b"host", "incarnation", b"incarnation", "latents", b"latents", "leaving", b"leaving", "models", b"models", "pending_sequences", b"pending_sequences", "sequence", b"sequence", "store_address", b"store_address", "term", b"term", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_sequence", b"assignment_sequence", "device", b"device", "host", b"host", "incarnation", b"incarnation", "latents", b"latents", "leaving", b"leaving", "memory", b"memory", "models", b"models", "pending_sequences", b"pending_sequences", "sequence", b"sequence", "store_address", b"store_address", "term", b"term", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -151,22 +157,26 @@ class HeldLatent(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     STEPS_DONE_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SPILLED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     steps_done: _builtins.int
     """Steps behind it."""
     size_bytes: _builtins.int
     """Its size."""
+    spilled: _builtins.bool
+    """It was moved off the device, into the host's memory or a file, until it is needed."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         steps_done: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
+        spilled: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "size_bytes", b"size_bytes", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "size_bytes", b"size_bytes", "spilled", b"spilled", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -185,6 +195,7 @@ class Assign(_message.Message):
     PLAN_DIGEST_FIELD_NUMBER: _builtins.int
     ASSIGNMENTS_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The leader's fencing number."""
     round: _builtins.int
@@ -199,6 +210,12 @@ class Assign(_message.Message):
     def released(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Requests whose latents can be dropped."""
 
+    @_builtins.property
+    def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightsLoad]:
+        """Weights that this worker gets onto its device for those assignments, so that it can begin at once. A worker
+        that holds other weights than the plan thinks loads what it lacks all the same.
+        """
+
     def __init__(
         self,
         *,
@@ -207,14 +224,75 @@ class Assign(_message.Message):
         plan_digest: _builtins.str = ...,
         assignments: _abc.Iterable[Global___Assignment] | None = ...,
         released: _abc.Iterable[_builtins.str] | None = ...,
+        loads: _abc.Iterable[Global___WeightsLoad] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "plan_digest", b"plan_digest", "released", b"released", "round", b"round", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "loads", b"loads", "plan_digest", b"plan_digest", "released", b"released", "round", b"round", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Assign: _TypeAlias = Assign  # noqa: Y015
+
+@_typing.final
+class WeightsLoad(_message.Message):
+    """Weights to be loaded for an assignment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    EVICT_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Of the assignment."""
+    @_builtins.property
+    def weights(self) -> Global___WeightsName:
+        """The weights."""
+
+    @_builtins.property
+    def evict(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightsName]:
+        """What makes room for them."""
+
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        weights: Global___WeightsName | None = ...,
+        evict: _abc.Iterable[Global___WeightsName] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evict", b"evict", "sequence", b"sequence", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsLoad: _TypeAlias = WeightsLoad  # noqa: Y015
+
+@_typing.final
+class WeightsName(_message.Message):
+    """The weights of one node of one model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    node: _builtins.str
+    """"text", "dit" or "vae"."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsName: _TypeAlias = WeightsName  # noqa: Y015
 
 @_typing.final
 class Assignment(_message.Message):
@@ -232,6 +310,7 @@ class Assignment(_message.Message):
     PREDICTED_STEP_TIME_US_FIELD_NUMBER: _builtins.int
     COLLECTIVE_TIMEOUT_US_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
+    LOAD_TIME_US_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Position in the leader's one order; never used twice in a term."""
     node: _builtins.str
@@ -246,6 +325,8 @@ class Assignment(_message.Message):
     """Time after which a collective of this assignment counts as hung."""
     term: _builtins.int
     """Term in which it was made; its reports carry it, since a new leader counts sequence numbers anew."""
+    load_time_us: _builtins.int
+    """Predicted time until its slowest member has loaded its weights; the others wait for it. 0: all are there."""
     @_builtins.property
     def batch(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchMember]:
         """Members of the batch. Requests of one assignment share model and shape."""
@@ -271,10 +352,11 @@ class Assignment(_message.Message):
         predicted_step_time_us: _builtins.int = ...,
         collective_timeout_us: _builtins.int = ...,
         term: _builtins.int = ...,
+        load_time_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "collective_timeout_us", b"collective_timeout_us", "group", b"group", "layout", b"layout", "node", b"node", "predicted_step_time_us", b"predicted_step_time_us", "rendezvous_address", b"rendezvous_address", "sequence", b"sequence", "steps", b"steps", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "collective_timeout_us", b"collective_timeout_us", "group", b"group", "layout", b"layout", "load_time_us", b"load_time_us", "node", b"node", "predicted_step_time_us", b"predicted_step_time_us", "rendezvous_address", b"rendezvous_address", "sequence", b"sequence", "steps", b"steps", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -391,6 +473,7 @@ class StepReport(_message.Message):
     MEDIA_FIELD_NUMBER: _builtins.int
     REPORT_SEQUENCE_FIELD_NUMBER: _builtins.int
     RESOLVED_PROMPT_FIELD_NUMBER: _builtins.int
+    LOAD_TIME_US_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker that reports."""
     incarnation: _builtins.str
@@ -419,6 +502,8 @@ class StepReport(_message.Message):
     def resolved_prompt(self, value: _builtins.str) -> None:
         """Told job by job, in `results`."""
 
+    load_time_us: _builtins.int
+    """Time spent waiting for weights, before the first step."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepResult]:
         """The jobs that it tells of, in batch order; one that was called off is told of once more."""
@@ -460,10 +545,11 @@ class StepReport(_message.Message):
         media: _types_pb2.MediaInfo | None = ...,
         report_sequence: _builtins.int = ...,
         resolved_prompt: _builtins.str = ...,
+        load_time_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "media", b"media"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "group_time_us", b"group_time_us", "incarnation", b"incarnation", "last", b"last", "media", b"media", "members", b"members", "node", b"node", "report_sequence", b"report_sequence", "resolved_prompt", b"resolved_prompt", "results", b"results", "sequence", b"sequence", "step_time_us", b"step_time_us", "term", b"term", "transfer_time_us", b"transfer_time_us", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "group_time_us", b"group_time_us", "incarnation", b"incarnation", "last", b"last", "load_time_us", b"load_time_us", "media", b"media", "members", b"members", "node", b"node", "report_sequence", b"report_sequence", "resolved_prompt", b"resolved_prompt", "results", b"results", "sequence", b"sequence", "step_time_us", b"step_time_us", "term", b"term", "transfer_time_us", b"transfer_time_us", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

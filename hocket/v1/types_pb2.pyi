@@ -411,3 +411,105 @@ class Failure(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Failure: _TypeAlias = Failure  # noqa: Y015
+
+@_typing.final
+class Memory(_message.Message):
+    """What a worker's memory is used for. Sizes are bytes of the device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVATIONS_BYTES_FIELD_NUMBER: _builtins.int
+    LATENTS_BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    LATENTS_BYTES_FIELD_NUMBER: _builtins.int
+    LATENTS_HOST_BYTES_FIELD_NUMBER: _builtins.int
+    LATENTS_FILE_BYTES_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
+    EVICTIONS_FIELD_NUMBER: _builtins.int
+    budget_bytes: _builtins.int
+    """For weights and activations; 0: all its models always fit, nothing is ever evicted."""
+    weights_bytes: _builtins.int
+    """Weights that are there now."""
+    activations_bytes: _builtins.int
+    """What the largest call asked of it takes beside the weights: measured, or else estimated."""
+    latents_budget_bytes: _builtins.int
+    """For parked latents, beside `budget_bytes`; 0: unlimited."""
+    latents_bytes: _builtins.int
+    """Latents on the device."""
+    latents_host_bytes: _builtins.int
+    """Latents that were spilled into the host's memory."""
+    latents_file_bytes: _builtins.int
+    """Latents that were spilled into files."""
+    loads: _builtins.int
+    """Parts loaded since the worker started."""
+    evictions: _builtins.int
+    """Parts evicted since the worker started."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartWeights]:
+        """The weights it serves with, in parts; those used last come last."""
+
+    def __init__(
+        self,
+        *,
+        budget_bytes: _builtins.int = ...,
+        weights_bytes: _builtins.int = ...,
+        activations_bytes: _builtins.int = ...,
+        latents_budget_bytes: _builtins.int = ...,
+        latents_bytes: _builtins.int = ...,
+        latents_host_bytes: _builtins.int = ...,
+        latents_file_bytes: _builtins.int = ...,
+        parts: _abc.Iterable[Global___PartWeights] | None = ...,
+        loads: _builtins.int = ...,
+        evictions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "budget_bytes", b"budget_bytes", "evictions", b"evictions", "latents_budget_bytes", b"latents_budget_bytes", "latents_bytes", b"latents_bytes", "latents_file_bytes", b"latents_file_bytes", "latents_host_bytes", b"latents_host_bytes", "loads", b"loads", "parts", b"parts", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Memory: _TypeAlias = Memory  # noqa: Y015
+
+@_typing.final
+class PartWeights(_message.Message):
+    """The weights of one node of one model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    PEAK_BYTES_FIELD_NUMBER: _builtins.int
+    LOAD_TIME_US_FIELD_NUMBER: _builtins.int
+    RESIDENT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model."""
+    node: _builtins.str
+    """"text", "dit" or "vae"."""
+    size_bytes: _builtins.int
+    """Their size."""
+    peak_bytes: _builtins.int
+    """The same and the activations of the largest call that was asked for."""
+    load_time_us: _builtins.int
+    """Time that loading them takes, in microseconds, as measured last."""
+    resident: _builtins.bool
+    """They are on the device now."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        node: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        peak_bytes: _builtins.int = ...,
+        load_time_us: _builtins.int = ...,
+        resident: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load_time_us", b"load_time_us", "model", b"model", "node", b"node", "peak_bytes", b"peak_bytes", "resident", b"resident", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PartWeights: _TypeAlias = PartWeights  # noqa: Y015

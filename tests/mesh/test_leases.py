@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from control.leases import Leases
 from control.scheduler.values import ModelFacts, WorkerLost, WorkerUp
-from hocket.v1 import generation_pb2, mesh_pb2
+from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
 LEASE_US = 2_000_000
 
@@ -81,3 +81,30 @@ def test_a_drain_outlives_the_lease() -> None:
     assert leases.is_draining("w0")
     leases.drain("w0", False)
     assert not leases.is_draining("w0")
+
+
+def memory(budget: int = 100 << 20, load_us: int = 50_000, **part: int) -> types_pb2.Memory:
+    facts = {"size_bytes": (10 << 20) + 1, "peak_bytes": 12 << 20, "resident": True, **part}
+    weights = types_pb2.PartWeights(model="m", node="dit", load_time_us=load_us, **facts)
+    return types_pb2.Memory(budget_bytes=budget, parts=[weights])
+
+
+def test_a_worker_with_bounded_memory_tells_of_its_weights() -> None:
+    (up,) = Leases(LEASE_US).heartbeat(beat(memory=memory()), 0)
+    assert isinstance(up, WorkerUp) and up.memory_mib == 100
+    (part,) = up.weights
+    assert (part.mib, part.peak_mib, part.load_us, part.resident) == (11, 12, 50_000, True)
+    (up,) = Leases(LEASE_US).heartbeat(beat(memory=memory(budget=0)), 0)
+    assert isinstance(up, WorkerUp) and (up.memory_mib, up.weights) == (0, ())
+
+
+def test_only_sizes_and_times_that_matter_are_news() -> None:
+    leases = Leases(LEASE_US)
+    leases.heartbeat(beat(memory=memory()), 0)
+    for same in (memory(load_us=60_000), memory(load_us=30_000), memory(resident=False)):
+        assert leases.heartbeat(beat(memory=same), 1) == ()
+    assert leases.heartbeat(beat(memory=memory(load_us=200_000)), 2)
+    assert leases.heartbeat(beat(memory=memory(load_us=200_000)), 3) == ()
+    assert leases.heartbeat(beat(memory=memory(load_us=200_000, peak_bytes=20 << 20)), 4)
+    leases.heartbeat(beat(memory=memory(load_us=1)), 5)
+    assert leases.heartbeat(beat(memory=memory(load_us=19_000)), 6) == (), "too short to matter"

@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from gpuworker.engine import Engine
 from gpuworker.executor import RunNote
 from gpuworker.inbox import Inbox, StopMark
 from gpuworker.latents import LatentShelf
+from gpuworker.memory import Memory
 from gpuworker.models.card import ModelCard
+from gpuworker.models.loading import load_card
 from gpuworker.pace import Pace
 from gpuworker.sources import Sources
 from gpuworker.state import LatentState
+from gpuworker.weights import WeightStore
 from hocket.v1 import mesh_pb2, types_pb2
-from tests.worker.worker_pool import Member
+from tests.worker.worker_pool import CPU, Member
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,15 @@ def run_engine(member: Member, order: Order) -> tuple[list[Told], dict[str, byte
     inbox = _Closing(assignments[-1].sequence)
     inbox.accept_term(1)
     shelf = LatentShelf(member.rendezvous.put, member.rendezvous.drop)
-    card = _Watched(member.card(order.folder), order, inbox, shelf, assignments)
-    name = assignments[0].batch[0].spec.model
+    weights = WeightStore(CPU)
+    card = load_card(order.folder, CPU, torch.float32, weights)
+    for member_of in (m for a in assignments for m in a.batch):
+        member_of.spec.model = card.facts.name
+    _Watcher(card, order, inbox, shelf, assignments)
+    cards = {card.facts.name: card}
     sources = Sources(member.name, inbox, shelf, member.rendezvous, _nobody)
-    engine = Engine(member.name, {name: card}, inbox, shelf, member.groups, sources, Pace())
+    memory = Memory(cards, CPU, weights, shelf)
+    engine = Engine(member.name, cards, inbox, shelf, member.groups, sources, Pace(), memory)
     for assignment in assignments:
         inbox.put(assignment)
     notes: list[RunNote] = []
@@ -87,8 +97,8 @@ class _Closing(Inbox):
             self.close()
 
 
-class _Watched(ModelCard):
-    """A real card, during whose calls something happens."""
+class _Watcher:
+    """Sees to it that during the calls of a real card something happens."""
 
     def __init__(
         self,
@@ -98,19 +108,17 @@ class _Watched(ModelCard):
         shelf: LatentShelf,
         assignments: Sequence[mesh_pb2.Assignment],
     ) -> None:
-        self.facts, self._card, self._order = card.facts, card, order
+        self._step, self._decode, self._order = card.step, card.decode, order
         self._inbox, self._shelf, self._calls = inbox, shelf, 0
         self._names = {m.spec.seed: m.request_id for a in assignments for m in a.batch}
-
-    def encode(self, **settings: Any) -> LatentState:  # type: ignore[override]
-        return self._card.encode(**settings)
+        card.step, card.decode = self.step, self.decode  # type: ignore[method-assign]
 
     def step(self, states: Sequence[LatentState], team: Any) -> list[LatentState]:
         self._calls += 1
         for request, call in self._order.stops:
             if call == self._calls:
                 self._inbox.truncate(request, StopMark(0, 0))
-        fresh = self._card.step(states, team)
+        fresh = self._step(states, team)
         if self._calls == 1:
             for request in self._order.lacking:
                 self._shelf.release(request)
@@ -123,7 +131,7 @@ class _Watched(ModelCard):
                 self._inbox.truncate(request, StopMark(0, 0))
         if name in self._order.broken:
             raise ValueError(f"{name} has no picture")
-        return self._card.decode(state)
+        return self._decode(state)
 
 
 def _nobody(holder: str, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:

@@ -16,17 +16,21 @@ from gpuworker.executor import RunNote, StepNote
 from gpuworker.groups import Group, GroupCache
 from gpuworker.inbox import Inbox, StopMark
 from gpuworker.latents import LatentShelf
+from gpuworker.memory import Memory
 from gpuworker.models.card import ModelCard
 from gpuworker.models.loading import load_card
 from gpuworker.pace import Ended, Pace
 from gpuworker.rendezvous import Rendezvous
 from gpuworker.sources import Sources
 from gpuworker.state import LatentState
+from gpuworker.weights import WeightStore
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import CPU
 
 STEPS = 8
+
+Loaded = tuple[ModelCard, WeightStore]
 
 
 class LatePace(Pace):
@@ -49,7 +53,8 @@ class LatePace(Pace):
 class Desk:
     """An engine of one worker, run to the end of what it was given."""
 
-    def __init__(self, card: ModelCard, reference: Reference, pace: Pace) -> None:
+    def __init__(self, loaded: Loaded, reference: Reference, pace: Pace) -> None:
+        card, weights = loaded
         self.inbox, self.notes, self.pace = Inbox(), [], pace
         self.rendezvous = Rendezvous()
         self.shelf = LatentShelf(self.rendezvous.put, self.rendezvous.drop)
@@ -66,7 +71,8 @@ class Desk:
         groups = GroupCache(self.rendezvous, "w0", CPU)
         cards = {card.facts.name: card}
         sources = Sources("w0", self.inbox, self.shelf, self.rendezvous, _nobody)
-        self._engine = Engine("w0", cards, self.inbox, self.shelf, groups, sources, pace)
+        memory = Memory(cards, CPU, weights, self.shelf)
+        self._engine = Engine("w0", cards, self.inbox, self.shelf, groups, sources, pace, memory)
 
     def give(self, node: str, steps: int, first_step: int = 0) -> None:
         self._sequence += 1
@@ -113,14 +119,13 @@ def failing(card: ModelCard, at_step: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def card(flux: Reference) -> ModelCard:
-    return load_card(flux.folder, CPU, torch.float32)
+def card(flux: Reference) -> Loaded:
+    weights = WeightStore(CPU)
+    return load_card(flux.folder, CPU, torch.float32, weights), weights
 
 
 @pytest.mark.parametrize("pace", [Pace(), LatePace()], ids=["at once", "late"])
-def test_the_picture_and_the_notes_are_the_same(
-    card: ModelCard, flux: Reference, pace: Pace
-) -> None:
+def test_the_picture_and_the_notes_are_the_same(card: Loaded, flux: Reference, pace: Pace) -> None:
     desk = Desk(card, flux, pace)
     desk.give("text", 1)
     desk.give("dit", STEPS)
@@ -134,7 +139,7 @@ def test_the_picture_and_the_notes_are_the_same(
     assert float((state.tensors["latents"] - flux.latents).abs().max()) < 1e-4
 
 
-def test_a_late_pace_launches_one_step_ahead(card: ModelCard, flux: Reference) -> None:
+def test_a_late_pace_launches_one_step_ahead(card: Loaded, flux: Reference) -> None:
     pace = LatePace()
     desk = Desk(card, flux, pace)
     desk.give("text", 1)
@@ -146,7 +151,7 @@ def test_a_late_pace_launches_one_step_ahead(card: ModelCard, flux: Reference) -
 
 
 @pytest.mark.parametrize("pace", [Pace(), LatePace()], ids=["at once", "late"])
-def test_a_truncation_stops_at_its_step(card: ModelCard, flux: Reference, pace: Pace) -> None:
+def test_a_truncation_stops_at_its_step(card: Loaded, flux: Reference, pace: Pace) -> None:
     desk = Desk(card, flux, pace)
     desk.inbox.truncate("r", StopMark(0, 3))
     desk.give("text", 1)
@@ -157,12 +162,12 @@ def test_a_truncation_stops_at_its_step(card: ModelCard, flux: Reference, pace: 
 
 @pytest.mark.parametrize("pace", [Pace(), LatePace()], ids=["at once", "late"])
 def test_after_a_failure_a_latent_is_held_that_can_be_gone_on_from(
-    card: ModelCard, flux: Reference, pace: Pace
+    card: Loaded, flux: Reference, pace: Pace
 ) -> None:
     desk = Desk(card, flux, pace)
     desk.give("text", 1)
     desk.give("dit", STEPS)
-    with failing(card, at_step=5):
+    with failing(card[0], at_step=5):
         *_, last = desk.run()
     assert last.failure is not None and last.failure.reason == "OUT_OF_MEMORY"
     held = desk.shelf.steps_done("r")
