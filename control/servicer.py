@@ -205,6 +205,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
 
     def _cluster(self) -> control_pb2.WatchClusterResponse:
         now_us = self._clock.now_us()
+        slow = self._driver.scheduler.slow_workers()
         workers = []
         for name, lease in sorted(self._leases.alive.items()):
             device = lease.heartbeat.device
@@ -213,6 +214,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                 if lease.suspect
                 else "draining"
                 if self._leases.is_draining(name)
+                else "slow"
+                if name in slow and slow[name].avoided
                 else "alive"
             )
             workers.append(
@@ -223,6 +226,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                     heartbeat_age_us=now_us - lease.seen_us,
                     memory_used_bytes=device.memory_used_bytes,
                     memory_total_bytes=device.memory_total_bytes,
+                    slowdown=slow[name].factor if name in slow else 1.0,
                 )
             )
         return control_pb2.WatchClusterResponse(

@@ -65,6 +65,13 @@ def _fact_order(fact: Event) -> tuple[int, int, int, str]:
 
 def apply(ledger: Ledger, fact: Event) -> tuple[Ended, ...]:
     """Enters one fact; returns the requests that it ended."""
+    ended = _enter(ledger, fact)
+    if ledger.stragglers.settle(ledger.cluster, fact.at_us):
+        ledger.due = ledger.due or bool(ledger.tracked)
+    return ended
+
+
+def _enter(ledger: Ledger, fact: Event) -> tuple[Ended, ...]:
     match fact:
         case Arrived():
             return _arrived(ledger, fact)
@@ -111,6 +118,7 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
     if known is None or restarted:
         worker.freed_us = fact.at_us
         worker.drain(False)
+        ledger.stragglers.forget(worker.name)
     latents.adopt(ledger, fact.worker, fact.latents, fact.at_us, fresh=fresh)
     worker.unclaimed = {
         held.request: held.steps_done for held in fact.latents if held.request not in ledger.tracked
@@ -175,7 +183,10 @@ def _tells_of(fact: StepsEnded, flight: Flight) -> bool:
 
 
 def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded) -> None:
-    """Refines the latency model; a mixed group teaches nothing about either kind."""
+    """Refines the latency model and the workers' records.
+
+    A mixed group teaches nothing about either kind, one with a slow worker nothing about its cell.
+    """
     assignment = flight.assignment
     gpus = ledger.gpus(assignment.workers)
     tracked = ledger.tracked.get(assignment.batch[0].request)
@@ -185,8 +196,17 @@ def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded) -> None:
     # Times are kept by degree: a request is split in one way at each.
     layout, batch = Layout(ulysses=assignment.layout.degree), len(assignment.batch)
     key = CellKey(model, gpus[0], assignment.node, shape, layout, batch)
+    latency, stragglers, group = ledger.latency, ledger.stragglers, assignment.workers
     for step_us in fact.step_time_us:
-        ledger.latency.observe(key, step_us)
+        sample = latency.judge(key, step_us, group)
+        for news in stragglers.observe(group, sample, fact.at_us) if sample else ():
+            ledger.notices.append(news)
+            if news.factor > 1.0:
+                latency.disown(news.worker)
+        shift = latency.observe(key, step_us, group) if stragglers.factor(group) == 1.0 else None
+        if shift is not None:
+            stragglers.forgive()
+            ledger.notices.append(shift)
 
 
 def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> tuple[Ended, ...]:

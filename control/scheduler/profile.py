@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .values import Layout, Shape
 
+Family = tuple[str, str, str]  # model, gpu, node
 REQUIRED = ("model", "gpu", "node", "width", "height", "frames", "degree", "batch", "call_us")
 OPTIONAL = ("source", "cfg", "ulysses", "ring")
 
@@ -38,11 +39,28 @@ class CellKey(NamedTuple):
     batch: int
 
 
+def by_degree(key: CellKey) -> CellKey:
+    """The key under which a cell's times are kept: a request is split in one way at each degree."""
+    layout = Layout(ulysses=key.layout.degree)
+    return key if key.layout == layout else key._replace(layout=layout)
+
+
 class Profile:
-    """Call times in microseconds by cell; a later row wins over an earlier one of the same cell."""
+    """Call times in microseconds by cell; a later row wins over an earlier one of the same cell.
+
+    Who asks by degree alone (a Ulysses layout) gets the row of that layout, else that of another of
+    the same degree.
+    """
 
     def __init__(self, cells: dict[CellKey, int]) -> None:
         self._cells = dict(sorted(cells.items()))
+        self._families: dict[Family, dict[CellKey, int]] = {}
+        for key, call_us in self._cells.items():
+            family = self._families.setdefault(key[:3], {})
+            if by_degree(key) == key:
+                family[key] = call_us
+            else:
+                family.setdefault(by_degree(key), call_us)
 
     @classmethod
     def from_csv(cls, *texts: str) -> Profile:
@@ -60,19 +78,16 @@ class Profile:
 
     def call_us(self, key: CellKey) -> int | None:
         """The cell's time, None where the profile has no such cell."""
-        return self._cells.get(key)
+        known_us = self._cells.get(key)
+        return self.family(key[:3]).get(key) if known_us is None else known_us
 
     def gpus(self, model: str) -> tuple[str, ...]:
         """GPU kinds on which a model was profiled, sorted."""
         return tuple(sorted({k.gpu for k in self._cells if k.model == model}))
 
-    def select(self, model: str, gpu: str, node: str) -> dict[CellKey, int]:
-        """The cells of one model, GPU kind and node."""
-        return {
-            k: v
-            for k, v in self._cells.items()
-            if k.model == model and k.gpu == gpu and k.node == node
-        }
+    def family(self, family: Family) -> dict[CellKey, int]:
+        """The cells of one model, GPU kind and node, by degree. To be read only."""
+        return self._families.get(family, {})
 
 
 def _rows(text: str) -> Iterable[tuple[CellKey, int]]:
