@@ -68,8 +68,8 @@ proto: setup  ## regenerates hocket/v1 from proto/
 bench: setup  ## the mesh against the plain diffusers loop, groups, transfers, admission
 	@python -m bench mesh
 
-profile: setup  ## measures this machine's step times through the mesh, writes a profile CSV
-	@python -m bench profile
+profile: setup  ## measures this machine's step times of the embedded model: profile.csv
+	@python -m gpuworker profile hocket-emoji --output profile.csv
 
 clean:  ## removes what was made here, .venv included
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +  # the compiled planner, too

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from bench import mesh_bench, profile_bench
+from bench import mesh_bench
 from bench.bound import bound_command
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
 from bench.report import report_command, timeline_command
@@ -42,19 +42,6 @@ def mesh(
     for figure in found.figures:
         table.add_row(*(str(cell) for cell in figure.row().values()))
     console.print(table)
-    console.print(f"written to {out}")
-
-
-@app.command()
-def profile(
-    out: Annotated[Path, typer.Option(help="CSV to write.")] = Path(
-        "control/assets/profiles/hocket-emoji_cpu.csv"
-    ),
-    repeats: Annotated[int, typer.Option(help="Requests a cell.")] = 3,
-    busy: Annotated[int, typer.Option(help="Workers that compute at once.")] = 2,
-) -> None:
-    """Measures step times of the embedded model through the mesh, as a profile."""
-    out.write_text(asyncio.run(profile_bench.measure(repeats, busy, console)))
     console.print(f"written to {out}")
 
 

@@ -168,19 +168,6 @@ class Leader:
                 if report.sequence == sequence and (report.last or report.HasField("failure")):
                     return report
 
-    async def times(self, sequences: set[int]) -> list[int]:
-        """Step times (µs) of these assignments, once all of them have ended."""
-        assert self.reports is not None
-        waiting, found = set(sequences), []
-        async with asyncio.timeout(WAIT_S):
-            while waiting:
-                report = await self.reports.next()
-                assert not report.HasField("failure"), report.failure.message
-                if report.sequence in sequences:
-                    found += list(report.step_time_us)
-                    waiting -= {report.sequence} if report.last else set()
-        return found
-
     async def progress(self, sequence: int, at_least: int) -> None:
         """Returns once an assignment's jobs have that many steps behind them."""
         assert self.reports is not None

@@ -114,7 +114,7 @@ class Intake:
                 model, gpu, node = notice.family
                 log.warning(what, node, model, gpu, notice.factor)
             elif notice.factor > 1.0:
-                what = "worker %s takes %.2f times as long as its peers: avoided where others can"
+                what = "worker %s is slow: its steps take %.2f times as long as its peers'"
                 log.warning(what, notice.worker, notice.factor)
             else:
                 log.info("worker %s is as fast as its peers again", notice.worker)

@@ -48,19 +48,15 @@ def by_degree(key: CellKey) -> CellKey:
 class Profile:
     """Call times in microseconds by cell; a later row wins over an earlier one of the same cell.
 
-    Who asks by degree alone (a Ulysses layout) gets the row of that layout, else that of another of
-    the same degree.
+    Families are by degree: of several layouts of one degree, the row that was read last counts.
     """
 
     def __init__(self, cells: dict[CellKey, int]) -> None:
+        by_family: dict[Family, dict[CellKey, int]] = {}
+        for key, call_us in cells.items():
+            by_family.setdefault(key[:3], {})[by_degree(key)] = call_us
+        self._families = {f: dict(sorted(found.items())) for f, found in by_family.items()}
         self._cells = dict(sorted(cells.items()))
-        self._families: dict[Family, dict[CellKey, int]] = {}
-        for key, call_us in self._cells.items():
-            family = self._families.setdefault(key[:3], {})
-            if by_degree(key) == key:
-                family[key] = call_us
-            else:
-                family.setdefault(by_degree(key), call_us)
 
     @classmethod
     def from_csv(cls, *texts: str) -> Profile:
@@ -68,7 +64,8 @@ class Profile:
         cells: dict[CellKey, int] = {}
         for text in texts:
             for key, call_us in _rows(text):
-                cells[key] = call_us
+                cells.pop(key, None)
+                cells[key] = call_us  # now the last one
         return cls(cells)
 
     @property
@@ -78,8 +75,8 @@ class Profile:
 
     def call_us(self, key: CellKey) -> int | None:
         """The cell's time, None where the profile has no such cell."""
-        known_us = self._cells.get(key)
-        return self.family(key[:3]).get(key) if known_us is None else known_us
+        known = self.family(key[:3]) if key == by_degree(key) else self._cells
+        return known.get(key)
 
     def gpus(self, model: str) -> tuple[str, ...]:
         """GPU kinds on which a model was profiled, sorted."""

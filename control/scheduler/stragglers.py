@@ -1,4 +1,4 @@
-"""Which workers are slow, not dead: found, avoided while others can serve, tried again.
+"""Which workers are slow, not dead: found, reckoned with, avoided if need be, tried again.
 
 Each measured step is compared with what other workers took in the same cell (`cells.reference`), so
 that a whole family's drift accuses nobody. The excess, a log, adds to a worker's *suspicion*: the
@@ -15,8 +15,10 @@ A group's step tells only of its slowest member. A normal one speaks for every m
 blamed on the most suspicious of them, and shared out while none stands out. Who was never blamed
 alone is never flagged: encodes and decodes run on one worker, so that evidence comes soon.
 
-A flagged worker gets nothing new, as if drained, but never more than half of those that can serve a
-model. After a while it is tried again: three normal steps clear it.
+A flagged worker's groups are predicted to be that much slower, and teach nothing about their cells.
+From `straggler_avoid` on it costs the groups that wait for it more than it gives (measured:
+docs/adr/0009): it gets nothing new, as if drained, but never more than half of those that can serve
+a model. After a while it is tried again; three normal steps clear it.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class Slowness(NamedTuple):
     """What is known of a slow worker."""
 
     factor: float  # its steps take that much longer than its peers'
-    avoided: bool  # it gets nothing new; else too few others could serve, or it is being tried
+    avoided: bool  # gets nothing new; if not: not slow enough, too few others, or being tried
 
 
 @dataclass(slots=True)
@@ -64,6 +66,7 @@ class Pace:
     suspicion: float = 0.0
     alone: int = 0  # accusations of it alone since the suspicion was 0
     flagged: bool = False
+    heavy: bool = False  # slow enough to be avoided, when it was last judged
     excesses: deque[float] = field(default_factory=lambda: deque(maxlen=EXCESSES))
     retry_us: int = 0  # when it is tried again
     wait_us: int = 0  # from one trial to the next
@@ -82,6 +85,7 @@ class Stragglers:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._limit = math.log(settings.straggler_factor) if settings.straggler_factor else 0.0
+        self._heavy = math.log(settings.straggler_avoid)
         self._paces: dict[str, Pace] = {}
         self._flagged: dict[str, Pace] = {}
         self._due = False  # whom to avoid is to be decided anew
@@ -149,7 +153,8 @@ class Stragglers:
         avoided: dict[str, None] = {}
         for name in sorted(self._flagged, key=lambda w: (-self._flagged[w].excess, w)):
             worker = cluster.workers[name]
-            if not self._flagged[name].trial and _others_serve(cluster, worker, avoided):
+            pace = self._flagged[name]
+            if pace.heavy and not pace.trial and _others_serve(cluster, worker, avoided):
                 avoided[name] = None
         changed = False
         for worker in cluster.workers.values():
@@ -168,9 +173,12 @@ class Stragglers:
                 self._paces[worker] = Pace()
                 self._due = True
                 return [Slow(worker, 1.0)]
+            if not pace.heavy and pace.excess >= self._heavy:
+                pace.heavy, self._due = True, True
             if pace.trial:
                 pace.trial -= 1
                 if not pace.trial:
+                    pace.heavy = pace.excess >= self._heavy
                     longest_us = self._settings.straggler_retry_us * RETRY_GROWTH_MAX
                     pace.wait_us = min(2 * pace.wait_us, longest_us)
                     pace.retry_us = at_us + pace.wait_us
@@ -180,6 +188,7 @@ class Stragglers:
         if not certain or pace.excess < self._limit:
             return []
         pace.flagged, pace.trial = True, 0
+        pace.heavy = pace.excess >= self._heavy
         pace.wait_us = self._settings.straggler_retry_us
         pace.retry_us = at_us + pace.wait_us
         self._flagged[worker] = pace
