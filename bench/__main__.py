@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 from bench import mesh_bench
 from bench.bound import bound_command
+from bench.latency_command import latency_command
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
 from bench.report import report_command, timeline_command
 from bench.sim_command import sim_command, solver_command, trace_command
@@ -79,6 +80,7 @@ app.command("sim")(sim_command)
 app.command("solver")(solver_command)
 app.command("trace")(trace_command)
 app.command("soak")(soak_command)
+app.command("latency")(latency_command)
 app.command("report")(report_command)
 app.command("timeline")(timeline_command)
 app.command("bound")(bound_command)

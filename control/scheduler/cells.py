@@ -111,7 +111,8 @@ class Cell:
 
     def reference(self, group: Group) -> float | None:
         """What others took: the median of the newest calls of groups that share no worker with
-        this one. Where there are too few, the cell's own middle; None while that is only believed.
+        this one; None where there are too few. What this cell took before is no measure: a slow
+        worker's own calls may have made it so.
         """
         others: list[float] = []
         for other, ratio in reversed(self._recent):
@@ -119,10 +120,8 @@ class Cell:
                 others.append(ratio)
                 if len(others) == PEERS:
                     break
-        if len(others) >= PEERS_MIN:
-            others.sort()
-            return others[(len(others) - 1) // 2]
-        return self.middle if self.settled else None
+        others.sort()
+        return others[(len(others) - 1) // 2] if len(others) >= PEERS_MIN else None
 
     def disown(self, worker: str) -> bool:
         """Forgets what was measured with a worker; whether there was anything."""

@@ -28,6 +28,7 @@ class Worker:
     state: WorkerState = WorkerState.UP
     draining: bool = False
     avoided: bool = False  # slow, and others can serve
+    suspected: bool = False  # of being slow, with others; a call of its own would tell
     memory_mib: int = 0  # for weights; 0: everything it can run is there
     island: str = ""  # of close links, inside its host
     freed_us: int = 0  # not before this can it start what it gets next

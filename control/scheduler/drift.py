@@ -10,8 +10,8 @@ on the likelihood ratio of a shift, upwards and downwards.
             ┼──╮  ╭────────╯  ╰──╯
             └──┴──┴───────────────────▶ measurements; no single one adds more than a third
 
-One slow worker is no drift (`stragglers.py`): while all evidence comes from groups with one worker
-in common and others are at work too, thrice as much is wanted.
+One slow worker is no drift (`stragglers.py`): while all evidence comes from groups that have a
+worker in common, thrice as much is wanted.
 """
 
 from __future__ import annotations
@@ -152,9 +152,8 @@ class FamilyState:
         return doubt
 
     def _limit(self) -> float:
-        """One worker in common explains it as well, unless there are no others."""
-        common = self._common or frozenset()
-        return 3 * LIMIT if common and self._workers - common else LIMIT
+        """One worker in common explains it as well, unless there never was another."""
+        return 3 * LIMIT if self._common and len(self._workers) > 1 else LIMIT
 
     def _clear(self) -> None:
         self._since.clear()

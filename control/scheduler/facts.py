@@ -203,6 +203,8 @@ def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded) -> None:
             ledger.notices.append(news)
             if news.factor > 1.0:
                 latency.disown(news.worker)
+        for name in group:
+            ledger.cluster.workers[name].suspected = stragglers.suspects(name)
         shift = latency.observe(key, step_us, group) if stragglers.factor(group) == 1.0 else None
         if shift is not None:
             stragglers.forgive()

@@ -93,8 +93,8 @@ class LatencyModel:
         return known
 
     def judge(self, key: CellKey, call_us: int, group: tuple[str, ...]) -> Sample | None:
-        """How a measurement compares with what other workers, or else earlier calls, took in the
-        same cell; None where nothing is known to compare it with.
+        """How a measurement compares with what other workers took in the same cell of late; None
+        where they are too few to tell.
         """
         cell = self._cells.get(key)
         reference = None if cell is None else cell.reference(group)
@@ -129,7 +129,10 @@ class LatencyModel:
         """Forgets what was measured with a worker, now that it is known to have been slow."""
         for key, cell in list(self._cells.items()):
             if cell.disown(worker):
-                self._learn(key, cell)
+                if cell.count:
+                    self._learn(key, cell)
+                else:
+                    self._forget(key)  # nobody else ran it: it borrows, as before
 
     def snapshot(self) -> LatencySnapshot:
         """What was learned, as a plain value: the cells measured last, sorted."""
@@ -291,9 +294,12 @@ class LatencyModel:
     def _forget(self, key: CellKey) -> None:
         """Drops the measurements of a cell."""
         del self._cells[key]
-        self._middles.get(key[:3], {}).get(key.shape, {}).pop(key, None)
+        kin = self._middles.get(key[:3], {})
+        kin.get(key.shape, {}).pop(key, None)
         self._known.pop(key[:3], None)
         self._take_back(key)
+        for other in self._borrowers.pop(key[:3], ()):
+            self._take_back(other)
 
     def _take_back(self, key: CellKey) -> None:
         self.version += 1

@@ -13,7 +13,7 @@ below 0 or rise above CERTAIN.
 
 A group's step tells only of its slowest member. A normal one speaks for every member; a slow one is
 blamed on the most suspicious of them, and shared out while none stands out. Who was never blamed
-alone is never flagged: encodes and decodes run on one worker, so that evidence comes soon.
+alone is never flagged; encodes and decodes, which run on one worker, go to suspects first.
 
 A flagged worker's groups are predicted to be that much slower, and teach nothing about their cells.
 From `straggler_avoid` on it costs the groups that wait for it more than it gives (measured:
@@ -37,6 +37,7 @@ CERTAIN = 7.0  # of the log likelihood ratio
 SLOWDOWN = 1.4  # in logs of the limit: what a straggler is assumed to be like
 REFERENCE_NOISE = 1.1  # the others' median is uncertain, too
 EXCESSES = 5  # last ones, whose median is the worker's factor
+SUSPECTED = 2.0  # suspicion that is worth a look
 STEP_MAX = 3.0  # what one step adds or takes at most
 ALONE_MIN = 3  # accusations of this worker alone that flag it
 TRIAL_STEPS = 3
@@ -98,6 +99,11 @@ class Stragglers:
             return 1.0
         paces = [self._flagged[w] for w in group if w in self._flagged]
         return max((math.exp(p.excess) for p in paces), default=1.0)
+
+    def suspects(self, worker: str) -> bool:
+        """It may be slow, or another of its groups: a call of its own would tell."""
+        pace = self._paces.get(worker)
+        return pace is not None and not pace.flagged and pace.suspicion >= SUSPECTED
 
     def factors(self) -> dict[str, float]:
         """The flagged workers."""
