@@ -71,8 +71,8 @@ bench: setup  ## the mesh against the plain diffusers loop, groups, transfers, a
 bench-gpu: setup  ## on a GPU host: steps, NCCL, layouts, a mesh (ARGS=--tiny on a CPU)
 	@python -m bench gpu $(ARGS)
 
-profile: setup  ## measures this machine's step times through the mesh, writes a profile CSV
-	@python -m bench profile
+profile: setup  ## measures this machine's step times of the embedded model: profile.csv
+	@python -m gpuworker profile hocket-emoji --output profile.csv
 
 clean:  ## removes what was made here, .venv included
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +  # the compiled planner, too

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from bench import memory_bench, mesh_bench, profile_bench
+from bench import memory_bench, mesh_bench
 from bench import overheads as overhead_bench
 from bench.bound import bound_command
 from bench.gpu.command import gpu_command
+from bench.latency_command import latency_command
 from bench.live_command import live_command
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
 from bench.report import report_command, timeline_command
@@ -85,19 +86,6 @@ def memory(
     console.print(f"written to {out}")
 
 
-@app.command()
-def profile(
-    out: Annotated[Path, typer.Option(help="CSV to write.")] = Path(
-        "control/assets/profiles/hocket-emoji_cpu.csv"
-    ),
-    repeats: Annotated[int, typer.Option(help="Requests a cell.")] = 3,
-    busy: Annotated[int, typer.Option(help="Workers that compute at once.")] = 2,
-) -> None:
-    """Measures step times of the embedded model through the mesh, as a profile."""
-    out.write_text(asyncio.run(profile_bench.measure(repeats, busy, console)))
-    console.print(f"written to {out}")
-
-
 @app.command("replay")
 def replay_command(
     nats_url: Annotated[str, typer.Option(help="Broker that holds the journal.")] = "",
@@ -133,6 +121,7 @@ app.command("live")(live_command)
 app.command("solver")(solver_command)
 app.command("trace")(trace_command)
 app.command("soak")(soak_command)
+app.command("latency")(latency_command)
 app.command("report")(report_command)
 app.command("timeline")(timeline_command)
 app.command("bound")(bound_command)

@@ -22,7 +22,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bench.live_run import Outcome, run_live
-from bench.machine import machine_kind
 from bench.reporting.statistics import mean_interval
 from bench.sim.case import Case, CaseError
 from bench.sim.experiment import Experiment, RunSpec, load_experiment, parse_seeds
@@ -32,6 +31,7 @@ from control.scheduler.schedule_log import DoneLine
 from control.scheduler.summary import percentile
 from hocket import gantt
 from hocket.interruptions import interruptions, stretches
+from hocket.machine import machine_kind
 from hocket.span_file import read_spans
 
 EXECUTORS = ("torch", "emulated")

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from bench.machine import machine_kind
 from hocket import spans
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
 from hocket.launcher import MeshPlan, RunningMesh, mesh
+from hocket.machine import machine_kind
 from hocket.span_file import SpanRecord, read_spans
 from hocket.v1.generation_pb2 import Accepted
 

@@ -19,6 +19,7 @@ import msgspec
 from google.protobuf import proto
 
 from control.journal import read
+from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile
 from control.scheduler.schedule_log import ScheduleLog
@@ -70,6 +71,9 @@ def replay(entries: Iterable[JournalEntry], term: int | None = None) -> Replay:
         msgspec.json.decode(started.leader_started.settings_json, type=Settings),
         Profile.from_csv(started.leader_started.profile_csv),
     )
+    if started.leader_started.latencies_json:
+        learned = msgspec.json.decode(started.leader_started.latencies_json, type=LatencySnapshot)
+        scheduler.restore_latencies(learned)
     decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
     for entry in mine:
         if entry.HasField("observed_json"):

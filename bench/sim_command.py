@@ -21,7 +21,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.machine import machine_kind
 from bench.sim.case import Case, CaseError, ClusterSpec, load_case
 from bench.sim.costs import CostError, Costs
 from bench.sim.experiment import check_models, load_experiment, parse_seeds, settings_of
@@ -35,6 +34,7 @@ from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.settings import SettingError, Settings, SettingValue
 from control.scheduler.summary import percentile
 from hocket.clock import steady_ns
+from hocket.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 P = ParamSpec("P")

@@ -11,13 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.machine import machine_kind
 from bench.sim.costs import Costs
 from bench.sim.experiment import settings_of
 from bench.sim.soak import Hour, soak, soak_case
 from bench.sim_command import explained, read_pairs
 from control.scheduler.settings import Settings
 from hocket.clock import steady_ns
+from hocket.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 COLUMNS = ("hour", "ended", "on time", "open", "objects held", "plan p50 ms", "plan p99 ms")

@@ -23,10 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 
 from bench.bound import bound
-from bench.machine import machine_kind
 from bench.sim.experiment import Experiment, RunSpec, parse_seeds, run_row
 from bench.sim.workloads import generate
 from hocket.clock import steady_ns
+from hocket.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 T = TypeVar("T")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import msgspec
 
+from control.scheduler.profile import OPTIONAL, REQUIRED
 from control.scheduler.settings import SettingError, Settings
 from hocket.config import Common
 from hocket.errors import WrongConfig
@@ -67,22 +70,31 @@ def _value(text: str) -> str | bool | int | float:
 
 
 def profile_csv(settings: ControlSettings) -> str:
-    """The shipped profiles and the user's, as one CSV text."""
-    texts = []
+    """The shipped profiles and the user's, as one CSV text with all columns that any of them has.
+
+    Rows are read where the scheduler is built; here only the headers have to make sense.
+    """
+    rows: list[dict[str, str]] = []
     for path in (*sorted(_ASSETS.glob("*.csv")), *settings.profiles):
         try:
-            texts.append(path.read_text(encoding="utf-8").strip())
+            reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
         except OSError as error:
             raise WrongConfig(
                 key="profiles", value=str(path), allowed=f"a readable CSV file ({error.strerror})"
             ) from error
-    header = texts[0].splitlines()[0]
-    rows = [line for text in texts for line in _rows(text, header)]
-    return "\n".join([header, *rows]) + "\n"
-
-
-def _rows(text: str, header: str) -> list[str]:
-    lines = text.splitlines()
-    if lines[0] != header:
-        raise WrongConfig(key="profiles", value=lines[0], allowed=f"the header {header!r}")
-    return lines[1:]
+        names = list(reader.fieldnames or ())
+        unknown = [n for n in names if n not in REQUIRED + OPTIONAL]
+        if unknown or not set(REQUIRED).issubset(names):
+            allowed = f"the columns {','.join(REQUIRED)}, and of {','.join(OPTIONAL)}"
+            raise WrongConfig(key="profiles", value=f"{path}: {','.join(names)}", allowed=allowed)
+        for row in reader:
+            if None in row or None in row.values():
+                allowed = "as many fields as columns"
+                value = f"{path}: line {reader.line_num}"
+                raise WrongConfig(key="profiles", value=value, allowed=allowed)
+            rows.append(row)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, REQUIRED + OPTIONAL, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()

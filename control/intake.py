@@ -20,6 +20,7 @@ from control.leases import Leases
 from control.lost_messages import LostMessages
 from control.publisher import Publisher
 from control.requests import Record, Records
+from control.scheduler.drift import Shift
 from control.scheduler.values import WorkerLost, WorkerUp
 from control.servicer import ControlServicer
 from hocket import telemetry
@@ -80,7 +81,10 @@ class Intake:
             await self.bus.publish(self.subjects.assign(beat.worker), message)
 
     async def check(self) -> None:
-        """Ends leases that are too old, finds lost messages. Call it a few times a second."""
+        """Ends leases that are too old, finds lost messages, tells what got slow. Call it a few
+        times a second.
+        """
+        await self._tell_notices()
         now_us = self.driver.stamp()
         expiry_us = self.leases.next_expiry_us()
         if expiry_us is not None and expiry_us <= now_us:
@@ -103,6 +107,22 @@ class Intake:
                 "assignment %d never reached %s, or its report us", lost.sequence, lost.worker
             )
             self.driver.post(lost)
+
+    async def _tell_notices(self) -> None:
+        """Slow workers and drift, as log lines and to whoever watches the cluster."""
+        notices = self.driver.scheduler.take_notices()
+        for notice in notices:
+            if isinstance(notice, Shift):
+                what = "%s of %s on %s takes %.2f times what it took"
+                model, gpu, node = notice.family
+                log.warning(what, node, model, gpu, notice.factor)
+            elif notice.factor > 1.0:
+                what = "worker %s is slow: its steps take %.2f times as long as its peers'"
+                log.warning(what, notice.worker, notice.factor)
+            else:
+                log.info("worker %s is as fast as its peers again", notice.worker)
+        if notices:
+            await self.servicer.membership_changed()
 
     async def report(self, report: mesh_pb2.StepReport) -> None:
         if report.term != self.term:

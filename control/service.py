@@ -14,10 +14,12 @@ from control.config import ControlSettings, profile_csv, scheduler_settings
 from control.driver import Driver
 from control.intake import SERVICE, Intake, Superseded
 from control.journal import Journal
+from control.latency_store import LatencyStore
 from control.leases import Leases
 from control.publisher import Publisher
 from control.recovery import recover
 from control.requests import Records
+from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.settings import SettingError, Settings
@@ -55,6 +57,10 @@ async def _lead(
     csv = profile_csv(settings)
     library = scheduler_settings(settings, journal.term)
     scheduler = build_scheduler(library, csv)
+    store = await LatencyStore.open(bus, subjects)
+    learned = await store.load()
+    if learned is not None:
+        scheduler.restore_latencies(learned)
     records, leases = Records(), Leases(settings.lease_us)
     publisher = Publisher(bus, subjects, journal, records, leases, told.tracer)
     driver = Driver(scheduler, clock, publisher)
@@ -69,14 +75,7 @@ async def _lead(
         requests_open_max=settings.requests_open_max,
     )
     await recover(bus, subjects, driver, records, clock)
-    await journal.note(
-        journal_pb2.JournalEntry(
-            stamped_us=clock.now_us(),
-            leader_started=journal_pb2.LeaderStarted(
-                settings_json=msgspec.json.encode(library).decode(), profile_csv=csv
-            ),
-        )
-    )
+    await journal.note(_started(clock.now_us(), library, csv, learned))
     superseded: list[Superseded] = []
 
     def step_down(why: Superseded) -> None:
@@ -93,7 +92,11 @@ async def _lead(
     log.info("control leads term %d on port %d, policy %s", journal.term, port, settings.policy)
     try:
         async with asyncio.TaskGroup() as tasks:
-            work = [tasks.create_task(driver.run()), tasks.create_task(_check(intake, clock))]
+            work = [
+                tasks.create_task(driver.run()),
+                tasks.create_task(_check(intake, clock)),
+                tasks.create_task(store.keep(scheduler, clock)),
+            ]
             await stop.wait()
             await intake.health.enter_graceful_shutdown()
             await server.stop(_GRACE_S)
@@ -102,8 +105,23 @@ async def _lead(
         if superseded:
             await journal.raise_term(superseded[-1].heard)
             raise superseded[-1]
+        await store.save(scheduler)
     finally:
         endpoints.withdraw(settings.state_dir, "control")
+
+
+def _started(
+    at_us: int, settings: Settings, csv: str, learned: LatencySnapshot | None
+) -> journal_pb2.JournalEntry:
+    """All that the plans of this term rest on, beside the facts."""
+    return journal_pb2.JournalEntry(
+        stamped_us=at_us,
+        leader_started=journal_pb2.LeaderStarted(
+            settings_json=msgspec.json.encode(settings).decode(),
+            profile_csv=csv,
+            latencies_json="" if learned is None else msgspec.json.encode(learned).decode(),
+        ),
+    )
 
 
 async def _listen(

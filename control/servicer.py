@@ -207,6 +207,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
 
     def _cluster(self) -> control_pb2.WatchClusterResponse:
         now_us = self._clock.now_us()
+        slow = self._driver.scheduler.slow_workers()
         workers = []
         for name, lease in sorted(self._leases.alive.items()):
             device = lease.heartbeat.device
@@ -215,6 +216,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                 if lease.suspect
                 else "draining"
                 if self._leases.is_draining(name)
+                else "slow"
+                if name in slow and slow[name].avoided
                 else "alive"
             )
             workers.append(
@@ -226,6 +229,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                     memory_used_bytes=device.memory_used_bytes,
                     memory_total_bytes=device.memory_total_bytes,
                     memory=lease.heartbeat.memory,
+                    slowdown=slow[name].factor if name in slow else 1.0,
                 )
             )
         return control_pb2.WatchClusterResponse(

@@ -1,4 +1,7 @@
-"""`python -m gpuworker`: one or more workers, one process each (emulated ones share a process)."""
+"""`python -m gpuworker`: one or more workers, one process each (emulated ones share a process).
+
+`python -m gpuworker profile MODEL` measures a first profile instead.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,16 @@ from typing import Annotated
 import typer
 
 from gpuworker.config import WorkerSettings
+from gpuworker.profile_command import profile as profile_command
 from hocket import config as hocket_config
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command("profile")(profile_command)
 
+
+@app.callback(invoke_without_command=True)
 def main(
+    context: typer.Context,
     cluster: Annotated[str | None, typer.Option(help="Name of the cluster.")] = None,
     nats_url: Annotated[str | None, typer.Option(help="Where nats-server listens.")] = None,
     state_dir: Annotated[Path | None, typer.Option(help="Run state: traces.")] = None,
@@ -39,8 +48,10 @@ def main(
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with [gpuworker].")] = None,
 ) -> None:
-    """Runs GPU workers (CPU workers where there is no GPU)."""
-    given = {k: v for k, v in locals().items() if k not in ("config", "model")}
+    """Runs GPU workers (CPU workers where there is no GPU), or, with a command, that."""
+    if context.invoked_subcommand is not None:
+        return
+    given = {k: v for k, v in locals().items() if k not in ("context", "config", "model")}
     given["model"] = tuple(model) if model else None
     settings = hocket_config.load_or_exit(WorkerSettings, given, config)
     # Late, since an emulated worker must not pay for torch, and forked ones share what is imported
@@ -51,4 +62,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -33,7 +33,7 @@ def run(settings: WorkerSettings) -> int:
     """Runs `settings.count` workers; returns the process's exit status."""
     if not settings.model:
         settings = msgspec.structs.replace(settings, model=tuple(map(str, EMBEDDED_MODELS)))
-    _set_native_environment()
+    set_native_environment()
     if settings.count == 1:
         return run_one(settings, settings.first_index)
     return run_pool(settings.count, settings.first_index, functools.partial(run_one, settings))
@@ -74,7 +74,7 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
             name,
             cards,
             device,
-            settings.gpu or _gpu_name(device.type, device.index or 0),
+            settings.gpu or gpu_name(device.type, device.index or 0),
             bus,
             Subjects(settings.cluster),
             weights=weights,
@@ -124,7 +124,8 @@ async def run_until(agent: Agent, stop: asyncio.Event) -> None:
         serving.cancel()
 
 
-def _gpu_name(kind: str, index: int) -> str:
+def gpu_name(kind: str, index: int) -> str:
+    """What profiles call a device where no name was given."""
     if kind == "cpu":
         return "cpu"
     name: str = torch.cuda.get_device_name(index)
@@ -132,7 +133,7 @@ def _gpu_name(kind: str, index: int) -> str:
     return next((word for word in words if any(c.isdigit() for c in word)), words[0])
 
 
-def _set_native_environment() -> None:
+def set_native_environment() -> None:
     """Native libraries read it when they start: it has to stand before CUDA, NCCL, OpenMP."""
     for key, value in {
         "OMP_NUM_THREADS": "1",

@@ -69,6 +69,10 @@ class Subjects:
         return f"hocket-{self.cluster}-media"
 
     @property
+    def latency_bucket(self) -> str:
+        return f"hocket-{self.cluster}-latencies"
+
+    @property
     def leader_bucket(self) -> str:
         return f"hocket-{self.cluster}-leader"
 

@@ -45,10 +45,11 @@ def status(control: Control = None, state_dir: StateDir = None) -> None:
     table = Table("worker", "device", "state", "heartbeat", "memory", "weights", "latents")
     for worker in state.workers:
         used, total = worker.memory_used_bytes / 2**20, worker.memory_total_bytes / 2**20
+        slow = f", takes {worker.slowdown:.2f} times as long" if worker.slowdown > 1 else ""
         table.add_row(
             worker.name,
             worker.device,
-            worker.state,
+            f"{worker.state}{slow}",
             f"{worker.heartbeat_age_us / 1e3:.0f} ms ago",
             f"{used:.0f} of {total:.0f} MiB",
             _weights(worker.memory),

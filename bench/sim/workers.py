@@ -18,8 +18,8 @@ from collections import deque
 
 import msgspec
 
+from control.scheduler.estimate import Estimator
 from control.scheduler.failures import LATENT_MISSING
-from control.scheduler.latency import estimate_us
 from control.scheduler.profile import CellKey, Profile
 from control.scheduler.values import (
     TEXT,
@@ -51,7 +51,7 @@ class Workers:
         self.case = case
         self.requests: dict[str, Request] = {}
         self.incarnations: dict[str, int] = {}
-        self._profile = profile
+        self._estimator = Estimator(profile, case.settings)
         self._checker = checker
         self._noise = Noise(case.costs.noise, case.seed)
         self._slow = Slowness(case.stragglers)
@@ -395,6 +395,6 @@ class Workers:
         key = CellKey(request.model, gpu, a.node, request.shape, a.layout, len(a.batch))
         call_us = self._call_us.get(key)
         if call_us is None:
-            call_us = max(1, round(estimate_us(self._profile, key, self.case.settings)))
+            call_us = max(1, round(self._estimator.estimate_us(key)))
             self._call_us[key] = call_us
         return call_us

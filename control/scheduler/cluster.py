@@ -27,6 +27,8 @@ class Worker:
     models: dict[str, ModelFacts]
     state: WorkerState = WorkerState.UP
     draining: bool = False
+    avoided: bool = False  # slow, and others can serve
+    suspected: bool = False  # of being slow, with others; a call of its own would tell
     memory_mib: int = 0  # for weights; 0: everything it can run is there
     island: str = ""  # of close links, inside its host
     freed_us: int = 0  # not before this can it start what it gets next
@@ -36,7 +38,7 @@ class Worker:
     @property
     def usable(self) -> bool:
         """Gets new assignments."""
-        return self.state is WorkerState.UP and not self.draining
+        return self.state is WorkerState.UP and not self.draining and not self.avoided
 
     def can(self, model: str, degree: int = 1) -> bool:
         """Has the model and, for more than one worker, can split its denoiser that way."""
@@ -53,6 +55,12 @@ class Worker:
         """Gets nothing new from now on, or gets work again."""
         if draining is not self.draining:
             self.draining = draining
+            self.changed()
+
+    def avoid(self, avoided: bool) -> None:
+        """As `drain`, by the scheduler's own judgement."""
+        if avoided is not self.avoided:
+            self.avoided = avoided
             self.changed()
 
 
@@ -80,7 +88,8 @@ class Cluster:
     """The workers seen, and the epoch of each group asked for; both bounded.
 
     A group that is forgotten starts over at an epoch above all that were ever forgotten. `version`
-    counts changes of leases, drains, losses and suspicions: answers are kept from one to the next.
+    counts changes of leases, drains, losses, suspicions and avoidances: answers are kept from one
+    to the next.
     """
 
     epoch_base: int

@@ -26,8 +26,10 @@ from collections.abc import Sequence
 
 from . import denoise, facts, prediction
 from .board import Flight
+from .cells import LatencySnapshot
 from .cluster import Cluster
-from .latency import CellSnapshot, LatencyModel
+from .drift import Shift
+from .latency import LatencyModel, Prediction
 from .ledger import Ledger
 from .lifecycle import JobState
 from .loads import LoadTable
@@ -37,6 +39,7 @@ from .profile import Profile
 from .residency import Residency
 from .scene import Start
 from .settings import Settings
+from .stragglers import Slow, Slowness
 from .tracker import Tracked
 from .values import (
     DIT,
@@ -157,14 +160,33 @@ class Scheduler:
         """Assignments sent and not yet over, in sequence order."""
         return tuple(f.assignment for f in self._ledger.board.flights.values())
 
-    def latencies(self) -> tuple[CellSnapshot, ...]:
-        """What the latency model has learned, as plain values."""
+    def latencies(self) -> LatencySnapshot:
+        """What the latency model has learned, as a plain value."""
         return self._ledger.latency.snapshot()
 
-    def restore_latencies(self, cells: tuple[CellSnapshot, ...]) -> None:
+    @property
+    def learned(self) -> int:
+        """Counts what changed in the latency model."""
+        return self._ledger.latency.learned
+
+    def restore_latencies(self, snapshot: LatencySnapshot) -> None:
         """Takes over what an earlier scheduler had learned; before the first fact."""
         self._estimates.forget()
-        self._ledger.latency.restore(cells)
+        self._ledger.latency.restore(snapshot)
+
+    def slow_workers(self) -> dict[str, Slowness]:
+        """The workers known to be slower than their peers, by name."""
+        workers = self._ledger.cluster.workers
+        factors = self._ledger.stragglers.factors()
+        return {w: Slowness(f, workers[w].avoided) for w, f in factors.items() if w in workers}
+
+    def take_notices(self) -> tuple[Slow | Shift, ...]:
+        """Who turned out to be slow or fine, and what got slower or faster for good, since the last
+        call; the newest, where nobody asked for long.
+        """
+        taken = tuple(self._ledger.notices)
+        self._ledger.notices.clear()
+        return taken
 
     @property
     def operations(self) -> int:
@@ -185,6 +207,9 @@ class Scheduler:
             ledger.gpus(start.workers),
             len(members),
         )
+        slowdown = ledger.stragglers.factor(start.workers)
+        if slowdown > 1.0:
+            time = Prediction(round(time.mean_us * slowdown), round(time.safe_us * slowdown))
         batch = tuple(self._member(t, start) for t in members)
         setup_us = self._setup_us(first, batch[0], start)
         assignment = Assignment(

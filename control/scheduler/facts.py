@@ -71,6 +71,13 @@ def _steps_told(fact: StepsEnded) -> str:
 
 def apply(ledger: Ledger, fact: Event) -> tuple[Ended, ...]:
     """Enters one fact; returns the requests that it ended."""
+    ended = _enter(ledger, fact)
+    if ledger.stragglers.settle(ledger.cluster, fact.at_us):
+        ledger.due = ledger.due or bool(ledger.tracked)
+    return ended
+
+
+def _enter(ledger: Ledger, fact: Event) -> tuple[Ended, ...]:
     match fact:
         case Arrived():
             return _arrived(ledger, fact)
@@ -117,6 +124,7 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
     if known is None or restarted:
         worker.freed_us = fact.at_us
         worker.drain(False)
+        ledger.stragglers.forget(worker.name)
     flights = ledger.board.flights.values()
     idle = all(fact.worker not in flight.assignment.workers for flight in flights)
     ledger.residency.told(worker, fact.weights, idle=idle)
@@ -205,8 +213,10 @@ def _tell_jobs(
 
 
 def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded, over: bool) -> None:
-    """Refines the latency model. A mixed group teaches nothing about either kind, and a batch that
-    some have left nothing about its size.
+    """Refines the latency model and the workers' records.
+
+    A mixed group teaches nothing about either kind, one with a slow worker nothing about its cell,
+    and a batch that some have left nothing about its size.
     """
     assignment = flight.assignment
     gpus = ledger.gpus(assignment.workers)
@@ -221,8 +231,19 @@ def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded, over: bool) -> None
     # Times are kept by degree: a request is split in one way at each.
     layout = Layout(ulysses=assignment.layout.degree)
     key = CellKey(model, gpus[0], assignment.node, shape, layout, flight.size)
+    latency, stragglers, group = ledger.latency, ledger.stragglers, assignment.workers
     for step_us in times_us:
-        ledger.latency.observe(key, step_us)
+        sample = latency.judge(key, step_us, group)
+        for news in stragglers.observe(group, sample, fact.at_us) if sample else ():
+            ledger.notices.append(news)
+            if news.factor > 1.0:
+                latency.disown(news.worker)
+        for name in group:
+            ledger.cluster.workers[name].suspected = stragglers.suspects(name)
+        shift = latency.observe(key, step_us, group) if stragglers.factor(group) == 1.0 else None
+        if shift is not None:
+            stragglers.forgive()
+            ledger.notices.append(shift)
 
 
 def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> tuple[Ended, ...]:

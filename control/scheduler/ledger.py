@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .board import Board
 from .cluster import Cluster
+from .drift import Shift
 from .latency import LatencyModel, Prediction
 from .lifecycle import JobState
 from .memory_limits import MemoryLimits
 from .moving import Moving
-from .profile import CellKey
 from .residency import Residency
 from .settings import Settings
+from .stragglers import Slow, Stragglers
 from .tracker import Tracked
-from .values import DIT, VAE, Ended, Layout, Outcome, Request, Shape, Truncation
+from .values import DIT, VAE, Ended, Outcome, Request, Shape, Truncation
 
 WORKERS_MAX = 4096  # beyond these, lost workers are forgotten
 RATES_MAX = 4096  # models and shapes whose call times are kept at hand
 PROGRESSED_MAX = 4096
+NOTICES_MAX = 256  # untold ones about slow workers and drift
 TOUCHED_MAX = 65_536  # changed requests beyond those inside
 
 
@@ -45,6 +48,8 @@ class Ledger:
     cluster: Cluster
     moving: Moving
     residency: Residency
+    stragglers: Stragglers = field(init=False)
+    notices: deque[Slow | Shift] = field(default_factory=lambda: deque(maxlen=NOTICES_MAX))
     board: Board = field(default_factory=Board)
     tracked: dict[str, Tracked] = field(default_factory=dict)  # in order of arrival
     arrivals: int = 0
@@ -62,8 +67,8 @@ class Ledger:
     _rates: dict[tuple[str, Shape], Rates] = field(default_factory=dict)
     _rates_version: tuple[int, int, int] = (0, 0, 0)
 
-    def cell(self, request: Request, gpu: str, node: str, layout: Layout) -> CellKey:
-        return CellKey(request.model, gpu, node, request.shape, layout, 1)
+    def __post_init__(self) -> None:
+        self.stragglers = Stragglers(self.settings)
 
     def predict(
         self, request: Request, node: str, degree: int, gpus: Iterable[str], batch: int = 1

@@ -82,6 +82,7 @@ class Placement:
             key=lambda n: (
                 self._waits(demand, self._free_us[n]),
                 n not in held,
+                demand.degree > 1 or not self._cluster.workers[n].suspected,
                 self._cluster.workers[n].host not in hosts,
                 self._rank[n],
             ),
@@ -99,6 +100,7 @@ class Placement:
         return (
             self._waits(demand, self.free_us(members)),
             -len(set(members) & set(demand.holders)),
+            not self._cluster.workers[members[0]].suspected if len(members) == 1 else 0,
             members != demand.group,
             len({self._cluster.workers[m].host for m in members}),
             not self._cluster.warm(members),

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .values import Layout, Shape
 
+Family = tuple[str, str, str]  # model, gpu, node
 REQUIRED = ("model", "gpu", "node", "width", "height", "frames", "degree", "batch", "call_us")
 OPTIONAL = ("source", "cfg", "ulysses", "ring")
 
@@ -38,10 +39,23 @@ class CellKey(NamedTuple):
     batch: int
 
 
+def by_degree(key: CellKey) -> CellKey:
+    """The key under which a cell's times are kept: a request is split in one way at each degree."""
+    layout = Layout(ulysses=key.layout.degree)
+    return key if key.layout == layout else key._replace(layout=layout)
+
+
 class Profile:
-    """Call times in microseconds by cell; a later row wins over an earlier one of the same cell."""
+    """Call times in microseconds by cell; a later row wins over an earlier one of the same cell.
+
+    Families are by degree: of several layouts of one degree, the row that was read last counts.
+    """
 
     def __init__(self, cells: dict[CellKey, int]) -> None:
+        by_family: dict[Family, dict[CellKey, int]] = {}
+        for key, call_us in cells.items():
+            by_family.setdefault(key[:3], {})[by_degree(key)] = call_us
+        self._families = {f: dict(sorted(found.items())) for f, found in by_family.items()}
         self._cells = dict(sorted(cells.items()))
 
     @classmethod
@@ -50,7 +64,8 @@ class Profile:
         cells: dict[CellKey, int] = {}
         for text in texts:
             for key, call_us in _rows(text):
-                cells[key] = call_us
+                cells.pop(key, None)
+                cells[key] = call_us  # now the last one
         return cls(cells)
 
     @property
@@ -60,19 +75,16 @@ class Profile:
 
     def call_us(self, key: CellKey) -> int | None:
         """The cell's time, None where the profile has no such cell."""
-        return self._cells.get(key)
+        known = self.family(key[:3]) if key == by_degree(key) else self._cells
+        return known.get(key)
 
     def gpus(self, model: str) -> tuple[str, ...]:
         """GPU kinds on which a model was profiled, sorted."""
         return tuple(sorted({k.gpu for k in self._cells if k.model == model}))
 
-    def select(self, model: str, gpu: str, node: str) -> dict[CellKey, int]:
-        """The cells of one model, GPU kind and node."""
-        return {
-            k: v
-            for k, v in self._cells.items()
-            if k.model == model and k.gpu == gpu and k.node == node
-        }
+    def family(self, family: Family) -> dict[CellKey, int]:
+        """The cells of one model, GPU kind and node, by degree. To be read only."""
+        return self._families.get(family, {})
 
 
 def _rows(text: str) -> Iterable[tuple[CellKey, int]]:

@@ -45,6 +45,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     failures_max: int = 3  # failures at one place, for reasons other than workers, end a request
     group_change_us: int = 0  # a job that goes on on other workers, until reports say
     group_cold_us: int = 0  # a group that forms for the first time, until reports say
+    straggler_factor: float = 1.2  # a worker so much slower than its peers is slow; 0: none is
+    straggler_avoid: float = 1.5  # from here on it costs its groups more than it gives: avoided
+    straggler_retry_us: int = 10_000_000  # it is tried again after so long, then twice that …
     stages_ahead: int = 8  # encode and decode jobs that a worker is given at a time
 
     def __post_init__(self) -> None:
@@ -63,10 +66,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ("stages_ahead", 1, 1_000_000),
             ("group_change_us", 0, 3_600_000_000),
             ("group_cold_us", 0, 3_600_000_000),
+            ("straggler_avoid", 1.0, 100.0),
+            ("straggler_retry_us", 1, 3_600_000_000),
         ):
             value = getattr(self, key)
             if isinstance(value, bool) or not low <= value <= high:
                 raise SettingError(key, value, f"{low}..{high}")
+        factor = self.straggler_factor
+        if isinstance(factor, bool) or not (factor == 0 or 1.05 <= factor <= 100):
+            raise SettingError("straggler_factor", factor, "0 (never), or 1.05..100")
 
 
 @dataclass(frozen=True, slots=True)

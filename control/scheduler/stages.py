@@ -69,8 +69,9 @@ class Room:
             return None
         holders = {h.worker for h in tracked.latest()} if job.node == VAE else set()
 
-        def preference(worker: Worker) -> tuple[int, bool]:
-            return max(self._now_us, self._free_us[worker.name]), worker.name not in holders
+        def preference(worker: Worker) -> tuple[int, bool, bool]:
+            free_us = max(self._now_us, self._free_us[worker.name])
+            return free_us, worker.name not in holders, not worker.suspected
 
         chosen = min(able, key=preference)
         self._take(chosen)

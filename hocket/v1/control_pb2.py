@@ -26,7 +26,7 @@ from hocket.v1 import generation_pb2 as hocket_dot_v1_dot_generation__pb2
 from hocket.v1 import types_pb2 as hocket_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hocket/v1/control.proto\x12\thocket.v1\x1a\x1ahocket/v1/generation.proto\x1a\x15hocket/v1/types.proto\"P\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.hocket.v1.GenerateRequest\"\xb1\x01\n\x0eSubmitResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.hocket.v1.AcceptedH\x00\x12&\n\x08rejected\x18\x02 \x01(\x0b\x32\x12.hocket.v1.FailureH\x00\x12/\n\x10\x61lready_finished\x18\x03 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\t\n\x07outcome\"*\n\x14\x43\x61ncelRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\",\n\x15\x43\x61ncelRequestResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x15\n\x13WatchClusterRequest\"\x9b\x01\n\x14WatchClusterResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.hocket.v1.WorkerStatus\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x15\n\rrequests_open\x18\x03 \x01(\r\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12$\n\x06models\x18\x05 \x03(\x0b\x32\x14.hocket.v1.ModelInfo\"\xaf\x01\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x18\n\x10heartbeat_age_us\x18\x04 \x01(\x04\x12\x19\n\x11memory_used_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x04\x12!\n\x06memory\x18\x07 \x01(\x0b\x32\x11.hocket.v1.Memory\"2\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"(\n\x13\x44rainWorkerResponse\x12\x11\n\tjobs_held\x18\x01 \x01(\r2\xc4\x02\n\x0e\x43ontrolService\x12=\n\x06Submit\x12\x18.hocket.v1.SubmitRequest\x1a\x19.hocket.v1.SubmitResponse\x12R\n\rCancelRequest\x12\x1f.hocket.v1.CancelRequestRequest\x1a .hocket.v1.CancelRequestResponse\x12Q\n\x0cWatchCluster\x12\x1e.hocket.v1.WatchClusterRequest\x1a\x1f.hocket.v1.WatchClusterResponse0\x01\x12L\n\x0b\x44rainWorker\x12\x1d.hocket.v1.DrainWorkerRequest\x1a\x1e.hocket.v1.DrainWorkerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hocket/v1/control.proto\x12\thocket.v1\x1a\x1ahocket/v1/generation.proto\x1a\x15hocket/v1/types.proto\"P\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.hocket.v1.GenerateRequest\"\xb1\x01\n\x0eSubmitResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.hocket.v1.AcceptedH\x00\x12&\n\x08rejected\x18\x02 \x01(\x0b\x32\x12.hocket.v1.FailureH\x00\x12/\n\x10\x61lready_finished\x18\x03 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\t\n\x07outcome\"*\n\x14\x43\x61ncelRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\",\n\x15\x43\x61ncelRequestResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x15\n\x13WatchClusterRequest\"\x9b\x01\n\x14WatchClusterResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.hocket.v1.WorkerStatus\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x15\n\rrequests_open\x18\x03 \x01(\r\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12$\n\x06models\x18\x05 \x03(\x0b\x32\x14.hocket.v1.ModelInfo\"\xc1\x01\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x18\n\x10heartbeat_age_us\x18\x04 \x01(\x04\x12\x19\n\x11memory_used_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x04\x12!\n\x06memory\x18\x07 \x01(\x0b\x32\x11.hocket.v1.Memory\x12\x10\n\x08slowdown\x18\x08 \x01(\x01\"2\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"(\n\x13\x44rainWorkerResponse\x12\x11\n\tjobs_held\x18\x01 \x01(\r2\xc4\x02\n\x0e\x43ontrolService\x12=\n\x06Submit\x12\x18.hocket.v1.SubmitRequest\x1a\x19.hocket.v1.SubmitResponse\x12R\n\rCancelRequest\x12\x1f.hocket.v1.CancelRequestRequest\x1a .hocket.v1.CancelRequestResponse\x12Q\n\x0cWatchCluster\x12\x1e.hocket.v1.WatchClusterRequest\x1a\x1f.hocket.v1.WatchClusterResponse0\x01\x12L\n\x0b\x44rainWorker\x12\x1d.hocket.v1.DrainWorkerRequest\x1a\x1e.hocket.v1.DrainWorkerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,11 +46,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHCLUSTERRESPONSE']._serialized_start=465
   _globals['_WATCHCLUSTERRESPONSE']._serialized_end=620
   _globals['_WORKERSTATUS']._serialized_start=623
-  _globals['_WORKERSTATUS']._serialized_end=798
-  _globals['_DRAINWORKERREQUEST']._serialized_start=800
-  _globals['_DRAINWORKERREQUEST']._serialized_end=850
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=852
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=892
-  _globals['_CONTROLSERVICE']._serialized_start=895
-  _globals['_CONTROLSERVICE']._serialized_end=1219
+  _globals['_WORKERSTATUS']._serialized_end=816
+  _globals['_DRAINWORKERREQUEST']._serialized_start=818
+  _globals['_DRAINWORKERREQUEST']._serialized_end=868
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=870
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=910
+  _globals['_CONTROLSERVICE']._serialized_start=913
+  _globals['_CONTROLSERVICE']._serialized_end=1237
 # @@protoc_insertion_point(module_scope)

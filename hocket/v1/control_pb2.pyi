@@ -206,18 +206,21 @@ class WorkerStatus(_message.Message):
     MEMORY_USED_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    SLOWDOWN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     device: _builtins.str
     """Its device, for example "cpu" or "NVIDIA H100 80GB HBM3"."""
     state: _builtins.str
-    """"alive", "suspect" or "draining"."""
+    """"alive", "suspect", "draining", or "slow": it gets no new steps, but for a trial now and then."""
     heartbeat_age_us: _builtins.int
     """Time since its last heartbeat, in microseconds."""
     memory_used_bytes: _builtins.int
     """Memory in use, in bytes."""
     memory_total_bytes: _builtins.int
     """Memory in all, in bytes."""
+    slowdown: _builtins.float
+    """How much longer its steps take than those of its peers, where it is known to be slow; else 1."""
     @_builtins.property
     def memory(self) -> _types_pb2.Memory:
         """What it is used for."""
@@ -232,10 +235,11 @@ class WorkerStatus(_message.Message):
         memory_used_bytes: _builtins.int = ...,
         memory_total_bytes: _builtins.int = ...,
         memory: _types_pb2.Memory | None = ...,
+        slowdown: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "heartbeat_age_us", b"heartbeat_age_us", "memory", b"memory", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "heartbeat_age_us", b"heartbeat_age_us", "memory", b"memory", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "slowdown", b"slowdown", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -223,19 +223,23 @@ class LeaderStarted(_message.Message):
 
     SETTINGS_JSON_FIELD_NUMBER: _builtins.int
     PROFILE_CSV_FIELD_NUMBER: _builtins.int
+    LATENCIES_JSON_FIELD_NUMBER: _builtins.int
     settings_json: _builtins.str
     """JSON of the scheduler's settings."""
     profile_csv: _builtins.str
     """The profile's text (CSV)."""
+    latencies_json: _builtins.str
+    """JSON of the latencies that an earlier leader had learned; empty: none."""
     def __init__(
         self,
         *,
         settings_json: _builtins.str = ...,
         profile_csv: _builtins.str = ...,
+        latencies_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile_csv", b"profile_csv", "settings_json", b"settings_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["latencies_json", b"latencies_json", "profile_csv", b"profile_csv", "settings_json", b"settings_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -276,6 +276,10 @@ async def test_a_new_leader_takes_up_what_the_old_one_had_accepted(
     finally:
         second.send_signal(signal.SIGTERM)
         assert await second.wait() == 0
+    entries = await entries_from_broker(running.nats_url, "local")
+    started = next(e for e in reversed(entries) if e.HasField("leader_started")).leader_started
+    assert '"hocket-emoji"' in started.latencies_json, "it knows what the old one had learned"
+    assert replay(entries).agrees
 
 
 async def test_health_follows_the_leases(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_unseen_shapes_lie_between_their_neighbours(model):
 
 
 def test_missing_degrees_and_batches_are_estimated(model):
-    assert model.predict(key(2048, 16)).mean_us == pytest.approx(141_800 / 2**0.5, abs=1)
+    assert 0.5 * 141_800 < model.predict(key(2048, 16)).mean_us < 141_800
     assert model.predict(key(512, batch=4)).mean_us == 4 * 55_500
     one = LatencyModel(
         Profile.from_csv(

@@ -68,7 +68,12 @@ class Binder:
         before = set(self._before(wish.first))
         loads = self._loads(wish)
         if wish.width == 1:
-            return (min(self._free, key=lambda w: (loads[w], w not in before, self._block(w))),)
+            known = self._ledger.cluster.workers
+
+            def place(w: str) -> tuple[int, bool, bool, tuple[int, int]]:
+                return loads[w], w not in before, not known[w].suspected, self._block(w)
+
+            return (min(self._free, key=place),)
         found = [g for g in self._groups(wish.width) if all(w in self._free for w in g)]
         if found:
             cluster = self._ledger.cluster
