@@ -235,9 +235,11 @@ class LatentShelf:
             try:
                 return entry.file.read_bytes()
             except OSError:
-                with self._changed:  # it has come back meanwhile, or was released
-                    now = self._entries.get(request)
-                entry = now if now is not entry else None
+                before = entry
+                with self._changed:  # it has come back meanwhile, gone on, or was released
+                    entry = self._entries.get(request)
+                if entry is before or (entry and entry.steps_done != before.steps_done):
+                    return None
         return None
 
     # ------------------------------------------------------------------------------------------
