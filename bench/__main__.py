@@ -52,9 +52,13 @@ def profile(
     ),
     repeats: Annotated[int, typer.Option(help="Requests a cell.")] = 3,
     busy: Annotated[int, typer.Option(help="Workers that compute at once.")] = 2,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Folder; repeatable. None: the embedded models.")
+    ] = None,
 ) -> None:
-    """Measures step times of the embedded model through the mesh, as a profile."""
-    out.write_text(asyncio.run(profile_bench.measure(repeats, busy, console)))
+    """Measures step times of the embedded models through the mesh, as a profile."""
+    models = tuple(model or ())
+    out.write_text(asyncio.run(profile_bench.measure(repeats, busy, models, console)))
     console.print(f"written to {out}")
 
 

@@ -1,4 +1,4 @@
-"""`python -m bench profile`: measures the embedded model's call times on this machine, as a
+"""`python -m bench profile`: measures the embedded models' call times on this machine, as a
 profile.
 
 Assignments are scripted, so that every degree is measured, the useless ones too. A cell is measured
@@ -28,8 +28,8 @@ _STEPS = 8
 _WORKERS = 4
 
 
-async def measure(repeats: int, busy: int, console: Console) -> str:
-    """The profile as CSV text, one row a (node, shape, degree)."""
+async def measure(repeats: int, busy: int, models: tuple[str, ...], console: Console) -> str:
+    """The profile as CSV text, one row a (model, node, shape, degree); no model: the embedded."""
     with tempfile.TemporaryDirectory(prefix="hocket-profile-") as folder:
         port = free_port()
         broker = await asyncio.create_subprocess_exec(
@@ -40,7 +40,7 @@ async def measure(repeats: int, busy: int, console: Console) -> str:
         try:
             url = f"nats://127.0.0.1:{port}"
             bus = await Bus.connect(url, "profile")
-            with WorkerPool(url, "profile", Path(folder), (), _WORKERS):
+            with WorkerPool(url, "profile", Path(folder), models, _WORKERS):
                 leader = Leader(bus, "profile", 1)
                 await leader.listen(_WORKERS)
                 rows = await _Measuring(leader, repeats, busy, console).rows()

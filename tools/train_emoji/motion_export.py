@@ -31,9 +31,15 @@ MOTION_CARD: dict[str, Any] = CARD | {
         "a fox bouncing",
         "a rocket flying on a blue background",
         "a star spinning on a purple background",
-        "a balloon growing",
-        "a key swinging on a green background",
+        "a cat growing on a pink background",
+        "a penguin swinging on a green background",
         "a red apple falling",
+        "a soccer ball bouncing on a green background",
+        "a bee flying on a yellow background",
+        "a robot spinning on a white background",
+        "a balloon growing",
+        "a moon swinging on a black background",
+        "a strawberry falling on a gray background",
     ],
 }
 
