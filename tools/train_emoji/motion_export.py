@@ -25,7 +25,7 @@ MOTION_CARD: dict[str, Any] = CARD | {
     "time_span": TIME_SPAN,
     "fps": 8,
     "guidance": {"kind": "cfg", "default": 1.5, "min": 1.0, "max": 4.0},
-    "steps": {"min": 1, "max": 100, "default": 16},
+    "steps": {"min": 1, "max": 100, "default": 12},
     "size_words": {f"{side}x{side}": word for side, word in SIZE_WORDS.items()},
     "examples": [
         "a fox bouncing",
