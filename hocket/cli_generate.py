@@ -12,7 +12,7 @@ import typer
 from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hocket import media_types, telemetry
@@ -108,7 +108,9 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
         async with HocketClient(gateway_address(found)) as client:
             return await client.models()
 
-    table = Table("model", "workflows", "shapes", "steps", "guidance", "degrees", "try")
+    # Folded rather than cut: two models' names may begin alike.
+    names, shapes = (Column(head, overflow="fold") for head in ("model", "shapes"))
+    table = Table(names, "workflows", shapes, "steps", "guidance", "degrees", "try")
     for info in run(work()):
         table.add_row(
             info.name,
@@ -117,7 +119,7 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
             f"{info.steps_min}-{info.steps_max} ({info.steps_default})",
             f"{info.guidance_kind} {info.guidance_default:g}",
             " ".join(str(degree) for degree in info.degrees),
-            "; ".join(info.examples[:3]),
+            "; ".join(info.examples[:2]),
         )
     console.print(table)
 

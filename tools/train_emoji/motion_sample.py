@@ -4,6 +4,7 @@ Whatever serves these weights must do exactly what `denoise` and `decode` do.
 """
 
 import argparse
+import textwrap
 from pathlib import Path
 
 import torch
@@ -75,36 +76,58 @@ def decode(pipe: Pipeline, tokens: torch.Tensor, side: int) -> torch.Tensor:
     return pixels.permute(0, 2, 3, 1)
 
 
-def strip(pipe: Pipeline, prompts: list[str], side: int, every: int = 1) -> Image.Image:
-    """A contact sheet: a row a prompt, seeds counting up from 1, a column every n-th frame."""
+def strip(pipe: Pipeline, clips: list[tuple[str, int]], side: int, shown: range) -> Image.Image:
+    """A contact sheet of (prompt, seed): a row each, a column for each frame that is shown."""
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(MOTION_ASSETS / "scheduler")
     steps, guidance = pipe.card["steps"]["default"], pipe.card["guidance"]["default"]
-    margin = 8 + 6 * max(len(prompt) for prompt in prompts)
-    shown = range(0, FRAMES, every)
-    whole = Image.new("RGB", (margin + len(shown) * side, len(prompts) * (side + 4)), "white")
+    margin, high = 150, side + 4
+    whole = Image.new("RGB", (margin + len(shown) * side, len(clips) * high), "white")
     draw = ImageDraw.Draw(whole)
-    for row, prompt in enumerate(prompts):
-        clip = decode(pipe, denoise(pipe, scheduler, prompt, side, row + 1, steps, guidance), side)
-        draw.text((4, row * (side + 4) + side // 2 - 6), prompt, fill="black")
+    for row, (prompt, seed) in enumerate(clips):
+        clip = decode(pipe, denoise(pipe, scheduler, prompt, side, seed, steps, guidance), side)
+        label = "\n".join(textwrap.wrap(prompt, margin // 6))
+        draw.multiline_text((4, row * high + side // 2 - 12), label, fill="black", spacing=1)
         for column, frame in enumerate(shown):
             picture = Image.fromarray(clip[frame].numpy())
-            whole.paste(picture, (margin + column * side, row * (side + 4)))
+            whole.paste(picture, (margin + column * side, row * high))
     return whole.point(lambda value: (value + 2) // 5 * 5)
 
 
+def everything(pipe: Pipeline) -> list[str]:
+    """Every thing once, the motions in turn, half of them on a named colour."""
+    text = pipe.text_encoder
+    shades, motions = len(text.config.colours), len(text.config.motions)
+    return [
+        text.phrase(thing, thing // 2 % shades if thing % 2 else 0, 1 + thing % motions)
+        for thing in range(1, len(text.config.things) + 1)
+    ]
+
+
 def main() -> None:
-    """Draw the sheets of the documentation, or one of the prompts named."""
+    """Draw a sheet of the card's examples, of the prompts named, or of every thing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompts", nargs="*")
+    parser.add_argument("--everything", action="store_true", help="every thing once")
     parser.add_argument("--folder", type=Path, default=MOTION_ASSETS)
     parser.add_argument("--side", type=int, default=64)
-    parser.add_argument("--every", type=int, default=1, help="show every n-th frame")
+    parser.add_argument("--every", type=int, default=2, help="show every n-th frame")
+    parser.add_argument("--columns", type=int, default=1, help="of clips")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     pipe = Pipeline.load(args.folder)
-    prompts = args.prompts or list(pipe.card["examples"])
-    strip(pipe, prompts, args.side, args.every).save(args.out, optimize=True)
+    prompts = args.prompts or (everything(pipe) if args.everything else pipe.card["examples"])
+    clips = [(prompt, seed) for seed, prompt in enumerate(prompts, start=1)]
+    tall = -(-len(clips) // args.columns)
+    shown = range(args.every // 2, FRAMES, args.every)
+    bands = [
+        strip(pipe, clips[first : first + tall], args.side, shown)
+        for first in range(0, len(clips), tall)
+    ]
+    sheet = Image.new("RGB", (sum(band.width for band in bands), bands[0].height), "white")
+    for place, band in enumerate(bands):
+        sheet.paste(band, (place * bands[0].width, 0))
+    sheet.save(args.out, optimize=True)
 
 
 if __name__ == "__main__":
