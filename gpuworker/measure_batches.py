@@ -24,7 +24,7 @@ _BATCHES = (1, 2, 4, 8)
 _ROUNDS = {64: 60, 128: 40, 256: 14}  # by side
 _WARM_UP = 2
 _SEED = 7
-_GUIDANCE = 1.5  # two branches, as in `python -m bench profile`
+_GUIDANCE = 1.5  # two branches, as in `python -m gpuworker profile`
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gpuworker.config import EMBEDDED_MODEL
+from gpuworker.config import EMBEDDED_MODELS
 from hocket.machine import machine_kind
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ Row = dict[str, str | int]
 
 def profile(
     model: Annotated[
-        str, typer.Argument(help="Folder or hub id; hocket-emoji is the embedded one.")
+        str, typer.Argument(help="Folder, hub id, hocket-emoji or hocket-emoji-motion.")
     ] = "hocket-emoji",
     sizes: Annotated[
         str, typer.Option(help="WIDTHxHEIGHT,… ; default: the sizes that the model names.")
@@ -73,7 +73,7 @@ def profile(
     rows: list[Row] = []
     interrupted = False
     try:
-        source = str(EMBEDDED_MODEL) if model == EMBEDDED_MODEL.name else model
+        source = {one.name: str(one) for one in EMBEDDED_MODELS}.get(model, model)
         for row in _measured(source, asked, console):
             rows.append(row)
             output.write_text(as_csv(rows), encoding="utf-8")  # whatever ends this, it is there
