@@ -252,7 +252,7 @@ class EmojiMixed(Parameters, frozen=True):
     cv: float = 1.0
     video_share: float = 0.15
     picture_steps: int = 20
-    video_steps: int = 16
+    video_steps: int = 12
     video_px: int = 64
     reference: str = "emoji_cpu.csv"  # profile of the times alone
 
