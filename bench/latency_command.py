@@ -27,7 +27,7 @@ from bench.latency_recording import (
     record,
     slow_from_us,
 )
-from bench.reporting.drawing import PNG_DPI, facets
+from bench.reporting.drawing import PNG_DPI, facets, house_style
 from bench.reporting.statistics import mean_interval
 from bench.reporting.style import THEME
 from bench.sim.case import ASSETS
@@ -86,7 +86,8 @@ def latency_command(
         unseen = [u for f in files for u in leave_out(f.stem, Profile.from_csv(f.read_text()))]
     rows = [_row(policy, noise, runs) for (policy, noise), runs in found.items()]
     out.mkdir(parents=True, exist_ok=True)
-    _curves(found, out / "curve.png")
+    with house_style():
+        _curves(found, out / "curve.png")
     text = _report(rows, alarms, unseen, seeds)
     (out / "README.md").write_text(text, encoding="utf-8")
     _show("recorded runs", Row.__struct_fields__, rows)
@@ -133,7 +134,7 @@ def _values(row: Row | Unseen) -> tuple[object, ...]:
 
 def _curves(found: dict[tuple[str, float], list[Learning]], path: Path) -> None:
     """Error at the unseen size step by step, and the slow worker's factor as it is believed."""
-    figure, axes = facets(2, 2, 3.6)
+    figure, axes = facets(2, 2, 3.6, (False, False))
     left, right = axes
     for noise, colour in zip(NOISES, ("hocket", "edf", "tetriserve"), strict=True):
         runs, ink = found["fixed-1", noise], THEME[colour][0]
@@ -149,6 +150,7 @@ def _curves(found: dict[tuple[str, float], list[Learning]], path: Path) -> None:
     left.set_title(f"Error at {UNSEEN.width} px, which no profile row tells of, %")
     left.set_xlabel("steps at that size")
     left.set_ylim(0, 20)
+    right.set_ylim(0.95, 1.45)
     right.axhline(SLOWDOWN, color=THEME["soft"][0], lw=0.8, ls=(0.0, (2, 3)))
     right.set_title("Factor believed of the worker that is 1.3 times slower")
     right.set_xlabel("its steps since it became slow")

@@ -110,7 +110,9 @@ class LatencyModel:
         doubt about one.
         """
         ratio = self._ratio(key, call_us)
-        cell = self._cells.pop(key, None) or Cell()
+        cell = self._cells.pop(key, None)
+        if cell is None:  # what was believed of it so far counts as two measurements
+            cell = Cell(self.predict(key).mean_us / self._base(key))
         self._cells[key] = cell  # now the last one
         if len(self._cells) > CELLS_MAX:
             self._forget(next(iter(self._cells)))
