@@ -47,7 +47,7 @@ def mesh(
 
 @app.command()
 def overheads(
-    turns: Annotated[int, typer.Option(help="Runs of each kind.", min=1)] = 12,
+    turns: Annotated[int, typer.Option(help="Runs of each kind.", min=1)] = 8,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
         "bench/results/overheads.json"
     ),

@@ -17,10 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.live_profile import live_profile
 from bench.live_run import Outcome, run_live
 from bench.reporting.statistics import mean_interval
 from bench.sim.case import Case, CaseError
@@ -65,6 +67,9 @@ def live_command(
     seeds: Annotated[str, typer.Option(help="0-4 or 3,5; default: the Case's own.")] = "",
     policies: Annotated[str, typer.Option(help="Labels or names out of the Case.")] = "",
     executor: Annotated[str, typer.Option(help="torch or emulated.")] = "torch",
+    calibrate: Annotated[
+        int | None, typer.Option(help="Seed of a live run before, whose times both start from.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for figures and timelines.")] = None,
 ) -> None:
     """Runs a Case on a live mesh and in the simulator, and compares them."""
@@ -76,6 +81,8 @@ def live_command(
     several = len(experiment.cells()) > 1
     found: list[Compared] = []
     with Progress(console=console, transient=True) as progress:
+        if calibrate is not None:
+            runs = _calibrated(runs, calibrate, executor, out, progress)
         for spec in runs:
             found.append(_both(spec, _label(spec, experiment, several), executor, out, progress))
             progress.console.print(_line(found[-1]), highlight=False)
@@ -83,6 +90,7 @@ def live_command(
     if out is not None:
         command = f"python -m bench live --case {case} --executor {executor}"
         command += f" --seeds {seeds}" if seeds else ""
+        command += f" --calibrate {calibrate}" if calibrate is not None else ""
         command += f" --policies {policies}" if policies else ""
         _write(out, experiment.file.title, command, found)
         console.print(f"written to {out}")
@@ -140,6 +148,26 @@ def _label(spec: RunSpec, experiment: Experiment, several: bool) -> str:
     """The policy, and what its cell has of its own."""
     own = {k: v for cell in experiment.cells() for k, v in cell.items() if spec.cell.get(k) == v}
     return spec.policy.shown + ("".join(f" {k}={v}" for k, v in own.items()) if several else "")
+
+
+def _calibrated(
+    runs: list[RunSpec], seed: int, executor: str, out: Path | None, progress: Progress
+) -> list[RunSpec]:
+    """The runs with a profile out of a live run of the first one's Case, with another seed."""
+    planned = msgspec.structs.replace(runs[0], seed=seed).to_case()
+    task = progress.add_task(f"calibrating, seed {seed}", total=len(planned.trace))
+    with tempfile.TemporaryDirectory(prefix="hocket-live-") as name:
+        folder = Path(name)
+        live = asyncio.run(
+            run_live(planned, folder, executor, lambda n, _: progress.update(task, completed=n))
+        )
+        asked = {live[t.id].name: t for t in planned.trace}
+        profile_csv = live_profile(planned.profile_csv, read_spans(folder / "traces"), asked)
+    progress.remove_task(task)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "profile.csv").write_text(profile_csv)
+    return [msgspec.structs.replace(spec, profile_csv=profile_csv) for spec in runs]
 
 
 def _both(

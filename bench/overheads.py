@@ -30,7 +30,7 @@ from hocket.spans import NODE, REQUEST, STEP
 from hocket.v1 import generation_pb2, types_pb2
 
 _CLUSTER = "overheads"
-_HALF, _OTHER = 8, 5  # steps of each half of a job, and of the job that overtakes it
+_HALF, _OTHER = 5, 2  # steps of each half of a job, and of the job that overtakes it
 _AIM = ("p50", 0.2)
 _TIMEOUT_US = 120_000_000  # pieces wait for each other
 _SPANS_S = 10.0

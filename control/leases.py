@@ -114,6 +114,7 @@ def _up(beat: mesh_pb2.Heartbeat, now_us: int) -> WorkerUp:
         incarnation=beat.incarnation,
         gpu=beat.device.profile_name,
         host=beat.host,
+        shares_cores=beat.device.kind == "cpu",
         models=tuple(
             ModelFacts(
                 name=model.name,

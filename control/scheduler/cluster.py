@@ -29,6 +29,7 @@ class Worker:
     draining: bool = False
     avoided: bool = False  # slow, and others can serve
     suspected: bool = False  # of being slow, with others; a call of its own would tell
+    shares_cores: bool = False  # with its peers: is not compared with them
     memory_mib: int = 0  # for weights; 0: everything it can run is there
     island: str = ""  # of close links, inside its host
     freed_us: int = 0  # not before this can it start what it gets next
@@ -182,6 +183,7 @@ class Cluster:
         before = (worker.host, worker.gpu, worker.island, worker.models)
         worker.host, worker.gpu, worker.models = fact.host, fact.gpu, models
         worker.memory_mib, worker.island = fact.memory_mib, fact.island
+        worker.shares_cores = fact.shares_cores
         worker.incarnation = fact.incarnation
         if before != (fact.host, fact.gpu, fact.island, models):
             self.changed()

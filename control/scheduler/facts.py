@@ -232,8 +232,9 @@ def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded, over: bool) -> None
     layout = Layout(ulysses=assignment.layout.degree)
     key = CellKey(model, gpus[0], assignment.node, shape, layout, flight.size)
     latency, stragglers, group = ledger.latency, ledger.stragglers, assignment.workers
+    compared = not any(ledger.cluster.workers[name].shares_cores for name in group)
     for step_us in times_us:
-        sample = latency.judge(key, step_us, group)
+        sample = latency.judge(key, step_us, group) if compared else None
         for news in stragglers.observe(group, sample, fact.at_us) if sample else ():
             ledger.notices.append(news)
             if news.factor > 1.0:

@@ -132,6 +132,7 @@ class WorkerUp(_Value, frozen=True, tag_field="kind", tag="worker_up"):
     memory_mib: int = 0  # for weights and activations; 0: all its models always fit
     weights: tuple[PartFacts, ...] = ()  # where its memory is bounded; those used last at the end
     island: str = ""  # workers of one host with the same island are linked closely; "": one island
+    shares_cores: bool = False  # with its peers: how slow it is says nothing of it
 
 
 class WorkerLost(_Value, frozen=True, tag_field="kind", tag="worker_lost"):
