@@ -91,7 +91,9 @@ class LatentShelf:
         self._put_bytes = put
         self._drop_bytes = drop
         self._shares = shares or Shares()
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # who waits for a step
+        self._over = threading.Condition(lock)  # the spilling thread: woken only for work
         self._entries: dict[str, _Entry] = {}  # least recently used first
         self._offered: dict[str, set[str]] = {}  # keys in the store, by request
         self._released: dict[str, None] = {}  # a step in hand may end after its request's release
@@ -111,7 +113,7 @@ class LatentShelf:
         with self._changed:
             if request not in self._released:
                 self._replace(request, _Entry.of(state))
-            self._changed.notify_all()
+            self._tell()
 
     def get(self, request: str, steps_done: int) -> LatentState | None:
         """The request's latent if it has exactly that many steps behind it; a spilled one comes
@@ -128,7 +130,7 @@ class LatentShelf:
         with self._changed:
             if self._entries.get(request) is entry:  # what cannot be read is held no more
                 self._replace(request, None if state is None else _Entry.of(state))
-                self._changed.notify_all()
+                self._tell()
         return state
 
     def steps_done(self, request: str) -> int | None:
@@ -147,13 +149,13 @@ class LatentShelf:
         finally:
             with self._changed:
                 self._in_hand = frozenset()
-                self._changed.notify_all()
+                self._tell()
 
     def spill_parked(self) -> None:
         """Makes all the room there is, soon: after an allocation failed."""
         with self._changed:
             self._pressed = True
-            self._changed.notify_all()
+            self._tell()
 
     def release(self, request: str) -> None:
         with self._changed:
@@ -162,7 +164,7 @@ class LatentShelf:
             self._released[request] = None
             while len(self._released) > _RELEASED_MAX:
                 del self._released[next(iter(self._released))]
-            self._changed.notify_all()
+            self._tell()
         for key in keys:
             self._drop_bytes(key)
 
@@ -216,11 +218,17 @@ class LatentShelf:
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
+            self._tell()
         if self._thread is not None:
             self._thread.join()
             assert self._shares.folder is not None
             shutil.rmtree(self._shares.folder, ignore_errors=True)
+
+    def _tell(self) -> None:
+        """The lock is held by the caller. Waking a thread for nothing would cost each step."""
+        self._changed.notify_all()
+        if self._thread is not None and (self._closed or self._next() is not None):
+            self._over.notify_all()
 
     def _has_reached(self, request: str, steps_done: int) -> bool:
         entry = self._entries.get(request)
@@ -248,7 +256,7 @@ class LatentShelf:
     def _spill_all(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._next() is not None)
+                self._over.wait_for(lambda: self._closed or self._next() is not None)
                 found = None if self._closed else self._next()
             if found is None:
                 return
@@ -265,7 +273,7 @@ class LatentShelf:
                     self._replace(request, spilled, newest=False)
                 elif spilled.file is not None:  # it was used, or released, meanwhile
                     spilled.file.unlink(missing_ok=True)
-                self._changed.notify_all()
+                self._tell()
 
     def _next(self) -> tuple[str, _Entry, Place] | None:
         """What has to be spilled now, and where to."""
