@@ -12,6 +12,7 @@ import csv
 import io
 import os
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,13 +73,25 @@ def profile(
     asked = replace(asked, busy=busy or asked.devices())
     rows: list[Row] = []
     interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    # Remembered, too: an interrupt that falls into a destructor is swallowed there.
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         source = {one.name: str(one) for one in EMBEDDED_MODELS}.get(model, model)
         for row in _measured(source, asked, console):
             rows.append(row)
             output.write_text(as_csv(rows), encoding="utf-8")  # whatever ends this, it is there
+            if interrupted:
+                break
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        signal.signal(signal.SIGINT, before)
     if rows:
         console.print(f"{len(rows)} cells written to {output}", soft_wrap=True)
     else:

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from bench.live_command import compare
 from bench.live_run import run_live
 from bench.sim.case import Case, ClusterSpec
-from bench.sim.trace import TraceRequest
 from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
-from tests.bench.test_live_profile import CSV
+from tests.bench.test_live_profile import CSV, asked
 
 
 async def test_every_request_of_the_case_has_an_outcome(tmp_path: Path) -> None:
     trace = tuple(
-        TraceRequest(
-            id=f"r{i}",
-            arrival_us=i * 50_000,
-            model="m",
-            workflow="txt2img",
-            width=64,
-            height=64,
-            frames=1,
-            steps=10,
-            slo_us=60_000_000,
-            priority=i % 2,
-        )
+        msgspec.structs.replace(asked(f"r{i}", i * 50_000), slo_us=60_000_000, priority=i % 2)
         for i in range(4)
     )
     case = Case(
