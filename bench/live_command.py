@@ -8,7 +8,6 @@ something out (moving, forming groups, the broker) or the profile is not of the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -175,16 +174,16 @@ def _both(
 ) -> Compared:
     planned = spec.to_case()
     task = progress.add_task(f"{label}, seed {spec.seed}", total=len(planned.trace))
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hocket-live-")))
+    with tempfile.TemporaryDirectory(prefix="hocket-live-") as name:
+        folder = Path(name)
 
         def told(ended: int, _: int) -> None:
             progress.update(task, completed=ended)
 
         live = asyncio.run(run_live(planned, folder, executor, told))
         if out is not None:
-            name = f"{label.replace(' ', '-').replace('=', '-')}-{spec.seed}"
-            _draw(folder, out / f"{name}.html", f"{spec.title}, {name}", planned, live)
+            run_name = f"{label.replace(' ', '-').replace('=', '-')}-{spec.seed}"
+            _draw(folder, out / f"{run_name}.html", f"{spec.title}, {run_name}", planned, live)
     progress.remove_task(task)
     return compare(label, spec.seed, planned, live)
 
