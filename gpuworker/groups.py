@@ -35,6 +35,8 @@ from hocket.clock import SystemClock
 
 DEFAULT_TIMEOUT_S = 30.0
 _SPENT_MAX = 4096  # member lists whose last epoch is remembered
+_LENGTH_BYTES = 8
+_HEAD_BYTES = 64 << 10  # the length and as much of a blob go first
 _SETTLE_POLL_S = 0.0002
 _PAUSE = threading.Event()  # never set: waiting for it gives the interpreter to others
 _CLOCK = SystemClock()
@@ -119,12 +121,20 @@ class Group:
         return int(self.broadcast(torch.tensor([value or 0], dtype=torch.int64), src))
 
     def broadcast_blob(self, blob: bytes | None, src: int = 0) -> bytes:
-        """Hands the bytes of `src` to every member; the others pass None."""
+        """Hands the bytes of `src` to every member; the others pass None. Small ones in one go."""
         assert blob is not None or self.rank != src, "the source has the blob"
-        mine = bytearray(blob or b"") if self.rank == src else None
-        length = self.broadcast_word(None if mine is None else len(mine), src)
-        whole = torch.frombuffer(mine or bytearray(length + 1), dtype=torch.uint8)[:length]
-        return self.broadcast(whole, src).numpy().tobytes()
+        head = bytearray(_HEAD_BYTES)
+        if blob is not None:
+            head[:_LENGTH_BYTES] = len(blob).to_bytes(_LENGTH_BYTES, "little")
+            head[_LENGTH_BYTES : _LENGTH_BYTES + len(blob)] = blob[: _HEAD_BYTES - _LENGTH_BYTES]
+        self.broadcast(torch.frombuffer(head, dtype=torch.uint8), src)
+        length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+        began = bytes(head[_LENGTH_BYTES : _LENGTH_BYTES + length])
+        if len(began) == length:
+            return began
+        rest = bytearray(length - len(began) if blob is None else blob[len(began) :])
+        self.broadcast(torch.frombuffer(rest, dtype=torch.uint8), src)
+        return began + bytes(rest)
 
     def channel(self, ranks: Sequence[int]) -> Any:
         """torch's own process group of some members, this one among them, for who wants one.

@@ -10,6 +10,7 @@ Call `setup` after a fork, never before: it starts a thread.
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import secrets
@@ -38,6 +39,7 @@ from hocket.config import otlp_endpoint
 from hocket.span_file import SpanFile
 
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}$")
+_CONTEXTS_KEPT = 256  # one request's spans come in a row
 _W3C = TraceContextTextMapPropagator()
 
 
@@ -102,6 +104,7 @@ def traceparent(context: Context | None = None) -> str:
     return carrier.get("traceparent", "")
 
 
+@functools.lru_cache(_CONTEXTS_KEPT)
 def context_from(traceparent: str) -> Context:
     """The context that a W3C traceparent names; an empty one when it is empty or malformed."""
     return _W3C.extract({"traceparent": traceparent}, Context())
@@ -142,7 +145,8 @@ def record_span(
     if error:
         span.set_status(Status(StatusCode.ERROR, error))
     span.end(end_ns)
-    return traceparent(trace.set_span_in_context(span, Context()))
+    made = span.get_span_context()
+    return f"00-{made.trace_id:032x}-{made.span_id:016x}-{made.trace_flags:02x}"
 
 
 class _CallDetails(Protocol):

@@ -65,7 +65,7 @@ class Hocket:
         "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
         "batch_max": Spec(0, low=0, high=4096),  # jobs that step together; 0: what the workers take
-        "commit_us": Spec(20_000, low=0),  # as many steps are committed as fit; at least one
+        "commit_us": Spec(50_000, low=0),  # as many steps are committed as fit; at least one
         "pod_workers": Spec(8, low=1),
         "steal": Spec(True),  # an idle pod takes waiting requests from others
         "preload": Spec(True),  # workers hold the weights that fit before the first request
