@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import resource
-import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -240,7 +240,7 @@ def model_info(facts: CardFacts, batch_max: int = 1) -> generation_pb2.ModelInfo
 
 
 def _host_memory() -> tuple[int, int]:
-    """(total, used by this process), in bytes. Asked for with each heartbeat: it has to be cheap."""
+    """(total, used by this process), in bytes; cheap, since each heartbeat asks."""
     page = os.sysconf("SC_PAGE_SIZE")
     try:
         used = int(Path("/proc/self/statm").read_text().split()[1]) * page

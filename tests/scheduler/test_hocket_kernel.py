@@ -235,6 +235,14 @@ def test_holding_the_wide_saves_the_urgent():
     assert decision.on == [1, 1] and decision.choice == [HOLD, 0]
 
 
+def test_slack_counts_for_nothing_once_somebody_is_given_up():
+    tab = tables([1], [10_000], [100])
+    rows = [job(50, steps=1), job(10_200, steps=1), job(10_500, steps=1, kind=1)]
+    decision = decided(rows, 1, 1, tab)
+    assert decision.on == [0, 1, 1] and decision.choice[1:] == [0, HOLD], "in deadline order"
+    assert decided(rows[1:], 1, 1, tab).choice == [HOLD, 0], "the urgent first, were it not for it"
+
+
 def rollout_operations_max(pod):
     """At each instant all live jobs are looked at; each ends a run of somebody, or is the first."""
     return len(pod.rows) * (1 + sum(row[STEPS_LEFT] + 3 for row in pod.rows))

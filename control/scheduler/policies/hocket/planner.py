@@ -56,7 +56,8 @@ class Hocket:
             4, low=0
         ),  # given-up jobs looked at again in each plan, where they are more
         "slack_sat_us": Spec(250_000, low=0),  # slack beyond this is worth nothing
-        "slack_worth": Spec(0.001, low=0.0),  # of a microsecond; a deadline is worth 1e9
+        # Of a microsecond of it, while all are on time; a deadline is worth 1e9.
+        "slack_worth": Spec(0.001, low=0.0),
         "coarseness": Spec(0.05, low=0.0, high=1.0),  # steps bunched by part of time looked ahead
         "fill_step_us": Spec(145_000, low=0),  # longer best-effort steps wait for an empty pod
         "slow_step_us": Spec(1_000_000, low=0),  # not even where no newcomer needs the worker
@@ -65,7 +66,7 @@ class Hocket:
         "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
         "batch_max": Spec(0, low=0, high=4096),  # jobs that step together; 0: what the workers take
-        "commit_us": Spec(50_000, low=0),  # as many steps are committed as fit; at least one
+        "commit_us": Spec(30_000, low=0),  # as many steps are committed as fit; at least one
         "pod_workers": Spec(8, low=1),
         "steal": Spec(True),  # an idle pod takes waiting requests from others
         "preload": Spec(True),  # workers hold the weights that fit before the first request
@@ -193,7 +194,7 @@ class Hocket:
             on,
             self._moves(ledger, roster),
             roster.tables(),
-            self._rules,
+            self._rules._replace(slack_worth=0.0) if roster.spare else self._rules,
             self._limits,
             self._trial,
             type(self._start)(*(a[:n] for a in self._start)),
