@@ -38,8 +38,8 @@ def mesh(
 ) -> None:
     """The mesh against the plain diffusers loop, groups, transfers, admission."""
     # No spinner: what it costs would be measured too.
-    console.print("measuring for about a minute: pairs of requests, admissions, groups of 2 and 4")
-    found = asyncio.run(mesh_bench.measure(pairs, admissions))
+    console.print("measuring for about five minutes: pairs, admissions, groups of 2 and 4")
+    found = asyncio.run(mesh_bench.measure(pairs, admissions, console.print))
     mesh_bench.write(found, out, f"python -m bench mesh --pairs {pairs} --admissions {admissions}")
     _show(found)
     console.print(f"written to {out}")

@@ -1,15 +1,13 @@
 """`python -m bench mesh`: what the mesh costs over the plain diffusers loop, on this machine.
 
-Paired and with spread, since machines are shared: each pair is one request through the whole mesh
-(gateway, control, broker, worker) and, right after it, the same request in the plain loop of
-`gpuworker.reference` in another process. Ratios and invariants are the gates; milliseconds are
+Paired and with spread, since machines are shared (`mesh_pairs`): both shipped models, every size,
+end to end and the denoising alone. Ratios and invariants are the gates; milliseconds are
 aims on an idle machine.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import sys
 import tempfile
@@ -18,16 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from hocket import spans
+from bench.mesh_pairs import Compared, Told, compared, paired
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
-from hocket.launcher import MeshPlan, RunningMesh, mesh
+from hocket.launcher import MeshPlan, mesh
 from hocket.machine import machine_kind
-from hocket.span_file import SpanRecord, read_spans
+from hocket.span_file import read_spans
 from hocket.v1.generation_pb2 import Accepted
 
 PROMPT = "a fox on a green background"
-SIDE, STEPS = 128, 20
+_RATIO = ("p50", 1.05)
 
 
 @dataclass(frozen=True)
@@ -81,95 +79,40 @@ class Findings:
         self.figures.append(Figure(name, unit, tuple(values), gate))
 
 
-async def measure(pairs: int, admissions: int) -> Findings:
-    """Starts a mesh of one worker with round boundaries and takes every figure."""
+async def measure(pairs: int, admissions: int, told: Told) -> Findings:
+    """Starts a mesh of one worker and takes every figure."""
     found = Findings()
     with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
-        plan = MeshPlan(state_dir=Path(folder), workers=1, policy="tetriserve", log_level="warning")
-        async with mesh(plan, _quiet) as running:
-            requests, plain_us = await _paired(running, pairs)
-            await _admissions(running, admissions, found)
+        plan = MeshPlan(state_dir=Path(folder), workers=1, log_level="warning")
+        async with mesh(plan, _quiet) as running, HocketClient(running.gateway) as client:
+            cells = await paired(client, pairs, told)
+            await _admissions(client, admissions, found)
         recorded = read_spans(Path(folder) / "traces")
-    _compare(recorded, requests, plain_us, found)
+    for cell in cells:
+        _add(found, cell.name, compared(cell, recorded))
     await _building_blocks(found)
     return found
 
 
-async def _paired(running: RunningMesh, pairs: int) -> tuple[list[str], list[list[int]]]:
-    plain = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "gpuworker.reference",
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    assert plain.stdin is not None and plain.stdout is not None
-    await plain.stdout.readline()
-    requests: list[str] = []
-    plain_us: list[list[int]] = []
-    async with HocketClient(running.gateway) as client:
-        for seed in range(pairs + 1):  # the first pair warms both up
-            asked = {"prompt": PROMPT, "side": SIDE, "seed": seed, "steps": STEPS}
-            plain.stdin.write(json.dumps(asked).encode() + b"\n")
-            step_us = json.loads(await plain.stdout.readline())["step_us"]
-            request = await _one(client, seed)
-            if seed:
-                requests.append(request)
-                plain_us.append(step_us)
-    plain.stdin.close()
-    await plain.wait()
-    return requests, plain_us
+def _add(found: Findings, cell: str, c: Compared) -> None:
+    found.add(f"end to end, mesh / plain, {cell}", "x", c.whole, _RATIO)
+    found.add(f"end to end, mesh - plain, {cell}", "ms", c.whole_more_ms)
+    found.add(f"denoising, mesh / plain, {cell}", "x", c.denoise, _RATIO)
+    found.add(f"median step, mesh / plain, {cell}", "x", c.step)
+    if c.gaps_ms:
+        found.add(f"gap between assignments, {cell}", "ms", c.gaps_ms, ("p99", 3.0))
+    if c.inner_ms:
+        found.add(f"gap between steps of one, {cell}", "ms", c.inner_ms)
 
 
-async def _one(client: HocketClient, seed: int) -> str:
-    name = ""
-    async for event in client.generate(PROMPT, shape=(SIDE, SIDE), steps=STEPS, seed=seed):
-        if isinstance(event, Accepted):
-            name = event.request_id
-    return name
-
-
-async def _admissions(running: RunningMesh, count: int, found: Findings) -> None:
+async def _admissions(client: HocketClient, count: int, found: Findings) -> None:
     took_ms = []
-    async with HocketClient(running.gateway) as client:
-        for seed in range(count + 5):
-            began_ns = steady_ns()
-            events = client.generate(PROMPT, shape=(64, 64), steps=1, seed=seed)
-            async for event in events:
-                if isinstance(event, Accepted) and seed >= 5:
-                    took_ms.append((steady_ns() - began_ns) / 1e6)
+    for seed in range(count + 5):
+        began_ns = steady_ns()
+        async for event in client.generate(PROMPT, shape=(64, 64), steps=1, seed=seed):
+            if isinstance(event, Accepted) and seed >= 5:
+                took_ms.append((steady_ns() - began_ns) / 1e6)
     found.add("Generate to accepted", "ms", took_ms, ("p99", 20.0))
-
-
-def _compare(
-    recorded: list[SpanRecord], requests: list[str], plain_us: list[list[int]], found: Findings
-) -> None:
-    ratios, step_ratios = [], []
-    gaps_ms: list[float] = []
-    inner_ms: list[float] = []
-    for request, plain in zip(requests, plain_us, strict=True):
-        steps = sorted(
-            (
-                s
-                for s in recorded
-                if s.name == spans.STEP
-                and s.attributes.get(spans.REQUEST) == request
-                and s.attributes.get(spans.NODE) == "dit"
-            ),
-            key=lambda s: s.start_unix_ns,
-        )
-        wall_us = (steps[-1].end_unix_ns - steps[0].start_unix_ns) / 1000
-        ratios.append(wall_us / sum(plain))
-        step_us = [(s.end_unix_ns - s.start_unix_ns) / 1000 for s in steps]
-        step_ratios.append(median(step_us) / median(plain))
-        for before, after in itertools.pairwise(steps):
-            gap_ms = (after.start_unix_ns - before.end_unix_ns) / 1e6
-            same = before.attributes[spans.SEQUENCE] == after.attributes[spans.SEQUENCE]
-            (inner_ms if same else gaps_ms).append(gap_ms)
-    found.add("denoise wall time, mesh / plain loop, degree 1", "x", ratios, ("p50", 1.05))
-    found.add("median step, mesh / plain loop, degree 1", "x", step_ratios)
-    found.add("gap between steps across a round boundary", "ms", gaps_ms, ("p99", 3.0))
-    found.add("gap between steps of one assignment", "ms", inner_ms)
 
 
 async def _building_blocks(found: Findings) -> None:
