@@ -4,12 +4,14 @@ A job may leave a batch between two steps, called off or given up; the others go
 group must agree on who stays, so the first member's control word says it:
 
     1  all go on      0  nobody does, the run is over      -mask  those whose bit is set, in order
+
+By the same exchange each member tells how much of the step that it saw end last was its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from gpuworker.executor import Media, RunNote, SideNote, StepNote, Stopwatch
 from gpuworker.groups import Group
@@ -29,6 +31,8 @@ class Run:
     steps: list[StepNote] = field(default_factory=list)
     unreported: Stopwatch = field(default_factory=Stopwatch)
     _left: dict[str, int] = field(default_factory=dict)  # steps behind those who left since a note
+    _ended: StepNote | None = None  # the last one
+    _own: dict[int, dict[int, int]] = field(default_factory=dict)  # step -> rank -> own time
 
     def __post_init__(self) -> None:
         self.members = list(self.assignment.batch)
@@ -40,6 +44,24 @@ class Run:
     def alone(self) -> bool:
         """It was no batch from the beginning: whatever fails is this job's."""
         return len(self.assignment.batch) == 1
+
+    def ended(self, note: StepNote) -> None:
+        """A step, or the one call of another node, has ended here."""
+        self.steps.append(note)
+        self._ended = note
+
+    def own(self) -> tuple[int, int]:
+        """What the other members are told: the last step that ended here, from 1 (0: none did), and
+        how much of it was this member's own (0: not known).
+        """
+        note = self._ended
+        return (0, 0) if note is None else (note.step + 1, note.own_us or 0)
+
+    def heard(self, told: Iterable[tuple[int, int]]) -> None:
+        """What `own` is on each member, in their order."""
+        for rank, (step, own_us) in enumerate(told):
+            if step and own_us:
+                self._own.setdefault(step - 1, {})[rank] = own_us
 
     def word(self, staying: Collection[str]) -> int:
         """The control word by which those go on."""
@@ -107,7 +129,7 @@ class Run:
         note = RunNote(
             assignment=self.assignment,
             behind=behind,
-            steps=tuple(self.steps),
+            steps=tuple(self._with_own(step) for step in self.steps),
             sides=tuple(self.sides),
             last=last,
             media=media or {},
@@ -117,3 +139,10 @@ class Run:
         self.sides.clear()
         self.unreported = Stopwatch()
         return note
+
+    def _with_own(self, note: StepNote) -> StepNote:
+        """A step, with every member's own part of it where all have told theirs."""
+        known, size = self._own.pop(note.step, {}), len(self.assignment.group.members)
+        if size == 1 or len(known) < size:
+            return note
+        return replace(note, members_us=tuple(known[rank] for rank in range(size)))
