@@ -254,7 +254,7 @@ class Engine:
         if run.group is None:
             return word
         told = run.group.share_words(word, *run.own())
-        run.heard((step, own_us) for _, step, own_us in told)
+        run.heard(row[1:] for row in told)
         return told[0][0]
 
     def _last_words(self, run: Run) -> None:

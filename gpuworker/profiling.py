@@ -148,7 +148,7 @@ def _calls(card: ModelCard, cell: Cell, group: Group | None, where: torch.device
     pace, times_us = pace_of(where), []
     for call in range(WARM_UPS + cell.calls):
         if group is not None:  # as before each step of an assignment
-            group.share_words(call, 0, 0)
+            group.share_words(call, 0, 0, 0)
         began = pace.start(group)
         _call(card, cell, states, team)
         times_us.append(pace.wait(pace.end(began, call)).duration_us)

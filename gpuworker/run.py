@@ -5,7 +5,8 @@ group must agree on who stays, so the first member's control word says it:
 
     1  all go on      0  nobody does, the run is over      -mask  those whose bit is set, in order
 
-By the same exchange each member tells how much of the step that it saw end last was its own.
+By the same exchange each member tells how much of the steps that it saw end last was its own: of
+two, for where steps are launched ahead as many end between the last exchanges.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gpuworker.groups import Group
 from hocket.v1 import mesh_pb2, types_pb2
 
 GO, STOP = 1, 0
+TOLD_STEPS = 2
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Run:
     steps: list[StepNote] = field(default_factory=list)
     unreported: Stopwatch = field(default_factory=Stopwatch)
     _left: dict[str, int] = field(default_factory=dict)  # steps behind those who left since a note
-    _ended: StepNote | None = None  # the last one
+    _ended: list[StepNote] = field(default_factory=list)  # the last ones, newest first
     _own: dict[int, dict[int, int]] = field(default_factory=dict)  # step -> rank -> own time
 
     def __post_init__(self) -> None:
@@ -48,20 +50,22 @@ class Run:
     def ended(self, note: StepNote) -> None:
         """A step, or the one call of another node, has ended here."""
         self.steps.append(note)
-        self._ended = note
+        self._ended = [note, *self._ended][:TOLD_STEPS]
 
-    def own(self) -> tuple[int, int]:
-        """What the other members are told: the last step that ended here, from 1 (0: none did), and
-        how much of it was this member's own (0: not known).
+    def own(self) -> list[int]:
+        """What the other members are told: steps that have ended here, and how much of the last of
+        them was this member's own, newest first (0: there was none, or it is not known).
         """
-        note = self._ended
-        return (0, 0) if note is None else (note.step + 1, note.own_us or 0)
+        own_us = [note.own_us or 0 for note in self._ended]
+        steps = self._ended[0].step + 1 if self._ended else 0
+        return [steps, *own_us, *[0] * (TOLD_STEPS - len(own_us))]
 
-    def heard(self, told: Iterable[tuple[int, int]]) -> None:
+    def heard(self, told: Iterable[Sequence[int]]) -> None:
         """What `own` is on each member, in their order."""
-        for rank, (step, own_us) in enumerate(told):
-            if step and own_us:
-                self._own.setdefault(step - 1, {})[rank] = own_us
+        for rank, (steps, *own_us) in enumerate(told):
+            for back, each in enumerate(own_us, 1):
+                if each:
+                    self._own.setdefault(steps - back, {})[rank] = each
 
     def word(self, staying: Collection[str]) -> int:
         """The control word by which those go on."""

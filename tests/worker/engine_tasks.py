@@ -37,6 +37,7 @@ class Order:
     broken: tuple[str, ...] = ()  # cannot be decoded
     lacking: tuple[str, ...] = ()  # their latents are nowhere
     busy_us: int = 0  # added to each call of the denoiser's network, at work
+    ahead: bool = False  # launches the next step before it looks at the last one's end
     lost_after: int = 0  # so many steps, this worker's groups are no more
 
 
@@ -84,7 +85,9 @@ def run_engine(member: Member, order: Order) -> tuple[list[Told], dict[str, byte
     cards = {card.facts.name: card}
     sources = Sources(member.name, inbox, shelf, member.rendezvous, _nobody)
     memory = Memory(cards, CPU, weights, shelf)
-    engine = Engine(member.name, cards, inbox, shelf, member.groups, sources, Pace(), memory)
+    pace = Pace()
+    pace.ahead = order.ahead
+    engine = Engine(member.name, cards, inbox, shelf, member.groups, sources, pace, memory)
     for assignment in assignments:
         inbox.put(assignment)
     notes: list[RunNote] = []

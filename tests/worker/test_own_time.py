@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from statistics import median
 
 import pytest
+import torch
 
+from gpuworker import own_time
 from gpuworker.executor import StepNote
 from gpuworker.run import Run
 from hocket.v1 import mesh_pb2, types_pb2
@@ -36,11 +38,16 @@ def run_pair(
     return first, second
 
 
-@pytest.mark.parametrize("slow", [0, 1])
-def test_the_report_says_which_of_two_was_slow(pool: Pool, flux: Reference, slow: int) -> None:
+@pytest.mark.parametrize(
+    ("slow", "ahead"),
+    [(0, (False, False)), (1, (False, False)), (1, (True, True)), (0, (True, False))],
+)
+def test_the_report_says_which_of_two_was_slow(
+    pool: Pool, flux: Reference, slow: int, ahead: tuple[bool, bool]
+) -> None:
     busy = [0, 0]
     busy[slow] = BUSY_US
-    notes, _ = run_pair(pool, flux, busy_us=busy)
+    notes, _ = run_pair(pool, flux, busy_us=busy, ahead=ahead)
     own = [row for note in notes if note.sequence == 2 for row in note.members_us]
     assert len(own) == STEPS and all(len(row) == 2 for row in own), "the last one's, too"
     assert all(row[slow] >= BUSY_US for row in own)
@@ -76,14 +83,37 @@ def test_exchanges_that_are_not_seen_make_it_unknown(pool: Pool, goes_around: bo
         assert all(1 <= us < 1_000_000 for us in own)
 
 
+class Mark:
+    """An event of a stream that has come by."""
+
+    def __init__(self, at_ms: float) -> None:
+        self._at_ms = at_ms
+
+    def elapsed_time(self, later: Mark) -> float:
+        return later._at_ms - self._at_ms
+
+
+def test_on_a_gpu_marks_around_each_exchange_are_read_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stands in for a GPU, which this machine may not have."""
+    times_ms = iter((1.0, 3.5, 7.0, 8.0))
+    monkeypatch.setattr(own_time, "_mark", lambda: Mark(next(times_ms)))
+    waited, gpu = own_time.Waited(), torch.device("cuda")
+    for _ in range(2):
+        waited.begin(gpu)
+        waited.end(gpu)
+    assert waited.own_us(10_000) == 6_500
+
+
 def test_own_times_are_told_by_step_and_only_where_all_are_known() -> None:
     """On a GPU a member may be a step ahead of the others."""
     group = types_pb2.Group(members=["w0", "w1"])
     run = Run(mesh_pb2.Assignment(group=group, batch=[mesh_pb2.BatchMember(request_id="r")]))
-    assert run.own() == (0, 0)
+    assert run.own() == [0, 0, 0]
     for step, own_us in enumerate((70, 71, None, 73)):
         run.ended(StepNote(step, 0, 0, 100, own_us))
-        run.heard([run.own(), (step, 50 + step)])  # the other one is a step behind
-    assert run.own() == (4, 73)
+        run.heard([run.own(), [step, 50 + step, 0]])  # the other one is a step behind
+    assert run.own() == [4, 73, 0]
     steps = run.note(4, resolved={}).steps
     assert [step.members_us for step in steps] == [(70, 51), (71, 52), (), ()]
