@@ -24,7 +24,7 @@ from control.scheduler.estimate import Cells, estimate_from, fitted, from_relati
 from control.scheduler.latency import LatencyModel
 from control.scheduler.profile import CellKey, Family, Profile
 from control.scheduler.settings import Settings, SettingValue
-from control.scheduler.stragglers import Stragglers
+from control.scheduler.stragglers import Stragglers, own_excesses
 from control.scheduler.values import DIT, Layout, Shape, StepsEnded
 
 PROFILE = "flux.1-dev_h100_h28.csv"
@@ -42,6 +42,7 @@ class Step:
     group: tuple[str, ...]
     step_us: int
     true_us: float  # the median: of the noise too
+    own_us: tuple[int, ...] = ()  # of that, each member's own; empty for one member
 
 
 @dataclass(slots=True)
@@ -89,7 +90,9 @@ def record(seed: int, noise: float, slowdown: float, policy: str = "hocket") -> 
         key = CellKey(request.model, cluster.gpu, a.node, request.shape, layout, len(a.batch))
         us = profile.call_us(key)
         assert us is not None, "the profile has all cells of this workload"
-        steps += [Step(fact.at_us, key, a.workers, t, us * typical) for t in fact.step_time_us]
+        assert len(fact.step_time_us) == 1, "each step is reported by itself"
+        (took_us,), own_us = fact.step_time_us, fact.member_time_us
+        steps.append(Step(fact.at_us, key, a.workers, took_us, us * typical, own_us))
     return steps
 
 
@@ -122,8 +125,8 @@ def learn(steps: Sequence[Step], slow_from_us: int) -> Learning:
         if step.key.node == DIT and (not slow or factor > 1.0):
             _judge(found, step, model, untaught, factor)
         sample = model.judge(step.key, step.step_us, step.group)
-        news = stragglers.observe(step.group, sample, step.at_us) if sample else []
-        for one in news:
+        own = own_excesses(step.own_us, model.spread(step.key))
+        for one in stragglers.observe(step.group, sample, step.at_us, own):
             if one.factor > 1.0:
                 model.disown(one.worker)
                 if one.worker == SLOW_WORKER and slow:
@@ -156,9 +159,14 @@ def _judge(
         found.known.append(error)
 
 
-def false_alarms(sigma: float, seed: int, steps: int, degrees: tuple[int, ...]) -> int:
-    """Workers flagged among eight equal ones: random groups and sizes, lognormal noise."""
+def false_alarms(
+    sigma: float, seed: int, steps: int, degrees: tuple[int, ...], *, own: bool = True
+) -> int:
+    """Workers flagged among eight equal ones: random groups and sizes, lognormal noise; `own`:
+    members' own times are told, which scatter as much.
+    """
     profile, settings, rng = told(1.0), Settings(), random.Random(seed)
+    own_rng = random.Random(f"own {seed}")
     model, stragglers = LatencyModel(profile, settings), Stragglers(settings)
     names, alarms = [f"w{i}" for i in range(8)], 0
     for at_us in range(steps):
@@ -170,11 +178,21 @@ def false_alarms(sigma: float, seed: int, steps: int, degrees: tuple[int, ...]) 
         assert us is not None
         step_us = round(us * math.exp(rng.gauss(0.0, sigma)))
         sample = model.judge(key, step_us, group)
-        news = stragglers.observe(group, sample, at_us) if sample else []
+        own_us = _own_us(step_us, sigma, own_rng, degree) if own else ()
+        excesses = own_excesses(own_us, model.spread(key))
+        news = stragglers.observe(group, sample, at_us, excesses)
         alarms += sum(n.factor > 1.0 for n in news)
         if stragglers.factor(group) == 1.0 and model.observe(key, step_us, group):
             stragglers.forgive()
     return alarms
+
+
+def _own_us(step_us: int, sigma: float, rng: random.Random, degree: int) -> tuple[int, ...]:
+    """The slowest of equal members waits for nobody; the others by chance."""
+    if degree == 1:
+        return ()
+    parts = [math.exp(rng.gauss(0.0, sigma)) for _ in range(degree)]
+    return tuple(max(1, round(step_us * part / max(parts))) for part in parts)
 
 
 class Unseen(NamedTuple):

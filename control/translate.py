@@ -75,6 +75,7 @@ def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
         group_time_us=report.group_time_us,
         transfer_time_us=report.transfer_time_us,
         load_time_us=report.load_time_us,
+        member_time_us=tuple(report.member_time_us),
     )
 
 

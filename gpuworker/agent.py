@@ -235,6 +235,7 @@ class Agent:
             transfer_time_us=_side_us(note, spans.TRANSFER),
             load_time_us=sum(int(s.attributes.get(spans.WAITED_US, 0)) for s in note.sides),
             report_sequence=self._reports,
+            member_time_us=_members_us(note),
         )
         if note.failure is not None:
             report.failure.metadata["suspects"] = ",".join(note.suspects)
@@ -278,6 +279,7 @@ class Agent:
                         spans.STEPS: member.steps_total if denoising else 1,
                         spans.PREDICTED_US: assignment.predicted_step_time_us,
                         spans.SEQUENCE: assignment.sequence,
+                        **({spans.MEMBERS_US: step.members_us} if step.members_us else {}),
                     },
                 )
 
@@ -328,6 +330,14 @@ def _not_stored(note: RunNote, request: str, problem: str, *, last: bool) -> Run
 
 def _side_us(note: RunNote, name: str) -> int:
     return sum(s.end_unix_ns - s.start_unix_ns for s in note.sides if s.name == name) // 1000
+
+
+def _members_us(note: RunNote) -> list[int]:
+    """Step by step, each member's own time; nothing where no step's are known."""
+    if not any(step.members_us for step in note.steps):
+        return []
+    unknown = (0,) * len(note.assignment.group.members)
+    return [own_us for step in note.steps for own_us in step.members_us or unknown]
 
 
 def void(_: object) -> None:

@@ -373,10 +373,13 @@ class EmulatedExecutor:
         if assignment.node == "vae" and self._media:
             info = types_pb2.MediaInfo(media_type="image/png", width=8, height=8, frames=1)
             media = {request: Media(_blank_png(), info) for request in behind}
+        size = len(assignment.group.members)
+        members_us = (step_us,) * size if size > 1 else ()  # nobody is slower than the others here
+        note = StepNote(step, now_ns - step_us * 1000, now_ns, step_us, step_us, members_us)
         return RunNote(
             assignment=assignment,
             behind=behind,
-            steps=(StepNote(step, now_ns - step_us * 1000, now_ns, step_us),),
+            steps=(note,),
             last=last,
             media=media,
         )

@@ -6,7 +6,9 @@ free of deadlocks:
 
 * Every member takes every assignment, in sequence order, and enters its group, truncated or not.
   Before each step the first member decides whether the group goes on, and with which jobs of a
-  batch, and tells the others by a control word; nobody leaves alone.
+  batch, and tells the others by a control word; nobody leaves alone. By the same exchange, and by
+  one more behind the last step, each tells how much of a step was its own. All members make the
+  same exchanges, whatever happens: they hang on nothing but words and the steps made.
 * A step returns a new latent. The old one stays on the shelf until the new one is complete, so
   whatever survives a crash is the exact state after some step.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -146,11 +149,12 @@ class Engine:
         launched: deque[tuple[list[LatentState], Ended]] = deque()  # and not seen to end
         while made < run.assignment.steps:
             word = self._word(run, made)
+            self._report(run, seen, listener)
             if word != GO:  # whoever leaves does so with the steps that it has run
                 seen += self._land_all(run, launched)
             if not run.obey(word, made):
                 break
-            began = self._pace.start()
+            began = self._pace.start(run.group)
             fresh = card.step([states[m.request_id] for m in run.members], team)
             states = {m.request_id: s for m, s in zip(run.members, fresh, strict=True)}
             launched.append((fresh, self._pace.end(began, made)))
@@ -158,15 +162,16 @@ class Engine:
             while len(launched) > self._pace.ahead:
                 self._land(run, *launched.popleft())
                 seen += 1
-            if (
-                seen
-                and made < run.assignment.steps
-                and run.leads(self._worker)
-                and run.unreported.elapsed_ns() >= _REPORT_EVERY_NS
-            ):
-                listener(run.note(seen, resolved={}))
         self._land_all(run, launched)
+        if made:
+            self._last_words(run)
         return run.note(made, last=True, resolved={})
+
+    def _report(self, run: Run, seen: int, listener: Listener) -> None:
+        """Tells of steps that were seen to end, once the other members have told of theirs."""
+        due = run.steps and run.unreported.elapsed_ns() >= _REPORT_EVERY_NS
+        if due and run.leads(self._worker):
+            listener(run.note(seen, resolved={}))
 
     def _land_all(self, run: Run, launched: deque[tuple[list[LatentState], Ended]]) -> int:
         """Waits for all that was launched; how many steps that were."""
@@ -177,11 +182,11 @@ class Engine:
 
     def _land(self, run: Run, states: Sequence[LatentState], ended: Ended) -> None:
         """Waits for the end of a call on this member's device; what it made is shown from then."""
-        note = self._pace.wait(ended, run.group)
+        note = self._pace.wait(ended)
         for member, state in zip(run.members, states, strict=True):
             self._shelf.put(member.request_id, state)
         self._groups.acknowledge()
-        run.steps.append(note)
+        run.ended(note)
 
     def _decode(self, run: Run, listener: Listener) -> RunNote:
         """Each job is told of as soon as its file is made: others may take long, or fail."""
@@ -199,7 +204,7 @@ class Engine:
             except Exception as error:
                 self._give_up(run, member, error, listener)
                 continue
-            run.steps.append(began.step(0))
+            run.ended(began.step(0))
             last = member is run.members[-1]
             note = run.note_of(member, made, last=last)
             if last:
@@ -249,7 +254,15 @@ class Engine:
         word = run.word(self._inbox.staying(run.assignment, made))
         if run.group is None:
             return word
-        return run.group.broadcast_word(word if run.group.rank == 0 else None)
+        told = run.group.share_words(word, *run.own())
+        run.heard(row[1:] for row in told)
+        return told[0][0]
+
+    def _last_words(self, run: Run) -> None:
+        """How much of the last step was whose; who does not come now takes no step back."""
+        if run.group is not None:
+            with suppress(GroupLost):
+                self._word(run, 0)
 
     def _others(self, run: Run) -> tuple[str, ...]:
         return tuple(name for name in run.assignment.group.members if name != self._worker)

@@ -24,6 +24,8 @@ class StepNote:
     start_unix_ns: int
     end_unix_ns: int
     duration_us: int
+    own_us: int | None = None  # without what this member spent in exchanges; None: not known
+    members_us: tuple[int, ...] = ()  # the same of all members, in their order; empty: not known
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,20 @@ On a GPU a step is only *launched* by the code that makes it. `end` leaves an ev
 engine waits for that event before it shows the step to anyone, and reads the time from it then. So
 no synchronisation is made for a figure, and while steps are short the next one is launched before
 the last is waited for: the GPU goes from one to the other without a gap.
+
+Between `start` and `end` the group adds up what the step spends in exchanges (own_time.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from gpuworker.executor import StepNote, Stopwatch
 from gpuworker.groups import Group
+from gpuworker.own_time import Waited
 
 _AHEAD_BELOW_US = 50_000  # a longer step would make a truncation wait, and hides its launch anyway
 
@@ -23,8 +27,14 @@ class Ended(NamedTuple):
 
     step: int
     watch: Stopwatch
+    group: Group | None  # whose members made it; None: this worker alone
+    waited: Waited | None
     start: Any = None
     end: Any = None
+
+    def own_us(self, took_us: int) -> int | None:
+        """How much of it was this member's own; None: not known."""
+        return took_us if self.waited is None else self.waited.own_us(took_us)
 
 
 class Pace:
@@ -35,18 +45,28 @@ class Pace:
     def enter(self) -> None:
         """To be called by the compute thread, once."""
 
-    def start(self) -> Ended:
+    def start(self, group: Group | None = None) -> Ended:
         """Marks where a call begins."""
-        return Ended(0, Stopwatch())
+        waited = None if group is None else group.watch()
+        return Ended(0, Stopwatch(), group, waited, self._mark())
 
     def end(self, started: Ended, step: int) -> Ended:
         """Marks where it ends, as the assignment's `step`-th."""
-        return started._replace(step=step, end=started.watch.step(step))
+        if started.group is not None:
+            started.group.unwatch()
+        return started._replace(step=step, end=self._end(started, step))
 
-    def wait(self, ended: Ended, group: Group | None) -> StepNote:
+    def wait(self, ended: Ended) -> StepNote:
         """Returns when the call has ended on this device. Raises `GroupLost`."""
         note: StepNote = ended.end
         return note
+
+    def _mark(self) -> Any:
+        """Where the device is, on its own clock."""
+
+    def _end(self, started: Ended, step: int) -> Any:
+        note = started.watch.step(step)
+        return replace(note, own_us=started.own_us(note.duration_us))
 
 
 class CudaPace(Pace):
@@ -58,25 +78,23 @@ class CudaPace(Pace):
     def enter(self) -> None:
         torch.cuda.set_device(self._device)  # a thread's own: it would be the first GPU
 
-    def start(self) -> Ended:
-        return Ended(0, Stopwatch(), self._mark())
-
-    def end(self, started: Ended, step: int) -> Ended:
-        return started._replace(step=step, end=self._mark())
-
-    def wait(self, ended: Ended, group: Group | None) -> StepNote:
-        if group is None:
+    def wait(self, ended: Ended) -> StepNote:
+        if ended.group is None:
             ended.end.synchronize()
         else:
-            group.settle(ended.end)
+            ended.group.settle(ended.end)
         took_us = int(ended.start.elapsed_time(ended.end) * 1000)
         self.ahead = took_us < _AHEAD_BELOW_US
-        return ended.watch.ended(ended.step, took_us)
+        note = ended.watch.ended(ended.step, took_us)
+        return replace(note, own_us=ended.own_us(took_us))
 
     def _mark(self) -> Any:
         event: Any = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record()
         return event
+
+    def _end(self, started: Ended, step: int) -> Any:
+        return self._mark()
 
 
 def pace_of(device: torch.device) -> Pace:

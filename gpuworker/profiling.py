@@ -148,10 +148,10 @@ def _calls(card: ModelCard, cell: Cell, group: Group | None, where: torch.device
     pace, times_us = pace_of(where), []
     for call in range(WARM_UPS + cell.calls):
         if group is not None:  # as before each step of an assignment
-            group.broadcast_word(call if group.rank == 0 else None)
-        began = pace.start()
+            group.share_words(call, 0, 0, 0)
+        began = pace.start(group)
         _call(card, cell, states, team)
-        times_us.append(pace.wait(pace.end(began, call), group).duration_us)
+        times_us.append(pace.wait(pace.end(began, call)).duration_us)
     return times_us[WARM_UPS:]
 
 

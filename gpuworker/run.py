@@ -4,18 +4,22 @@ A job may leave a batch between two steps, called off or given up; the others go
 group must agree on who stays, so the first member's control word says it:
 
     1  all go on      0  nobody does, the run is over      -mask  those whose bit is set, in order
+
+By the same exchange each member tells how much of the steps that it saw end last was its own: of
+two, for where steps are launched ahead as many end between the last exchanges.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from gpuworker.executor import Media, RunNote, SideNote, StepNote, Stopwatch
 from gpuworker.groups import Group
 from hocket.v1 import mesh_pb2, types_pb2
 
 GO, STOP = 1, 0
+TOLD_STEPS = 2
 
 
 @dataclass
@@ -29,6 +33,8 @@ class Run:
     steps: list[StepNote] = field(default_factory=list)
     unreported: Stopwatch = field(default_factory=Stopwatch)
     _left: dict[str, int] = field(default_factory=dict)  # steps behind those who left since a note
+    _ended: list[StepNote] = field(default_factory=list)  # the last ones, newest first
+    _own: dict[int, dict[int, int]] = field(default_factory=dict)  # step -> rank -> own time
 
     def __post_init__(self) -> None:
         self.members = list(self.assignment.batch)
@@ -40,6 +46,26 @@ class Run:
     def alone(self) -> bool:
         """It was no batch from the beginning: whatever fails is this job's."""
         return len(self.assignment.batch) == 1
+
+    def ended(self, note: StepNote) -> None:
+        """A step, or the one call of another node, has ended here."""
+        self.steps.append(note)
+        self._ended = [note, *self._ended][:TOLD_STEPS]
+
+    def own(self) -> list[int]:
+        """What the other members are told: steps that have ended here, and how much of the last of
+        them was this member's own, newest first (0: there was none, or it is not known).
+        """
+        own_us = [note.own_us or 0 for note in self._ended]
+        steps = self._ended[0].step + 1 if self._ended else 0
+        return [steps, *own_us, *[0] * (TOLD_STEPS - len(own_us))]
+
+    def heard(self, told: Iterable[Sequence[int]]) -> None:
+        """What `own` is on each member, in their order."""
+        for rank, (steps, *own_us) in enumerate(told):
+            for back, each in enumerate(own_us, 1):
+                if each:
+                    self._own.setdefault(steps - back, {})[rank] = each
 
     def word(self, staying: Collection[str]) -> int:
         """The control word by which those go on."""
@@ -107,7 +133,7 @@ class Run:
         note = RunNote(
             assignment=self.assignment,
             behind=behind,
-            steps=tuple(self.steps),
+            steps=tuple(self._with_own(step) for step in self.steps),
             sides=tuple(self.sides),
             last=last,
             media=media or {},
@@ -117,3 +143,10 @@ class Run:
         self.sides.clear()
         self.unreported = Stopwatch()
         return note
+
+    def _with_own(self, note: StepNote) -> StepNote:
+        """A step, with every member's own part of it where all have told theirs."""
+        known, size = self._own.pop(note.step, {}), len(self.assignment.group.members)
+        if size == 1 or len(known) < size:
+            return note
+        return replace(note, members_us=tuple(known[rank] for rank in range(size)))

@@ -32,6 +32,7 @@ STEPS = "hocket.steps"
 DEGREE = "hocket.degree"
 WORKERS = "hocket.workers"  # names, first member first
 WORKER = "hocket.worker"
+MEMBERS_US = "hocket.members_us"  # of a step: how much was each worker's own, in their order
 PREDICTED_US = "hocket.predicted_us"
 DEADLINE_US = "hocket.deadline_us"
 ROUND_NUMBER = "hocket.round"

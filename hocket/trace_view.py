@@ -13,6 +13,7 @@ from hocket.span_file import SpanRecord
 
 _LABEL_COLUMNS = 34
 _BAR_COLUMNS = 30
+WAITED_SHOWN = 0.1  # of the slowest member's own time: a shorter wait is no news
 _ON_WORKER = (names.STEP, names.GROUP, names.TRANSFER, names.PUBLISH)
 
 
@@ -68,7 +69,7 @@ def chrome_trace(spans: Sequence[SpanRecord]) -> dict[str, object]:
         events.append({**_metadata("thread_sort_index", track, ""), "args": {"sort_index": track}})
     for span in shown:
         for worker in _workers(span):
-            events.append(_slice(span, tracks[worker], start_ns))
+            events.append(_slice(span, worker, tracks[worker], start_ns))
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
@@ -119,6 +120,8 @@ def _facts(span: SpanRecord, took_ms: float) -> str:
     if span.name == names.STEP and _number(seen.get(names.PREDICTED_US)) > 0:
         predicted_ms = _number(seen[names.PREDICTED_US]) / 1e3
         facts.append(f"predicted {predicted_ms:.1f} ms ({took_ms / predicted_ms - 1:+.0%})")
+    if waited := _waited(span):
+        facts.append(waited)
     if names.FROM in seen or names.TO in seen:
         facts.append(f"{seen.get(names.FROM, '?')} -> {seen.get(names.TO, '?')}")
     if names.BYTES in seen:
@@ -130,7 +133,7 @@ def _facts(span: SpanRecord, took_ms: float) -> str:
     return " ".join(facts)
 
 
-def _slice(span: SpanRecord, track: int, start_ns: int) -> dict[str, object]:
+def _slice(span: SpanRecord, worker: str, track: int, start_ns: int) -> dict[str, object]:
     seen = span.attributes
     title = str(seen.get(names.NODE, span.name)) if span.name == names.STEP else span.name
     facts = {
@@ -138,6 +141,7 @@ def _slice(span: SpanRecord, track: int, start_ns: int) -> dict[str, object]:
         "step": seen.get(names.STEP_INDEX),
         "degree": seen.get(names.DEGREE),
         "predicted_us": seen.get(names.PREDICTED_US),
+        "own_us": _own_us(span).get(worker),
         "trace": span.trace_id,
     }
     return {
@@ -167,6 +171,26 @@ def _workers(span: SpanRecord) -> list[str]:
 def _by_number(worker: str) -> tuple[str, int]:
     stem = worker.rstrip("0123456789")
     return stem, int(worker[len(stem) :] or 0)
+
+
+def _waited(span: SpanRecord) -> str:
+    """How long the members of a step waited for the slowest; nothing where that is no news."""
+    own_us = _own_us(span)
+    if not own_us:
+        return ""
+    slowest = max(own_us, key=lambda worker: own_us[worker])
+    longest_us = own_us[slowest] - min(own_us.values())
+    if longest_us < WAITED_SHOWN * own_us[slowest]:
+        return ""
+    return f"waited {longest_us / 1e3:.1f} ms for {slowest}"
+
+
+def _own_us(span: SpanRecord) -> dict[str, float]:
+    """How much of a step was each worker's own; empty where that is not known."""
+    members, told = _workers(span), span.attributes.get(names.MEMBERS_US)
+    if span.name != names.STEP or not isinstance(told, list) or len(told) != len(members):
+        return {}
+    return {worker: _number(own_us) for worker, own_us in zip(members, told, strict=True)}
 
 
 def _number(value: object) -> float:

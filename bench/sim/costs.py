@@ -5,6 +5,8 @@ Moving costs lie inside the run's interval, before its first step, and are told 
     group change   the job goes on on other workers: its latent moves
     cold group     these workers, in this order and epoch, never worked together: they form a group
     noise          each step takes 1 + x times the profile's time, x exponential
+    own times      what of a group's step is each member's own: 1 + x times its part, x of a stream
+                   that is the member's, brought to scale so that the slowest waits for nobody
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import math
 import zlib
 
 import msgspec
+
+from control.scheduler.values import Assignment
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -59,6 +63,34 @@ class Straggler(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise CostError("from_us", self.from_us, f"0..{self.until_us - 1}, before until_us")
         if not 1 <= self.factor <= 1000:
             raise CostError("factor", self.factor, "1..1000")
+
+
+class StepTimes:
+    """What a step takes on a group, and how much of that is each member's own."""
+
+    def __init__(self, costs: Costs, stragglers: tuple[Straggler, ...], seed: int) -> None:
+        self._noise = Noise(costs.noise, seed)
+        self._slow = Slowness(stragglers)
+        self._even = not (costs.noise or stragglers)
+
+    def of(self, a: Assignment, made: int, call_us: int, at_us: int) -> tuple[int, tuple[int, ...]]:
+        """Of the step behind `made` ones, which begins then and would take `call_us`."""
+        step_us = call_us
+        first = a.batch[0]
+        if not self._even:
+            noise = self._noise.factor(first.request, a.node, first.first_step + made)
+            step_us = round(step_us * noise * self._slow.factor(a.workers, at_us))
+        if len(a.workers) == 1:
+            return step_us, ()
+        if self._even:
+            return step_us, (step_us,) * len(a.workers)
+        parts = [
+            self._slow.factor((worker,), at_us)
+            * self._noise.factor(first.request, f"{a.node}/{worker}", first.first_step + made)
+            for worker in a.workers
+        ]
+        longest = max(parts)
+        return step_us, tuple(max(1, round(step_us * part / longest)) for part in parts)
 
 
 class Noise:

@@ -20,8 +20,10 @@ class Running:
     stop_at: int | None = None  # truncated: over at the next step that reaches this number
     steps_done: int = 0
     step_us: int = 0  # of the step under way
+    own_us: tuple[int, ...] = ()  # of that, each member's own; empty for one member
     reported_us: int = 0  # the last report went out, or the first step began
     unreported: list[int] = field(default_factory=list)  # times of steps since then
+    unreported_own: list[int] = field(default_factory=list)  # and of each, each member's own
     setup_us: tuple[int, int, int] = (0, 0, 0)  # load, transfer, group: for the first report
     leaving: list[Member] = field(default_factory=list)  # called off: out at the end of the step
     left: list[JobProgress] = field(default_factory=list)  # since the last report

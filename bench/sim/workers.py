@@ -36,7 +36,7 @@ from control.scheduler.values import (
 )
 
 from .case import Case
-from .costs import Noise, Slowness
+from .costs import StepTimes
 from .invariants import Checker
 from .running import Running
 
@@ -53,9 +53,7 @@ class Workers:
         self.incarnations: dict[str, int] = {}
         self._estimator = Estimator(profile, case.settings)
         self._checker = checker
-        self._noise = Noise(case.costs.noise, case.seed)
-        self._slow = Slowness(case.stragglers)
-        self._even = not (case.costs.noise or case.stragglers)
+        self._times = StepTimes(case.costs, case.stragglers, case.seed)
         self._queues: dict[str, deque[Running]] = {}
         self._latents: dict[str, dict[str, int]] = {}  # request -> worker -> steps
         self._ran: dict[str, frozenset[str]] = {}  # request -> workers of its last run
@@ -277,14 +275,8 @@ class Workers:
         return self.case.costs.group_cold_us
 
     def _step(self, begin_us: int, running: Running) -> None:
-        step_us = running.call_us
-        if not self._even:
-            a = running.assignment
-            first = a.batch[0]
-            factor = self._noise.factor(
-                first.request, a.node, first.first_step + running.steps_done
-            )
-            step_us = round(step_us * factor * self._slow.factor(a.workers, begin_us))
+        a, made = running.assignment, running.steps_done
+        step_us, running.own_us = self._times.of(a, made, running.call_us, begin_us)
         running.step_us = step_us
         end_us = begin_us + step_us
         heapq.heappush(self._step_ends, (end_us, running.assignment.sequence, running))
@@ -293,6 +285,7 @@ class Workers:
         a = running.assignment
         running.steps_done += 1
         running.unreported.append(running.step_us)
+        running.unreported_own += running.own_us
         for member in a.batch:
             if (copies := self._latents.get(member.request)) is None:
                 copies = self._latents[member.request] = {}
@@ -321,6 +314,7 @@ class Workers:
     def _report(self, now_us: int, running: Running, last: bool) -> StepsEnded:
         a = running.assignment
         times, running.unreported = tuple(running.unreported), []
+        own, running.unreported_own = tuple(running.unreported_own), []
         (load_us, transfer_us, group_us), running.setup_us = running.setup_us, (0, 0, 0)
         running.reported_us = now_us
         left, running.left = tuple(running.left), []
@@ -333,6 +327,7 @@ class Workers:
             group_time_us=group_us,
             transfer_time_us=transfer_us,
             load_time_us=load_us,
+            member_time_us=own,
         )
 
     # -------------------------------------------------------------------------------- ends

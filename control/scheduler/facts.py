@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from . import failures, latents
 from .board import Flight
 from .ledger import Ledger
 from .lifecycle import JobState, WorkerState
 from .profile import CellKey
+from .stragglers import own_excesses
 from .tracker import Tracked
 from .values import (
     DIT,
@@ -233,9 +234,10 @@ def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded, over: bool) -> None
     key = CellKey(model, gpus[0], assignment.node, shape, layout, flight.size)
     latency, stragglers, group = ledger.latency, ledger.stragglers, assignment.workers
     compared = not any(ledger.cluster.workers[name].shares_cores for name in group)
-    for step_us in times_us:
+    for step_us, own_us in zip(times_us, _own_times(fact, times_us, len(group)), strict=True):
         sample = latency.judge(key, step_us, group) if compared else None
-        for news in stragglers.observe(group, sample, fact.at_us) if sample else ():
+        excesses = own_excesses(own_us, latency.spread(key)) if compared else ()
+        for news in stragglers.observe(group, sample, fact.at_us, excesses):
             ledger.notices.append(news)
             if news.factor > 1.0:
                 latency.disown(news.worker)
@@ -245,6 +247,13 @@ def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded, over: bool) -> None
         if shift is not None:
             stragglers.forgive()
             ledger.notices.append(shift)
+
+
+def _own_times(fact: StepsEnded, times_us: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:
+    """How much of each of these steps was each member's own; empty where that is not known."""
+    known = len(fact.member_time_us) == size * len(times_us)
+    for step in range(len(times_us)):
+        yield fact.member_time_us[step * size : (step + 1) * size] if known else ()
 
 
 def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> tuple[Ended, ...]:

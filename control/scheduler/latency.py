@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from .call_form import CallForm
 from .cells import Cell, CellSnapshot, FamilySnapshot, LatencySnapshot
-from .drift import FamilyState, Sample, Shift
+from .drift import SPREAD_UNKNOWN, FamilyState, Sample, Shift
 from .estimate import Estimator, estimate_from, fitted
 from .profile import CellKey, Family, Profile
 from .settings import Settings
@@ -102,6 +102,11 @@ class LatencyModel:
             return None
         excess = math.log(self._ratio(key, call_us) / reference)
         return Sample(excess, self._families[key[:3]].spread)
+
+    def spread(self, key: CellKey) -> float:
+        """How far calls of the cell's family usually lie apart: of a log."""
+        family = self._families.get(key[:3])
+        return SPREAD_UNKNOWN if family is None else family.spread
 
     # ------------------------------------------------------------------------------ learning
 

@@ -11,9 +11,12 @@ below 0 or rise above CERTAIN.
               0 ─────╯                             ╰── fine again
                      └ slow ┘ flagged … └ normal ┘ cleared
 
-A group's step tells only of its slowest member. A normal one speaks for every member; a slow one is
-blamed on the most suspicious of them, and shared out while none stands out. Who was never blamed
-alone is never flagged; encodes and decodes, which run on one worker, go to suspects first.
+A group's step takes what its slowest member takes. A normal one speaks for every member. Of a slow
+one, and where there is nothing to compare with, the members' own times tell: each without its
+waiting for the others. Who stands out most is blamed, who does not is let off. While own times are
+not known a slow step is blamed on the most suspicious member, and shared out while none stands out.
+Who was never blamed alone is never flagged; encodes and decodes, which run on one worker, go to
+suspects first.
 
 A flagged worker's groups are predicted to be that much slower, and teach nothing about their cells.
 From `straggler_avoid` on it costs the groups that wait for it more than it gives (measured:
@@ -25,7 +28,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import NamedTuple
 
 from .cluster import Cluster, Worker
@@ -39,6 +44,7 @@ REFERENCE_NOISE = 1.1  # the others' median is uncertain, too
 EXCESSES = 5  # last ones, whose median is the worker's factor
 SUSPECTED = 2.0  # suspicion that is worth a look
 STEP_MAX = 3.0  # what one step adds or takes at most
+OWN_MAX = 2.4  # what it adds by own times alone; three in a row accuse all the same
 ALONE_MIN = 3  # accusations of this worker alone that flag it
 TRIAL_STEPS = 3
 PACES_MAX = 4096
@@ -80,6 +86,22 @@ class Pace:
         return ordered[len(ordered) // 2] if ordered else 0.0
 
 
+def own_excesses(own_us: Sequence[int], spread: float) -> tuple[Sample, ...]:
+    """How each member's own time of a step compares with the median of the others'.
+
+    Empty where one is not known (0), or nobody else is there. The fewer the others, the less their
+    median says; `spread` is that of their family's calls.
+    """
+    others = len(own_us) - 1
+    if others < 1 or min(own_us) <= 0:
+        return ()
+    spread *= math.sqrt(1.0 + 1.0 / others)
+    return tuple(
+        Sample(math.log(us / median((*own_us[:i], *own_us[i + 1 :]))), spread)
+        for i, us in enumerate(own_us)
+    )
+
+
 class Stragglers:
     """The paces of all workers. A limit of 0 looks for nobody."""
 
@@ -109,32 +131,75 @@ class Stragglers:
         """The flagged workers."""
         return {w: math.exp(p.excess) for w, p in sorted(self._flagged.items())}
 
-    def observe(self, group: tuple[str, ...], sample: Sample, at_us: int) -> list[Slow]:
-        """Enters a step of a group; returns who is slow or fine by it."""
-        if not self._limit:
+    def observe(
+        self,
+        group: tuple[str, ...],
+        sample: Sample | None,
+        at_us: int,
+        own: Sequence[Sample] = (),
+    ) -> list[Slow]:
+        """Enters a step of a group; returns who is slow or fine by it.
+
+        `sample` compares it with other workers' steps, where there were any; `own` each member's
+        own time with the other members', where those are known.
+        """
+        if not self._limit or (sample is None and not own):
             return []
-        spread = sample.spread * REFERENCE_NOISE
-        assumed = SLOWDOWN * self._limit
-        evidence = assumed / spread**2 * (sample.excess - assumed / 2)
-        evidence = min(STEP_MAX, max(-STEP_MAX, evidence))
         if len(self._paces) > PACES_MAX:
             self._paces = dict(self._flagged)
+        evidence = 0.0 if sample is None else self._evidence(sample)
+        if own and (sample is None or evidence > 0.0):
+            return self._by_own(group, own, evidence, at_us)
+        assert sample is not None
         paces = {w: self._paces.setdefault(w, Pace()) for w in group}
         if evidence > 0.0:
             top = max(p.suspicion for p in paces.values())
             paces = {w: p for w, p in paces.items() if p.suspicion >= top - _EPS}
             evidence /= len(paces)
+        alone = len(paces) == 1
         news: list[Slow] = []
-        for worker, pace in paces.items():
-            pace.suspicion = min(CERTAIN, max(0.0, pace.suspicion + evidence))
-            if len(paces) == 1 or evidence <= 0.0:
-                pace.excesses.append(sample.excess)
-            pace.alone += len(paces) == 1
-            if pace.suspicion <= 0.0 and not pace.flagged:
-                pace.alone = 0
-                pace.excesses.clear()
-            news += self._judged(worker, pace, at_us)
+        for worker in paces:
+            told = sample.excess if alone or evidence <= 0.0 else None
+            news += self._enter(worker, evidence, told, alone, at_us)
         return news
+
+    def _by_own(
+        self, group: tuple[str, ...], own: Sequence[Sample], shared: float, at_us: int
+    ) -> list[Slow]:
+        """Blames who stands out most, and lets off who does not stand out.
+
+        Among many somebody stands out at every step: hence one at a time, and by less.
+        """
+        evidence = [min(OWN_MAX, self._evidence(sample)) for sample in own]
+        most = max(evidence)
+        news: list[Slow] = []
+        for worker, sample, each in zip(group, own, evidence, strict=True):
+            if each <= 0.0:
+                news += self._enter(worker, each, sample.excess, False, at_us)
+            elif each >= most - _EPS:
+                each = min(STEP_MAX, each + shared)
+                news += self._enter(worker, each, sample.excess, True, at_us)
+        return news
+
+    def _evidence(self, sample: Sample) -> float:
+        """What a measurement adds to a suspicion."""
+        spread = sample.spread * REFERENCE_NOISE
+        assumed = SLOWDOWN * self._limit
+        evidence = assumed / spread**2 * (sample.excess - assumed / 2)
+        return min(STEP_MAX, max(-STEP_MAX, evidence))
+
+    def _enter(
+        self, worker: str, evidence: float, excess: float | None, alone: bool, at_us: int
+    ) -> list[Slow]:
+        pace = self._paces.setdefault(worker, Pace())
+        pace.suspicion = min(CERTAIN, max(0.0, pace.suspicion + evidence))
+        if excess is not None:
+            pace.excesses.append(excess)
+        pace.alone += alone
+        if pace.suspicion <= 0.0 and not pace.flagged:
+            pace.alone = 0
+            pace.excesses.clear()
+        return self._judged(worker, pace, at_us)
 
     def forgive(self) -> None:
         """All of them moved together: what was held against one of them was that."""

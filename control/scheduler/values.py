@@ -170,6 +170,9 @@ class StepsEnded(_Value, frozen=True, tag_field="kind", tag="steps_ended"):
     group_time_us: int = 0  # making the group, before the first step
     transfer_time_us: int = 0  # getting latents, before the first step
     load_time_us: int = 0  # loading weights, before the first step
+    # How much of each step was each member's own, without its waiting for the others: step by step,
+    # for each of the group's workers; 0: not known. Empty: none is.
+    member_time_us: tuple[int, ...] = ()
 
 
 class AssignmentFailed(_Value, frozen=True, tag_field="kind", tag="assignment_failed"):

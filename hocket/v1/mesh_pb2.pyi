@@ -474,6 +474,7 @@ class StepReport(_message.Message):
     REPORT_SEQUENCE_FIELD_NUMBER: _builtins.int
     RESOLVED_PROMPT_FIELD_NUMBER: _builtins.int
     LOAD_TIME_US_FIELD_NUMBER: _builtins.int
+    MEMBER_TIME_US_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker that reports."""
     incarnation: _builtins.str
@@ -527,6 +528,13 @@ class StepReport(_message.Message):
     def media(self) -> _types_pb2.MediaInfo:
         """Told job by job, in `results`."""
 
+    @_builtins.property
+    def member_time_us(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How much of each step was each member's own: without the time that it spent in the group's exchanges, where it waits
+        for the others. For each of `step_time_us` one for each of `members`; 0: not known. Empty: none is known, or the
+        group has one member.
+        """
+
     def __init__(
         self,
         *,
@@ -546,10 +554,11 @@ class StepReport(_message.Message):
         report_sequence: _builtins.int = ...,
         resolved_prompt: _builtins.str = ...,
         load_time_us: _builtins.int = ...,
+        member_time_us: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "media", b"media"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "group_time_us", b"group_time_us", "incarnation", b"incarnation", "last", b"last", "load_time_us", b"load_time_us", "media", b"media", "members", b"members", "node", b"node", "report_sequence", b"report_sequence", "resolved_prompt", b"resolved_prompt", "results", b"results", "sequence", b"sequence", "step_time_us", b"step_time_us", "term", b"term", "transfer_time_us", b"transfer_time_us", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "group_time_us", b"group_time_us", "incarnation", b"incarnation", "last", b"last", "load_time_us", b"load_time_us", "media", b"media", "member_time_us", b"member_time_us", "members", b"members", "node", b"node", "report_sequence", b"report_sequence", "resolved_prompt", b"resolved_prompt", "results", b"results", "sequence", b"sequence", "step_time_us", b"step_time_us", "term", b"term", "transfer_time_us", b"transfer_time_us", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

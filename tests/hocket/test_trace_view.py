@@ -31,7 +31,8 @@ WORKER = """
 {"trace_id":"t1","span_id":"d","parent_id":"b","name":"step","start_unix_ns":1062000000,\
 "end_unix_ns":1072000000,"service":"gpuworker","instance":"w0","attributes":\
 {"hocket.request_id":"r1","hocket.node":"dit","hocket.step":2,"hocket.steps":2,"hocket.degree":2,\
-"hocket.workers":["w0","w1"],"hocket.worker":"w0","hocket.predicted_us":10000}}
+"hocket.workers":["w0","w1"],"hocket.worker":"w0","hocket.predicted_us":10000,\
+"hocket.members_us":[3000,9500]}}
 """
 CONTROL = """
 {"trace_id":"t1","span_id":"b","parent_id":"a","name":"admit","start_unix_ns":1010000000,\
@@ -62,7 +63,8 @@ def test_the_timeline_is_a_tree_with_times_from_the_start(spans: list[SpanRecord
         "control-0: admit 10.0 10.0",
         "gpuworker-w0: step 40.0 20.0 dit 1/2 x1 [w0] predicted 10.0 ms (+100%)",
         "gpuworker-w1: transfer 60.0 2.0 2 KiB",
-        "gpuworker-w0: step 62.0 10.0 dit 2/2 x2 [w0 w1] predicted 10.0 ms (+0%)",
+        "gpuworker-w0: step 62.0 10.0 dit 2/2 x2 [w0 w1] predicted 10.0 ms (+0%)"
+        " waited 6.5 ms for w1",
     ]
     depths = [len(line) - len(line.lstrip()) for line in lines[1:]]
     assert depths == [0, 2, 4, 4, 4]
@@ -95,6 +97,7 @@ def test_the_chrome_trace_has_a_track_for_each_worker(spans: list[SpanRecord]) -
         "step": 2,
         "degree": 2,
         "predicted_us": 10_000,
+        "own_us": 3_000,
         "trace": "t1",
     }
     assert wide[0]["name"] == "dit 2"

@@ -35,7 +35,8 @@ ASSIGN = """{
 REPORT = """{
   "worker": "w0", "incarnation": "f00d", "term": "3", "sequence": "41", "node": "dit",
   "results": [{"requestId": "01abc", "attempt": 1, "stepsDone": 11}],
-  "members": ["w0", "w1"], "stepTimeUs": ["41876"], "groupTimeUs": "3400", "reportSequence": "9"
+  "members": ["w0", "w1"], "stepTimeUs": ["41876"], "groupTimeUs": "3400", "reportSequence": "9",
+  "memberTimeUs": ["31200", "40012"]
 }"""
 JOURNAL = """{
   "term": "3", "sequence": "8", "stampedUs": "1000",

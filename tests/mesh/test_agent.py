@@ -6,11 +6,15 @@ import asyncio
 from pathlib import Path
 
 from nats.js.api import ObjectStoreConfig
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import NoOpTracer
 
-from gpuworker.agent import Agent
+from gpuworker.agent import Agent, void
 from gpuworker.config import WorkerSettings
 from gpuworker.emulated import EmulatedExecutor, EmulatedHost
+from hocket import spans
 from hocket.bus import Bus, Subjects
 from hocket.clock import ManualClock
 from hocket.v1 import mesh_pb2, types_pb2
@@ -83,6 +87,42 @@ async def test_each_file_of_a_batch_is_stored_and_told_by_itself(
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     await executor.close()
+    await bus.close()
+
+
+async def test_report_and_trace_say_how_much_of_a_step_was_whose(
+    nats_url: str, tmp_path: Path
+) -> None:
+    bus = await Bus.connect(nats_url, "agent")
+    subjects, clock, exporter = Subjects("own-times"), ManualClock(), InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    cells = {("m", "text", 8, 8, 1, 1): STEP_US, ("m", "dit", 8, 8, 1, 2): STEP_US}
+    host = EmulatedHost(clock, cells)
+    first, second = (EmulatedExecutor(name, host, "cpu") for name in ("w0", "w1"))
+    settings = WorkerSettings(cluster="own-times", state_dir=tmp_path, heartbeat_us=1 << 40)
+    agent = Agent("w0", settings, bus, first, clock, provider.get_tracer("test"))
+    beats = await bus.follow(subjects.heartbeat("w0"), mesh_pb2.Heartbeat)
+    reports = await bus.follow(subjects.report("w0"), mesh_pb2.StepReport)
+    running = asyncio.ensure_future(agent.run())
+    second.start(void)
+    second.accept_term(1)
+    shared = job(2, "dit")
+    shared.group.members.append("w1")
+    async with asyncio.timeout(WAIT_S):
+        await beats.next()
+        message = mesh_pb2.Assign(term=1, assignments=[job(1, "text"), shared])
+        await bus.publish(subjects.assign("w0"), message)
+        second.submit(shared)
+        alone, both = [await report_of(reports, sequence, clock) for sequence in (1, 2)]
+    assert not alone.member_time_us
+    assert list(both.member_time_us) == [STEP_US, STEP_US] and list(both.members) == ["w0", "w1"]
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    told = [dict(s.attributes or {}).get(spans.MEMBERS_US) for s in exporter.get_finished_spans()]
+    assert told == [None, (STEP_US, STEP_US)]
+    for executor in (first, second):
+        await executor.close()
     await bus.close()
 
 

@@ -127,6 +127,8 @@ async def test_every_member_keeps_a_copy(cluster: Cluster) -> None:
     cluster.assign(order(2, "dit", ["w0", "w1"], steps=3, holders=["w0"]))
     await cluster.play()
     assert cluster.news(2) == [(1, False), (2, False), (3, True)]
+    own = [step.members_us for note in cluster.notes for step in note.steps]
+    assert own == [(), *[(STEP_US, STEP_US)] * 3], "nobody waits for anybody"
     assert [cluster.held(name) for name in ("w0", "w1", "w2")] == [{"r": 3}, {"r": 3}, {}]
     assert not cluster.busy
 

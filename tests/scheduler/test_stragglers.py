@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.latency_recording import false_alarms
 from bench.sim.costs import Costs, Straggler
 from bench.sim.loop import Loop, run
 from control.scheduler.cluster import Cluster
@@ -15,8 +16,8 @@ from control.scheduler.drift import Sample
 from control.scheduler.latency import LatencyModel
 from control.scheduler.profile import CellKey, Profile
 from control.scheduler.settings import SettingError, Settings
-from control.scheduler.stragglers import TRIAL_STEPS, Slow, Stragglers
-from control.scheduler.values import Layout, ModelFacts, Shape, WorkerUp
+from control.scheduler.stragglers import TRIAL_STEPS, Slow, Stragglers, own_excesses
+from control.scheduler.values import Layout, ModelFacts, Shape, StepsEnded, WorkerUp
 
 from .driving import FLUX_CSV, case
 
@@ -138,6 +139,71 @@ def test_a_limit_of_nought_looks_for_nobody():
         Settings(straggler_factor=1.01)
 
 
+# ------------------------------------------------------------------------------------ own times
+
+FOUR = ("w0", "w1", "w2", "w3")
+
+
+def told(stragglers, group, own_us, sample=None, steps=5):
+    """The group's steps, each of which was so much each member's own; who is slow or fine by it."""
+    own = own_excesses(own_us, 0.05)
+    return [n for _ in range(steps) for n in stragglers.observe(group, sample, 0, own)]
+
+
+@pytest.mark.parametrize("sample", [SLOWISH, None], ids=["slow beside others", "nobody else"])
+@pytest.mark.parametrize("group", [FOUR[:2], FOUR], ids=["pair", "four"])
+@pytest.mark.parametrize("slow", [0, 1])
+def test_own_times_tell_which_member_is_slow(stragglers, group, slow, sample):
+    own_us = [1000] * len(group)
+    own_us[slow] = 1300
+    assert not told(stragglers, group, own_us, sample, steps=2), "two steps never flag"
+    (found,) = told(stragglers, group, own_us, sample, steps=2)
+    assert found.worker == group[slow] and found.factor == pytest.approx(1.3)
+
+
+def test_two_slow_ones_of_four_are_both_found(stragglers):
+    news = told(stragglers, FOUR, (1300, 1000, 1300, 1000))
+    assert sorted(n.worker for n in news) == ["w0", "w2"]
+
+
+@pytest.mark.parametrize("sample", [SLOW, None], ids=["slow beside others", "nobody else"])
+def test_who_are_slow_alike_are_not_accused_by_each_other(stragglers, sample):
+    assert not told(stragglers, FOUR, (1600, 1590, 1600, 1610), sample, steps=50)
+    assert not any(stragglers.suspects(w) for w in FOUR)
+
+
+def test_own_times_clear_a_suspect_and_one_odd_step_never_flags(stragglers):
+    for _ in range(20):
+        assert not told(stragglers, FOUR, (9000, 1000, 1000, 1000), steps=1)
+        assert not told(stragglers, FOUR, (1000,) * 4, steps=1)
+    accuse(stragglers, "w0", steps=2)
+    assert stragglers.suspects("w0")
+    told(stragglers, FOUR, (1000,) * 4, SLOW, steps=2)
+    assert not stragglers.suspects("w0"), "the step was slow, and not by this one"
+
+
+def test_a_step_as_others_make_it_clears_all_whatever_own_times_say(stragglers):
+    assert not told(stragglers, FOUR, (1300, 1000, 1000, 1000), FINE, steps=50)
+
+
+def test_a_flagged_worker_that_is_fine_among_others_is_cleared(stragglers):
+    told(stragglers, FOUR, (1300, 1000, 1000, 1000))
+    assert told(stragglers, FOUR, (1000,) * 4, steps=TRIAL_STEPS) == [Slow("w0", 1.0)]
+
+
+@pytest.mark.parametrize("own_us", [(), (1300,), (1300, 0)])
+def test_where_own_times_are_not_known_a_pair_is_accused_by_nothing(stragglers, own_us):
+    assert own_excesses(own_us, 0.05) == ()
+    assert not told(stragglers, ("w0", "w1"), own_us, SLOW, steps=50)
+    assert stragglers.suspects("w0") and stragglers.suspects("w1"), "as without own times"
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.05])
+def test_equal_workers_are_not_accused_by_noise(sigma):
+    for seed in range(3):
+        assert not false_alarms(sigma, seed, 500, (1, 2, 4))
+
+
 # ------------------------------------------------------------------------------------ with a model
 
 
@@ -210,6 +276,25 @@ def test_a_slow_worker_gets_nothing_more(policy):
     assert max(seen) < len(loop.result.plans) / 2
     assert len(loop.result.ended) == len(ROWS)
     assert {n.worker for notices in given for n in notices if isinstance(n, Slow)} == {"w0001"}
+
+
+@pytest.mark.parametrize("members_tell", [True, False])
+def test_a_slow_worker_is_found_although_it_is_only_seen_in_one_group(members_tell):
+    """All workers are in every group: there is nobody else to compare with."""
+    loop = Loop(slow_case("fixed-4", straggler_avoid=100.0))
+    observe = loop.scheduler.observe
+
+    def silent(fact):
+        if isinstance(fact, StepsEnded):
+            assert len(fact.member_time_us) in (0, 4)
+            fact = msgspec.structs.replace(fact, member_time_us=())
+        return observe(fact)
+
+    if not members_tell:
+        loop.scheduler.observe = silent
+    for _ in range(40):
+        loop.instant()
+    assert set(loop.scheduler.slow_workers()) == ({"w0001"} if members_tell else set())
 
 
 def test_a_worker_that_recovers_works_again():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from gpuworker.engine import Engine
 from gpuworker.executor import RunNote
+from gpuworker.groups import GroupCache
 from gpuworker.inbox import Inbox, StopMark
 from gpuworker.latents import LatentShelf
 from gpuworker.memory import Memory
@@ -19,6 +21,7 @@ from gpuworker.pace import Pace
 from gpuworker.sources import Sources
 from gpuworker.state import LatentState
 from gpuworker.weights import WeightStore
+from hocket.clock import steady_ns
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.worker_pool import CPU, Member
 
@@ -33,6 +36,9 @@ class Order:
     stops_in_decode: tuple[tuple[str, str], ...] = ()  # (called off, while this one is decoded)
     broken: tuple[str, ...] = ()  # cannot be decoded
     lacking: tuple[str, ...] = ()  # their latents are nowhere
+    busy_us: int = 0  # added to each call of the denoiser's network, at work
+    ahead: bool = False  # launches the next step before it looks at the last one's end
+    lost_after: int = 0  # so many steps, this worker's groups are no more
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Told:
     reason: str
     metadata: dict[str, str]
     media: tuple[str, ...]
+    members_us: tuple[tuple[int, ...], ...]  # by step
 
     @classmethod
     def of(cls, note: RunNote) -> Told:
@@ -56,6 +63,7 @@ class Told:
             failure.reason,
             dict(failure.metadata),
             tuple(note.media),
+            tuple(step.members_us for step in note.steps),
         )
 
 
@@ -70,10 +78,16 @@ def run_engine(member: Member, order: Order) -> tuple[list[Told], dict[str, byte
     for member_of in (m for a in assignments for m in a.batch):
         member_of.spec.model = card.facts.name
     _Watcher(card, order, inbox, shelf, assignments)
+    if order.busy_us:
+        card._parts["transformer"].register_forward_pre_hook(partial(_work, order.busy_us))
+    if order.lost_after:
+        _lose_after(member.groups, order.lost_after)
     cards = {card.facts.name: card}
     sources = Sources(member.name, inbox, shelf, member.rendezvous, _nobody)
     memory = Memory(cards, CPU, weights, shelf)
-    engine = Engine(member.name, cards, inbox, shelf, member.groups, sources, Pace(), memory)
+    pace = Pace()
+    pace.ahead = order.ahead
+    engine = Engine(member.name, cards, inbox, shelf, member.groups, sources, pace, memory)
     for assignment in assignments:
         inbox.put(assignment)
     notes: list[RunNote] = []
@@ -82,6 +96,27 @@ def run_engine(member: Member, order: Order) -> tuple[list[Told], dict[str, byte
     left = {r: shelf.get(r, shelf.steps_done(r) or 0) for r in sorted(requests)}
     states = {r: state.to_bytes() for r, state in left.items() if state is not None}
     return [Told.of(note) for note in notes], states
+
+
+def _work(busy_us: int, *_: object) -> None:
+    """A slow processor: the time goes by in the network itself, not in an exchange."""
+    end_ns = steady_ns() + 1000 * busy_us
+    while steady_ns() < end_ns:
+        pass
+
+
+def _lose_after(groups: GroupCache, steps: int) -> None:
+    """Gives all groups up once so many steps have ended here."""
+    left, acknowledge = steps, groups.acknowledge
+
+    def counted() -> None:
+        nonlocal left
+        left -= 1
+        acknowledge()
+        if left == 0:
+            groups.abort()
+
+    groups.acknowledge = counted  # type: ignore[method-assign]
 
 
 class _Closing(Inbox):

@@ -23,9 +23,10 @@ def test_collectives_of_uneven_length(pool: Pool, lengths: tuple[int, ...]) -> N
         pool.names[:size], tasks.collectives, meet(pool, pool.names[:size]), lengths
     )
     gathered = [[float(rank) for rank, n in enumerate(lengths) for _ in range(n)]] * 2
-    for rank, (whole, exchanged, word, text, empty, tensor) in enumerate(results):
+    for rank, (whole, exchanged, word, words, text, empty, tensor) in enumerate(results):
         assert whole == gathered
         assert exchanged == [10 * sender + rank for sender in range(size) for _ in range(rank + 1)]
+        assert words == [[sender, -(1 << 40)] for sender in range(size)]
         assert (word, text, empty) == (-(1 << 40), 6000, 0)
         assert tensor == [size - 1.0] * 3
 

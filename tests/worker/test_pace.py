@@ -13,7 +13,7 @@ import torch
 
 from gpuworker.engine import Engine
 from gpuworker.executor import RunNote, StepNote
-from gpuworker.groups import Group, GroupCache
+from gpuworker.groups import GroupCache
 from gpuworker.inbox import Inbox, StopMark
 from gpuworker.latents import LatentShelf
 from gpuworker.memory import Memory
@@ -45,9 +45,9 @@ class LatePace(Pace):
         self.order.append(f"launched {step}")
         return super().end(started, step)
 
-    def wait(self, ended: Ended, group: Group | None) -> StepNote:
+    def wait(self, ended: Ended) -> StepNote:
         self.order.append(f"seen {ended.step}")
-        return super().wait(ended, group)
+        return super().wait(ended)
 
 
 class Desk:

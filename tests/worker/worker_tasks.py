@@ -241,6 +241,19 @@ def part_sums(member: Member, meeting: Meeting, parts: tuple[tuple[int, ...], ..
     return sums
 
 
+def own_of_a_second(member: Member, meeting: Meeting, goes_around: bool) -> int | None:
+    """What is a member's own of a step of one second with an exchange, in µs; None: not known."""
+    group = meeting.join(member)
+    waited = group.watch()
+    if goes_around:
+        group.channel(range(group.size)).allreduce([torch.zeros(1)]).wait()
+    else:
+        group.all_gather(torch.zeros(1), 0, [1] * group.size)
+    group.unwatch()
+    group.share_words(group.rank)  # nobody leaves before the others, and no part of the step
+    return waited.own_us(1_000_000)
+
+
 def join_and_abort(member: Member, meeting: Meeting) -> None:
     """Joins a group and gives it up, as a worker does that ran out of memory."""
     group = meeting.join(member)
@@ -258,10 +271,12 @@ def collectives(member: Member, meeting: Meeting, lengths: tuple[int, ...]) -> l
     flat = torch.cat([torch.full((n,), 10 * group.rank + r) for r, n in enumerate(send)])
     exchanged = group.all_to_all(flat, send, [group.rank + 1] * group.size)
     word = group.broadcast_word(-(1 << 40) if group.rank == 1 else None, src=1)
+    words = group.share_words(group.rank, -(1 << 40))
     text = group.broadcast_blob(b"latent" * 1000 if group.rank == 0 else None)
     empty = group.broadcast_blob(b"" if group.rank == 0 else None)
     tensor = group.broadcast(torch.full((3,), float(group.rank)), src=group.size - 1)
-    return [gathered.tolist(), exchanged.tolist(), word, len(text), len(empty), tensor.tolist()]
+    sizes = [len(text), len(empty)]
+    return [gathered.tolist(), exchanged.tolist(), word, words, *sizes, tensor.tolist()]
 
 
 def masked_attention(member: Member, meeting: Meeting, lengths: tuple[int, ...]) -> list[float]:
