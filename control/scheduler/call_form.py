@@ -26,6 +26,8 @@ ROUNDS = 8  # of reweighting
 HUBER = 0.05  # relative error beyond which a cell loses weight
 NEAR = 0.05  # softens the weight of the nearest cell; squared octaves
 RIDGE = 1e-9
+LEAST = 0.1  # of the nearest cell's time, where the form loses all sense
+_WORK = np.array([1.0, -1.0, 1.0])  # octaves of size, degree and batch to octaves of work
 _SUBSETS = np.array([[m >> i & 1 for i in range(TERMS)] for m in range(1, 1 << TERMS)], bool)
 
 
@@ -44,6 +46,7 @@ class CallForm:
         self._octaves = np.log2(_axes(volumes, keys))
         self._terms = np.array([self._row(k) for k in keys])
         self._fit = _fit(self._terms / times_us[:, None])
+        self._times_us = times_us
         self._residuals = np.log(times_us / np.maximum(self._terms @ self._fit, 1e-9))
 
     def covers(self, key: CellKey) -> bool:
@@ -57,12 +60,17 @@ class CallForm:
         )
 
     def call_us(self, key: CellKey) -> float:
-        """The form's time, corrected by what it misses at the cells around."""
+        """The form's time, corrected by what it misses at the cells around; never a small part of
+        what the nearest cell's share of such work takes.
+        """
         here = np.log2(_axes(np.array([volume(key)]), [key]))
         squared = ((self._octaves - here) ** 2).sum(axis=1)
         weights = 1.0 / (NEAR + squared) ** 2
         missed = float((weights * self._residuals).sum() / weights.sum())
-        return max(1.0, float(self._row(key) @ self._fit) * float(np.exp(missed)))
+        nearest = int(np.argmin(squared))
+        fewer_octaves = min(0.0, float((here - self._octaves[nearest])[0] @ _WORK))
+        least_us = LEAST * float(self._times_us[nearest]) * 2.0**fewer_octaves
+        return max(least_us, float(self._row(key) @ self._fit) * float(np.exp(missed)))
 
     def _row(self, key: CellKey) -> Floats:
         size, degree = volume(key) / self._scale, key.layout.degree
