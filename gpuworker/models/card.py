@@ -63,7 +63,7 @@ class CardFacts:
     size_max: int
     size_default: tuple[int, int]
     frames_max: int  # 1 for pictures
-    frames_multiple: int  # frames are 1 + a multiple of this
+    frames_multiple: int  # frames are `frames_offset` more than a multiple of this
     frames_default: int
     steps_min: int
     steps_max: int
@@ -75,6 +75,7 @@ class CardFacts:
     degrees: tuple[int, ...]  # of sequence parallelism
     examples: tuple[str, ...]  # prompts
     frames_min: int = 1
+    frames_offset: int = 1
     fps: int = 0  # frames per second that its videos are made for; 0 for pictures
     branches_above: float = (
         1.0  # of true CFG: with a higher guidance scale, a step has two branches
@@ -92,9 +93,11 @@ class CardFacts:
                 allowed = f"{self.size_min}..{self.size_max}, multiples of {self.size_multiple}"
                 raise ShapeRefused(field, side, allowed)
         low, high, multiple = self.frames_min, self.frames_max, self.frames_multiple
-        if not low <= frames <= high or (frames - 1) % multiple:
-            several = f"{low}..{high}, one more than a multiple of {multiple}"
-            raise ShapeRefused("frames", frames, several if low < high else str(low))
+        offset = self.frames_offset % multiple
+        if not low <= frames <= high or frames % multiple != offset:
+            several = f"{offset} more than a multiple" if offset else "a multiple"
+            allowed = f"{low}..{high}, {several} of {multiple}" if low < high else str(low)
+            raise ShapeRefused("frames", frames, allowed)
         if not self.steps_min <= steps <= self.steps_max:
             raise ShapeRefused("steps", steps, f"{self.steps_min}..{self.steps_max}")
         if self.guidance != "none" and not (
@@ -280,10 +283,14 @@ class DiffusersCard(ModelCard):
             self._transformer.config,
             call,
             self.facts.size_multiple,
-            self.facts.frames_multiple,
+            self._frames_a_token(),
             element_bytes,
             self.facts.guidance == "true_cfg",
         )
+
+    def _frames_a_token(self) -> int:
+        """Frames that one token of the denoiser stands for."""
+        return self.facts.frames_multiple
 
     def _branches(
         self, rows: Mapping[int, list[Row]], team: Team | None
