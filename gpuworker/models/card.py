@@ -14,7 +14,8 @@ the same for all families, and written here once; a family predicts rows:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP
 from gpuworker.exchange import ParallelAttention
-from gpuworker.models import footprint
+from gpuworker.models import decoding, footprint
 from gpuworker.models.footprint import Call
 from gpuworker.models.solvers import Schedules, check_solver
 from gpuworker.state import Fact, LatentState
@@ -147,6 +148,13 @@ class ModelCard(ABC):
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
         """The pictures of a finished state: uint8 [frames, height, width, 3]."""
 
+    def smaller_tiles(self) -> Iterator[AbstractContextManager[None]]:
+        """Blocks in which decoding takes less memory than in the block before."""
+        return iter(())
+
+    def forget_decode(self) -> None:  # noqa: B027  some have nothing to forget
+        """Drops what a decode that failed has left in the decoder."""
+
     @abstractmethod
     def compile(self, backend: str = "inductor") -> None:
         """Has the transformer's blocks compiled at their first use. Raises `ModelRefused`."""
@@ -252,6 +260,12 @@ class DiffusersCard(ModelCard):
                 prediction = self._guide(state, prediction, rest.pop(0))
             behind.append(solver.step(prediction))
         return behind
+
+    def smaller_tiles(self) -> Iterator[AbstractContextManager[None]]:
+        return decoding.smaller_tiles(self._parts["vae"])
+
+    def forget_decode(self) -> None:
+        decoding.forget(self._parts["vae"])
 
     def compile(self, backend: str = "inductor") -> None:
         if not getattr(self._transformer, "_repeated_blocks", None):
