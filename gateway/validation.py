@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from hocket import media_types
+from hocket import frame_counts, media_types
 from hocket.errors import InvalidRequest, Violation
 from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
 from hocket.v1.types_pb2 import GenerationSpec, OnMiss, Shape
@@ -128,14 +128,28 @@ def _complete_shape(spec: GenerationSpec, model: ModelInfo, violations: _Violati
     shape.width = shape.width or default.width
     shape.height = shape.height or default.height
     shape.frames = shape.frames or _frames(default)
-    served = next((s for s in model.shapes if _size(s) == _size(shape)), None)
+    if model.HasField("frames") and not frame_counts.offers(model.frames, shape.frames):
+        near = frame_counts.nearest(model.frames, shape.frames)
+        allowed = f"{frame_counts.described(model.frames)}; nearest: {near}"
+        violations.add("spec.shape.frames", shape.frames, allowed)
+        shape.frames = near  # what else is wrong is told beside a number that is right
+    offered = _offered(model, shape)
+    served = next((s for s in offered if _size(s) == _size(shape)), None)
     if served is None:
-        _tell_shape(shape, model, violations)
-    else:
+        _tell_shape(shape, offered, violations)
+    elif shape.frames > 1:
         shape.fps = shape.fps or served.fps
     still = shape.frames == 1
     if shape.fps > (0 if still else FPS_MAX):
         violations.add("spec.shape.fps", shape.fps, f"0 to {FPS_MAX} for videos, 0 for pictures")
+
+
+def _offered(model: ModelInfo, shape: Shape) -> Sequence[Shape]:
+    """The model's shapes; with as many frames as `shape` where their number is free."""
+    if not model.HasField("frames"):
+        return model.shapes
+    frames = shape.frames
+    return [Shape(width=s.width, height=s.height, frames=frames, fps=s.fps) for s in model.shapes]
 
 
 def _complete_media_type(spec: GenerationSpec, violations: _Violations) -> None:
@@ -147,15 +161,15 @@ def _complete_media_type(spec: GenerationSpec, violations: _Violations) -> None:
         violations.add("spec.media_type", repr(spec.media_type), f"{_list(offered)} for {what}")
 
 
-def _tell_shape(shape: Shape, model: ModelInfo, violations: _Violations) -> None:
-    allowed = _list(_shape(s) for s in model.shapes)
-    if model.shapes:
-        nearest = min(model.shapes, key=lambda s: (_distance(s, shape), _size(s)))
+def _tell_shape(shape: Shape, offered: Sequence[Shape], violations: _Violations) -> None:
+    allowed = _list(_shape(s) for s in offered)
+    if offered:
+        nearest = min(offered, key=lambda s: (_distance(s, shape), _size(s)))
         allowed += f"; nearest: {_shape(nearest)}"
     known = [
-        ("width", shape.width, {s.width for s in model.shapes}),
-        ("height", shape.height, {s.height for s in model.shapes}),
-        ("frames", shape.frames, {_frames(s) for s in model.shapes}),
+        ("width", shape.width, {s.width for s in offered}),
+        ("height", shape.height, {s.height for s in offered}),
+        ("frames", shape.frames, {_frames(s) for s in offered}),
     ]
     wrong = [(field, value) for field, value, values in known if value not in values]
     for field, value in wrong:

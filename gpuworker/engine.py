@@ -23,6 +23,7 @@ from contextlib import suppress
 import torch
 
 from gpuworker import media
+from gpuworker.decode import decoded
 from gpuworker.executor import Listener, Media, RunNote, Stopwatch
 from gpuworker.groups import Group, GroupCache, GroupLost
 from gpuworker.inbox import Inbox
@@ -199,7 +200,7 @@ class Engine:
             began, spec = Stopwatch(), member.spec
             fps = spec.shape.fps or card.facts.fps
             try:
-                frames = card.decode(states[member.request_id])
+                frames = decoded(card, states[member.request_id], member.attempt)
                 made = Media(*media.encode_media(frames, spec.media_type, fps))
             except Exception as error:
                 self._give_up(run, member, error, listener)

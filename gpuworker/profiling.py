@@ -89,7 +89,7 @@ class Bench:
 
     def ready(self) -> tuple[CardFacts, str]:
         """Waits for all models; the model's facts and the device's name. Raises: CallFailed."""
-        answers = [self._answer(pipe) for pipe in self._pipes]
+        answers = _answers(self._pipes)
         self._addresses = [address for _, _, address in answers]
         return answers[0][0], answers[0][1]
 
@@ -102,17 +102,24 @@ class Bench:
             first = worker // degree * degree
             names = tuple(f"p{i}" for i in range(first, first + degree))
             self._pipes[worker].send((cell, self._epoch, names, self._addresses[first]))
-        answers = [self._answer(pipe) for pipe in self._pipes[: side_by_side * degree]]
+        answers = _answers(self._pipes[: side_by_side * degree])
         return [us for first in answers[::degree] for us in first]
 
-    def _answer(self, pipe: Connection) -> Any:
+
+def _answers(pipes: Sequence[Connection]) -> list[Any]:
+    """What all of them say; all are heard before a failure is raised, or else the next cell would
+    hear what is left.
+    """
+    told: list[tuple[bool, Any]] = []
+    for pipe in pipes:
         try:
-            succeeded, answer = pipe.recv()
+            told.append(pipe.recv())
         except EOFError:
-            raise CallFailed("a process ended; is there memory enough?") from None
+            told.append((False, "a process ended; is there memory enough?"))
+    for succeeded, answer in told:
         if not succeeded:
             raise CallFailed(answer)
-        return answer
+    return [answer for _, answer in told]
 
 
 def _serve(index: int, model: str, device: str, pipe: Connection) -> None:

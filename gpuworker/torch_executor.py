@@ -224,6 +224,7 @@ def model_info(facts: CardFacts, batch_max: int = 1) -> generation_pb2.ModelInfo
         family=facts.family,
         workflows=facts.workflows,
         shapes=shapes,
+        frames=_frame_counts(facts),
         steps_min=facts.steps_min,
         steps_max=facts.steps_max,
         steps_default=facts.steps_default,
@@ -236,6 +237,19 @@ def model_info(facts: CardFacts, batch_max: int = 1) -> generation_pb2.ModelInfo
         batch_max=batch_max,
         obeys_layout=True,
         branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,
+    )
+
+
+def _frame_counts(facts: CardFacts) -> generation_pb2.FrameCounts | None:
+    """Of a model of videos."""
+    if facts.frames_max <= 1:
+        return None
+    return generation_pb2.FrameCounts(
+        minimum=facts.frames_min,
+        maximum=facts.frames_max,
+        multiple=facts.frames_multiple,
+        offset=facts.frames_offset % facts.frames_multiple,
+        default_count=facts.frames_default,
     )
 
 

@@ -41,6 +41,7 @@ from hocket.v1.generation_pb2 import (
 from hocket.v1.types_pb2 import MediaInfo, OnMiss, Shape
 
 SIZE_NAMES = ("small", "medium", "large")
+_FRAMES_HELP = "Frames of a video, as `hocket models` tells; 0: the model's own."
 _FORMAT_HELP = "None: by the suffix of -o, else png for a picture, mp4 for a video."
 
 
@@ -66,6 +67,7 @@ class Format(StrEnum):
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
     size: Annotated[str, typer.Option(help="128x128, small, medium or large.")] = "",
+    frames: Annotated[int, typer.Option(min=0, help=_FRAMES_HELP)] = 0,
     fps: Annotated[int, typer.Option(min=0, help="Frames a second; 0: the model's own.")] = 0,
     made: Annotated[Format | None, typer.Option("--format", help=_FORMAT_HELP)] = None,
     steps: Annotated[int, typer.Option(min=0, help="Denoising steps; 0: the model's own.")] = 0,
@@ -79,13 +81,19 @@ def generate(
     address: Address = None,
     state_dir: StateDir = None,
 ) -> None:
-    """Makes a picture or a video, shows how it is made, writes the file."""
+    """Makes a picture or a video, shows how it is made, writes the file.
+
+    hocket generate "a fox on a green background" --size large --deadline 20s -o fox.png
+
+    hocket generate "a fox bouncing" --model hocket-emoji-motion --frames 8 --fps 8 -o hop.mp4
+    """
     found = settings(state_dir, address)
 
     async def work() -> None:
         wanted = request(
             prompt,
             model=model,
+            frames=frames,
             fps=fps,
             media_type=media_type(made, output),
             steps=steps,
@@ -101,7 +109,7 @@ def generate(
 
 
 def models(address: Address = None, state_dir: StateDir = None) -> None:
-    """Lists the models, with the shapes and steps they take."""
+    """Lists the models, with the shapes, frames and steps they take."""
     found = settings(state_dir, address)
 
     async def work() -> Sequence[ModelInfo]:
@@ -110,12 +118,13 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
 
     # Folded rather than cut: two models' names may begin alike.
     names, shapes = (Column(head, overflow="fold") for head in ("model", "shapes"))
-    table = Table(names, "workflows", shapes, "steps", "guidance", "degrees", "try")
+    table = Table(names, "workflows", shapes, "frames", "steps", "guidance", "degrees", "try")
     for info in run(work()):
         table.add_row(
             info.name,
             " ".join(info.workflows),
             " ".join(shape_name(shape) for shape in info.shapes),
+            frames_offered(info),
             f"{info.steps_min}-{info.steps_max} ({info.steps_default})",
             f"{info.guidance_kind} {info.guidance_default:g}",
             " ".join(str(degree) for degree in info.degrees),
@@ -140,6 +149,18 @@ def shape_name(shape: Shape) -> str:
     if shape.frames <= 1:
         return size
     return f"{size}x{shape.frames}" + (f"@{shape.fps}" if shape.fps else "")
+
+
+def frames_offered(info: ModelInfo) -> str:
+    """Numbers of frames that a model's videos may have: "1-121, 4k+1 (81)"; empty of pictures."""
+    if not info.HasField("frames"):
+        return " ".join(str(n) for n in sorted({s.frames for s in info.shapes if s.frames > 1}))
+    counts = info.frames
+    if counts.minimum == counts.maximum:
+        return str(counts.minimum)
+    form = f", {counts.multiple}k" if counts.multiple > 1 else ""
+    form += f"+{counts.offset}" if form and counts.offset else ""
+    return f"{counts.minimum}-{counts.maximum}{form} ({counts.default_count})"
 
 
 def replaced_words(asked: str, shown: str) -> str:

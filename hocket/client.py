@@ -81,6 +81,7 @@ class HocketClient:
         *,
         model: str = "",
         shape: tuple[int, int] | None = None,
+        frames: int = 0,
         fps: int = 0,
         media_type: str = "",
         steps: int = 0,
@@ -103,6 +104,7 @@ class HocketClient:
                 prompt,
                 model=model,
                 shape=shape,
+                frames=frames,
                 fps=fps,
                 media_type=media_type,
                 steps=steps,
@@ -126,6 +128,7 @@ class HocketClient:
         *,
         model: str = "",
         shape: tuple[int, int] | None = None,
+        frames: int = 0,
         fps: int = 0,
         media_type: str = "",
         steps: int = 0,
@@ -141,6 +144,7 @@ class HocketClient:
             prompt,
             model=model,
             shape=shape,
+            frames=frames,
             fps=fps,
             media_type=media_type,
             steps=steps,
@@ -180,6 +184,7 @@ def request(
     *,
     model: str = "",
     shape: tuple[int, int] | None = None,
+    frames: int = 0,
     fps: int = 0,
     media_type: str = "",
     steps: int = 0,
@@ -194,14 +199,14 @@ def request(
 ) -> GenerateRequest:
     """A GenerateRequest; what is left out becomes the server's default.
 
-    `shape` is (width, height) in pixels, `fps` a video's frames per second, `media_type` the
-    result's: "image/png", "image/webp" or "video/mp4".
+    `shape` is (width, height) in pixels, `frames` and `fps` a video's number of frames and frames
+    per second, `media_type` the result's: "image/png", "image/webp" or "video/mp4".
     """
     width, height = shape or (0, 0)
     spec = GenerationSpec(
         model=model,
         prompt=prompt,
-        shape=Shape(width=width, height=height, fps=fps),
+        shape=Shape(width=width, height=height, frames=frames, fps=fps),
         steps=steps,
         seed=seed,
         guidance_scale=guidance,

@@ -69,7 +69,7 @@ class CallForm:
         missed = float((weights * self._residuals).sum() / weights.sum())
         nearest = int(np.argmin(squared))
         fewer_octaves = min(0.0, float((here - self._octaves[nearest])[0] @ _WORK))
-        least_us = LEAST * float(self._times_us[nearest]) * 2.0**fewer_octaves
+        least_us = LEAST * float(self._times_us[nearest]) * float(2.0**fewer_octaves)
         return max(least_us, float(self._row(key) @ self._fit) * float(np.exp(missed)))
 
     def _row(self, key: CellKey) -> Floats:

@@ -17,7 +17,7 @@ import numpy as np
 from .call_form import CELLS_MIN, CallForm
 from .profile import CellKey, Family, Profile, by_degree
 from .settings import Settings
-from .values import DIT, Layout, Shape
+from .values import DIT, TEXT, Layout, Shape
 
 Cells = Mapping[CellKey, float]
 
@@ -82,14 +82,14 @@ def from_relatives(cells: Cells, key: CellKey) -> float | None:
         return _from_degrees(same, key.layout.degree) * key.batch
     sizes = {k.shape: t for k, t in cells.items() if k.layout == key.layout and k.batch == 1}
     if sizes:
-        return _from_sizes(sizes, key.shape) * key.batch
+        return _from_sizes(sizes, key) * key.batch
     nearest_cell = min(cells, key=lambda k: (abs(k.layout.degree - key.layout.degree), k))
     like = {
         k.shape: t for k, t in cells.items() if k.layout == nearest_cell.layout and k.batch == 1
     }
     if not like:
         return None
-    here_us = _from_sizes(like, key.shape)
+    here_us = _from_sizes(like, key)
     return _from_degrees({nearest_cell.layout: here_us}, key.layout.degree) * key.batch
 
 
@@ -109,14 +109,17 @@ def _volume(shape: Shape) -> float:
     return shape.width * shape.height * shape.frames / 1e6
 
 
-def _from_sizes(times_us: Mapping[Shape, float], shape: Shape) -> float:
+def _from_sizes(times_us: Mapping[Shape, float], key: CellKey) -> float:
     """A call at an unseen size, from calls at others.
 
-    Between two sizes: on the line that joins them. Beyond: floor + linear + quadratic in pixels x
-    frames, put through the nearest size, where three sizes allow a sane fit; else that size scaled
-    linearly, and never below a tenth of it.
+    A prompt is as long whatever is made of it: a text call takes what it takes at the nearest size.
+    Other nodes, between two sizes: on the line that joins them. Beyond: floor + linear + quadratic
+    in pixels x frames, put through the nearest size, where three sizes allow a sane fit; else that
+    size scaled linearly, and never below a tenth of it.
     """
-    x = _volume(shape)
+    x = _volume(key.shape)
+    if key.node == TEXT:
+        return min((abs(_volume(s) - x), float(us)) for s, us in times_us.items())[1]
     points = sorted((_volume(s), float(t)) for s, t in times_us.items())
     for (x0, t0), (x1, t1) in pairwise(points):
         if x0 <= x <= x1 and x0 < x1:

@@ -14,7 +14,8 @@ the same for all families, and written here once; a family predicts rows:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from gpuworker.elastic import ElasticSP
 from gpuworker.exchange import ParallelAttention
-from gpuworker.models import footprint
+from gpuworker.models import decoding, footprint
 from gpuworker.models.footprint import Call
 from gpuworker.models.solvers import Schedules, check_solver
 from gpuworker.state import Fact, LatentState
@@ -63,7 +64,7 @@ class CardFacts:
     size_max: int
     size_default: tuple[int, int]
     frames_max: int  # 1 for pictures
-    frames_multiple: int  # frames are 1 + a multiple of this
+    frames_multiple: int  # frames are `frames_offset` more than a multiple of this
     frames_default: int
     steps_min: int
     steps_max: int
@@ -75,6 +76,7 @@ class CardFacts:
     degrees: tuple[int, ...]  # of sequence parallelism
     examples: tuple[str, ...]  # prompts
     frames_min: int = 1
+    frames_offset: int = 1
     fps: int = 0  # frames per second that its videos are made for; 0 for pictures
     branches_above: float = (
         1.0  # of true CFG: with a higher guidance scale, a step has two branches
@@ -92,9 +94,11 @@ class CardFacts:
                 allowed = f"{self.size_min}..{self.size_max}, multiples of {self.size_multiple}"
                 raise ShapeRefused(field, side, allowed)
         low, high, multiple = self.frames_min, self.frames_max, self.frames_multiple
-        if not low <= frames <= high or (frames - 1) % multiple:
-            several = f"{low}..{high}, one more than a multiple of {multiple}"
-            raise ShapeRefused("frames", frames, several if low < high else str(low))
+        offset = self.frames_offset % multiple
+        if not low <= frames <= high or frames % multiple != offset:
+            several = f"{offset} more than a multiple" if offset else "a multiple"
+            allowed = f"{low}..{high}, {several} of {multiple}" if low < high else str(low)
+            raise ShapeRefused("frames", frames, allowed)
         if not self.steps_min <= steps <= self.steps_max:
             raise ShapeRefused("steps", steps, f"{self.steps_min}..{self.steps_max}")
         if self.guidance != "none" and not (
@@ -143,6 +147,13 @@ class ModelCard(ABC):
     @abstractmethod
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
         """The pictures of a finished state: uint8 [frames, height, width, 3]."""
+
+    def smaller_tiles(self) -> Iterator[AbstractContextManager[None]]:
+        """Blocks in which decoding takes less memory than in the block before."""
+        return iter(())
+
+    def forget_decode(self) -> None:  # noqa: B027  some have nothing to forget
+        """Drops what a decode that failed has left in the decoder."""
 
     @abstractmethod
     def compile(self, backend: str = "inductor") -> None:
@@ -250,6 +261,12 @@ class DiffusersCard(ModelCard):
             behind.append(solver.step(prediction))
         return behind
 
+    def smaller_tiles(self) -> Iterator[AbstractContextManager[None]]:
+        return decoding.smaller_tiles(self._parts["vae"])
+
+    def forget_decode(self) -> None:
+        decoding.forget(self._parts["vae"])
+
     def compile(self, backend: str = "inductor") -> None:
         if not getattr(self._transformer, "_repeated_blocks", None):
             family = type(self._transformer).__name__
@@ -280,10 +297,14 @@ class DiffusersCard(ModelCard):
             self._transformer.config,
             call,
             self.facts.size_multiple,
-            self.facts.frames_multiple,
+            self._frames_a_token(),
             element_bytes,
             self.facts.guidance == "true_cfg",
         )
+
+    def _frames_a_token(self) -> int:
+        """Frames that one token of the denoiser stands for."""
+        return self.facts.frames_multiple
 
     def _branches(
         self, rows: Mapping[int, list[Row]], team: Team | None

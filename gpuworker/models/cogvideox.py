@@ -32,12 +32,16 @@ from gpuworker.models.card import (
     timesteps_of,
     to_frames,
 )
+from gpuworker.models.frame_counts import frame_counts
 from gpuworker.models.solvers import noise_memory
 from gpuworker.state import LatentState
 from gpuworker.team import Team
 
 _TEXT_TOKENS = 226
-_WIDTH_MAX, _HEIGHT_DEFAULT_MAX, _FRAMES_MAX = 1360, 768, 161
+_WIDTH_MAX, _HEIGHT_DEFAULT_MAX = 1360, 768
+# Of its models' cards: of 1.0 and of 1.5, which joins frames.
+_FRAMES_MAX, _FRAMES_MAX_15 = 49, 161
+_FPS, _FPS_15 = 8, 16
 _TOKENS = ContextParallelInput(split_dim=1, expected_dims=3)  # [B, tokens, D]
 _PLAN: Plan = {
     "": {"image_rotary_emb": ContextParallelInput(split_dim=0, expected_dims=2)},
@@ -92,11 +96,14 @@ class CogVideoXCard(DiffusersCard):
         width = min(spatial * config.sample_width, _WIDTH_MAX) // multiple * multiple
         height = min(spatial * config.sample_height, _HEIGHT_DEFAULT_MAX) // multiple * multiple
         sizes = tuple((w, h) for w, h in self._card.get("sizes", ()))
-        if config.use_learned_positional_embeddings:
+        learned = config.use_learned_positional_embeddings  # for one size and one length
+        if learned:
             sizes = ((width, height),)
         # The VAE decodes an odd number of latent frames to 1 + 4 (n - 1), but an even one to 4 n.
         stride = 2 * self._parts["vae"].config.temporal_compression_ratio
-        frames_max = int(self._card.get("frames_max", _FRAMES_MAX))
+        later = bool(config.patch_size_t)
+        most, fps = (_FRAMES_MAX_15, _FPS_15) if later else (_FRAMES_MAX, _FPS)
+        frames = frame_counts(self._card, stride, most, config.sample_frames)
         return CardFacts(
             name=name,
             family="cogvideox",
@@ -106,10 +113,11 @@ class CogVideoXCard(DiffusersCard):
             size_min=multiple,
             size_max=_WIDTH_MAX // multiple * multiple,
             size_default=(width, height),
-            frames_max=frames_max,
-            frames_multiple=stride,
-            frames_default=min((config.sample_frames - 1) // stride * stride + 1, frames_max),
-            fps=int(self._card.get("fps", 8)),
+            frames_min=frames.default if learned else 1,
+            frames_max=frames.default if learned else frames.most,
+            frames_multiple=frames.multiple,
+            frames_default=frames.default,
+            fps=int(self._card.get("fps", fps)),
             steps_min=1,
             steps_max=100,
             steps_default=50,
@@ -124,6 +132,10 @@ class CogVideoXCard(DiffusersCard):
     def _spatial_factor(self) -> int:
         """Pixels of a latent pixel's side."""
         return 2 ** (len(self._parts["vae"].config.block_out_channels) - 1)
+
+    def _frames_a_token(self) -> int:
+        along_time = self._transformer.config.patch_size_t or 1
+        return int(self._parts["vae"].config.temporal_compression_ratio) * int(along_time)
 
     def _latent_frames(self, frames: int) -> int:
         return (frames - 1) // int(self._parts["vae"].config.temporal_compression_ratio) + 1

@@ -56,7 +56,7 @@ class FluxCard(DiffusersCard):
 
     def _first(self, asked: Asked) -> dict[str, Tensor]:
         tensors = self._text(asked.prompt, asked.negative_prompt, asked.width, asked.height)
-        tensors["latents"], tensors["img_ids"] = self._canvas(asked.width, asked.height, asked.seed)
+        tensors["latents"], tensors["img_ids"] = self._canvas(asked)
         return tensors
 
     @torch.inference_mode()
@@ -112,11 +112,12 @@ class FluxCard(DiffusersCard):
             "txt_ids": torch.zeros(embeds.shape[1], 3, dtype=self._dtype),
         }
 
-    def _canvas(self, width: int, height: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _canvas(self, asked: Asked) -> tuple[Tensor, Tensor]:
         """Initial latents [1, N, C] and position ids [N, 3]."""
-        rows, columns = height // self._vae_factor() // 2, width // self._vae_factor() // 2
+        factor = 2 * self._vae_factor()
+        rows, columns = asked.height // factor, asked.width // factor
         channels = self._transformer.config.in_channels // 4
-        drawn = noise((1, channels, 2 * rows, 2 * columns), seed).to(self._dtype)
+        drawn = noise((1, channels, 2 * rows, 2 * columns), asked.seed).to(self._dtype)
         drawn = drawn.view(1, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
         ids = torch.zeros(rows, columns, 3)
         ids[..., 1] += torch.arange(rows)[:, None]
@@ -241,10 +242,10 @@ class WordFluxCard(FluxCard):
             "txt_ids": encoder.text_ids(),
         }
 
-    def _canvas(self, width: int, height: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _canvas(self, asked: Asked) -> tuple[Tensor, Tensor]:
         patch, span = self._card["patch_px"], self._card["position_span"]
-        rows, columns = height // patch, width // patch
-        drawn = noise((1, self._transformer.config.in_channels, rows, columns), seed)
+        rows, columns = asked.height // patch, asked.width // patch
+        drawn = noise((1, self._transformer.config.in_channels, rows, columns), asked.seed)
         ids = torch.zeros(rows, columns, 3)
         ids[..., 1] = ((torch.arange(rows) + 0.5) * span / rows)[:, None]
         ids[..., 2] = ((torch.arange(columns) + 0.5) * span / columns)[None]

@@ -28,6 +28,7 @@ _FRAMES_AT_ONCE = {
     "AutoencoderKLWan": 4,
     "AutoencoderKLQwenImage": 4,
     "AutoencoderKLCogVideoX": 8,
+    "AutoencoderKLHunyuanVideo": 17,
 }
 
 

@@ -31,6 +31,7 @@ from gpuworker.models.card import (
     stacked,
     to_frames,
 )
+from gpuworker.models.frame_counts import frame_counts
 from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 256
@@ -38,7 +39,7 @@ _TEXT_TOKENS_MIN = 8  # so that a group of eight can split them
 _CLIP_TOKENS = 77
 _LAYERS_SKIPPED = 2  # of the language model, at its end
 _SIZE_MAX = 1280
-_FRAMES_MAX = 129
+_FRAMES_MAX = 129  # which it was made for, and its default
 
 
 class HunyuanVideoCard(DiffusersCard):
@@ -76,7 +77,8 @@ class HunyuanVideoCard(DiffusersCard):
         config, vae = self._transformer.config, self._parts["vae"].config
         # HunyuanVideoPipeline asks for multiples of 16 whatever the patches are.
         multiple = int(np.lcm(16, vae.spatial_compression_ratio * config.patch_size))
-        frames_max = int(self._card.get("frames_max", _FRAMES_MAX))
+        multiple_frames = vae.temporal_compression_ratio * config.patch_size_t
+        frames = frame_counts(self._card, multiple_frames, _FRAMES_MAX, _FRAMES_MAX)
         embedded = bool(config.guidance_embeds)
         return CardFacts(
             name=name,
@@ -87,9 +89,9 @@ class HunyuanVideoCard(DiffusersCard):
             size_min=multiple,
             size_max=_SIZE_MAX // multiple * multiple,
             size_default=(1280 // multiple * multiple, 720 // multiple * multiple),
-            frames_max=frames_max,
-            frames_multiple=vae.temporal_compression_ratio * config.patch_size_t,
-            frames_default=frames_max,
+            frames_max=frames.most,
+            frames_multiple=frames.multiple,
+            frames_default=frames.default,
             fps=int(self._card.get("fps", 24)),
             steps_min=1,
             steps_max=100,

@@ -32,13 +32,14 @@ from gpuworker.models.card import (
     timesteps_of,
     to_frames,
 )
+from gpuworker.models.frame_counts import frame_counts
 from gpuworker.models.solvers import dynamic_shift
 from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 128
 _SIZE_MULTIPLE = 32  # asked for by the pipeline, whatever the VAE's factor is
 _SIZE_MAX = 1280
-_FRAMES_MAX = 257
+_FRAMES_MAX, _FRAMES_DEFAULT = 257, 161  # as its authors advise, and the pipeline's own
 _FRAMES_PER_S = 25.0  # card.json: "frame_rate"
 
 
@@ -93,7 +94,8 @@ class LTXCard(DiffusersCard):
     def _facts(self, name: str) -> CardFacts:
         vae = self._parts["vae"]
         multiple = int(np.lcm(_SIZE_MULTIPLE, vae.spatial_compression_ratio))
-        frames_max = int(self._card.get("frames_max", _FRAMES_MAX))
+        compression = vae.temporal_compression_ratio
+        frames = frame_counts(self._card, compression, _FRAMES_MAX, _FRAMES_DEFAULT)
         return CardFacts(
             name=name,
             family="ltx",
@@ -103,9 +105,9 @@ class LTXCard(DiffusersCard):
             size_min=multiple,
             size_max=_SIZE_MAX,
             size_default=(704 // multiple * multiple, 512 // multiple * multiple),
-            frames_max=frames_max,
-            frames_multiple=vae.temporal_compression_ratio,
-            frames_default=min(161, frames_max),
+            frames_max=frames.most,
+            frames_multiple=frames.multiple,
+            frames_default=frames.default,
             fps=int(self._card.get("fps", 25)),
             steps_min=1,
             steps_max=100,

@@ -28,10 +28,12 @@ from gpuworker.models.card import (
     to_frames,
 )
 from gpuworker.models.decoding import decoded
+from gpuworker.models.frame_counts import frame_counts
 from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 512
 _SIZE_MAX = 1280
+_FRAMES_MAX, _FRAMES_DEFAULT = 121, 81  # made for 81; no limit is documented but 4 k + 1
 _TILED_OVER_PX = 1280 * 720  # a frame's, for the decoder; card.json may say otherwise
 
 
@@ -76,7 +78,7 @@ class WanCard(DiffusersCard):
         vae, patch = self._parts["vae"].config, self._transformer.config.patch_size
         # WanPipeline asks for multiples of 16 whatever the patches are.
         multiple = int(np.lcm(16, vae.scale_factor_spatial * max(patch[1:])))
-        frames_max = int(self._card.get("frames_max", 121))
+        frames = frame_counts(self._card, vae.scale_factor_temporal, _FRAMES_MAX, _FRAMES_DEFAULT)
         return CardFacts(
             name=name,
             family="wan",
@@ -86,9 +88,9 @@ class WanCard(DiffusersCard):
             size_min=multiple,
             size_max=_SIZE_MAX,
             size_default=(832 // multiple * multiple, 480 // multiple * multiple),
-            frames_max=frames_max,
-            frames_multiple=vae.scale_factor_temporal,
-            frames_default=min(81, frames_max),
+            frames_max=frames.most,
+            frames_multiple=frames.multiple,
+            frames_default=frames.default,
             steps_min=1,
             steps_max=100,
             steps_default=50,

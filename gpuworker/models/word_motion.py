@@ -7,8 +7,12 @@ one attention sees the whole clip and every layout that splits a picture splits 
 
 A token's rotary position has its time on axis 0. Rotary positions tell differences alone, and a
 motion runs over absolute time: the transformer's last input channels therefore say when and where
-a token is, sines and cosines of the clip's length and the place in -1..1. They follow from the
-positions, and are no part of the state.
+a token is, sines and cosines of the whole motion's length and the place in -1..1. They follow from
+the positions, and are no part of the state.
+
+A motion is as long as the clips that training saw (card.json: "frames"). A shorter clip is its
+beginning, frame for frame at the same times, which the model draws as well as the whole; times
+behind the motion's end it has never seen.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.models.card import CardFacts, Row, latents_of, noise, number
+from gpuworker.models.card import Asked, CardFacts, Row, latents_of, noise, number
 from gpuworker.models.flux import WordFluxCard
 from gpuworker.state import LatentState
 
@@ -30,27 +34,31 @@ _FRAMES_AT_ONCE = 4  # of a decode
 
 
 class WordMotionCard(WordFluxCard):
-    """Our own small models of clips; they make clips of one length."""
+    """Our own small models of clips; at most as long as those that they were trained on."""
 
     def _facts(self, name: str) -> CardFacts:
         frames = int(self._card["frames"])
         return replace(
             super()._facts(name),
             workflows=("txt2vid",),
-            frames_min=frames,
+            frames_min=self._frames_a_token(),
             frames_max=frames,
+            frames_multiple=self._frames_a_token(),
+            frames_offset=0,
             frames_default=frames,
             fps=int(self._card["fps"]),
         )
 
-    def _canvas(self, width: int, height: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _canvas(self, asked: Asked) -> tuple[Tensor, Tensor]:
         patch, span = self._card["patch_px"], self._card["position_span"]
-        rows, columns, times = height // patch, width // patch, self._times()
+        rows, columns = asked.height // patch, asked.width // patch
+        times = asked.frames // self._frames_a_token()
         channels = self._parts["vae"].config.latent_channels
-        drawn = noise((times, self._card["frames_a_token"], channels, rows, columns), seed)
+        drawn = noise((times, self._frames_a_token(), channels, rows, columns), asked.seed)
         ids = torch.zeros(times, rows, columns, 3)
         # Below zero, where no text token is.
-        ids[..., 0] = (torch.arange(times) * -self._card["time_span"] / times)[:, None, None]
+        since = torch.arange(times) * -self._card["time_span"] / self._motion_times()
+        ids[..., 0] = since[:, None, None]
         ids[..., 1] = ((torch.arange(rows) + 0.5) * span / rows)[:, None]
         ids[..., 2] = ((torch.arange(columns) + 0.5) * span / columns)[None]
         tokens = drawn.permute(0, 3, 4, 1, 2).reshape(1, times * rows * columns, -1)
@@ -64,7 +72,7 @@ class WordMotionCard(WordFluxCard):
     def _places(self, ids: Tensor) -> Tensor:
         """When and where the tokens at those positions are: [N, 8]."""
         card = self._card
-        share = -ids[:, 0] / card["time_span"] + 0.5 / self._times()
+        share = -ids[:, 0] / card["time_span"] + 0.5 / self._motion_times()
         turn = 2 * math.pi * share
         where = ids[:, 1:] * 2 / card["position_span"] - 1
         waves = [turn.sin(), turn.cos(), (2 * turn).sin(), (2 * turn).cos(), (4 * turn).sin()]
@@ -80,12 +88,14 @@ class WordMotionCard(WordFluxCard):
     def _unpack(self, state: LatentState) -> Tensor:
         patch = self._card["patch_px"]
         width, height = (int(number(state, side)) // patch for side in ("width", "height"))
-        pairs = state.tensors["latents"].view(
-            self._times(), height, width, self._card["frames_a_token"], -1
-        )
+        times = int(number(state, "frames")) // self._frames_a_token()
+        pairs = state.tensors["latents"].view(times, height, width, self._frames_a_token(), -1)
         frames = pairs.permute(0, 3, 4, 1, 2).flatten(0, 1)
         return frames / float(self._card["latent_scaling"]) + float(self._card["latent_shift"])
 
-    def _times(self) -> int:
-        """Tokens along time."""
-        return int(self._card["frames"]) // int(self._card["frames_a_token"])
+    def _motion_times(self) -> int:
+        """Tokens along time of a whole motion."""
+        return int(self._card["frames"]) // self._frames_a_token()
+
+    def _frames_a_token(self) -> int:
+        return int(self._card["frames_a_token"])

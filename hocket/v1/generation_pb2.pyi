@@ -415,6 +415,46 @@ class ListModelsResponse(_message.Message):
 Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 
 @_typing.final
+class FrameCounts(_message.Message):
+    """Numbers of frames that a model's videos may have: from the least to the most, `offset` more than a multiple of
+    `multiple`. An autoencoder that makes one latent frame of the first frame, and of every four after it, has 4 and 1.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MINIMUM_FIELD_NUMBER: _builtins.int
+    MAXIMUM_FIELD_NUMBER: _builtins.int
+    MULTIPLE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DEFAULT_COUNT_FIELD_NUMBER: _builtins.int
+    minimum: _builtins.int
+    """Least number of frames; 1 is a still picture."""
+    maximum: _builtins.int
+    """Most frames."""
+    multiple: _builtins.int
+    """Distance of two numbers that are next to each other; at least 1."""
+    offset: _builtins.int
+    """What is left of each number when it is divided by `multiple`."""
+    default_count: _builtins.int
+    """Frames where the request names none."""
+    def __init__(
+        self,
+        *,
+        minimum: _builtins.int = ...,
+        maximum: _builtins.int = ...,
+        multiple: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        default_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_count", b"default_count", "maximum", b"maximum", "minimum", b"minimum", "multiple", b"multiple", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FrameCounts: _TypeAlias = FrameCounts  # noqa: Y015
+
+@_typing.final
 class ModelInfo(_message.Message):
     """What a model takes."""
 
@@ -435,6 +475,7 @@ class ModelInfo(_message.Message):
     EXAMPLES_FIELD_NUMBER: _builtins.int
     BATCH_MAX_FIELD_NUMBER: _builtins.int
     BRANCHES_ABOVE_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
     OBEYS_LAYOUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
@@ -468,7 +509,7 @@ class ModelInfo(_message.Message):
 
     @_builtins.property
     def shapes(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Shape]:
-        """Shapes it serves; the first is its default."""
+        """Shapes it serves; the first is its default. Their frames are the default number where `frames` is present."""
 
     @_builtins.property
     def degrees(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -477,6 +518,10 @@ class ModelInfo(_message.Message):
     @_builtins.property
     def examples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Example prompts."""
+
+    @_builtins.property
+    def frames(self) -> Global___FrameCounts:
+        """Numbers of frames that it serves at each of its widths and heights; absent: those that `shapes` name, no others."""
 
     def __init__(
         self,
@@ -496,11 +541,12 @@ class ModelInfo(_message.Message):
         examples: _abc.Iterable[_builtins.str] | None = ...,
         batch_max: _builtins.int = ...,
         branches_above: _builtins.float | None = ...,
+        frames: Global___FrameCounts | None = ...,
         obeys_layout: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "branches_above", b"branches_above"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "branches_above", b"branches_above", "frames", b"frames"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "shapes", b"shapes", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workflows", b"workflows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "frames", b"frames", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "shapes", b"shapes", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workflows", b"workflows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__branches_above: _TypeAlias = _typing.Literal["branches_above"]  # noqa: Y015
     _WhichOneofArgType__branches_above: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above"]  # noqa: Y015

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.validation import PROMPT_CHARS_MAX, completed
-from hocket import media_types
+from hocket import frame_counts, media_types
 from hocket.client import request
 from hocket.errors import InvalidRequest
-from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
+from hocket.v1.generation_pb2 import FrameCounts, GenerateRequest, ModelInfo
 from hocket.v1.types_pb2 import OnMiss, Shape
 from tests.gateway.peer import EMOJI
 
@@ -29,7 +29,16 @@ VIDEO = ModelInfo(
     guidance_max=20.0,
     guidance_default=5.0,
 )
-MODELS = (EMOJI, VIDEO)
+LENGTHS = ModelInfo()
+LENGTHS.CopyFrom(VIDEO)
+LENGTHS.MergeFrom(
+    ModelInfo(
+        shapes=[Shape(width=480, height=832, frames=81, fps=16)],
+        frames=FrameCounts(minimum=1, maximum=121, multiple=4, offset=1, default_count=81),
+    )
+)
+LENGTHS.name = "wan-lengths"
+MODELS = (EMOJI, VIDEO, LENGTHS)
 
 
 def wrong(change: Callable[[GenerateRequest], object]) -> dict[str, str]:
@@ -57,6 +66,48 @@ def test_a_video_model_fills_in_frames_and_rate() -> None:
     assert completed(request("waves", model="wan", fps=24), MODELS).spec.shape.fps == 24
 
 
+@pytest.mark.parametrize("size", [(832, 480), (480, 832)])
+def test_a_number_of_frames_is_the_callers_to_choose(size: tuple[int, int]) -> None:
+    shape = completed(request("waves", model="wan-lengths", shape=size), MODELS).spec.shape
+    assert (shape.frames, shape.fps) == (81, 16), "the default where none is asked for"
+    asked = request("waves", model="wan-lengths", shape=size, frames=17, fps=8)
+    whole = completed(asked, MODELS).spec
+    assert whole.shape == Shape(width=size[0], height=size[1], frames=17, fps=8)
+    assert whole.media_type == media_types.MP4
+
+
+def test_one_frame_of_a_video_model_is_a_picture() -> None:
+    whole = completed(request("waves", model="wan-lengths", frames=1), MODELS).spec
+    assert (whole.shape.frames, whole.shape.fps, whole.media_type) == (1, 0, media_types.PNG)
+    with pytest.raises(InvalidRequest, match="0 for pictures"):
+        completed(request("waves", model="wan-lengths", frames=1, fps=8), MODELS)
+
+
+@given(
+    multiple=st.integers(1, 9),
+    offset=st.integers(0, 8),
+    low=st.integers(0, 20),
+    further=st.integers(0, 20),
+    asked=st.integers(0, 2**32 - 1),
+)
+def test_the_nearest_number_of_frames_is_one_on_offer(
+    multiple: int, offset: int, low: int, further: int, asked: int
+) -> None:
+    offset %= multiple
+    least = low * multiple + offset
+    counts = FrameCounts(
+        minimum=least,
+        maximum=least + further * multiple,
+        multiple=multiple,
+        offset=offset,
+        default_count=least,
+    )
+    offered = range(least, counts.maximum + 1, multiple)
+    near = frame_counts.nearest(counts, asked)
+    assert near == min(offered, key=lambda number: (abs(number - asked), number))
+    assert frame_counts.offers(counts, asked) == (asked in offered)
+
+
 @pytest.mark.parametrize(
     ("model", "asked_for", "given"),
     [
@@ -82,7 +133,11 @@ def test_the_request_itself_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("field", "told", "change"),
     [
-        ("spec.model", "found 'nope'; allowed: emoji, wan", lambda r: _set(r.spec, model="nope")),
+        (
+            "spec.model",
+            "found 'nope'; allowed: emoji, wan, wan-lengths",
+            lambda r: _set(r.spec, model="nope"),
+        ),
         ("spec.workflow", "allowed: txt2img", lambda r: _set(r.spec, workflow="txt2vid")),
         ("spec.prompt", "allowed: 1 to 2000", lambda r: _set(r.spec, prompt="  ")),
         (
@@ -106,6 +161,21 @@ def test_the_request_itself_is_left_alone() -> None:
             lambda r: _set(r.spec.shape, width=64, height=256),
         ),
         ("spec.shape.frames", "found 9", lambda r: _set(r.spec.shape, frames=9)),
+        (
+            "spec.shape.frames",
+            "found 18; allowed: 1 to 121, 1 more than a multiple of 4; nearest: 17",
+            lambda r: (_set(r.spec, model="wan-lengths"), _set(r.spec.shape, frames=18)),
+        ),
+        (
+            "spec.shape.frames",
+            "found 125; allowed: 1 to 121, 1 more than a multiple of 4; nearest: 121",
+            lambda r: (_set(r.spec, model="wan-lengths"), _set(r.spec.shape, frames=125)),
+        ),
+        (
+            "spec.shape.width",
+            "found 500; allowed: 832x480x17, 480x832x17; nearest: 832x480x17",
+            lambda r: (_set(r.spec, model="wan-lengths"), _set(r.spec.shape, width=500, frames=17)),
+        ),
         ("spec.shape.fps", "0 for pictures", lambda r: _set(r.spec.shape, fps=24)),
         (
             "spec.shape.fps",
@@ -191,19 +261,21 @@ def test_a_model_without_guidance_takes_its_own_only() -> None:
 @given(
     prompt=st.text(max_size=50),
     width=st.integers(0, 2**32 - 1),
-    height=st.sampled_from([0, 64, 128, 256, 300]),
+    height=st.sampled_from([0, 64, 128, 256, 300, 480]),
+    frames=st.integers(0, 130),
     steps=st.integers(0, 2**32 - 1),
     guidance=st.none() | st.floats(),
     deadline_us=st.integers(0, 2**64 - 1),
     priority=st.integers(-(2**31), 2**31 - 1),
     on_miss=st.integers(0, 5),
-    model=st.sampled_from(["", "emoji", "wan", "nope"]),
+    model=st.sampled_from(["", "emoji", "wan", "wan-lengths", "nope"]),
     media_type=st.sampled_from(["", "image/png", "image/webp", "video/mp4", "MP4"]),
 )
 def test_completed_or_refused_and_completing_twice_changes_nothing(
     prompt: str,
     width: int,
     height: int,
+    frames: int,
     steps: int,
     guidance: float | None,
     deadline_us: int,
@@ -214,7 +286,7 @@ def test_completed_or_refused_and_completing_twice_changes_nothing(
 ) -> None:
     asked = request(prompt, model=model, steps=steps, guidance=guidance, priority=priority)
     asked.spec.media_type = media_type
-    _set(asked.spec.shape, width=width, height=height)
+    _set(asked.spec.shape, width=width, height=height, frames=frames)
     _set(asked.slo, deadline_us=deadline_us, on_miss=on_miss)
     try:
         whole = completed(asked, MODELS)
@@ -225,7 +297,11 @@ def test_completed_or_refused_and_completing_twice_changes_nothing(
     served = next(m for m in MODELS if m.name == whole.spec.model)
     shape = whole.spec.shape
     sizes = {(s.width, s.height, s.frames or 1) for s in served.shapes}
-    assert (shape.width, shape.height, shape.frames) in sizes
+    if served.HasField("frames"):
+        assert frame_counts.offers(served.frames, shape.frames)
+        assert (shape.width, shape.height) in {size[:2] for size in sizes}
+    else:
+        assert (shape.width, shape.height, shape.frames) in sizes
     assert served.steps_min <= whole.spec.steps <= served.steps_max
     assert whole.spec.media_type in media_types.offered(shape.frames)
     assert completed(whole, MODELS) == whole

@@ -13,6 +13,7 @@ from hocket.cli_common import pixels, seconds
 from hocket.cli_generate import (
     Format,
     farewell,
+    frames_offered,
     media_type,
     named_size,
     replaced_words,
@@ -23,7 +24,7 @@ from hocket.cli_up import POLICIES
 from hocket.demo import Run, step_runs, summary
 from hocket.errors import MeshStopped, WrongConfig
 from hocket.launcher import MeshPlan, worker_options
-from hocket.v1.generation_pb2 import Accepted, Finished, Progress
+from hocket.v1.generation_pb2 import Accepted, Finished, FrameCounts, ModelInfo, Progress
 from hocket.v1.types_pb2 import MediaInfo, Shape
 from tests.hocket.test_trace_view import CONTROL, GATEWAY, WORKER
 
@@ -155,6 +156,28 @@ def test_a_video_is_named_with_its_frames() -> None:
     assert shape_name(Shape(width=832, height=480, frames=81)) == "832x480x81"
 
 
+def frame_counts(*numbers: int) -> FrameCounts:
+    least, most, multiple, offset, default = numbers
+    return FrameCounts(
+        minimum=least, maximum=most, multiple=multiple, offset=offset, default_count=default
+    )
+
+
+@pytest.mark.parametrize(
+    ("info", "told"),
+    [
+        (ModelInfo(shapes=[Shape(width=64, height=64)]), ""),
+        (ModelInfo(shapes=[Shape(width=64, height=64, frames=n) for n in (81, 33)]), "33 81"),
+        (ModelInfo(frames=frame_counts(1, 121, 4, 1, 81)), "1-121, 4k+1 (81)"),
+        (ModelInfo(frames=frame_counts(2, 16, 2, 0, 16)), "2-16, 2k (16)"),
+        (ModelInfo(frames=frame_counts(2, 16, 1, 0, 8)), "2-16 (8)"),
+        (ModelInfo(frames=frame_counts(49, 49, 8, 1, 49)), "49"),
+    ],
+)
+def test_frames_are_listed_in_brief(info: ModelInfo, told: str) -> None:
+    assert frames_offered(info) == told
+
+
 def test_a_replaced_prompt_is_named() -> None:
     told = replaced_words("a wyvern", "a dragon")
     assert told == "no 'wyvern' in this model's vocabulary; showing 'a dragon'"
@@ -218,6 +241,7 @@ def test_a_format_is_told_or_named_by_the_file(
 
 def test_generate_tells_its_formats() -> None:
     status, told = hocket("generate", "--help")
-    assert status == 0 and "--fps" in told and "png|webp|mp4" in told
+    assert status == 0 and "--fps" in told and "--frames" in told and "png|webp|mp4" in told
     assert hocket("generate", "waves", "--format", "gif")[0] == 2
     assert hocket("generate", "waves", "--fps", "-1")[0] == 2
+    assert hocket("generate", "waves", "--frames", "-1")[0] == 2

@@ -11,7 +11,10 @@ import asyncio
 import io
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +196,63 @@ async def test_a_video_arrives_over_grpc_and_plays(
         asked.spec.media_type = "image/png"
         with pytest.raises(InvalidRequest, match=r"spec\.media_type"):
             await client.generate_media(asked)
+
+
+async def test_a_video_has_as_many_frames_as_asked_for(
+    wan: Reference, served: Path, tmp_path: Path
+) -> None:
+    """Other lengths than the model's own, from the request to the file: of the stock pipeline."""
+    shorter = wan_reference(tmp_path / "tiny-wan", frames=5)
+    asked = GenerateRequest(spec=spec(wan))
+    asked.spec.model = served.name
+    plan = MeshPlan(tmp_path / "state", workers=2, models=(str(served),), log_level="warning")
+    async with (
+        mesh(plan, lambda _: None) as running,
+        HocketClient(running.gateway) as client,
+        asyncio.timeout(WAIT_S),
+    ):
+        (info,) = await client.models()
+        told = info.frames
+        assert (told.minimum, told.maximum, told.multiple, told.offset) == (1, 9, 4, 1)
+        assert told.default_count == 9
+        asked.spec.shape.frames, asked.spec.shape.fps = 5, 10
+        content, finished = await client.generate_media(asked)
+        made = finished.media
+        assert (made.frames, made.fps, made.duration_us) == (5, 10, 500_000)
+        frames = mp4_frames(content, fps=10)
+        assert levels_apart(frames, shorter.frames).mean() <= MP4_LEVELS
+        with av.open(io.BytesIO(content)) as container:
+            stream = container.streams.video[0]
+            assert stream.frames == 5
+            assert stream.duration is not None and stream.time_base is not None
+            assert float(stream.duration * stream.time_base) == pytest.approx(0.5, abs=1e-3)
+
+        asked.spec.media_type = "image/webp"
+        content, finished = await client.generate_media(asked)
+        assert (finished.media.frames, finished.media.fps) == (5, 10)
+        assert levels_apart(webp_frames(content, frame_ms=100), shorter.frames).max() <= 1
+
+        for frames_asked, near in ((6, 5), (13, 9)):
+            asked.spec.shape.frames = frames_asked
+            with pytest.raises(InvalidRequest, match=rf"found {frames_asked}; .*nearest: {near}"):
+                await client.generate_media(asked)
+        status, listed = await asyncio.to_thread(told_by, "models", running.gateway)
+        assert status == 0 and "1-9, 4k+1 (9)" in listed
+        clip = tmp_path / "clip.mp4"
+        options = ("--frames=5", "--fps=10", "--steps=2", f"--output={clip}")
+        status, listed = await asyncio.to_thread(
+            told_by, "generate", running.gateway, "a red fox", *options
+        )
+        assert status == 0 and "48x32x5@10" in listed, listed
+        assert len(mp4_frames(clip.read_bytes(), fps=10)) == 5
+
+
+def told_by(command: str, gateway: str, *arguments: str) -> tuple[int, str]:
+    """What the command line says, on a wide terminal."""
+    whole = [sys.executable, "-m", "hocket.cli", command, *arguments, f"--address={gateway}"]
+    environment = {**os.environ, "COLUMNS": "200"}
+    run = subprocess.run(whole, capture_output=True, text=True, env=environment, check=False)
+    return run.returncode, run.stdout + run.stderr
 
 
 def mp4_frames(content: bytes, fps: int) -> np.ndarray:

@@ -91,9 +91,10 @@ class Desk:
         steps: int = 2,
         slo_us: int = 10**9,
         plan: bool = True,
+        shape: Shape = SHAPE,
     ) -> list[Assignment]:
         request = Request(
-            id=name, model=model, shape=SHAPE, steps=steps, deadline_us=self.now_us + slo_us
+            id=name, model=model, shape=shape, steps=steps, deadline_us=self.now_us + slo_us
         )
         self.scheduler.observe(Arrived(at_us=self.now_us, request=request))
         return self.plan() if plan else []

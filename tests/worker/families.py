@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.worker.tiny_cogvideox import cogvideox_reference, cogvideox_rotary_reference
+from tests.worker.tiny_cogvideox import (
+    cogvideox_15_reference,
+    cogvideox_reference,
+    cogvideox_rotary_reference,
+)
 from tests.worker.tiny_hunyuan import hunyuan_reference
 from tests.worker.tiny_ltx import ltx_reference
 from tests.worker.tiny_models import (
@@ -40,4 +44,24 @@ FAMILIES: Mapping[str, Family] = {
     "cogvideox": Family(cogvideox_reference),
     "cogvideox-rotary": Family(cogvideox_rotary_reference),
     "hunyuan": Family(hunyuan_reference, cfg=(1,)),
+}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Other numbers of frames than `FAMILIES` has; `make test` runs the first."""
+
+    make: Callable[..., Reference]  # with `frames`
+    frames: tuple[int, ...]
+    refused: int  # one that the autoencoder cannot make
+
+
+VIDEOS: Mapping[str, Lengths] = {
+    "ltx": Lengths(ltx_reference, (9, 1, 41), refused=12),
+    "wan": Lengths(wan_reference, (13, 1, 21), refused=12),
+    "wan-unipc": Lengths(wan_unipc_reference, (5, 33), refused=7),
+    "cogvideox": Lengths(cogvideox_reference, (17, 1, 33), refused=13),
+    "cogvideox-rotary": Lengths(cogvideox_rotary_reference, (17, 1, 33), refused=13),
+    "cogvideox-1.5": Lengths(cogvideox_15_reference, (17, 1, 33), refused=13),
+    "hunyuan": Lengths(hunyuan_reference, (5, 1, 29), refused=6),
 }

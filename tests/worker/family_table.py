@@ -14,6 +14,8 @@ COLUMNS = {
     "test_preempted_and_resumed_elsewhere": "preempt, resume",
     "test_a_batch_of_four": "batch of 4",
     "test_loaded_from_its_folder": "save, load",
+    "test_another_number_of_frames": "frames",
+    "test_a_number_of_frames_between_is_refused": "bad frames refused",
     "test_heads_that_do_not_divide_are_refused_before_the_kernel": "bad degree refused",
 }
 ERROR = "latent error"  # name of the property that a test records

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from gpuworker.decode import decoded
+from gpuworker.memory import ran_out
 from gpuworker.models.card import ModelCard, to_frames
 from gpuworker.models.loading import load_card
+from gpuworker.pace import Pace
 from gpuworker.state import LatentState
+from gpuworker.weights import WeightStore
+from tests.worker.test_pace import STEPS, Desk
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import CPU
 
@@ -101,17 +108,142 @@ def test_tiles_bound_the_decoder_and_are_close_to_the_whole(
 def test_at_the_threshold_it_is_the_stock_decoder_to_the_bit(
     wan: Reference, tmp_path: Path
 ) -> None:
-    """Also after a request above it: tiling is switched on in the model that all requests share."""
+    """Also after a request above it: the model that decodes in tiles is one that all share."""
     small, large = {"width": 288, "height": 272}, {"width": 288, "height": 288}
     card = card_that_tiles(wan, tmp_path / "wan", over_px=288 * 272)
     vae: Any = card._parts["vae"]  # type: ignore[attr-defined]
     card.decode(card.encode(**{**wan.settings, **large, "frames": 1}))
-    assert vae.use_tiling
+    assert not vae.use_tiling
     state = card.encode(**{**wan.settings, **small, "frames": 1})
     ours = card.decode(state)
-    vae.disable_tiling()
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = 1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     with torch.inference_mode():
         stock = vae.decode(state.tensors["latents"] / std + mean, return_dict=False)[0]
     assert np.array_equal(ours, to_frames(stock[0].transpose(0, 1)))
+
+
+HUGE = 1 << 46  # bytes: more than the address space has room for
+# Size of the job, and sides of the smallest tiles in latent pixels, largest tiles first.
+STARVED: dict[str, tuple[dict[str, int], list[tuple[int, int]]]] = {
+    "wan": (WAN_SIZE, [(32, 32), (16, 16), (8, 8)]),
+    "flux": (FLUX_SIZE, [(64, 64), (32, 32), (16, 16)]),
+    "qwen": ({"width": 320, "height": 288}, [(32, 32), (16, 16)]),
+    "hunyuan": ({"width": 320, "height": 288, "frames": 5}, [(32, 32), (16, 16)]),
+    "ltx": ({"width": 544, "height": 288, "frames": 25}, [(9, 16), (8, 8)]),
+    "cogvideox": ({"width": 400, "height": 256, "frames": 9}, [(30, 45)]),
+}
+
+
+def card_for(family: str, folder: Path, request: pytest.FixtureRequest) -> tuple[ModelCard, Any]:
+    """A card whose jobs have any size, and its decoder's own module."""
+    reference: Reference = request.getfixturevalue(family)
+    card = card_that_tiles(reference, folder / family, over_px=1 << 40)
+    if family == "cogvideox":
+        card.facts = replace(card.facts, sizes=())
+    return card, card._parts["vae"]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def starving(vae: Any, latents_max: int) -> Iterator[list[int]]:
+    """Memory runs out, by torch's own error, where a decode sees more; gives what was granted."""
+    seen: list[int] = []
+
+    def ask(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        area = inputs[0].shape[-1] * inputs[0].shape[-2]
+        if area > latents_max:
+            torch.empty(HUGE, dtype=torch.uint8)
+        seen.append(area)
+
+    hook = vae.decoder.register_forward_pre_hook(ask)
+    yield seen
+    hook.remove()
+
+
+def tiling_of(vae: Any) -> dict[str, Any]:
+    return {k: v for k, v in vars(vae).items() if k.startswith(("tile_", "use_"))}
+
+
+@pytest.mark.parametrize(
+    ("family", "tile"),
+    [
+        pytest.param(name, tile, marks=[pytest.mark.full] if tile != tiles[-1] else [])
+        for name, (_, tiles) in STARVED.items()
+        for tile in tiles
+    ],
+)
+def test_a_decode_that_ran_out_of_memory_goes_on_in_smaller_tiles(
+    family: str, tile: tuple[int, int], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    card, vae = card_for(family, tmp_path, request)
+    size, _ = STARVED[family]
+    reference: Reference = request.getfixturevalue(family)
+    state = card.encode(**{**reference.settings, **size})
+    whole, before = decoded(card, state, attempt=0), tiling_of(vae)
+    with starving(vae, tile[0] * tile[1]) as seen:
+        with pytest.raises(RuntimeError) as first:
+            decoded(card, state, attempt=0)
+        assert ran_out(first.value) and not seen, "others make room before the picture changes"
+        ours = decoded(card, state, attempt=1)
+    assert max(seen) <= tile[0] * tile[1] and len(seen) > 1
+    mean, _ = differences(ours, whole)
+    assert 0 < 2 * mean < differences(ours[:, :, ::-1], whole)[0], "far nearer than mirrored"
+    assert tiling_of(vae) == before, "the next request has the whole decoder again"
+    assert np.array_equal(decoded(card, state, attempt=1), whole), "and to the bit"
+
+
+def test_with_no_smaller_tile_it_fails_as_before(
+    wan: Reference, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    card, vae = card_for("wan", tmp_path, request)
+    state, before = card.encode(**{**wan.settings, **WAN_SIZE}), tiling_of(vae)
+    with starving(vae, 7 * 7) as seen, pytest.raises(RuntimeError) as told:
+        decoded(card, state, attempt=2)
+    assert ran_out(told.value) and not seen and tiling_of(vae) == before
+
+
+def test_a_failed_decode_leaves_nothing_in_the_decoder(wan: Reference) -> None:
+    """Wan's keeps maps from one frame to the next, and drops them at the next decode only."""
+    card = load_card(wan.folder, CPU, torch.float32)
+    state, vae = card.encode(**wan.settings), card._parts["vae"]  # type: ignore[attr-defined]
+
+    def ask(*_: object) -> None:
+        torch.empty(HUGE, dtype=torch.uint8)
+
+    hook = vae.decoder.conv_out.register_forward_pre_hook(ask)
+    with pytest.raises(RuntimeError):
+        card.decode(state)
+    assert any(kept is not None for kept in vae._feat_map)
+    with pytest.raises(RuntimeError):
+        decoded(card, state, attempt=0)
+    hook.remove()
+    assert all(kept is None for kept in vae._feat_map)
+
+
+def test_another_error_is_not_taken_for_it(
+    wan: Reference, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    card, _ = card_for("wan", tmp_path, request)
+    state = card.encode(**wan.settings)
+    state.tensors["latents"] = state.tensors["latents"][:, :3]
+    with pytest.raises(RuntimeError) as told:
+        decoded(card, state, attempt=1)
+    assert not ran_out(told.value)
+
+
+def test_the_worker_makes_the_file_at_its_second_try(flux: Reference) -> None:
+    """The first one is told as any failed allocation is."""
+    weights = WeightStore(CPU)
+    card = load_card(flux.folder, CPU, torch.float32, weights)
+    desk = Desk((card, weights), flux, Pace())
+    desk.give("text", 1)
+    desk.give("dit", STEPS)
+    for attempt in (0, 1):
+        desk.give("vae", 1, first_step=STEPS, attempt=attempt)
+    with starving(card._parts["vae"], 8 * 8):  # type: ignore[attr-defined]
+        *_, failed, made = desk.run()
+    assert failed.failure is not None and failed.failure.reason == "OUT_OF_MEMORY"
+    assert failed.failure.metadata["node"] == "vae"
+    assert made.failure is None and made.last
+    (media,) = [m for m in made.media.values() if m is not None]
+    assert (media.info.width, media.info.height) == (28, 28)

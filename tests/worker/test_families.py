@@ -7,6 +7,7 @@ runs a slice, `make test-full` all of it and prints the table.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from gpuworker.elastic import DegreeRefused
+from gpuworker.models.card import ShapeRefused
 from gpuworker.models.loading import load_card
 from gpuworker.team import Layout, Team
 from tests.worker import worker_tasks as tasks
-from tests.worker.families import FAMILIES, Family
+from tests.worker.families import FAMILIES, VIDEOS, Family
 from tests.worker.family_table import ERROR
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_jobs import (
@@ -137,6 +139,35 @@ def test_a_batch_of_four(
             error = latent_error(state, reference)
             record_property(ERROR, error)
             assert error <= LATENT_TOLERANCE, f"the companions changed it by {error} in {layout}"
+
+
+@pytest.mark.parametrize(
+    ("video", "frames"),
+    [
+        pytest.param(name, frames, marks=[pytest.mark.full] if place else [])
+        for name, lengths in VIDEOS.items()
+        for place, frames in enumerate(lengths.frames)
+    ],
+)
+def test_another_number_of_frames(
+    pool: Pool, video: str, frames: int, tmp_path: Path, record_property: Record
+) -> None:
+    """The stock pipeline's video of that length, on one worker and shared by two."""
+    reference = VIDEOS[video].make(tmp_path / f"tiny-{video}-{frames}", frames=frames)
+    assert len(reference.frames) == frames
+    for members in ((0,), (1, 0)):
+        check(pool, reference, [(members, steps_of(reference))], record_property)
+
+
+@pytest.mark.parametrize("name", sorted(VIDEOS.keys() & FAMILIES.keys()), indirect=True)
+def test_a_number_of_frames_between_is_refused(name: str, reference: Reference) -> None:
+    card = load_card(reference.folder, CPU, torch.float32)
+    facts, wanted = card.facts, VIDEOS[name].refused
+    for frames in (wanted, facts.frames_max + facts.frames_multiple):
+        with pytest.raises(ShapeRefused) as refused:
+            card.encode(**reference.settings | {"frames": frames})
+        assert (refused.value.field, refused.value.value) == ("frames", frames)
+        assert str(facts.frames_max) in refused.value.allowed
 
 
 def test_loaded_from_its_folder(reference: Reference) -> None:

@@ -74,9 +74,11 @@ class Desk:
         memory = Memory(cards, CPU, weights, self.shelf)
         self._engine = Engine("w0", cards, self.inbox, self.shelf, groups, sources, pace, memory)
 
-    def give(self, node: str, steps: int, first_step: int = 0) -> None:
+    def give(self, node: str, steps: int, first_step: int = 0, attempt: int = 0) -> None:
         self._sequence += 1
-        member = mesh_pb2.BatchMember(request_id="r", spec=self._spec, first_step=first_step)
+        member = mesh_pb2.BatchMember(
+            request_id="r", spec=self._spec, first_step=first_step, attempt=attempt
+        )
         self.inbox.put(
             mesh_pb2.Assignment(
                 sequence=self._sequence,

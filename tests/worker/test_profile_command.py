@@ -19,13 +19,13 @@ from gpuworker.profile_command import INTERRUPTED, Row, as_csv
 from hocket.errors import WrongConfig
 from tests.waiting import until
 
-COMMAND = (sys.executable, "-m", "gpuworker", "profile", "hocket-emoji", "--device=cpu")
+COMMAND = (sys.executable, "-m", "gpuworker", "profile", "--device=cpu")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-async def started(*options: str) -> asyncio.subprocess.Process:
+async def started(*options: str, model: str = "hocket-emoji") -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
-        *COMMAND, *options, env=ENVIRONMENT, stderr=asyncio.subprocess.PIPE
+        *COMMAND, model, *options, env=ENVIRONMENT, stderr=asyncio.subprocess.PIPE
     )
 
 
@@ -51,6 +51,20 @@ async def test_it_measures_nodes_degrees_and_batches(tmp_path: Path) -> None:
     halves = [k for k in cells if k.layout.degree == 2]
     assert {k.layout for k in halves} == {Layout(cfg=2)}, "split as control splits it"
     assert "cores" in out.read_text(), "the kind of machine stands in the source column"
+
+
+async def test_a_length_that_the_model_refuses_costs_its_own_cells_only(tmp_path: Path) -> None:
+    """Both members of a group refuse it: the next cell hears neither of them."""
+    out = tmp_path / "profile.csv"
+    options = ("--sizes=64x64", "--frames=7,4", "--degrees=2", "--steps=1", "--busy=1")
+    process = await started(*options, f"--output={out}", model="hocket-emoji-motion")
+    _, told = await process.communicate()
+    assert process.returncode == 0, told.decode()
+    assert told.count(b"frames=7: allowed is 2..16") == 3, told.decode()
+    shape = Shape(width=64, height=64, frames=4)
+    cells = [key for key in Profile.from_csv(out.read_text()).cells if key.shape == shape]
+    assert {(k.node, k.layout.degree) for k in cells} == {("text", 1), ("dit", 2), ("vae", 1)}
+    assert len(out.read_text().splitlines()) == 4, "no other shape"
 
 
 async def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:

@@ -31,22 +31,23 @@ _SOLVING = dict(
 )
 
 
-def cogvideox_reference(folder: Path) -> tiny.Reference:
+def cogvideox_reference(folder: Path, frames: int = 9) -> tiny.Reference:
     """As 2b: positions are added to the tokens, DDIM."""
-    return _reference(folder, cogvideox_pipeline())
+    return _reference(folder, cogvideox_pipeline(), frames)
 
 
-def cogvideox_rotary_reference(folder: Path) -> tiny.Reference:
+def cogvideox_rotary_reference(folder: Path, frames: int = 9) -> tiny.Reference:
     """As 5b: positions turn the tokens, and its DPM-Solver draws noise at every step."""
     scheduler = CogVideoXDPMScheduler(**_SOLVING, snr_shift_scale=1.0)
-    return _reference(folder, cogvideox_pipeline(scheduler, use_rotary_positional_embeddings=True))
+    pipeline = cogvideox_pipeline(scheduler, use_rotary_positional_embeddings=True)
+    return _reference(folder, pipeline, frames)
 
 
-def cogvideox_15_reference(folder: Path) -> tiny.Reference:
+def cogvideox_15_reference(folder: Path, frames: int = 9) -> tiny.Reference:
     """As 1.5: two frames a token, so that three latent frames are padded to four."""
     scheduler = CogVideoXDPMScheduler(**_SOLVING, snr_shift_scale=1.0)
     changes = dict(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)
-    return _reference(folder, cogvideox_pipeline(scheduler, **changes))
+    return _reference(folder, cogvideox_pipeline(scheduler, **changes), frames)
 
 
 def cogvideox_pipeline(scheduler: Any = None, **changes: Any) -> CogVideoXPipeline:
@@ -88,13 +89,13 @@ def cogvideox_pipeline(scheduler: Any = None, **changes: Any) -> CogVideoXPipeli
     )
 
 
-def _reference(folder: Path, pipeline: CogVideoXPipeline) -> tiny.Reference:
-    """9 frames of 48x32 px (18 video tokens, 13 of text), real guidance."""
-    settings = tiny.settings_of(width=48, height=32, frames=9, steps=8, guidance_scale=4.0)
+def _reference(folder: Path, pipeline: CogVideoXPipeline, frames: int) -> tiny.Reference:
+    """Frames of 48x32 px (of nine: 18 video tokens, 13 of text), real guidance."""
+    settings = tiny.settings_of(width=48, height=32, frames=frames, steps=8, guidance_scale=4.0)
     settings["negative_prompt"] = "the night"
     tiny.save(pipeline, folder)
-    frames = (_asked(pipeline, settings, "np")[0] * 255).round().astype(np.uint8)
-    return tiny.Reference(str(folder), settings, cogvideox_latents(pipeline, settings), frames)
+    video = (_asked(pipeline, settings, "np")[0] * 255).round().astype(np.uint8)
+    return tiny.Reference(str(folder), settings, cogvideox_latents(pipeline, settings), video)
 
 
 def cogvideox_latents(

@@ -24,14 +24,14 @@ from tests.worker import tiny_models as tiny
 TEXT_TOKENS = 29
 
 
-def hunyuan_reference(folder: Path) -> tiny.Reference:
-    """9 frames of 48x32 px (72 video tokens, 29 of text), embedded guidance."""
+def hunyuan_reference(folder: Path, frames: int = 9) -> tiny.Reference:
+    """9 frames of 48x32 px (72 video tokens, 29 of text), or others; embedded guidance."""
     pipeline = hunyuan_pipeline()
-    settings = tiny.settings_of(width=48, height=32, frames=9, steps=8, guidance_scale=6.0)
+    settings = tiny.settings_of(width=48, height=32, frames=frames, steps=8, guidance_scale=6.0)
     tiny.save(pipeline, folder)
     (folder / "card.json").write_text(json.dumps({"text_tokens": TEXT_TOKENS}))
-    frames = (_asked(pipeline, settings, "np")[0] * 255).round().astype(np.uint8)
-    return tiny.Reference(str(folder), settings, hunyuan_latents(pipeline, settings), frames)
+    video = (_asked(pipeline, settings, "np")[0] * 255).round().astype(np.uint8)
+    return tiny.Reference(str(folder), settings, hunyuan_latents(pipeline, settings), video)
 
 
 def hunyuan_latents(pipeline: HunyuanVideoPipeline, settings: dict[str, Any]) -> Tensor:

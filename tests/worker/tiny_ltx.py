@@ -80,10 +80,13 @@ def ltx_pipeline(conditioned: bool = False, inject_noise: bool = False) -> LTXPi
     )
 
 
-def ltx_reference(folder: Path, guidance_scale: float = 3.0, **decoder: bool) -> Reference:
-    """17 frames of 96x96 px (27 video tokens), real guidance."""
+def ltx_reference(
+    folder: Path, guidance_scale: float = 3.0, frames: int = 17, **decoder: bool
+) -> Reference:
+    """17 frames of 96x96 px (27 video tokens) unless told otherwise, real guidance."""
     pipeline = ltx_pipeline(**decoder)
-    settings = settings_of(width=96, height=96, frames=17, steps=8, guidance_scale=guidance_scale)
+    settings = settings_of(width=96, height=96, frames=frames, steps=8)
+    settings["guidance_scale"] = guidance_scale
     settings["negative_prompt"] = "the night"
     save(pipeline, folder)
     arguments: dict[str, Any] = {
@@ -96,5 +99,5 @@ def ltx_reference(folder: Path, guidance_scale: float = 3.0, **decoder: bool) ->
         arguments.update(DECODING)
         (folder / "card.json").write_text(json.dumps({"text_tokens": TEXT_TOKENS, **DECODING}))
     latents = pipeline(**arguments, generator=generator(settings), output_type="latent").frames
-    frames = pipeline(**arguments, generator=generator(settings), output_type="np").frames[0]
-    return Reference(str(folder), settings, latents, (frames * 255).round().astype(np.uint8))
+    video = pipeline(**arguments, generator=generator(settings), output_type="np").frames[0]
+    return Reference(str(folder), settings, latents, (video * 255).round().astype(np.uint8))

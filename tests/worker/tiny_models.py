@@ -149,7 +149,7 @@ def wan_pipeline(scheduler: Any = None) -> WanPipeline:
     )
 
 
-def wan_unipc_reference(folder: Path) -> Reference:
+def wan_unipc_reference(folder: Path, frames: int = 9) -> Reference:
     """Wan with the multistep solver that it is published with."""
     return wan_reference(
         folder,
@@ -159,19 +159,20 @@ def wan_unipc_reference(folder: Path) -> Reference:
             num_train_timesteps=1000,
             flow_shift=3.0,
         ),
+        frames,
     )
 
 
-def wan_reference(folder: Path, scheduler: Any = None) -> Reference:
-    """9 frames of 48x32 px (18 video tokens), real guidance."""
+def wan_reference(folder: Path, scheduler: Any = None, frames: int = 9) -> Reference:
+    """9 frames of 48x32 px (18 video tokens) unless told otherwise, real guidance."""
     pipeline = wan_pipeline(scheduler)
-    settings = settings_of(width=48, height=32, frames=9, steps=8, guidance_scale=4.0)
+    settings = settings_of(width=48, height=32, frames=frames, steps=8, guidance_scale=4.0)
     settings["negative_prompt"] = "the night"
     save(pipeline, folder)
     arguments = _of_wan(settings)
     latents = pipeline(**arguments, generator=generator(settings), output_type="latent").frames
-    frames = pipeline(**arguments, generator=generator(settings), output_type="np").frames[0]
-    return Reference(str(folder), settings, latents, (frames * 255).round().astype(np.uint8))
+    video = pipeline(**arguments, generator=generator(settings), output_type="np").frames[0]
+    return Reference(str(folder), settings, latents, (video * 255).round().astype(np.uint8))
 
 
 def wan_latents(settings: dict[str, Any]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tools.train_emoji.data import ROOT
 from tools.train_emoji.model import LATENT_CHANNELS
 from tools.train_emoji.motion import FRAMES
-from tools.train_emoji.motion_model import TIMES, clip_ids, pack, places, unpack
+from tools.train_emoji.motion_model import FRAMES_A_TOKEN, clip_ids, pack, places, unpack
 from tools.train_emoji.sample import Pipeline
 
 MOTION_ASSETS = ROOT / "gpuworker" / "assets" / "hocket-emoji-motion"
@@ -29,8 +29,9 @@ def denoise(
     seed: int,
     steps: int,
     guidance: float,
+    frames: int = FRAMES,
 ) -> torch.Tensor:
-    """The final tokens [1, TIMES * rows * columns, 32] of a clip."""
+    """The final tokens [1, times * rows * columns, 32] of a clip, or of its first frames."""
     card = pipe.card
     rows = columns = side // card["patch_px"]
 
@@ -41,12 +42,12 @@ def denoise(
 
     # 2. Noise, drawn in the layout of the latents of the clip's frames, then two frames a token.
     generator = torch.Generator("cpu").manual_seed(seed)
-    shape = (1, FRAMES, LATENT_CHANNELS, rows, columns)
+    shape = (1, frames, LATENT_CHANNELS, rows, columns)
     tokens = pack(torch.randn(shape, generator=generator, dtype=torch.float32))
 
     # 3. Flow-match Euler steps with classifier-free guidance; the last channels of a token's input
     # say where and when it is.
-    times = torch.arange(TIMES).float()
+    times = torch.arange(frames // FRAMES_A_TOKEN).float()
     place = places(times, rows, columns).expand(2, -1, -1)
     scheduler.set_timesteps(steps)
     for timestep in scheduler.timesteps:
@@ -67,7 +68,7 @@ def denoise(
 
 @torch.inference_mode()
 def decode(pipe: Pipeline, tokens: torch.Tensor, side: int) -> torch.Tensor:
-    """The clip of final tokens: uint8 RGB [FRAMES, side, side, 3]."""
+    """The clip of final tokens: uint8 RGB [frames, side, side, 3]."""
     rows = columns = side // pipe.card["patch_px"]
     (frames,) = unpack(tokens, rows, columns)
     frames = frames / pipe.card["latent_scaling"] + pipe.card["latent_shift"]
