@@ -32,6 +32,7 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 def mesh(
     pairs: Annotated[int, typer.Option(help="Requests compared with the plain loop.")] = 12,
     admissions: Annotated[int, typer.Option(help="Calls timed until accepted.")] = 200,
+    policy: Annotated[str, typer.Option(help="Planning policy.")] = "hocket",
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
         "bench/results/mesh.json"
     ),
@@ -39,8 +40,9 @@ def mesh(
     """The mesh against the plain diffusers loop, groups, transfers, admission."""
     # No spinner: what it costs would be measured too.
     console.print("measuring for about five minutes: pairs, admissions, groups of 2 and 4")
-    found = asyncio.run(mesh_bench.measure(pairs, admissions, console.print))
-    mesh_bench.write(found, out, f"python -m bench mesh --pairs {pairs} --admissions {admissions}")
+    found = asyncio.run(mesh_bench.measure(policy, pairs, admissions, console.print))
+    command = f"python -m bench mesh --pairs {pairs} --admissions {admissions} --policy {policy}"
+    mesh_bench.write(found, out, command)
     _show(found)
     console.print(f"written to {out}")
 

@@ -79,11 +79,11 @@ class Findings:
         self.figures.append(Figure(name, unit, tuple(values), gate))
 
 
-async def measure(pairs: int, admissions: int, told: Told) -> Findings:
+async def measure(policy: str, pairs: int, admissions: int, told: Told) -> Findings:
     """Starts a mesh of one worker and takes every figure."""
     found = Findings()
     with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
-        plan = MeshPlan(state_dir=Path(folder), workers=1, log_level="warning")
+        plan = MeshPlan(state_dir=Path(folder), workers=1, policy=policy, log_level="warning")
         async with mesh(plan, _quiet) as running, HocketClient(running.gateway) as client:
             cells = await paired(client, pairs, told)
             await _admissions(client, admissions, found)

@@ -67,6 +67,7 @@ class Hocket:
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
         "batch_max": Spec(0, low=0, high=4096),  # jobs that step together; 0: what the workers take
         "commit_us": Spec(30_000, low=0),  # as many steps are committed as fit; at least one
+        "commit_leads": Spec(4, low=0),  # it is at least so many leads: what is short is all way
         "pod_workers": Spec(8, low=1),
         "steal": Spec(True),  # an idle pod takes waiting requests from others
         "preload": Spec(True),  # workers hold the weights that fit before the first request
@@ -97,6 +98,8 @@ class Hocket:
         self._may_steal = bool(read["steal"])
         self._slow_step_us = int(read["slow_step_us"])
         self._reserve = int(read["reserve"])
+        least_us = int(read["commit_leads"]) * settings.lead_us
+        self._commit_us = max(least_us, int(read["commit_us"]))
         self._round = 0
         self._boundary_us = -1
         self._preloaded: dict[str, str] = {}  # worker -> incarnation
@@ -255,7 +258,7 @@ class Hocket:
                 if len(batch) > 1:
                     step_us = price.batch_us[len(batch) - 1]
                 left = min(int(roster.jobs[i, 2]) for i in batch)
-                steps = max(1, min(left, int(int(self._read["commit_us"]) // step_us)))
+                steps = max(1, min(left, int(self._commit_us // step_us)))
             reason = "on-time" if entry.hopeful else "best-effort"
             width = roster.widths[choice[first]]
             tracks = [roster.entries[i].tracked for i in batch]
