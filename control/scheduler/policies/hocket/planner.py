@@ -222,7 +222,7 @@ class Hocket:
         wishes: list[Wish] = []
         alone = not any(e.hopeful for e in roster.entries)
         slow_room = len(pod.workers) - roster.slow - max(roster.need, self._reserve)
-        for entry, price in roster.spare:
+        for entry, price, left in roster.spare:
             if room <= 0:
                 break
             node = next_node(entry.tracked)
@@ -232,7 +232,8 @@ class Hocket:
                 soon = node != DIT or step_us <= self._limits.fill_step_us
                 slow = not soon and step_us <= self._slow_step_us and width <= slow_room
                 if soon or slow or (alone and step_us == min(price.step_us)):
-                    wishes.append(Wish([entry.tracked], node, width, 1, "best-effort"))
+                    steps = self._steps(node, left, step_us)
+                    wishes.append(Wish([entry.tracked], node, width, steps, "best-effort"))
                     room -= width
                     slow_room -= width if slow else 0
                     break
@@ -252,18 +253,19 @@ class Hocket:
             tracked = entry.tracked
             node = next_node(tracked)
             price = roster.prices[int(roster.jobs[first, 0])]
-            steps = 1
-            if node == DIT:
-                step_us = price.step_us[choice[first]]
-                if len(batch) > 1:
-                    step_us = price.batch_us[len(batch) - 1]
-                left = min(int(roster.jobs[i, 2]) for i in batch)
-                steps = max(1, min(left, int(self._commit_us // step_us)))
+            step_us = price.step_us[choice[first]]
+            if len(batch) > 1:
+                step_us = price.batch_us[len(batch) - 1]
+            steps = self._steps(node, min(int(roster.jobs[i, 2]) for i in batch), step_us)
             reason = "on-time" if entry.hopeful else "best-effort"
             width = roster.widths[choice[first]]
             tracks = [roster.entries[i].tracked for i in batch]
             wishes.append(Wish(tracks, node, width, steps, reason))
         return wishes
+
+    def _steps(self, node: str, left: int, step_us: float) -> int:
+        """How many are committed at once."""
+        return max(1, min(left, int(self._commit_us // step_us))) if node == DIT else 1
 
     def _moves(self, ledger: Ledger, roster: Roster) -> Floats:
         """What starting at each width costs before the first step: moving, loading."""

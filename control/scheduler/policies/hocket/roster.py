@@ -55,7 +55,8 @@ class Roster:
     widths: tuple[int, ...] = ()
     free: dict[str, int] = field(default_factory=dict)  # idle workers -> when, in pod order
     running: int = 0
-    spare: list[tuple[Entry, Prices]] = field(default_factory=list)  # hopeless, could start now
+    # Hopeless, could start now, with the steps left.
+    spare: list[tuple[Entry, Prices, int]] = field(default_factory=list)
     slow: int = 0  # workers in long best-effort steps
     need: int = 1  # width that a newcomer may need at once, by what came lately
 
@@ -126,7 +127,7 @@ class RosterMaker:
             row = self._row(ledger, entry, number, roster.prices[number], names, held, now_us)
             if row[AVAIL] <= now_us and row[AGED] <= 0 and hopeless(row, roster.prices[number]):
                 entry.hopeful = entry.hopeful and look
-                roster.spare.append((entry, roster.prices[number]))
+                roster.spare.append((entry, roster.prices[number], int(row[STEPS_LEFT])))
                 continue
             if row[AVAIL] > now_us and not entry.hopeful:
                 flight = ledger.board.flights[entry.tracked.outstanding[-1]]
