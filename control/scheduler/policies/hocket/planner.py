@@ -67,7 +67,7 @@ class Hocket:
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
         "batch_max": Spec(0, low=0, high=4096),  # jobs that step together; 0: what the workers take
         "commit_us": Spec(30_000, low=0),  # as many steps are committed as fit; at least one
-        "commit_leads": Spec(4, low=0),  # it is at least so many leads: what is short is all way
+        "commit_leads": Spec(5, low=0),  # it is at least so many leads: what is short is all way
         "pod_workers": Spec(8, low=1),
         "steal": Spec(True),  # an idle pod takes waiting requests from others
         "preload": Spec(True),  # workers hold the weights that fit before the first request
