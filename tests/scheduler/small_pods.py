@@ -74,7 +74,9 @@ def given_up(rows, gpus, tab, limits=LIMITS, now=0.0):
     return on.tolist(), used
 
 
-def decided(rows, gpus, free, tab, limits=LIMITS, now=0.0, rules=EXACT, on=None, move_us=0.0):
+def decided(
+    rows, gpus, free, tab, limits=LIMITS, now=0.0, rules=EXACT, saving=False, on=None, move_us=0.0
+):
     """One decision, with the work space laid out as the planner's."""
     n, room = len(rows), 2 * len(rows) + 1
     counted = np.array([1] * n if on is None else on, np.int64)
@@ -92,6 +94,7 @@ def decided(rows, gpus, free, tab, limits=LIMITS, now=0.0, rules=EXACT, on=None,
         moves,
         tab,
         rules,
+        saving,
         limits,
         trial,
         start,

@@ -241,6 +241,9 @@ def test_slack_counts_for_nothing_once_somebody_is_given_up():
     decision = decided(rows, 1, 1, tab)
     assert decision.on == [0, 1, 1] and decision.choice[1:] == [0, HOLD], "in deadline order"
     assert decided(rows[1:], 1, 1, tab).choice == [HOLD, 0], "the urgent first, were it not for it"
+    assert decided(rows, 1, 1, tab, saving=True).choice[1:] == [HOLD, 0], "where batches save much"
+    rows[0] = job(-1, steps=1)
+    assert decided(rows, 1, 1, tab).choice[1:] == [HOLD, 0], "who has no deadline is not given up"
 
 
 def rollout_operations_max(pod):

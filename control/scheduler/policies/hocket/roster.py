@@ -30,6 +30,7 @@ from .kernel import (
 )
 from .pods import Entry, Pod
 
+BATCHES_SAVE = 0.7  # of what a job costs alone
 Kind = tuple[str, Shape, str]  # the last one: of who shares no batch, its id
 NEEDS_MAX = 256  # arrivals that tell what a newcomer may need
 
@@ -43,6 +44,12 @@ class Prices:
     step_us: tuple[float, ...]  # by index of width; NEVER where it cannot
     batch_us: tuple[float, ...]  # of 1, 2, ... jobs at degree 1
 
+    @property
+    def batches_save(self) -> bool:
+        """A job costs much less in some batch."""
+        alone_us = BATCHES_SAVE * self.batch_us[0]
+        return any(us <= n * alone_us for n, us in enumerate(self.batch_us, 1))
+
 
 @dataclass(slots=True)
 class Roster:
@@ -54,6 +61,8 @@ class Roster:
     prices: list[Prices] = field(default_factory=list)
     widths: tuple[int, ...] = ()
     free: dict[str, int] = field(default_factory=dict)  # idle workers -> when, in pod order
+    saving: bool = False  # some of its jobs cost much less in a batch
+    crowded: bool = False  # somebody is late already, and nothing is saved by batches
     running: int = 0
     # Hopeless, could start now, with the steps left.
     spare: list[tuple[Entry, Prices, int]] = field(default_factory=list)
@@ -137,6 +146,9 @@ class RosterMaker:
             roster.entries.append(entry)
             roster.running += row[AVAIL] > now_us
         roster.need = max(self._needs, default=1)
+        late = any(e.tracked.request.deadline_us is not None for e, *_ in roster.spare)
+        roster.saving = any(price.batches_save for price in roster.prices)
+        roster.crowded = late and not roster.saving
         roster.jobs = np.array(rows).reshape(len(rows), COLUMNS)
         return roster
 

@@ -44,6 +44,7 @@ def decide(
     move_us: Floats,
     tab: Tables,
     rules: Rules,
+    saving: bool,
     limits: Limits,
     trial: Floats,
     start: Start,
@@ -51,15 +52,17 @@ def decide(
 ) -> int:
     """Fills `on` and `start` (choice, head). Operations that it took.
 
-    Once somebody is given up there is no slack to share out: it would only be moved around.
+    Once somebody is given up there is no slack to share out, it would only be moved around; unless
+    batches are `saving` much: those are found by it.
     """
     n = jobs.shape[0]
     for i in range(n):
         start.head[i] = i
         start.choice[i] = HOLD if jobs[i, AVAIL] <= now else BUSY
     operations = give_up(now, gpus, jobs, on, tab, rules, limits, s)
-    if on.sum() < n:
-        rules = Rules(rules.slack_sat_us, 0.0, rules.coarseness)
+    for i in range(n):
+        if not saving and not on[i] and jobs[i, DEADLINE] >= 0.0:
+            rules = Rules(rules.slack_sat_us, 0.0, rules.coarseness)
     room = _aged(now, free, jobs, on, tab, limits, start)
     _base(now, room, jobs, on, tab, start)
     operations += improve(
