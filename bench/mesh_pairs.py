@@ -24,6 +24,7 @@ from gpuworker.config import EMBEDDED_MODELS
 from hocket import spans
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
+from hocket.errors import MeshStopped
 from hocket.interruptions import DENOISER
 from hocket.span_file import SpanRecord
 from hocket.v1.generation_pb2 import Accepted, ModelInfo
@@ -107,6 +108,8 @@ async def _through(
     ):
         if isinstance(event, Accepted):
             name = event.request_id
+    if not name:
+        raise MeshStopped(f"a request for {model.name} at {side} px was never accepted")
     return name, (steady_ns() - began_ns) // 1000
 
 

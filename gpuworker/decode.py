@@ -22,14 +22,14 @@ from gpuworker.state import LatentState
 log = logging.getLogger(__name__)
 
 
-def decoded(card: ModelCard, state: LatentState, attempt: int) -> NDArray[np.uint8]:
-    """The pictures of a finished state. `attempt` counts the request's, from 0.
+def decoded(card: ModelCard, state: LatentState, *, smaller: bool) -> NDArray[np.uint8]:
+    """The pictures of a finished state; in `smaller` tiles where the whole is too much.
 
     Raises whatever the decoder raises: of memory, only when the smallest tiles took too much.
     """
-    smaller = card.smaller_tiles() if attempt else iter(())
+    tiles = card.smaller_tiles() if smaller else iter(())
     ways: Iterator[AbstractContextManager[None] | None]
-    ways = itertools.chain((nullcontext(),), smaller, (None,))
+    ways = itertools.chain((nullcontext(),), tiles, (None,))
     for way, after in itertools.pairwise(ways):
         assert way is not None
         try:

@@ -146,7 +146,8 @@ def record_span(
         span.set_status(Status(StatusCode.ERROR, error))
     span.end(end_ns)
     made = span.get_span_context()
-    return f"00-{made.trace_id:032x}-{made.span_id:016x}-{made.trace_flags:02x}"
+    told = f"00-{made.trace_id:032x}-{made.span_id:016x}-{made.trace_flags:02x}"
+    return told if made.is_valid else ""
 
 
 class _CallDetails(Protocol):

@@ -166,15 +166,18 @@ class Stragglers:
     def _by_own(
         self, group: tuple[str, ...], own: Sequence[Sample], shared: float, at_us: int
     ) -> list[Slow]:
-        """Blames who stands out most, and lets off who does not stand out.
+        """Blames who stands out most, and lets off who does not stand out; but not who is
+        known to be slow by others half of which are, too.
 
         Among many somebody stands out at every step: hence one at a time, and by less.
         """
         evidence = [min(OWN_MAX, self._evidence(sample)) for sample in own]
-        most = max(evidence)
+        most, slow = max(evidence), {w for w in group if w in self._flagged}
         news: list[Slow] = []
         for worker, sample, each in zip(group, own, evidence, strict=True):
             if each <= 0.0:
+                if worker in slow and 2 * (len(slow) - 1) >= len(group) - 1:
+                    continue
                 news += self._enter(worker, each, sample.excess, False, at_us)
             elif each >= most - _EPS:
                 each = min(STEP_MAX, each + shared)

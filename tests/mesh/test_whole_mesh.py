@@ -122,7 +122,8 @@ async def test_three_sizes_at_once_give_the_pictures_of_the_plain_loop(
     )
     for side, call in zip(sides, calls, strict=True):
         assert call.finished is not None and call.finished.on_time
-        assert [p.step for p in call.steps if p.node == "dit"] == list(range(1, 9))
+        told = [p.step for p in call.steps if p.node == "dit"]  # short steps are told of together
+        assert told == sorted(set(told)) and told[-1] == 8
         assert levels_apart(call.picture, plain_picture(side, 8, side)) <= 1
 
 

@@ -191,6 +191,16 @@ def test_a_flagged_worker_that_is_fine_among_others_is_cleared(stragglers):
     assert told(stragglers, FOUR, (1000,) * 4, steps=TRIAL_STEPS) == [Slow("w0", 1.0)]
 
 
+@pytest.mark.parametrize("own_us", [(1300, 1300), (1300, 2000)])
+@pytest.mark.parametrize("sample", [SLOWISH, None])
+def test_slow_ones_do_not_clear_each_other(stragglers, own_us, sample):
+    """Two GPUs of a throttled host: beside each other they look alike, beside a slower one fine."""
+    for name in ("w0", "w1"):
+        assert told(stragglers, (name, "w2"), [1300, 1000])
+    told(stragglers, ("w0", "w1"), own_us, sample, steps=20)
+    assert sorted(stragglers.factors()) == ["w0", "w1"]
+
+
 @pytest.mark.parametrize("own_us", [(), (1300,), (1300, 0)])
 def test_where_own_times_are_not_known_a_pair_is_accused_by_nothing(stragglers, own_us):
     assert own_excesses(own_us, 0.05) == ()

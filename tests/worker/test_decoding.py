@@ -179,17 +179,17 @@ def test_a_decode_that_ran_out_of_memory_goes_on_in_smaller_tiles(
     size, _ = STARVED[family]
     reference: Reference = request.getfixturevalue(family)
     state = card.encode(**{**reference.settings, **size})
-    whole, before = decoded(card, state, attempt=0), tiling_of(vae)
+    whole, before = decoded(card, state, smaller=False), tiling_of(vae)
     with starving(vae, tile[0] * tile[1]) as seen:
         with pytest.raises(RuntimeError) as first:
-            decoded(card, state, attempt=0)
+            decoded(card, state, smaller=False)
         assert ran_out(first.value) and not seen, "others make room before the picture changes"
-        ours = decoded(card, state, attempt=1)
+        ours = decoded(card, state, smaller=True)
     assert max(seen) <= tile[0] * tile[1] and len(seen) > 1
     mean, _ = differences(ours, whole)
     assert 0 < 2 * mean < differences(ours[:, :, ::-1], whole)[0], "far nearer than mirrored"
     assert tiling_of(vae) == before, "the next request has the whole decoder again"
-    assert np.array_equal(decoded(card, state, attempt=1), whole), "and to the bit"
+    assert np.array_equal(decoded(card, state, smaller=True), whole), "and to the bit"
 
 
 def test_with_no_smaller_tile_it_fails_as_before(
@@ -198,7 +198,7 @@ def test_with_no_smaller_tile_it_fails_as_before(
     card, vae = card_for("wan", tmp_path, request)
     state, before = card.encode(**{**wan.settings, **WAN_SIZE}), tiling_of(vae)
     with starving(vae, 7 * 7) as seen, pytest.raises(RuntimeError) as told:
-        decoded(card, state, attempt=2)
+        decoded(card, state, smaller=True)
     assert ran_out(told.value) and not seen and tiling_of(vae) == before
 
 
@@ -215,7 +215,7 @@ def test_a_failed_decode_leaves_nothing_in_the_decoder(wan: Reference) -> None:
         card.decode(state)
     assert any(kept is not None for kept in vae._feat_map)
     with pytest.raises(RuntimeError):
-        decoded(card, state, attempt=0)
+        decoded(card, state, smaller=False)
     hook.remove()
     assert all(kept is None for kept in vae._feat_map)
 
@@ -227,7 +227,7 @@ def test_another_error_is_not_taken_for_it(
     state = card.encode(**wan.settings)
     state.tensors["latents"] = state.tensors["latents"][:, :3]
     with pytest.raises(RuntimeError) as told:
-        decoded(card, state, attempt=1)
+        decoded(card, state, smaller=True)
     assert not ran_out(told.value)
 
 
