@@ -138,9 +138,12 @@ async def test_a_request_is_one_trace_down_to_each_step(
     def recorded() -> list[SpanRecord]:
         return [s for s in read_spans(state_dir / "traces") if s.trace_id == name]
 
-    await until(lambda: {s.name for s in recorded()} >= wanted)
+    def denoised(found: list[SpanRecord]) -> list[SpanRecord]:
+        return [s for s in found if s.name == spans.STEP and s.attributes[spans.NODE] == "dit"]
+
+    await until(lambda: {s.name for s in recorded()} >= wanted and len(denoised(recorded())) == 5)
     found = recorded()
-    steps = [s for s in found if s.name == spans.STEP and s.attributes[spans.NODE] == "dit"]
+    steps = denoised(found)
     assert sorted(int(str(s.attributes[spans.STEP_INDEX])) for s in steps) == [1, 2, 3, 4, 5]
     assert {s.service for s in found} == {"gateway", "control", "gpuworker"}
     for step in steps:
