@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,18 +166,25 @@ def served(wan: Reference, tmp_path: Path) -> Path:
     return folder
 
 
+@asynccontextmanager
+async def serving(folder: Path, tmp_path: Path) -> AsyncIterator[tuple[str, HocketClient]]:
+    """The whole mesh, as `hocket up` starts it, with two workers: its address, and a client."""
+    plan = MeshPlan(tmp_path / "state", workers=2, models=(str(folder),), log_level="warning")
+    async with (
+        mesh(plan, lambda _: None) as running,
+        HocketClient(running.gateway) as client,
+        asyncio.timeout(WAIT_S),
+    ):
+        yield running.gateway, client
+
+
 async def test_a_video_arrives_over_grpc_and_plays(
     wan: Reference, served: Path, tmp_path: Path
 ) -> None:
     """The whole mesh, as `hocket up` starts it: MP4 and WebP are the stock pipeline's frames."""
     asked = GenerateRequest(spec=spec(wan))
     asked.spec.model = served.name
-    plan = MeshPlan(tmp_path / "state", workers=2, models=(str(served),), log_level="warning")
-    async with (
-        mesh(plan, lambda _: None) as running,
-        HocketClient(running.gateway) as client,
-        asyncio.timeout(WAIT_S),
-    ):
+    async with serving(served, tmp_path) as (_, client):
         (info,) = await client.models()
         assert [(s.frames, s.fps) for s in info.shapes] == [(wan.settings["frames"], 12)]
         content, finished = await client.generate_media(asked)
@@ -205,12 +213,7 @@ async def test_a_video_has_as_many_frames_as_asked_for(
     shorter = wan_reference(tmp_path / "tiny-wan", frames=5)
     asked = GenerateRequest(spec=spec(wan))
     asked.spec.model = served.name
-    plan = MeshPlan(tmp_path / "state", workers=2, models=(str(served),), log_level="warning")
-    async with (
-        mesh(plan, lambda _: None) as running,
-        HocketClient(running.gateway) as client,
-        asyncio.timeout(WAIT_S),
-    ):
+    async with serving(served, tmp_path) as (gateway, client):
         (info,) = await client.models()
         told = info.frames
         assert (told.minimum, told.maximum, told.multiple, told.offset) == (1, 9, 4, 1)
@@ -236,12 +239,12 @@ async def test_a_video_has_as_many_frames_as_asked_for(
             asked.spec.shape.frames = frames_asked
             with pytest.raises(InvalidRequest, match=rf"found {frames_asked}; .*nearest: {near}"):
                 await client.generate_media(asked)
-        status, listed = await asyncio.to_thread(told_by, "models", running.gateway)
+        status, listed = await asyncio.to_thread(told_by, "models", gateway)
         assert status == 0 and "1-9, 4k+1 (9)" in listed
         clip = tmp_path / "clip.mp4"
         options = ("--frames=5", "--fps=10", "--steps=2", f"--output={clip}")
         status, listed = await asyncio.to_thread(
-            told_by, "generate", running.gateway, "a red fox", *options
+            told_by, "generate", gateway, "a red fox", *options
         )
         assert status == 0 and "48x32x5@10" in listed, listed
         assert len(mp4_frames(clip.read_bytes(), fps=10)) == 5

@@ -12,24 +12,15 @@ from control.scheduler.values import DIT, Layout, Outcome, Shape
 from .desk import Desk
 
 HEAD = "model,gpu,node,width,height,frames,degree,batch,call_us\n"
-ONE_LENGTH = HEAD + "".join(
-    f"wan,g,{node},832,480,81,{degree},1,{us}\n"
-    for node, degree, us in (
-        ("text", 1, 50_000),
-        ("dit", 1, 8_000_000),
-        ("dit", 2, 4_200_000),
-        ("vae", 1, 6_000_000),
-    )
-)
-TWO_LENGTHS = ONE_LENGTH + "".join(
-    f"wan,g,{node},832,480,17,{degree},1,{us}\n"
-    for node, degree, us in (
-        ("text", 1, 50_000),
-        ("dit", 1, 1_200_000),
-        ("dit", 2, 700_000),
-        ("vae", 1, 1_300_000),
-    )
-)
+
+
+def rows(frames, text_us, alone_us, pair_us, vae_us):
+    calls = (("text", 1, text_us), ("dit", 1, alone_us), ("dit", 2, pair_us), ("vae", 1, vae_us))
+    return "".join(f"wan,g,{node},832,480,{frames},{d},1,{us}\n" for node, d, us in calls)
+
+
+ONE_LENGTH = HEAD + rows(81, 50_000, 8_000_000, 4_200_000, 6_000_000)
+TWO_LENGTHS = ONE_LENGTH + rows(17, 50_000, 1_200_000, 700_000, 1_300_000)
 
 
 def predicted_us(profile, node, frames, degree=1):

@@ -175,6 +175,27 @@ def test_equals_step_together_when_that_saves_them(workers):
     assert max(x.batch for x in runs(result)) == 1
 
 
+@pytest.mark.parametrize(("slack_worth", "on_time"), [(0.001, 60), (0.0, 19)])
+def test_slack_finds_batches_in_a_crowd_where_they_save_much(slack_worth, on_time):
+    """Sixty pictures of 610 ms on two workers, one every 100 ms: too many, but for batches."""
+    head = "model,gpu,node,width,height,frames,degree,batch,call_us,source\n"
+    calls = [("text", 1, 5_000), ("vae", 1, 5_000)]
+    calls += [(DIT, batch, us * 1000) for batch, us in ((1, 100), (2, 110), (4, 120), (8, 150))]
+    rows = [f"pic,g,{node},64,64,1,1,{batch},{us},test\n" for node, batch, us in calls]
+    batching = ModelFacts(name="pic", batch_max=4)
+    result = run(
+        Case(
+            cluster=ClusterSpec(workers=2, gpu="g", models=(batching,)),
+            profile_csv=head + "".join(rows),
+            trace=tuple(request(f"r{i}", "pic", 64, i * 100_000, 1_500_000, 6) for i in range(60)),
+            settings=Settings(
+                policy="hocket", lead_us=20_000, policy_settings={"slack_worth": slack_worth}
+            ),
+        )
+    )
+    assert len(result.ended) == 60 and sum(e.on_time for e in result.ended) == on_time
+
+
 def two_models():
     """Twenty requests of two models in turn; each worker's memory has room for one of them."""
     columns = "model,gpu,node,width,height,frames,degree,batch,call_us,source\n"
