@@ -30,7 +30,12 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 
 @app.command()
 def mesh(
-    pairs: Annotated[int, typer.Option(help="Requests compared with the plain loop.")] = 12,
+    pairs: Annotated[
+        int, typer.Option(help="Requests of each size compared with the plain loop, at least.")
+    ] = 12,
+    seconds: Annotated[
+        float, typer.Option(help="Go on with a size for so long; 60 pairs at most.")
+    ] = 20.0,
     admissions: Annotated[int, typer.Option(help="Calls timed until accepted.")] = 200,
     policy: Annotated[str, typer.Option(help="Planning policy.")] = "hocket",
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
@@ -40,8 +45,9 @@ def mesh(
     """The mesh against the plain diffusers loop, groups, transfers, admission."""
     # No spinner: what it costs would be measured too.
     console.print("measuring for about five minutes: pairs, admissions, groups of 2 and 4")
-    found = asyncio.run(mesh_bench.measure(policy, pairs, admissions, console.print))
-    command = f"python -m bench mesh --pairs {pairs} --admissions {admissions} --policy {policy}"
+    found = asyncio.run(mesh_bench.measure(policy, pairs, seconds, admissions, console.print))
+    command = f"python -m bench mesh --pairs {pairs} --seconds {seconds:g}"
+    command += f" --admissions {admissions} --policy {policy}"
     mesh_bench.write(found, out, command)
     _show(found)
     console.print(f"written to {out}")
@@ -64,7 +70,9 @@ def overheads(
 
 def _show(found: mesh_bench.Findings) -> None:
     table = Table(
-        Column("figure", no_wrap=True), "unit", "n", "p50", "p99", "min", "max", "aim", "verdict"
+        Column("figure", no_wrap=True),
+        *("unit", "n", "p50", "from", "to", "p99", "min", "max"),
+        *("aim", "verdict"),
     )
     for figure in found.figures:
         table.add_row(*(str(cell) for cell in figure.row().values()))
@@ -81,9 +89,11 @@ def memory(
     """Memory of parked jobs by shape, spilling, loading and evicting weights."""
     found = asyncio.run(memory_bench.measure(rounds))
     mesh_bench.write(found, out, f"python -m bench memory --rounds {rounds}")
-    table = Table(Column("figure", no_wrap=True), "unit", "n", "p50", "p99", "min", "max")
+    table = Table(
+        Column("figure", no_wrap=True), "unit", "n", "p50", "from", "to", "p99", "min", "max"
+    )
     for figure in found.figures:
-        table.add_row(*(str(cell) for cell in list(figure.row().values())[:7]))
+        table.add_row(*(str(cell) for cell in list(figure.row().values())[:9]))
     console.print(table)
     console.print(f"written to {out}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -48,11 +49,15 @@ class Figure:
 
     def row(self) -> dict[str, object]:
         ordered = sorted(self.values)
+        # The 95 % interval of the median by order statistics, normal approximation of the binomial.
+        rank = max(0, math.floor(len(ordered) / 2 - 0.98 * math.sqrt(len(ordered))))
         return {
             "name": self.name,
             "unit": self.unit,
             "n": len(ordered),
             "p50": round(median(ordered), 4),
+            "p50_from": round(ordered[rank], 4),
+            "p50_to": round(ordered[-1 - rank], 4),
             "p99": round(quantile(ordered, 0.99), 4),
             "min": round(ordered[0], 4),
             "max": round(ordered[-1], 4),
@@ -79,13 +84,13 @@ class Findings:
         self.figures.append(Figure(name, unit, tuple(values), gate))
 
 
-async def measure(policy: str, pairs: int, admissions: int, told: Told) -> Findings:
-    """Starts a mesh of one worker and takes every figure."""
+async def measure(policy: str, pairs: int, seconds: float, admissions: int, told: Told) -> Findings:
+    """Starts a mesh of one worker and takes every figure. `pairs`, `seconds`: as `paired` says."""
     found = Findings()
     with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
         plan = MeshPlan(state_dir=Path(folder), workers=1, policy=policy, log_level="warning")
         async with mesh(plan, _quiet) as running, HocketClient(running.gateway) as client:
-            cells = await paired(client, pairs, told)
+            cells = await paired(client, pairs, seconds, told)
             await _admissions(client, admissions, found)
         recorded = read_spans(Path(folder) / "traces")
     for cell in cells:

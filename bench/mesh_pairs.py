@@ -30,6 +30,7 @@ from hocket.span_file import SpanRecord
 from hocket.v1.generation_pb2 import Accepted, ModelInfo
 
 Told = Callable[[str], None]
+_PAIRS_MAX = 60
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,12 @@ class Cell:
     pairs: list[Pair] = field(default_factory=list)
 
 
-async def paired(client: HocketClient, pairs: int, told: Told) -> list[Cell]:
-    """All sizes of the shipped models, with their default number of steps."""
+async def paired(client: HocketClient, pairs: int, seconds: float, told: Told) -> list[Cell]:
+    """All sizes of the shipped models, with their default number of steps.
+
+    Each size takes so many pairs at least, and goes on until so many seconds went by: short
+    requests differ more from one to the next, and cost little.
+    """
     cells: list[Cell] = []
     infos = {info.name: info for info in await client.models(wait_for_ready=True)}
     for folder in EMBEDDED_MODELS:
@@ -61,7 +66,7 @@ async def paired(client: HocketClient, pairs: int, told: Told) -> list[Cell]:
                 video = f", {shape.frames} frames" if shape.frames > 1 else ""
                 cell = Cell(f"{folder.name} {side} px{video}")
                 told(cell.name)
-                await _pairs(client, plain, infos[folder.name], side, pairs, cell)
+                await _pairs(client, plain, infos[folder.name], side, (pairs, seconds), cell)
                 cells.append(cell)
     return cells
 
@@ -71,11 +76,15 @@ async def _pairs(
     plain: asyncio.subprocess.Process,
     model: ModelInfo,
     side: int,
-    pairs: int,
+    least: tuple[int, float],
     cell: Cell,
 ) -> None:
     prompt = model.examples[0] if model.examples else "a fox on a green background"
-    for seed in range(pairs + 1):  # the first pair warms both up
+    pairs, seconds = least
+    began_ns = steady_ns()
+    for seed in itertools.count():  # the first pair warms both up
+        if seed > pairs and (seed > _PAIRS_MAX or steady_ns() - began_ns > seconds * 1e9):
+            break
         asked = {"prompt": prompt, "side": side, "seed": seed, "steps": model.steps_default}
         answer: dict[str, Any] = {}
         request, whole_us = "", 0

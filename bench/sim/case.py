@@ -32,6 +32,7 @@ from control.scheduler.profile import Profile
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.values import DIT, TEXT, VAE, ModelFacts, WorkerUp
 
+from .call_times import Contention
 from .costs import CostError, Costs, Straggler
 from .trace import TraceRequest, read_trace
 
@@ -141,6 +142,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     costs: Costs = Costs()
     stragglers: tuple[Straggler, ...] = ()
     seed: int = 0  # of the noise
+    contention: Contention | None = None  # of the workers of its one host
+
+    def __post_init__(self) -> None:
+        if self.contention is not None and self.cluster.hosts > 1:
+            raise CaseError("cluster.hosts", self.cluster.hosts, "1 where workers share cores")
 
     @property
     def profile(self) -> Profile:

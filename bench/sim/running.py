@@ -14,7 +14,7 @@ class Running:
     """An assignment in the workers' hands."""
 
     assignment: Assignment  # of the jobs that are still in it
-    call_us: int  # of one step, by the profile
+    call_us: tuple[int, int]  # of one step: alone on the host, and beside others
     started: bool = False
     over: bool = False
     stop_at: int | None = None  # truncated: over at the next step that reaches this number

@@ -18,9 +18,8 @@ from collections import deque
 
 import msgspec
 
-from control.scheduler.estimate import Estimator
 from control.scheduler.failures import LATENT_MISSING
-from control.scheduler.profile import CellKey, Profile
+from control.scheduler.profile import Profile
 from control.scheduler.values import (
     TEXT,
     VAE,
@@ -35,6 +34,7 @@ from control.scheduler.values import (
     Truncation,
 )
 
+from .call_times import CallTimes
 from .case import Case
 from .costs import StepTimes
 from .invariants import Checker
@@ -51,8 +51,8 @@ class Workers:
         self.case = case
         self.requests: dict[str, Request] = {}
         self.incarnations: dict[str, int] = {}
-        self._estimator = Estimator(profile, case.settings)
         self._checker = checker
+        self._calls = CallTimes(profile, case.cluster.gpu, case.settings, case.contention)
         self._times = StepTimes(case.costs, case.stragglers, case.seed)
         self._queues: dict[str, deque[Running]] = {}
         self._latents: dict[str, dict[str, int]] = {}  # request -> worker -> steps
@@ -65,7 +65,6 @@ class Workers:
         self._owed: dict[str, list[Load]] = {}  # worker -> loads of assignments that were dropped
         self._step_ends: list[tuple[int, int, Running]] = []  # heap
         self._reports: deque[tuple[int, Fact]] = deque()  # under way
-        self._call_us: dict[CellKey, int] = {}
 
     # -------------------------------------------------------------------------------- the loop's
 
@@ -78,7 +77,8 @@ class Workers:
         for load in plan.loads:
             self._loads.setdefault(load.sequence, []).append(load)
         for assignment in plan.assignments:
-            running = Running(assignment, self._profiled_us(assignment))
+            first = self.requests[assignment.batch[0].request]
+            running = Running(assignment, self._calls.of(assignment, first))
             for member in assignment.batch:
                 self._runs.setdefault(member.request, []).append(running)
             for worker in assignment.workers:
@@ -276,10 +276,16 @@ class Workers:
 
     def _step(self, begin_us: int, running: Running) -> None:
         a, made = running.assignment, running.steps_done
-        step_us, running.own_us = self._times.of(a, made, running.call_us, begin_us)
+        call_us = running.call_us[self._calls.differ and self._beside(a)]
+        step_us, running.own_us = self._times.of(a, made, call_us, begin_us)
         running.step_us = step_us
         end_us = begin_us + step_us
         heapq.heappush(self._step_ends, (end_us, running.assignment.sequence, running))
+
+    def _beside(self, a: Assignment) -> bool:
+        """Another worker computes, too."""
+        heads = [self._head(w) for w in self._queues if w not in a.workers]
+        return any(head is not None and head.started for head in heads)
 
     def _step_ended(self, now_us: int, running: Running) -> StepsEnded | None:
         a = running.assignment
@@ -383,13 +389,3 @@ class Workers:
         self._waiting.pop(request, None)
         if not self._runs.get(request):
             self._runs.pop(request, None)
-
-    def _profiled_us(self, a: Assignment) -> int:
-        request = self.requests[a.batch[0].request]
-        gpu = self.case.cluster.gpu
-        key = CellKey(request.model, gpu, a.node, request.shape, a.layout, len(a.batch))
-        call_us = self._call_us.get(key)
-        if call_us is None:
-            call_us = max(1, round(self._estimator.estimate_us(key)))
-            self._call_us[key] = call_us
-        return call_us

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from bench.live_command import compare
+from bench.live_compare import compare
 from bench.live_run import run_live
 from bench.sim.case import Case, ClusterSpec
 from control.scheduler.profile import Profile
@@ -29,5 +29,5 @@ async def test_every_request_of_the_case_has_an_outcome(tmp_path: Path) -> None:
     outcomes = await run_live(case, tmp_path, "emulated", lambda n, of: told.append((n, of)))
     assert set(outcomes) == {t.id for t in trace} and told[-1] == (4, 4)
     assert all(o.latency_us and o.on_time and o.name and not o.problem for o in outcomes.values())
-    found = compare("edf", 0, case, outcomes)
-    assert (found.live_attainment, found.sim_attainment, found.problems) == (1.0, 1.0, 0)
+    found = compare("edf", 0, [outcomes], case, case)
+    assert (found.attainment, found.simulated.attainment, found.problems) == (1.0, 1.0, 0)

@@ -1,0 +1,54 @@
+"""What a call takes on the simulated workers.
+
+As the profile says; on a host whose workers share cores, memory or power it depends on the others:
+
+    worker a   [ step, alone ][ step,   beside ][ step,   beside ]
+    worker b                      [ step,      beside     ]          judged as each step begins
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from control.scheduler.estimate import Estimator
+from control.scheduler.profile import CellKey, Profile
+from control.scheduler.settings import Settings
+from control.scheduler.values import Assignment, Request
+
+
+class Contention(msgspec.Struct, frozen=True, kw_only=True):
+    """Two more profiles, of workers only: control plans with the Case's own.
+
+    `alone_csv`: while no other worker of the host computes; `beside_csv`: while another does.
+    """
+
+    alone_csv: str
+    beside_csv: str
+
+
+class CallTimes:
+    """Call times in microseconds, looked up once a cell."""
+
+    def __init__(
+        self, profile: Profile, gpu: str, settings: Settings, contention: Contention | None
+    ) -> None:
+        """Raises: ProfileError."""
+        texts = () if contention is None else (contention.alone_csv, contention.beside_csv)
+        profiles = [Profile.from_csv(text) for text in texts] or [profile]
+        self._estimators = [Estimator(p, settings) for p in profiles]
+        self._gpu = gpu
+        self._known: dict[CellKey, tuple[int, int]] = {}
+
+    @property
+    def differ(self) -> bool:
+        """It matters what the others of the host do."""
+        return len(self._estimators) > 1
+
+    def of(self, a: Assignment, request: Request) -> tuple[int, int]:
+        """Of one step of an assignment, alone and beside others; `request`: one of its batch."""
+        key = CellKey(request.model, self._gpu, a.node, request.shape, a.layout, len(a.batch))
+        known = self._known.get(key)
+        if known is None:
+            times = [max(1, round(e.estimate_us(key))) for e in self._estimators]
+            known = self._known[key] = (times[0], times[-1])
+        return known
