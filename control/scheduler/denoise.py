@@ -67,14 +67,24 @@ def standing_for(ledger: Ledger, tracked: Tracked, node: str) -> tuple[int, tupl
     """First step and latent holders of a job's next assignment, behind what is outstanding."""
     if node == TEXT:
         return 0, ()
-    if node == VAE or tracked.jobs[DIT].state is JobState.READY:
-        return tracked.steps_done, tracked.latest()
     text, dit = tracked.jobs[TEXT], tracked.jobs[DIT]
-    sequence = (dit.outstanding or text.outstanding)[-1]
-    assignment = ledger.board.flights[sequence].assignment
+    outstanding = dit.outstanding or text.outstanding
+    if not outstanding:
+        return tracked.steps_done, tracked.latest()
+    assignment = ledger.board.flights[outstanding[-1]].assignment
     member = next(m for m in assignment.batch if m.request == tracked.id)
     done = member.first_step + (assignment.steps if assignment.node == DIT else 0)
     return done, tuple(Holder(worker=w, steps_done=done) for w in assignment.workers)
+
+
+def next_node(ledger: Ledger, tracked: Tracked) -> str:
+    """The node that a request's next assignment is of, behind what is outstanding."""
+    text, dit = tracked.jobs[TEXT], tracked.jobs[DIT]
+    if text.state in (JobState.READY, JobState.BLOCKED):
+        return TEXT
+    if dit.state is JobState.DONE:
+        return VAE
+    return VAE if standing_for(ledger, tracked, DIT)[0] >= tracked.request.steps else DIT
 
 
 def group_before(ledger: Ledger, tracked: Tracked) -> tuple[str, ...]:
@@ -83,6 +93,12 @@ def group_before(ledger: Ledger, tracked: Tracked) -> tuple[str, ...]:
     if not outstanding:
         return tracked.group
     return ledger.board.flights[outstanding[-1]].assignment.workers
+
+
+def workers_before(ledger: Ledger, tracked: Tracked) -> tuple[str, ...]:
+    """From where its next assignment goes on: that group, or else who has, or makes, its latent."""
+    group = group_before(ledger, tracked)
+    return group or tuple(h.worker for h in standing_for(ledger, tracked, DIT)[1])
 
 
 def plannable(

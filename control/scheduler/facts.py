@@ -283,7 +283,8 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
         latents.restart(ledger, tracked, at_us)
     elif tracked.steps_done >= tracked.request.steps:
         job.move(JobState.DONE)
-        tracked.jobs[VAE].move(JobState.READY)
+        if tracked.jobs[VAE].state is JobState.BLOCKED:
+            tracked.jobs[VAE].move(JobState.READY)
         ledger.due = True
     elif not job.outstanding:
         job.move(JobState.READY)

@@ -97,13 +97,15 @@ def worker_views(ledger: Ledger) -> tuple[WorkerView, ...]:
 
 def _state(tracked: Tracked) -> RequestState:
     text, dit, vae = (tracked.jobs[n].state for n in (TEXT, DIT, VAE))
-    if vae is not JobState.BLOCKED:
+    if dit is JobState.DONE and vae is not JobState.BLOCKED:
         return RequestState.DECODING
+    if text is JobState.ASSIGNED:
+        return RequestState.ENCODING
     if dit is JobState.ASSIGNED:
         return RequestState.DENOISING
     if dit is JobState.READY:
         return RequestState.WAITING
-    return RequestState.ENCODING if text is JobState.ASSIGNED else RequestState.QUEUED
+    return RequestState.QUEUED
 
 
 __all__ = ["JobView", "RequestState", "WorkerState", "WorkerView", "job_view", "worker_views"]

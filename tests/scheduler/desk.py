@@ -59,10 +59,11 @@ class Desk:
         workers: int = 2,
         memory: int = 0,
         models: tuple[str, ...] = MODELS,
+        lead_us: int = 0,
         **policy_settings: Any,
     ) -> None:
         self.scheduler = Scheduler(
-            Settings(policy=policy, policy_settings=policy_settings),
+            Settings(policy=policy, policy_settings=policy_settings, lead_us=lead_us),
             Profile.from_csv(ROWS),
             LoadTable.from_csv(LOADS),
         )

@@ -61,8 +61,7 @@ class Binder:
 
     def _before(self, tracked: Tracked) -> tuple[str, ...]:
         """Where it runs, or ran: with a lead, a start follows a run that is not over yet."""
-        group = denoise.group_before(self._ledger, tracked)
-        return group or tuple(h.worker for h in tracked.latest())
+        return denoise.workers_before(self._ledger, tracked)
 
     def _choose(self, wish: Wish) -> tuple[str, ...]:
         before = set(self._before(wish.first))

@@ -27,10 +27,8 @@ import numpy as np
 
 from ... import denoise
 from ...ledger import Ledger
-from ...lifecycle import JobState
 from ...settings import Settings, SettingValue, Spec
 from ...starts import Issue, Planned, Start
-from ...tracker import Tracked
 from ...values import DIT, TEXT, VAE, Request
 from .binding import Binder, Wish
 from .forecast import newcomer_finish_us
@@ -129,7 +127,8 @@ class Hocket:
             operations_max=max(1_000, min(int(self._read["operations_max"]), share))
         )
         for pod in concerned:
-            self._decide(ledger, pod, now_us, issue)
+            while self._decide(ledger, pod, now_us, issue):
+                pass  # what soon ends is followed at once
         return Planned(self._round, now_us)
 
     def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
@@ -161,27 +160,33 @@ class Hocket:
 
     # ------------------------------------------------------------------------------ one pod
 
-    def _decide(self, ledger: Ledger, pod: Pod, now_us: int, issue: Issue) -> None:
+    def _decide(self, ledger: Ledger, pod: Pod, now_us: int, issue: Issue) -> bool:
+        """Starts what can start; whether some of it ends within the lead: two runs at most are in a
+        worker's hands, so this comes to an end.
+        """
         roster = self._maker.make(ledger, pod, now_us)
         nothing = len(roster.entries) == roster.running and not roster.spare
         if nothing and roster.free and self._may_steal and self._steal(ledger, pod):
             roster = self._maker.make(ledger, pod, now_us)
         if not roster.free:
-            return
+            return False
+        soon = False
         wishes: list[Wish] = []
         if len(roster.entries) > roster.running:
             self._search(ledger, pod, roster, now_us)
-            wishes = self._wishes(roster)
+            wishes = self._wishes(ledger, roster)
         room = len(roster.free) - sum(w.width for w in wishes)
-        wishes += self._fill(pod, roster, room)
+        wishes += self._fill(ledger, pod, roster, room)
         for wish, workers in Binder(ledger, pod, list(roster.free)).bind(wishes):
             begin_us = max(now_us, *(roster.free[w] for w in workers))
             requests = tuple(t.id for t in wish.members)
             start = Start(requests, wish.node, workers, wish.steps, wish.reason)
-            sequence = issue(start, begin_us).sequence
+            issued = issue(start, begin_us)
             pod.know(workers)
             for worker in workers:
-                pod.sequences.setdefault(worker, []).append(sequence)
+                pod.sequences.setdefault(worker, []).append(issued.sequence)
+            soon = soon or issued.end_us <= now_us + self._settings.lead_us
+        return soon
 
     def _search(self, ledger: Ledger, pod: Pod, roster: Roster, now_us: int) -> None:
         """Runs the kernel: `_start` holds what it wants."""
@@ -218,7 +223,7 @@ class Hocket:
         pod.retried = again[-1] if again else pod.retried
         return [e.hopeful or e.key in again for e in roster.entries]
 
-    def _fill(self, pod: Pod, roster: Roster, room: int) -> list[Wish]:
+    def _fill(self, ledger: Ledger, pod: Pod, roster: Roster, room: int) -> list[Wish]:
         """The hopeless on what is left, in deadline order: as the kernel's own fill."""
         wishes: list[Wish] = []
         alone = not any(e.hopeful for e in roster.entries)
@@ -226,7 +231,7 @@ class Hocket:
         for entry, price, left in roster.spare:
             if room <= 0:
                 break
-            node = next_node(entry.tracked)
+            node = denoise.next_node(ledger, entry.tracked)
             for width, step_us in zip(roster.widths, price.step_us, strict=True):
                 if width > room:
                     break
@@ -240,7 +245,7 @@ class Hocket:
                     break
         return wishes
 
-    def _wishes(self, roster: Roster) -> list[Wish]:
+    def _wishes(self, ledger: Ledger, roster: Roster) -> list[Wish]:
         """The kernel's start, in deadline order."""
         n = len(roster.entries)
         choice, head = self._start.choice[:n].tolist(), self._start.head[:n].tolist()
@@ -252,7 +257,7 @@ class Hocket:
         for first, batch in members.items():
             entry = roster.entries[first]
             tracked = entry.tracked
-            node = next_node(tracked)
+            node = denoise.next_node(ledger, tracked)
             price = roster.prices[int(roster.jobs[first, 0])]
             step_us = price.step_us[choice[first]]
             if len(batch) > 1:
@@ -278,10 +283,9 @@ class Hocket:
             return moves
         for i, entry in enumerate(roster.entries):
             tracked = entry.tracked
-            group = denoise.group_before(ledger, tracked)
-            group = group or tuple(h.worker for h in tracked.latest())
+            group = denoise.workers_before(ledger, tracked)
             stays = all(w in roster.free for w in group)
-            decodes = tracked.jobs[DIT].state is JobState.DONE
+            decodes = denoise.next_node(ledger, tracked) == VAE
             for k, width in enumerate(roster.widths):
                 same = width == len(group) and stays
                 if decodes:
@@ -337,8 +341,3 @@ class Hocket:
         self._scratch = scratch(size)
         self._trial = np.zeros((size, 9))
         self._move = np.zeros((size, 16))
-
-
-def next_node(tracked: Tracked) -> str:
-    """The node that a request's next run is of."""
-    return next(n for n in NODES if tracked.jobs[n].state is not JobState.DONE)

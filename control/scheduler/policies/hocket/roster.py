@@ -186,15 +186,14 @@ class RosterMaker:
         tracked, request = entry.tracked, entry.tracked.request
         text, dit, vae = (tracked.jobs[n] for n in (TEXT, DIT, VAE))
         avail_us, width, steps_left = now_us, 0, request.steps - tracked.steps_done
-        outstanding = text.outstanding or dit.outstanding or vae.outstanding
+        outstanding = tracked.outstanding
         if outstanding:
             sequence = outstanding[-1]
             flight = ledger.board.flights[sequence]
             avail_us = flight_end_us(ledger, sequence)
-            ahead = len(outstanding) > 1 or not dit.outstanding or avail_us <= now_us
             if dit.outstanding:
                 steps_left = request.steps - planned_steps(tracked, ledger)
-                ahead = ahead or steps_left <= 0
+            ahead = len(outstanding) > 1 or bool(vae.outstanding) or avail_us <= now_us
             if ahead or avail_us > now_us + ledger.settings.lead_us:
                 avail_us = max(avail_us, now_us + 1)  # nothing more can be given to it now
             else:
