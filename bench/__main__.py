@@ -30,12 +30,15 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 
 @app.command()
 def mesh(
+    rounds: Annotated[
+        int, typer.Option(help="So often mesh and plain loop are started anew.", min=1)
+    ] = 3,
     pairs: Annotated[
-        int, typer.Option(help="Requests of each size compared with the plain loop, at least.")
-    ] = 12,
+        int, typer.Option(help="Requests of each size in a round, at least.", min=1)
+    ] = 4,
     seconds: Annotated[
         float, typer.Option(help="Go on with a size for so long; 60 pairs at most.")
-    ] = 20.0,
+    ] = 10.0,
     admissions: Annotated[int, typer.Option(help="Calls timed until accepted.")] = 200,
     policy: Annotated[str, typer.Option(help="Planning policy.")] = "hocket",
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
@@ -44,9 +47,10 @@ def mesh(
 ) -> None:
     """The mesh against the plain diffusers loop, groups, transfers, admission."""
     # No spinner: what it costs would be measured too.
-    console.print("measuring for about five minutes: pairs, admissions, groups of 2 and 4")
-    found = asyncio.run(mesh_bench.measure(policy, pairs, seconds, admissions, console.print))
-    command = f"python -m bench mesh --pairs {pairs} --seconds {seconds:g}"
+    console.print(f"measuring for about {2 * rounds + 1} minutes: pairs, admissions, groups")
+    plan = mesh_bench.Plan(policy, rounds, pairs, seconds, admissions)
+    found = asyncio.run(mesh_bench.measure(plan, console.print))
+    command = f"python -m bench mesh --rounds {rounds} --pairs {pairs} --seconds {seconds:g}"
     command += f" --admissions {admissions} --policy {policy}"
     mesh_bench.write(found, out, command)
     _show(found)
@@ -55,15 +59,19 @@ def mesh(
 
 @app.command()
 def overheads(
-    turns: Annotated[int, typer.Option(help="Runs of each kind.", min=1)] = 8,
+    turns: Annotated[int, typer.Option(help="Runs of each kind, at least.", min=1)] = 8,
+    seconds: Annotated[
+        float, typer.Option(help="Go on with a size for so long; 40 runs at most.")
+    ] = 30.0,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
         "bench/results/overheads.json"
     ),
 ) -> None:
     """What pausing, moving and resizing a job costs, in its own steps."""
     with Progress(console=console, transient=True) as progress:
-        found = asyncio.run(overhead_bench.measure(turns, progress))
-    mesh_bench.write(found, out, f"python -m bench overheads --turns {turns}")
+        found = asyncio.run(overhead_bench.measure(turns, seconds, progress))
+    command = f"python -m bench overheads --turns {turns} --seconds {seconds:g}"
+    mesh_bench.write(found, out, command)
     _show(found)
     console.print(f"written to {out}")
 

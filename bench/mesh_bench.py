@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from bench.mesh_pairs import Compared, Told, compared, paired
+from bench.mesh_pairs import Compared, Told, paired
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
 from hocket.launcher import MeshPlan, mesh
@@ -84,22 +84,43 @@ class Findings:
         self.figures.append(Figure(name, unit, tuple(values), gate))
 
 
-async def measure(policy: str, pairs: int, seconds: float, admissions: int, told: Told) -> Findings:
-    """Starts a mesh of one worker and takes every figure. `pairs`, `seconds`: as `paired` says."""
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    policy: str = "hocket"
+    rounds: int = 3  # mesh and plain loop begin anew: one process may be faster by mere luck
+    pairs: int = 4  # of each size in a round, at least
+    seconds: float = 10.0  # and so long
+    admissions: int = 200
+
+
+async def measure(plan: Plan, told: Told) -> Findings:
+    """Starts a mesh of one worker, round by round, and takes every figure."""
     found = Findings()
-    with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
-        plan = MeshPlan(state_dir=Path(folder), workers=1, policy=policy, log_level="warning")
-        async with mesh(plan, _quiet) as running, HocketClient(running.gateway) as client:
-            cells = await paired(client, pairs, seconds, told)
-            await _admissions(client, admissions, found)
-        recorded = read_spans(Path(folder) / "traces")
-    for cell in cells:
-        _add(found, cell.name, compared(cell, recorded))
+    compared: list[Compared] = []
+    for number in range(plan.rounds):
+        told(f"round {number + 1} of {plan.rounds}")
+        with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
+            started = MeshPlan(
+                state_dir=Path(folder), workers=1, policy=plan.policy, log_level="warning"
+            )
+            async with mesh(started, _quiet) as running, HocketClient(running.gateway) as client:
+                cells = await paired(client, plan.pairs, plan.seconds, told)
+                if number == 0:
+                    await _admissions(client, plan.admissions, found)
+            recorded = read_spans(Path(folder) / "traces")
+        compared = compared or [Compared(cell.name) for cell in cells]
+        for cell, so_far in zip(cells, compared, strict=True):
+            so_far.add(cell, recorded)
+    for c in compared:
+        _add(found, c)
     await _building_blocks(found)
     return found
 
 
-def _add(found: Findings, cell: str, c: Compared) -> None:
+def _add(found: Findings, c: Compared) -> None:
+    cell = c.name
     found.add(f"end to end, mesh / plain, {cell}", "x", c.whole, _RATIO)
     found.add(f"end to end, mesh - plain, {cell}", "ms", c.whole_more_ms)
     found.add(f"denoising, mesh / plain, {cell}", "x", c.denoise, _RATIO)

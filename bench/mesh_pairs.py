@@ -138,40 +138,33 @@ async def _plain(folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
         await process.wait()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compared:
     """What the pairs of a cell say; ratios are mesh over plain."""
 
-    whole: list[float]
-    whole_more_ms: list[float]
-    denoise: list[float]
-    step: list[float]
-    gaps_ms: list[float]  # between assignments
-    inner_ms: list[float]  # between steps of one
+    name: str
+    whole: list[float] = field(default_factory=list)
+    whole_more_ms: list[float] = field(default_factory=list)
+    denoise: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    gaps_ms: list[float] = field(default_factory=list)  # between assignments
+    inner_ms: list[float] = field(default_factory=list)  # between steps of one
 
-
-def compared(cell: Cell, recorded: Sequence[SpanRecord]) -> Compared:
-    """Sets a cell's requests, as their traces tell of them, beside the plain loop's."""
-    found = Compared([], [], [], [], [], [])
-    for pair in cell.pairs:
-        steps = sorted(
-            (
-                s
-                for s in recorded
-                if s.name == spans.STEP
-                and s.attributes.get(spans.REQUEST) == pair.request
-                and s.attributes.get(spans.NODE) == DENOISER
-            ),
-            key=lambda s: s.start_unix_ns,
-        )
-        wall_us = (steps[-1].end_unix_ns - steps[0].start_unix_ns) / 1000
-        step_us = [(s.end_unix_ns - s.start_unix_ns) / 1000 for s in steps]
-        found.whole.append(pair.whole_us / pair.plain_whole_us)
-        found.whole_more_ms.append((pair.whole_us - pair.plain_whole_us) / 1000)
-        found.denoise.append(wall_us / sum(pair.plain_step_us))
-        found.step.append(median(step_us) / median(pair.plain_step_us))
-        for before, after in itertools.pairwise(steps):
-            gap_ms = (after.start_unix_ns - before.end_unix_ns) / 1e6
-            same = before.attributes[spans.SEQUENCE] == after.attributes[spans.SEQUENCE]
-            (found.inner_ms if same else found.gaps_ms).append(gap_ms)
-    return found
+    def add(self, cell: Cell, recorded: Sequence[SpanRecord]) -> None:
+        """Takes a cell's requests in, as their traces tell of them, beside the plain loop's."""
+        by_request: dict[str, list[SpanRecord]] = {}
+        for s in recorded:
+            if s.name == spans.STEP and s.attributes.get(spans.NODE) == DENOISER:
+                by_request.setdefault(str(s.attributes.get(spans.REQUEST)), []).append(s)
+        for pair in cell.pairs:
+            steps = sorted(by_request[pair.request], key=lambda s: s.start_unix_ns)
+            wall_us = (steps[-1].end_unix_ns - steps[0].start_unix_ns) / 1000
+            step_us = [(s.end_unix_ns - s.start_unix_ns) / 1000 for s in steps]
+            self.whole.append(pair.whole_us / pair.plain_whole_us)
+            self.whole_more_ms.append((pair.whole_us - pair.plain_whole_us) / 1000)
+            self.denoise.append(wall_us / sum(pair.plain_step_us))
+            self.step.append(median(step_us) / median(pair.plain_step_us))
+            for before, after in itertools.pairwise(steps):
+                gap_ms = (after.start_unix_ns - before.end_unix_ns) / 1e6
+                same = before.attributes[spans.SEQUENCE] == after.attributes[spans.SEQUENCE]
+                (self.inner_ms if same else self.gaps_ms).append(gap_ms)

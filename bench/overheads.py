@@ -24,6 +24,7 @@ from bench.mesh_bench import Findings
 from bench.scripted_leader import Leader, Piece, WorkerPool
 from hocket.broker import free_port, nats_server_command
 from hocket.bus import Bus
+from hocket.clock import steady_ns
 from hocket.interruptions import DENOISER
 from hocket.span_file import read_spans
 from hocket.spans import NODE, REQUEST, STEP
@@ -35,6 +36,7 @@ _AIM = ("p50", 0.2)
 _TIMEOUT_US = 120_000_000  # pieces wait for each other
 _SPANS_S = 10.0
 _POLL_S = 0.02
+_TURNS_MAX = 40
 W0, W1 = ("w0",), ("w1",)
 BOTH = ("w0", "w1")
 
@@ -98,8 +100,11 @@ class _Bench:
                 await asyncio.sleep(_POLL_S)
 
 
-async def measure(turns: int, progress: Progress) -> Findings:
-    """Costs by model and shape, in steps of the job that is disturbed."""
+async def measure(turns: int, seconds: float, progress: Progress) -> Findings:
+    """Costs by model and shape, in steps of the job that is disturbed.
+
+    So many turns a shape at least, and so many as there is time for in so many seconds.
+    """
     found = Findings()
     with tempfile.TemporaryDirectory(prefix="hocket-overheads-") as folder:
         port = free_port()
@@ -115,7 +120,7 @@ async def measure(turns: int, progress: Progress) -> Findings:
                 leader = Leader(bus, _CLUSTER, 1)
                 await leader.listen(len(BOTH))
                 bench = _Bench(leader, Path(folder) / "traces")
-                await _models(bench, turns, found, progress)
+                await _models(bench, turns, seconds, found, progress)
             await bus.close()
         finally:
             broker.terminate()
@@ -123,18 +128,23 @@ async def measure(turns: int, progress: Progress) -> Findings:
     return found
 
 
-async def _models(bench: _Bench, turns: int, found: Findings, progress: Progress) -> None:
+async def _models(
+    bench: _Bench, turns: int, seconds: float, found: Findings, progress: Progress
+) -> None:
     models = next(iter(bench.leader.beats.values())).models
     cells = [(model, shape) for model in models for shape in model.shapes]
-    task = progress.add_task("pausing, moving, resizing", total=len(cells) * (turns + 1))
+    task = progress.add_task("pausing, moving, resizing", total=len(cells))
     for model, shape in cells:
         costs: dict[str, list[float]] = {}
-        for turn in range(turns + 1):  # the first one warms up
+        began_ns = steady_ns()
+        for turn in range(max(turns, _TURNS_MAX) + 1):  # the first one warms up
+            if turn > turns and steady_ns() - began_ns > seconds * 1e9:
+                break
             one = await _turn(bench, model, shape)
-            progress.advance(task)
             if turn:
                 for name, cost in one.items():
                     costs.setdefault(name, []).append(cost)
+        progress.advance(task)
         size = f"{shape.width}x{shape.height}" + (f"x{shape.frames}" if shape.frames > 1 else "")
         for name, values in costs.items():
             found.add(f"{name}, {size}", "steps", values, _AIM)
