@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 _ETA_KEPT_US = 200_000  # an estimate asks about every open request: not at each step
+CHECK_EVERY_US = 200_000
 _LOOP_PASSES = 10  # until every message that a flush brought has been handled
 
 
@@ -81,11 +82,12 @@ class Intake:
             await self.bus.publish(self.subjects.assign(beat.worker), message)
 
     async def check(self) -> None:
-        """Ends leases that are too old, finds lost messages, tells what got slow. Call it a few
-        times a second.
+        """Ends leases that are too old, finds lost messages, tells what got slow. Call it every
+        `CHECK_EVERY_US`.
         """
         await self._tell_notices()
         now_us = self.driver.stamp()
+        self.leases.look(now_us, CHECK_EVERY_US)
         expiry_us = self.leases.next_expiry_us()
         if expiry_us is not None and expiry_us <= now_us:
             # Heartbeats may wait unread: this process was held up, not the workers.

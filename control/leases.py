@@ -29,11 +29,12 @@ class Lease:
 
 class Leases:
     """All living workers. A lease ends `lease_us` after the last heartbeat, or when the worker says
-    goodbye.
+    goodbye. Time in which control itself was held up counts for nobody: it heard nothing then.
     """
 
     def __init__(self, lease_us: int) -> None:
         self._lease_us = lease_us
+        self._looked_us: int | None = None
         self._leases: dict[str, Lease] = {}
         self._draining: set[str] = set()  # wishes outlive a lease: they are the operator's
 
@@ -57,6 +58,16 @@ class Leases:
             return (_up(beat, now_us),)
         self._leases[beat.worker] = Lease(heartbeat=beat, seen_us=now_us, told=weights)
         return (_up(beat, now_us),)
+
+    def look(self, now_us: int, every_us: int) -> None:
+        """Says that control is awake, as it should every `every_us`; a gap of more than two of
+        these is not held against the workers, who may have stood still with it.
+        """
+        before_us, self._looked_us = self._looked_us, now_us
+        if before_us is None or now_us - before_us <= 2 * every_us:
+            return
+        for lease in self._leases.values():
+            lease.seen_us = min(now_us, lease.seen_us + now_us - before_us - every_us)
 
     def expire(self, now_us: int) -> tuple[WorkerLost, ...]:
         """Ends every lease that is too old."""

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from control.config import ControlSettings, profile_csv, scheduler_settings
 from control.driver import Driver
-from control.intake import SERVICE, Intake, Superseded
+from control.intake import CHECK_EVERY_US, SERVICE, Intake, Superseded
 from control.journal import Journal
 from control.latency_store import LatencyStore
 from control.leases import Leases
@@ -35,7 +35,6 @@ from hocket.v1 import control_pb2_grpc, journal_pb2, mesh_pb2
 log = logging.getLogger(__name__)
 
 _GRACE_S = 2.0
-_CHECK_EVERY_US = 200_000
 
 
 async def serve(
@@ -141,7 +140,7 @@ async def _listen(
 
 async def _check(intake: Intake, clock: Clock) -> None:
     while True:
-        await clock.sleep_until(clock.now_us() + _CHECK_EVERY_US)
+        await clock.sleep_until(clock.now_us() + CHECK_EVERY_US)
         await intake.check()
 
 

@@ -48,6 +48,20 @@ def test_a_lease_ends_exactly_when_it_is_due() -> None:
     assert not leases.alive
 
 
+def test_time_in_which_control_was_held_up_counts_for_nobody() -> None:
+    """It should look every 200 ms; once it did for three seconds not: the workers have as long."""
+    leases = Leases(LEASE_US)
+    leases.look(0, 200_000)
+    leases.heartbeat(beat(), 100_000)
+    leases.look(200_000, 200_000)
+    leases.look(3_200_000, 200_000)
+    assert leases.next_expiry_us() == 100_000 + 2_800_000 + LEASE_US
+    assert leases.expire(3_200_000) == ()
+    leases.look(3_600_000, 200_000)  # a little late is no gap
+    (lost,) = leases.expire(100_000 + 2_800_000 + LEASE_US)
+    assert lost.reason == "lease"
+
+
 def test_a_goodbye_ends_it_at_once() -> None:
     leases = Leases(LEASE_US)
     leases.heartbeat(beat(), 0)
