@@ -23,7 +23,7 @@ from contextlib import suppress
 import torch
 
 from gpuworker import media
-from gpuworker.decode import decoded
+from gpuworker.decode import Decodes
 from gpuworker.executor import Listener, Media, RunNote, Stopwatch
 from gpuworker.groups import Group, GroupCache, GroupLost
 from gpuworker.inbox import Inbox
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 _REPORT_EVERY_NS = 50_000_000
 _GROUP_SPAN_AT_LEAST_NS = 500_000  # joining a cached group is no news
 _FORM_TIMEOUT_S = 10.0
-_RAN_OUT_MAX = 64  # requests
 
 
 class _Truncated(Exception):
@@ -74,7 +73,7 @@ class Engine:
         self._sources = sources
         self._pace = pace
         self._memory = memory
-        self._ran_out: dict[str, None] = {}  # requests whose decode did, here
+        self._decodes = Decodes()
 
     def run(self, listener: Listener) -> None:
         """Runs assignments until the inbox is closed."""
@@ -202,12 +201,9 @@ class Engine:
             began, spec = Stopwatch(), member.spec
             fps = spec.shape.fps or card.facts.fps
             try:
-                again = member.request_id in self._ran_out or member.attempt > 1
-                frames = decoded(card, states[member.request_id], smaller=again)
-                self._ran_out.pop(member.request_id, None)
+                frames = self._decodes.frames(card, member, states[member.request_id])
                 made = Media(*media.encode_media(frames, spec.media_type, fps))
             except Exception as error:
-                self._remember(member.request_id, error)
                 self._give_up(run, member, error, listener)
                 continue
             run.ended(began.step(0))
@@ -220,13 +216,6 @@ class Engine:
         if not told:
             raise _Truncated
         return run.over()
-
-    def _remember(self, request: str, error: Exception) -> None:
-        """Of a decode that ran out of memory here: the next one may take it tile by tile."""
-        if ran_out(error):
-            self._ran_out[request] = None
-            if len(self._ran_out) > _RAN_OUT_MAX:
-                del self._ran_out[next(iter(self._ran_out))]
 
     def _stays(self, run: Run, member: mesh_pb2.BatchMember) -> bool:
         return member.request_id in self._inbox.staying(run.assignment)

@@ -16,13 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gpuworker.decode import decoded
+from gpuworker.decode import Decodes, decoded
 from gpuworker.memory import ran_out
 from gpuworker.models.card import ModelCard, to_frames
 from gpuworker.models.loading import load_card
 from gpuworker.pace import Pace
 from gpuworker.state import LatentState
 from gpuworker.weights import WeightStore
+from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.test_pace import STEPS, Desk
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import CPU
@@ -179,17 +180,17 @@ def test_a_decode_that_ran_out_of_memory_goes_on_in_smaller_tiles(
     size, _ = STARVED[family]
     reference: Reference = request.getfixturevalue(family)
     state = card.encode(**{**reference.settings, **size})
-    whole, before = decoded(card, state, smaller=False), tiling_of(vae)
+    whole, before = decoded(card, state, smaller=False).frames, tiling_of(vae)
     with starving(vae, tile[0] * tile[1]) as seen:
         with pytest.raises(RuntimeError) as first:
             decoded(card, state, smaller=False)
         assert ran_out(first.value) and not seen, "others make room before the picture changes"
-        ours = decoded(card, state, smaller=True)
+        ours = decoded(card, state, smaller=True).frames
     assert max(seen) <= tile[0] * tile[1] and len(seen) > 1
     mean, _ = differences(ours, whole)
     assert 0 < 2 * mean < differences(ours[:, :, ::-1], whole)[0], "far nearer than mirrored"
     assert tiling_of(vae) == before, "the next request has the whole decoder again"
-    assert np.array_equal(decoded(card, state, smaller=True), whole), "and to the bit"
+    assert np.array_equal(decoded(card, state, smaller=True).frames, whole), "and to the bit"
 
 
 def test_with_no_smaller_tile_it_fails_as_before(
@@ -247,3 +248,40 @@ def test_the_worker_makes_the_file_at_its_second_try(flux: Reference) -> None:
     assert made.failure is None and made.last
     (media,) = [m for m in made.media.values() if m is not None]
     assert (media.info.width, media.info.height) == (28, 28)
+
+
+def test_what_did_not_fit_whole_begins_with_tiles_and_tries_the_whole_now_and_then(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    card, vae = card_for("flux", tmp_path, request)
+    reference: Reference = request.getfixturevalue("flux")
+    state = card.encode(**{**reference.settings, **FLUX_SIZE})
+    shape = types_pb2.Shape(width=FLUX_SIZE["width"], height=FLUX_SIZE["height"], frames=1)
+    spec = types_pb2.GenerationSpec(shape=shape)
+    decodes, tried = Decodes(), []
+
+    def ask(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        tried.append(inputs[0].shape[-1] * inputs[0].shape[-2])
+
+    def largest(name: str) -> int:
+        """Of what the decoder was asked to do at once."""
+        tried.clear()
+        member = mesh_pb2.BatchMember(request_id=name, spec=spec)
+        decodes.frames(card, member, state)
+        return max(tried)
+
+    whole_area = 112 * 80
+    hook = vae.decoder.register_forward_pre_hook(ask)
+    with starving(vae, whole_area):
+        assert largest("fits") == whole_area, "there is room for just that"
+    with starving(vae, 16 * 16):
+        with pytest.raises(RuntimeError):
+            largest("a")
+        assert largest("a") == whole_area, "its second try: the whole, then tiles"
+        assert all(largest(f"r{i}") < whole_area for i in range(32))
+        assert largest("again") == whole_area, "there may be room by now"
+        assert largest("still") < whole_area
+    for _ in range(31):
+        assert largest("tiles") < whole_area
+    assert largest("roomy") == whole_area and largest("whole") == whole_area
+    hook.remove()
