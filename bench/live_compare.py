@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from bench.live_run import Outcome
 from bench.reporting.statistics import mean_interval
@@ -99,7 +99,8 @@ def compare(policy: str, seed: int, lives: Sequence[Outcomes], case: Case, own: 
 def table(found: Sequence[Compared]) -> Table:
     """One row a policy, means over seeds with 95 % intervals."""
     shown = Table(
-        *("policy", "seeds", "runs", "requests", "on time live %", "simulated %", "points"),
+        Column("policy", no_wrap=True),
+        *("seeds", "runs", "requests", "on time live %", "simulated %", "points"),
         *("error p50 %", "p90 %", "one run %", "live/live %", "bias %"),
         *("latency live s", "simulated s", "own times: error p50 %"),
         title="live against simulated",
