@@ -109,6 +109,7 @@ class Intake:
                 "assignment %d never reached %s, or its report us", lost.sequence, lost.worker
             )
             self.driver.post(lost)
+        self.leases.looked(self.driver.stamp())
 
     async def _tell_notices(self) -> None:
         """Slow workers and drift, as log lines and to whoever watches the cluster."""

@@ -25,6 +25,7 @@ class Lease:
     seen_us: int
     told: tuple[PartFacts, ...]  # of its weights, to the scheduler
     suspect: bool = False  # a peer reported trouble with it since its last heartbeat
+    excused_us: int = 0  # of the time since its last heartbeat
 
 
 class Leases:
@@ -52,6 +53,7 @@ class Leases:
             news = known.suspect or known.heartbeat.models != beat.models
             news = news or _is_news(known.told, weights)
             known.heartbeat, known.seen_us, known.suspect = beat, now_us, False
+            known.excused_us = 0
             if not news:
                 return ()
             known.told = weights
@@ -60,14 +62,25 @@ class Leases:
         return (_up(beat, now_us),)
 
     def look(self, now_us: int, every_us: int) -> None:
-        """Says that control is awake, as it should every `every_us`; a gap of more than two of
-        these is not held against the workers, who may have stood still with it.
+        """Says that control looks, as it should `every_us` after `looked`; a gap of more than two
+        of these is not held against the workers, who may have stood still with it. A worker is
+        excused for one lease at most.
         """
         before_us, self._looked_us = self._looked_us, now_us
         if before_us is None or now_us - before_us <= 2 * every_us:
             return
         for lease in self._leases.values():
-            lease.seen_us = min(now_us, lease.seen_us + now_us - before_us - every_us)
+            excused_us = min(
+                now_us - before_us - every_us,
+                self._lease_us - lease.excused_us,
+                now_us - lease.seen_us,
+            )
+            lease.seen_us += excused_us
+            lease.excused_us += excused_us
+
+    def looked(self, now_us: int) -> None:
+        """Says that control is through with what it did when it looked."""
+        self._looked_us = now_us
 
     def expire(self, now_us: int) -> tuple[WorkerLost, ...]:
         """Ends every lease that is too old."""

@@ -68,7 +68,8 @@ def standing_for(ledger: Ledger, tracked: Tracked, node: str) -> tuple[int, tupl
     if node == TEXT:
         return 0, ()
     text, dit = tracked.jobs[TEXT], tracked.jobs[DIT]
-    outstanding = dit.outstanding or text.outstanding
+    encoding = text.outstanding if dit.state is JobState.BLOCKED else []  # else its report is late
+    outstanding = dit.outstanding or encoding
     if not outstanding:
         return tracked.steps_done, tracked.latest()
     assignment = ledger.board.flights[outstanding[-1]].assignment

@@ -272,7 +272,8 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
         return (ledger.end(tracked, Outcome.DONE, at_us),)
     if assignment.node == TEXT:
         job.move(JobState.DONE)
-        tracked.holders = {w: 0 for w in assignment.workers}
+        if not tracked.group:  # else steps behind it were told of first
+            tracked.holders = {w: 0 for w in assignment.workers}
         tracked.progressed_us = at_us
         if tracked.jobs[DIT].state is JobState.BLOCKED:
             tracked.jobs[DIT].move(JobState.READY)

@@ -152,8 +152,9 @@ def _own_failure(
     if fact.reason == LATENT_MISSING:
         held = any(p.request == tracked.id for p in copies)
         for name in (*(fact.tried or [h.worker for h in member.holders]), fact.worker):
-            if name != fact.worker or not held:
-                tracked.holders.pop(name, None)
+            believed = tracked.holders.get(name, -1) >= member.first_step  # not: still on its way
+            if believed and (name != fact.worker or not held):
+                del tracked.holders[name]
     return _strike(ledger, tracked, node, fact)
 
 
@@ -188,8 +189,9 @@ def _depends_on(ledger: Ledger, tracked: Tracked, name: str) -> bool:
         sources = [
             h.worker for m in flight.assignment.batch if m.request == tracked.id for h in m.holders
         ]
-        if flight.reported_us is None and name in sources:
-            return not any(ledger.cluster.living(s) for s in sources)
+        waits = flight.reported_us is None and name in sources
+        if waits and not any(ledger.cluster.living(s) for s in sources):
+            return True
     return False
 
 

@@ -99,7 +99,7 @@ def test_the_next_step_follows_the_run_under_way_not_the_last_report() -> None:
     (here,) = first.workers
     scheduler.observe(DrainRequested(at_us=first.start_us + 1, worker=here))
     (second,) = planned(scheduler, first.end_us - LEAD_US)
-    assert second.workers != first.workers
+    assert second.workers != first.workers and second.start_us == first.end_us
     over(scheduler, first, first.end_us)
     scheduler.observe(DrainRequested(at_us=first.end_us + 1, worker=here, draining=False))
     (third,) = planned(scheduler, second.end_us - LEAD_US)

@@ -9,6 +9,7 @@ from bench.sim.costs import Costs
 from bench.sim.loop import run
 from bench.sim.trace import TraceRequest
 from control.scheduler.settings import Settings
+from control.scheduler.starts import Start
 from control.scheduler.values import (
     DIT,
     TEXT,
@@ -37,9 +38,20 @@ def state(d, name):
     return view.state
 
 
-def fail(d, sequence, worker, reason="MODEL_ERROR"):
+def issued(d, node, *workers, steps=1):
+    """A start that planning would only make in a larger cluster."""
+    start = Start(("a",), node, workers, steps, "test")
+    return d.scheduler._issue(start, d.now_us, d.now_us)
+
+
+def over(d, assignment):
+    d.now_us = max(d.now_us, assignment.end_us)
+    d.over(assignment)
+
+
+def fail(d, sequence, worker, reason="MODEL_ERROR", tried=()):
     fact = AssignmentFailed(
-        at_us=d.now_us, sequence=sequence, worker=worker, jobs=(), reason=reason
+        at_us=d.now_us, sequence=sequence, worker=worker, jobs=(), reason=reason, tried=tried
     )
     return d.scheduler.observe(fact)
 
@@ -147,6 +159,62 @@ def test_a_lost_worker_costs_both(stage: str) -> None:
     d.flights.clear()
     d.plan()
     assert all(worker not in a.workers for a in d.flights)
+    d.run()
+    assert d.ended["a"].outcome is Outcome.DONE
+
+
+def test_a_lost_worker_takes_its_decode_along_though_the_steps_have_another_source() -> None:
+    """The steps on w0 were to start from w0's copy or w1's; the decode waits on w1."""
+    d = desk()
+    d.arrive("a", steps=2, plan=False)
+    over(d, issued(d, TEXT, "w0"))
+    over(d, issued(d, DIT, "w0", "w1"))
+    steps, decode = issued(d, DIT, "w0"), issued(d, VAE, "w1")
+    assert {h.worker for h in steps.batch[0].holders} == {"w0", "w1"}
+    d.scheduler.observe(WorkerLost(at_us=d.now_us, worker="w1"))
+    assert {"w1"}.isdisjoint(w for a in d.scheduler.outstanding() for w in a.workers)
+    d.plan()
+    d.run()
+    assert d.ended["a"].outcome is Outcome.DONE and decode.sequence > steps.sequence
+
+
+@pytest.mark.parametrize(("steps", "node"), [(1, VAE), (3, DIT)])
+def test_steps_told_of_before_their_encode_count(steps: int, node: str) -> None:
+    """The report of the encode on w0 comes late: what follows stands behind the steps on w1."""
+    d = desk()
+    d.arrive("a", steps=steps, plan=False)
+    encode, first = issued(d, TEXT, "w0"), issued(d, DIT, "w1")
+    over(d, first)
+    follower = issued(d, node, "w0")
+    assert follower.batch[0].first_step == 1
+    assert follower.batch[0].holders == (Holder(worker="w1", steps_done=1),)
+    d.over(encode)
+    d.flights.append(follower)
+    d.run()
+    assert d.ended["a"].outcome is Outcome.DONE and d.ended["a"].steps_lost == 0
+
+
+def test_a_late_report_of_the_encode_takes_no_copy_away() -> None:
+    d = desk()
+    d.arrive("a", steps=1, plan=False)
+    encode, steps = issued(d, TEXT, "w0"), issued(d, DIT, "w1")
+    over(d, steps)
+    d.over(encode)
+    (decode,) = d.plan()
+    assert decode.batch[0].holders == (Holder(worker="w1", steps_done=1),)
+
+
+def test_who_waited_in_vain_for_a_latent_on_its_way_takes_no_older_copy_away() -> None:
+    """The decode on w1 gave up while the last step still ran on w0, which holds three."""
+    d = desk()
+    d.arrive("a", steps=4, plan=False)
+    over(d, issued(d, TEXT, "w0"))
+    over(d, issued(d, DIT, "w0", steps=3))
+    issued(d, DIT, "w0")
+    decode = issued(d, VAE, "w1")
+    fail(d, decode.sequence, "w1", "LATENT_MISSING", tried=("w0",))
+    again = d.plan()[0]
+    assert again.node == DIT and again.batch[0].first_step == 3
     d.run()
     assert d.ended["a"].outcome is Outcome.DONE
 

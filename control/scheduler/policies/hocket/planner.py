@@ -178,7 +178,9 @@ class Hocket:
         room = len(roster.free) - sum(w.width for w in wishes)
         wishes += self._fill(ledger, pod, roster, room)
         for wish, workers in Binder(ledger, pod, list(roster.free)).bind(wishes):
-            begin_us = max(now_us, *(roster.free[w] for w in workers))
+            before = [t.outstanding[-1] for t in wish.members if t.outstanding]
+            ready_us = [flight_end_us(ledger, sequence) for sequence in before]
+            begin_us = max(now_us, *ready_us, *(roster.free[w] for w in workers))
             requests = tuple(t.id for t in wish.members)
             start = Start(requests, wish.node, workers, wish.steps, wish.reason)
             issued = issue(start, begin_us)
