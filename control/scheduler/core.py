@@ -211,7 +211,7 @@ class Scheduler:
         if slowdown > 1.0:
             time = Prediction(round(time.mean_us * slowdown), round(time.safe_us * slowdown))
         batch = tuple(self._member(t, start) for t in members)
-        setup_us = self._setup_us(first, batch[0], start)
+        setup_us = self._setup_us(first, start)
         assignment = Assignment(
             sequence=ledger.next_sequence,
             node=start.node,
@@ -250,7 +250,7 @@ class Scheduler:
             request=tracked.id, first_step=first_step, attempt=tracked.attempt, holders=holders
         )
 
-    def _setup_us(self, tracked: Tracked, member: Member, start: Start) -> int:
+    def _setup_us(self, tracked: Tracked, start: Start) -> int:
         """Loads, the latent's move, a new group: before the first step. Enters the loads."""
         ledger = self._ledger
         loads = [
@@ -263,7 +263,7 @@ class Scheduler:
         load_us = max(sum(load.load_us for load in each) for each in loads)
         if start.node == TEXT:
             return load_us
-        where = denoise.group_before(ledger, tracked) or tuple(h.worker for h in member.holders)
+        where = denoise.workers_before(ledger, tracked)
         return load_us + ledger.moving.cost_us(
             ledger.cluster, where, start.workers, decode=start.node == VAE
         )

@@ -7,7 +7,6 @@ import pytest
 from bench.sim.case import Case, ClusterSpec
 from bench.sim.costs import Costs
 from bench.sim.loop import run
-from bench.sim.trace import TraceRequest
 from control.scheduler.settings import Settings
 from control.scheduler.starts import Start
 from control.scheduler.values import (
@@ -23,6 +22,7 @@ from control.scheduler.values import (
 from control.scheduler.views import RequestState
 
 from .desk import MS, ROWS, Desk, brief
+from .test_hocket import request
 
 LEAD_US = 25 * MS  # an encode takes 20, a decode 40, a step 100
 SLO_US = 300 * MS  # of 260 to 264 on one worker
@@ -222,22 +222,10 @@ def test_who_waited_in_vain_for_a_latent_on_its_way_takes_no_older_copy_away() -
 @pytest.mark.parametrize(("lead_us", "waits"), [(LEAD_US, 1), (0, 3)])
 def test_reports_hold_nobody_up(lead_us: int, waits: int) -> None:
     """Reports take 10 ms: with a lead a request waits for its last one only."""
-    asked = TraceRequest(
-        id="a",
-        arrival_us=0,
-        model="base",
-        workflow="txt2img",
-        width=512,
-        height=512,
-        frames=1,
-        steps=1,
-        slo_us=SLO_US,
-        priority=0,
-    )
     case = Case(
         cluster=ClusterSpec(workers=1, gpu="g", models=(ModelFacts(name="base"),)),
         profile_csv=ROWS,
-        trace=(asked,),
+        trace=(request("a", "base", 512, 0, SLO_US, 1),),
         settings=Settings(policy="hocket", lead_us=lead_us),
         costs=Costs(report_delay_us=10 * MS),
     )

@@ -45,7 +45,7 @@ class Binder:
         bound: list[tuple[Wish, tuple[str, ...]]] = []
         rest: list[Wish] = []
         for wish in wishes:
-            where = self._before(wish.first)
+            where = denoise.workers_before(self._ledger, wish.first)
             if len(where) == wish.width and all(w in self._free for w in where):
                 bound.append((wish, self._take(where)))
             else:
@@ -59,12 +59,8 @@ class Binder:
             del self._free[worker]
         return workers
 
-    def _before(self, tracked: Tracked) -> tuple[str, ...]:
-        """Where it runs, or ran: with a lead, a start follows a run that is not over yet."""
-        return denoise.workers_before(self._ledger, tracked)
-
     def _choose(self, wish: Wish) -> tuple[str, ...]:
-        before = set(self._before(wish.first))
+        before = set(denoise.workers_before(self._ledger, wish.first))
         loads = self._loads(wish)
         if wish.width == 1:
             known = self._ledger.cluster.workers
