@@ -56,8 +56,8 @@ test-full: setup  ## all tests, and every family in every layout, batch and sche
 	@python -m pytest -m ''
 
 lint: setup  ## style, import contracts, protobuf lint
-	@ruff check . && ruff format --check . && lint-imports && buf lint && \
-	if git rev-parse -q --verify main >/dev/null; then buf breaking --against '.git#branch=main'; fi
+	@ruff check . && ruff format --check . && lint-imports && python tools/contract.py lint && \
+	if git rev-parse -q --verify main >/dev/null; then python tools/contract.py breaking main; fi
 
 types: setup  ## mypy --strict
 	@mypy

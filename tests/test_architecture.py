@@ -16,6 +16,8 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tools import contract
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hocket", "gateway", "control", "gpuworker", "bench", "tests", "tools")
 LINES_A_FUNCTION, LINES_A_FILE, COLUMNS = 70, 400, 100
@@ -161,8 +163,8 @@ def planted_proto(folder: Path, file: str, old: str, new: str) -> Path:
 
 
 def test_proto_lint() -> None:
-    run = _tool("buf", "lint")
-    assert run.returncode == 0, run.stdout
+    run = contract.lint(ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_proto_lint_sees_a_wrong_package(tmp_path: Path) -> None:
@@ -176,26 +178,21 @@ def test_proto_lint_sees_a_wrong_package(tmp_path: Path) -> None:
     assert run.returncode != 0 and "hocket.other" in run.stdout, run.stdout + run.stderr
 
 
-def breaking(new: Path, old: str) -> subprocess.CompletedProcess[str]:
-    return _tool("buf", "breaking", "proto", "--against", old, at=new)
-
-
-def test_proto_breaks_nothing_of_main() -> None:
+def test_proto_breaks_nothing_of_main(tmp_path: Path) -> None:
     """Passes without a comparison only where there is no main with a contract to compare with."""
     if (
         shutil.which("git") is None
         or _git("rev-parse", "--verify", "--quiet", "main:proto").returncode != 0
     ):
         return
-    folder = _git("rev-parse", "--path-format=absolute", "--git-common-dir").stdout.strip()
-    run = breaking(ROOT, f"{folder}#format=git,branch=main,subdir=proto")
+    run = contract.breaking(ROOT, contract.checkout("main", tmp_path))
     assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_proto_comparison_sees_a_break(tmp_path: Path) -> None:
     taken = "uint32 stop_at_step = 4;"
     planted_proto(tmp_path, "mesh.proto", taken, "uint32 stop_at_step = 14;")
-    run = breaking(tmp_path, str(ROOT / "proto"))
+    run = contract.breaking(tmp_path, ROOT)
     assert run.returncode != 0 and "mesh.proto" in run.stdout, run.stdout + run.stderr
 
 

@@ -9,6 +9,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import grpc_tools
+from google.longrunning import operations_pb2
 from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +26,7 @@ def generate(out: Path) -> None:
         args = [
             "protoc",
             f"-I{ROOT / 'proto'}",
+            *google_paths(),
             f"--python_out={out}",
             f"--mypy_out={out}",
             *services,
@@ -33,6 +36,21 @@ def generate(out: Path) -> None:
             args.insert(-1, f"--mypy_grpc_out={out}")
         if protoc.main(args) != 0:
             raise RuntimeError(f"protoc failed on {name}")
+
+
+def google_paths() -> list[str]:
+    """protoc's options that find the google protos that the contract imports.
+
+    They come with googleapis-common-protos, where one file has another name than the published one.
+    """
+    site = Path(operations_pb2.__file__).parents[2]
+    operations = "google/longrunning/operations"
+    well_known = Path(grpc_tools.__file__).parent / "_proto"
+    return [
+        f"-I{operations}.proto={site / operations}_proto.proto",
+        f"-I{site}",
+        f"-I{well_known}",
+    ]
 
 
 def _has_service(path: Path) -> bool:

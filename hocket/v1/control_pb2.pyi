@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from hocket.v1 import generation_pb2 as _generation_pb2
+from hocket.v1 import mesh_pb2 as _mesh_pb2
 from hocket.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -91,24 +92,475 @@ class SubmitResponse(_message.Message):
 Global___SubmitResponse: _TypeAlias = SubmitResponse  # noqa: Y015
 
 @_typing.final
+class AttachRequest(_message.Message):
+    """What a gateway says on its line. Any of the lists may be empty; an empty message says that the gateway lives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_FIELD_NUMBER: _builtins.int
+    SUBMITS_FIELD_NUMBER: _builtins.int
+    FOLLOWS_FIELD_NUMBER: _builtins.int
+    LEAVES_FIELD_NUMBER: _builtins.int
+    gateway: _builtins.str
+    """The gateway process: drawn at its start. Set on the first message of a stream."""
+    @_builtins.property
+    def submits(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttachedSubmit]:
+        """Requests to be admitted."""
+
+    @_builtins.property
+    def follows(self) -> _containers.RepeatedCompositeFieldContainer[Global___Follow]:
+        """Followers that come, or come again."""
+
+    @_builtins.property
+    def leaves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Leave]:
+        """Followers that go."""
+
+    def __init__(
+        self,
+        *,
+        gateway: _builtins.str = ...,
+        submits: _abc.Iterable[Global___AttachedSubmit] | None = ...,
+        follows: _abc.Iterable[Global___Follow] | None = ...,
+        leaves: _abc.Iterable[Global___Leave] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follows", b"follows", "gateway", b"gateway", "leaves", b"leaves", "submits", b"submits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class AttachedSubmit(_message.Message):
+    """A request to be admitted, and its first follower."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    SUBMIT_FIELD_NUMBER: _builtins.int
+    EXPIRES_US_FIELD_NUMBER: _builtins.int
+    FOLLOWER_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """Names the answer; unique in the stream."""
+    expires_us: _builtins.int
+    """Its caller waits so long for an answer, in microseconds from when this message was sent; control admits nothing
+    later than that. 0: no bound.
+    """
+    follower: _builtins.str
+    """Follower that the answer makes, of the request that answers; empty: none."""
+    traceparent: _builtins.str
+    """W3C traceparent of the caller's span."""
+    @_builtins.property
+    def submit(self) -> Global___SubmitRequest:
+        """The request."""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        submit: Global___SubmitRequest | None = ...,
+        expires_us: _builtins.int = ...,
+        follower: _builtins.str = ...,
+        traceparent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["submit", b"submit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "expires_us", b"expires_us", "follower", b"follower", "submit", b"submit", "traceparent", b"traceparent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachedSubmit: _TypeAlias = AttachedSubmit  # noqa: Y015
+
+@_typing.final
+class Follow(_message.Message):
+    """Somebody who waits for a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLLOWER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    ONLOOKER_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    follower: _builtins.str
+    """Drawn by the gateway; unique in the cluster."""
+    request_id: _builtins.str
+    """The request."""
+    cursor: _builtins.int
+    """Sequence of the last event that the follower has seen; 0: none."""
+    onlooker: _builtins.bool
+    """Only looks on: keeps nothing from being cancelled."""
+    tenant: _builtins.str
+    """Account of the follower; absent: any request may be followed."""
+    def __init__(
+        self,
+        *,
+        follower: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        cursor: _builtins.int = ...,
+        onlooker: _builtins.bool = ...,
+        tenant: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "cursor", b"cursor", "follower", b"follower", "onlooker", b"onlooker", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___Follow: _TypeAlias = Follow  # noqa: Y015
+
+@_typing.final
+class Leave(_message.Message):
+    """A follower goes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLLOWER_FIELD_NUMBER: _builtins.int
+    RETURNS_FIELD_NUMBER: _builtins.int
+    follower: _builtins.str
+    """The follower."""
+    returns: _builtins.bool
+    """It is expected back (its gateway stops, its connection broke): the grace begins. Otherwise it gave up."""
+    def __init__(
+        self,
+        *,
+        follower: _builtins.str = ...,
+        returns: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follower", b"follower", "returns", b"returns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leave: _TypeAlias = Leave  # noqa: Y015
+
+@_typing.final
+class AttachResponse(_message.Message):
+    """What control says on a gateway's line. An empty message says that control lives."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    FOLLOWED_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    """The leader's fencing number."""
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttachedAnswer]:
+        """Answers to submits, each before any event of its request."""
+
+    @_builtins.property
+    def followed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Followed]:
+        """Answers to follows, each with all that its follower has missed."""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[_mesh_pb2.RequestEvent]:
+        """What happens to requests that this stream follows, from then on."""
+
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        answers: _abc.Iterable[Global___AttachedAnswer] | None = ...,
+        followed: _abc.Iterable[Global___Followed] | None = ...,
+        events: _abc.Iterable[_mesh_pb2.RequestEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "events", b"events", "followed", b"followed", "term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class AttachedAnswer(_message.Message):
+    """The answer to a submit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """As in the submit."""
+    @_builtins.property
+    def answer(self) -> Global___SubmitResponse:
+        """The answer."""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        answer: Global___SubmitResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "call", b"call"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachedAnswer: _TypeAlias = AttachedAnswer  # noqa: Y015
+
+@_typing.final
+class Followed(_message.Message):
+    """The answer to a follow; also sent after an answer that made a follower of an earlier request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOLLOWER_FIELD_NUMBER: _builtins.int
+    MISSED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    follower: _builtins.str
+    """The follower."""
+    @_builtins.property
+    def missed(self) -> _containers.RepeatedCompositeFieldContainer[_mesh_pb2.RequestEvent]:
+        """What it has missed, in order; an ending is the last. Of progress the newest."""
+
+    @_builtins.property
+    def refused(self) -> _types_pb2.Failure:
+        """Set where there is nothing to follow: UNKNOWN_REQUEST, or another tenant's (the same reason)."""
+
+    def __init__(
+        self,
+        *,
+        follower: _builtins.str = ...,
+        missed: _abc.Iterable[_mesh_pb2.RequestEvent] | None = ...,
+        refused: _types_pb2.Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["refused", b"refused"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follower", b"follower", "missed", b"missed", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Followed: _TypeAlias = Followed  # noqa: Y015
+
+@_typing.final
+class GetRequestRequest(_message.Message):
+    """Asks for one request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    tenant: _builtins.str
+    """Account of the asker; absent: any."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___GetRequestRequest: _TypeAlias = GetRequestRequest  # noqa: Y015
+
+@_typing.final
+class GetRequestResponse(_message.Message):
+    """State of one request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def status(self) -> Global___RequestStatus:
+        """Its state."""
+
+    def __init__(
+        self,
+        *,
+        status: Global___RequestStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRequestResponse: _TypeAlias = GetRequestResponse  # noqa: Y015
+
+@_typing.final
+class RequestStatus(_message.Message):
+    """State of one request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METADATA_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Account that it belongs to."""
+    @_builtins.property
+    def metadata(self) -> _generation_pb2.GenerationMetadata:
+        """As told to clients."""
+
+    @_builtins.property
+    def ended(self) -> _mesh_pb2.RequestEvent:
+        """Its last event, where it has ended."""
+
+    def __init__(
+        self,
+        *,
+        metadata: _generation_pb2.GenerationMetadata | None = ...,
+        tenant: _builtins.str = ...,
+        ended: _mesh_pb2.RequestEvent | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "metadata", b"metadata"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "metadata", b"metadata", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestStatus: _TypeAlias = RequestStatus  # noqa: Y015
+
+@_typing.final
+class ListRequestsRequest(_message.Message):
+    """Asks for requests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Account of the asker; absent: all."""
+    page_size: _builtins.int
+    """At most so many; 0: 100; more than 1,000 count as 1,000."""
+    page_token: _builtins.str
+    """As the page before said; empty: the first page."""
+    state: _generation_pb2.GenerationState.ValueType
+    """Only those in this state; unspecified: all."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        state: _generation_pb2.GenerationState.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "page_size", b"page_size", "page_token", b"page_token", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___ListRequestsRequest: _TypeAlias = ListRequestsRequest  # noqa: Y015
+
+@_typing.final
+class ListRequestsResponse(_message.Message):
+    """Requests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Asks for the next page; empty: this is the last."""
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestStatus]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___RequestStatus] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRequestsResponse: _TypeAlias = ListRequestsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteRequestRequest(_message.Message):
+    """Names the request to forget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    tenant: _builtins.str
+    """Account of the asker; absent: any."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
+
+Global___DeleteRequestRequest: _TypeAlias = DeleteRequestRequest  # noqa: Y015
+
+@_typing.final
+class DeleteRequestResponse(_message.Message):
+    """It is forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRequestResponse: _TypeAlias = DeleteRequestResponse  # noqa: Y015
+
+@_typing.final
 class CancelRequestRequest(_message.Message):
     """Names the request to cancel."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
+    tenant: _builtins.str
+    """Account of the asker; absent: any. Another's request is not known."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        tenant: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "tenant", b"tenant"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tenant", b"_tenant", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__tenant: _TypeAlias = _typing.Literal["tenant"]  # noqa: Y015
+    _WhichOneofArgType__tenant: _TypeAlias = _typing.Literal["_tenant", b"_tenant"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tenant) -> _WhichOneofReturnType__tenant | None: ...
 
 Global___CancelRequestRequest: _TypeAlias = CancelRequestRequest  # noqa: Y015
 
@@ -157,11 +609,34 @@ class WatchClusterResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TroublesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     WORKERS_FIELD_NUMBER: _builtins.int
     TERM_FIELD_NUMBER: _builtins.int
     REQUESTS_OPEN_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    PROMISES_FIELD_NUMBER: _builtins.int
+    TROUBLES_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The leader's fencing number."""
     requests_open: _builtins.int
@@ -176,6 +651,18 @@ class WatchClusterResponse(_message.Message):
     def models(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.ModelInfo]:
         """Models that living workers serve."""
 
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]:
+        """Control replicas, the leader first."""
+
+    @_builtins.property
+    def promises(self) -> Global___PromiseFigures:
+        """Of the answers "on time", how many were kept."""
+
+    @_builtins.property
+    def troubles(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Counts of what went wrong since this leader leads, by name ("dropped messages", "refused heartbeats" …)."""
+
     def __init__(
         self,
         *,
@@ -184,14 +671,81 @@ class WatchClusterResponse(_message.Message):
         requests_open: _builtins.int = ...,
         policy: _builtins.str = ...,
         models: _abc.Iterable[_generation_pb2.ModelInfo] | None = ...,
+        replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
+        promises: Global___PromiseFigures | None = ...,
+        troubles: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["promises", b"promises"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "policy", b"policy", "requests_open", b"requests_open", "term", b"term", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "policy", b"policy", "promises", b"promises", "replicas", b"replicas", "requests_open", b"requests_open", "term", b"term", "troubles", b"troubles", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchClusterResponse: _TypeAlias = WatchClusterResponse  # noqa: Y015
+
+@_typing.final
+class ReplicaStatus(_message.Message):
+    """State of one control replica."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    AGE_US_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """"host:port" of its door."""
+    role: _builtins.str
+    """"leader" or "standby"."""
+    age_us: _builtins.int
+    """Time since it was heard of, in microseconds."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        role: _builtins.str = ...,
+        age_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "age_us", b"age_us", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReplicaStatus: _TypeAlias = ReplicaStatus  # noqa: Y015
+
+@_typing.final
+class PromiseFigures(_message.Message):
+    """Promises made and kept, of requests that have ended under this leader."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMISED_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    WITH_DEADLINE_FIELD_NUMBER: _builtins.int
+    ON_TIME_FIELD_NUMBER: _builtins.int
+    promised: _builtins.int
+    """Ended requests that had been told "on time"."""
+    kept: _builtins.int
+    """Of those, the ones that were."""
+    with_deadline: _builtins.int
+    """Ended requests that had a deadline."""
+    on_time: _builtins.int
+    """Of those, the ones that were on time."""
+    def __init__(
+        self,
+        *,
+        promised: _builtins.int = ...,
+        kept: _builtins.int = ...,
+        with_deadline: _builtins.int = ...,
+        on_time: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "on_time", b"on_time", "promised", b"promised", "with_deadline", b"with_deadline"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromiseFigures: _TypeAlias = PromiseFigures  # noqa: Y015
 
 @_typing.final
 class WorkerStatus(_message.Message):
@@ -207,6 +761,9 @@ class WorkerStatus(_message.Message):
     MEMORY_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     SLOWDOWN_FIELD_NUMBER: _builtins.int
+    LATENTS_ALONE_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     device: _builtins.str
@@ -221,6 +778,12 @@ class WorkerStatus(_message.Message):
     """Memory in all, in bytes."""
     slowdown: _builtins.float
     """How much longer its steps take than those of its peers, where it is known to be slow; else 1."""
+    latents_alone: _builtins.int
+    """Latents that no other living worker holds: 0 on a drained worker means that nothing is lost with it."""
+    restarts: _builtins.int
+    """How often its supervisor has started it again."""
+    note: _builtins.str
+    """Why it gets no work, where its state does not say it ("quarantined: 3 failures in a row; next try in 12 s")."""
     @_builtins.property
     def memory(self) -> _types_pb2.Memory:
         """What it is used for."""
@@ -236,10 +799,13 @@ class WorkerStatus(_message.Message):
         memory_total_bytes: _builtins.int = ...,
         memory: _types_pb2.Memory | None = ...,
         slowdown: _builtins.float = ...,
+        latents_alone: _builtins.int = ...,
+        restarts: _builtins.int = ...,
+        note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "heartbeat_age_us", b"heartbeat_age_us", "memory", b"memory", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "slowdown", b"slowdown", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "heartbeat_age_us", b"heartbeat_age_us", "latents_alone", b"latents_alone", "memory", b"memory", "memory_total_bytes", b"memory_total_bytes", "memory_used_bytes", b"memory_used_bytes", "name", b"name", "note", b"note", "restarts", b"restarts", "slowdown", b"slowdown", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -279,7 +845,7 @@ class DrainWorkerResponse(_message.Message):
 
     JOBS_HELD_FIELD_NUMBER: _builtins.int
     jobs_held: _builtins.int
-    """Jobs whose latest latent it holds."""
+    """Jobs whose latest latent it holds; they are copied to other workers."""
     def __init__(
         self,
         *,

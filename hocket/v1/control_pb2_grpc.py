@@ -40,6 +40,26 @@ class ControlServiceStub:
                 request_serializer=hocket_dot_v1_dot_control__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=hocket_dot_v1_dot_control__pb2.SubmitResponse.FromString,
                 _registered_method=True)
+        self.Attach = channel.stream_stream(
+                '/hocket.v1.ControlService/Attach',
+                request_serializer=hocket_dot_v1_dot_control__pb2.AttachRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_control__pb2.AttachResponse.FromString,
+                _registered_method=True)
+        self.GetRequest = channel.unary_unary(
+                '/hocket.v1.ControlService/GetRequest',
+                request_serializer=hocket_dot_v1_dot_control__pb2.GetRequestRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_control__pb2.GetRequestResponse.FromString,
+                _registered_method=True)
+        self.ListRequests = channel.unary_unary(
+                '/hocket.v1.ControlService/ListRequests',
+                request_serializer=hocket_dot_v1_dot_control__pb2.ListRequestsRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_control__pb2.ListRequestsResponse.FromString,
+                _registered_method=True)
+        self.DeleteRequest = channel.unary_unary(
+                '/hocket.v1.ControlService/DeleteRequest',
+                request_serializer=hocket_dot_v1_dot_control__pb2.DeleteRequestRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_control__pb2.DeleteRequestResponse.FromString,
+                _registered_method=True)
         self.CancelRequest = channel.unary_unary(
                 '/hocket.v1.ControlService/CancelRequest',
                 request_serializer=hocket_dot_v1_dot_control__pb2.CancelRequestRequest.SerializeToString,
@@ -64,6 +84,41 @@ class ControlServiceServicer:
     def Submit(self, request, context):
         """Admits one request. It is in the journal before the answer leaves. Its later life is told on the request's
         event subject; subscribe to it first. Refusals are `rejected`, not statuses: the call itself worked.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attach(self, request_iterator, context):
+        """A gateway's line to the leader, open as long as the gateway lives: requests, followers and their leaving go up;
+        answers and everything that happens to followed requests come down, in order.
+
+        The stream is the lease of the gateway's followers: each side says something at least every second; when control
+        has heard nothing for the follower lease, or the stream ends, the followers of this stream are given the
+        grace to come back by any gateway. A request that is not detached and has no follower after that is cancelled.
+        After a new stream (also to a new leader) the gateway says again whom it follows, with its cursors.
+        A replica that does not lead ends the stream with FAILED_PRECONDITION (reason NOT_LEADER).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRequest(self, request, context):
+        """State of one request, open or ended, while it is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRequests(self, request, context):
+        """Requests of a tenant, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteRequest(self, request, context):
+        """Forgets a request that has ended, with its idempotency key; one that has not ended is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +152,26 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Submit,
                     request_deserializer=hocket_dot_v1_dot_control__pb2.SubmitRequest.FromString,
                     response_serializer=hocket_dot_v1_dot_control__pb2.SubmitResponse.SerializeToString,
+            ),
+            'Attach': grpc.stream_stream_rpc_method_handler(
+                    servicer.Attach,
+                    request_deserializer=hocket_dot_v1_dot_control__pb2.AttachRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_control__pb2.AttachResponse.SerializeToString,
+            ),
+            'GetRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRequest,
+                    request_deserializer=hocket_dot_v1_dot_control__pb2.GetRequestRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_control__pb2.GetRequestResponse.SerializeToString,
+            ),
+            'ListRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRequests,
+                    request_deserializer=hocket_dot_v1_dot_control__pb2.ListRequestsRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_control__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'DeleteRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRequest,
+                    request_deserializer=hocket_dot_v1_dot_control__pb2.DeleteRequestRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_control__pb2.DeleteRequestResponse.SerializeToString,
             ),
             'CancelRequest': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelRequest,
@@ -142,6 +217,114 @@ class ControlService:
             '/hocket.v1.ControlService/Submit',
             hocket_dot_v1_dot_control__pb2.SubmitRequest.SerializeToString,
             hocket_dot_v1_dot_control__pb2.SubmitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attach(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/hocket.v1.ControlService/Attach',
+            hocket_dot_v1_dot_control__pb2.AttachRequest.SerializeToString,
+            hocket_dot_v1_dot_control__pb2.AttachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hocket.v1.ControlService/GetRequest',
+            hocket_dot_v1_dot_control__pb2.GetRequestRequest.SerializeToString,
+            hocket_dot_v1_dot_control__pb2.GetRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hocket.v1.ControlService/ListRequests',
+            hocket_dot_v1_dot_control__pb2.ListRequestsRequest.SerializeToString,
+            hocket_dot_v1_dot_control__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hocket.v1.ControlService/DeleteRequest',
+            hocket_dot_v1_dot_control__pb2.DeleteRequestRequest.SerializeToString,
+            hocket_dot_v1_dot_control__pb2.DeleteRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,22 @@ class ControlServiceStub:
     """Admits one request. It is in the journal before the answer leaves. Its later life is told on the request's
     event subject; subscribe to it first. Refusals are `rejected`, not statuses: the call itself worked.
     """
+    Attach: _grpc.StreamStreamMultiCallable[_control_pb2.AttachRequest, _control_pb2.AttachResponse]
+    """A gateway's line to the leader, open as long as the gateway lives: requests, followers and their leaving go up;
+    answers and everything that happens to followed requests come down, in order.
+
+    The stream is the lease of the gateway's followers: each side says something at least every second; when control
+    has heard nothing for the follower lease, or the stream ends, the followers of this stream are given the
+    grace to come back by any gateway. A request that is not detached and has no follower after that is cancelled.
+    After a new stream (also to a new leader) the gateway says again whom it follows, with its cursors.
+    A replica that does not lead ends the stream with FAILED_PRECONDITION (reason NOT_LEADER).
+    """
+    GetRequest: _grpc.UnaryUnaryMultiCallable[_control_pb2.GetRequestRequest, _control_pb2.GetRequestResponse]
+    """State of one request, open or ended, while it is kept."""
+    ListRequests: _grpc.UnaryUnaryMultiCallable[_control_pb2.ListRequestsRequest, _control_pb2.ListRequestsResponse]
+    """Requests of a tenant, newest first."""
+    DeleteRequest: _grpc.UnaryUnaryMultiCallable[_control_pb2.DeleteRequestRequest, _control_pb2.DeleteRequestResponse]
+    """Forgets a request that has ended, with its idempotency key; one that has not ended is refused."""
     CancelRequest: _grpc.UnaryUnaryMultiCallable[_control_pb2.CancelRequestRequest, _control_pb2.CancelRequestResponse]
     """Cancels a request at its next step boundary."""
     WatchCluster: _grpc.UnaryStreamMultiCallable[_control_pb2.WatchClusterRequest, _control_pb2.WatchClusterResponse]
@@ -53,6 +69,22 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """Admits one request. It is in the journal before the answer leaves. Its later life is told on the request's
     event subject; subscribe to it first. Refusals are `rejected`, not statuses: the call itself worked.
     """
+    Attach: _aio.StreamStreamMultiCallable[_control_pb2.AttachRequest, _control_pb2.AttachResponse]  # type: ignore[assignment]
+    """A gateway's line to the leader, open as long as the gateway lives: requests, followers and their leaving go up;
+    answers and everything that happens to followed requests come down, in order.
+
+    The stream is the lease of the gateway's followers: each side says something at least every second; when control
+    has heard nothing for the follower lease, or the stream ends, the followers of this stream are given the
+    grace to come back by any gateway. A request that is not detached and has no follower after that is cancelled.
+    After a new stream (also to a new leader) the gateway says again whom it follows, with its cursors.
+    A replica that does not lead ends the stream with FAILED_PRECONDITION (reason NOT_LEADER).
+    """
+    GetRequest: _aio.UnaryUnaryMultiCallable[_control_pb2.GetRequestRequest, _control_pb2.GetRequestResponse]  # type: ignore[assignment]
+    """State of one request, open or ended, while it is kept."""
+    ListRequests: _aio.UnaryUnaryMultiCallable[_control_pb2.ListRequestsRequest, _control_pb2.ListRequestsResponse]  # type: ignore[assignment]
+    """Requests of a tenant, newest first."""
+    DeleteRequest: _aio.UnaryUnaryMultiCallable[_control_pb2.DeleteRequestRequest, _control_pb2.DeleteRequestResponse]  # type: ignore[assignment]
+    """Forgets a request that has ended, with its idempotency key; one that has not ended is refused."""
     CancelRequest: _aio.UnaryUnaryMultiCallable[_control_pb2.CancelRequestRequest, _control_pb2.CancelRequestResponse]  # type: ignore[assignment]
     """Cancels a request at its next step boundary."""
     WatchCluster: _aio.UnaryStreamMultiCallable[_control_pb2.WatchClusterRequest, _control_pb2.WatchClusterResponse]  # type: ignore[assignment]
@@ -72,6 +104,46 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         """Admits one request. It is in the journal before the answer leaves. Its later life is told on the request's
         event subject; subscribe to it first. Refusals are `rejected`, not statuses: the call itself worked.
         """
+
+    @_abc_1.abstractmethod
+    def Attach(
+        self,
+        request_iterator: _MaybeAsyncIterator[_control_pb2.AttachRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_control_pb2.AttachResponse], _abc.AsyncIterator[_control_pb2.AttachResponse]]:
+        """A gateway's line to the leader, open as long as the gateway lives: requests, followers and their leaving go up;
+        answers and everything that happens to followed requests come down, in order.
+
+        The stream is the lease of the gateway's followers: each side says something at least every second; when control
+        has heard nothing for the follower lease, or the stream ends, the followers of this stream are given the
+        grace to come back by any gateway. A request that is not detached and has no follower after that is cancelled.
+        After a new stream (also to a new leader) the gateway says again whom it follows, with its cursors.
+        A replica that does not lead ends the stream with FAILED_PRECONDITION (reason NOT_LEADER).
+        """
+
+    @_abc_1.abstractmethod
+    def GetRequest(
+        self,
+        request: _control_pb2.GetRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.GetRequestResponse, _abc.Awaitable[_control_pb2.GetRequestResponse]]:
+        """State of one request, open or ended, while it is kept."""
+
+    @_abc_1.abstractmethod
+    def ListRequests(
+        self,
+        request: _control_pb2.ListRequestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.ListRequestsResponse, _abc.Awaitable[_control_pb2.ListRequestsResponse]]:
+        """Requests of a tenant, newest first."""
+
+    @_abc_1.abstractmethod
+    def DeleteRequest(
+        self,
+        request: _control_pb2.DeleteRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.DeleteRequestResponse, _abc.Awaitable[_control_pb2.DeleteRequestResponse]]:
+        """Forgets a request that has ended, with its idempotency key; one that has not ended is refused."""
 
     @_abc_1.abstractmethod
     def CancelRequest(

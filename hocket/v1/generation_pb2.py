@@ -22,42 +22,59 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.longrunning import operations_pb2 as google_dot_longrunning_dot_operations__pb2
 from hocket.v1 import types_pb2 as hocket_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahocket/v1/generation.proto\x12\thocket.v1\x1a\x15hocket/v1/types.proto\"\xbc\x01\n\x0fGenerateRequest\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x1b\n\x03slo\x18\x02 \x01(\x0b\x32\x0e.hocket.v1.Slo\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x05 \x01(\t\x12\x10\n\x08\x64\x65tached\x18\x06 \x01(\x08\x12\x16\n\x0eprogress_every\x18\x07 \x01(\r\"\xe7\x01\n\x10GenerateResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.hocket.v1.AcceptedH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.hocket.v1.ProgressH\x00\x12&\n\x05media\x18\x03 \x01(\x0b\x32\x15.hocket.v1.MediaChunkH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12\'\n\x08\x64\x65graded\x18\x05 \x01(\x0b\x32\x13.hocket.v1.DegradedH\x00\x42\x07\n\x05\x65vent\"\xb1\x01\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\x12\x19\n\x11predicted_on_time\x18\x03 \x01(\x08\x12\x10\n\x08trace_id\x18\x04 \x01(\t\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_spec\x18\x05 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\"\xb5\x01\n\x08Progress\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65gree\x18\x04 \x01(\r\x12\x0f\n\x07workers\x18\x05 \x03(\t\x12\x14\n\x0cstep_time_us\x18\x06 \x01(\x04\x12\x1e\n\x16predicted_step_time_us\x18\x07 \x01(\x04\x12\x0e\n\x06\x65ta_us\x18\x08 \x01(\x04\x12\x17\n\x0fresolved_prompt\x18\t \x01(\t\"N\n\nMediaChunk\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.hocket.v1.MediaInfo\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xad\x01\n\x08\x46inished\x12\x12\n\nlatency_us\x18\x01 \x01(\x04\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\x12\x0f\n\x07on_time\x18\x03 \x01(\x08\x12\x16\n\x0e\x64\x65gree_changes\x18\x04 \x01(\r\x12\r\n\x05moves\x18\x05 \x01(\r\x12\x12\n\nsteps_lost\x18\x06 \x01(\r\x12#\n\x05media\x18\x07 \x01(\x0b\x32\x14.hocket.v1.MediaInfo\"[\n\x08\x44\x65graded\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_spec\x18\x01 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x0e\x43\x61ncelResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.hocket.v1.ModelInfo\"h\n\x0b\x46rameCounts\x12\x0f\n\x07minimum\x18\x01 \x01(\r\x12\x0f\n\x07maximum\x18\x02 \x01(\r\x12\x10\n\x08multiple\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\r\x12\x15\n\rdefault_count\x18\x05 \x01(\r\"\x9c\x03\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x11\n\tworkflows\x18\x03 \x03(\t\x12 \n\x06shapes\x18\x04 \x03(\x0b\x32\x10.hocket.v1.Shape\x12\x11\n\tsteps_min\x18\x05 \x01(\r\x12\x11\n\tsteps_max\x18\x06 \x01(\r\x12\x15\n\rsteps_default\x18\x07 \x01(\r\x12\x15\n\rguidance_kind\x18\x08 \x01(\t\x12\x14\n\x0cguidance_min\x18\t \x01(\x01\x12\x14\n\x0cguidance_max\x18\n \x01(\x01\x12\x18\n\x10guidance_default\x18\x0b \x01(\x01\x12\x0f\n\x07\x64\x65grees\x18\x0c \x03(\r\x12\x10\n\x08\x65xamples\x18\r \x03(\t\x12\x11\n\tbatch_max\x18\x0e \x01(\r\x12\x1b\n\x0e\x62ranches_above\x18\x0f \x01(\x01H\x00\x88\x01\x01\x12&\n\x06\x66rames\x18\x10 \x01(\x0b\x32\x16.hocket.v1.FrameCounts\x12\x14\n\x0cobeys_layout\x18\x1e \x01(\x08\x42\x11\n\x0f_branches_above2\xe4\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1a.hocket.v1.GenerateRequest\x1a\x1b.hocket.v1.GenerateResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.hocket.v1.CancelRequest\x1a\x19.hocket.v1.CancelResponse\x12I\n\nListModels\x12\x1c.hocket.v1.ListModelsRequest\x1a\x1d.hocket.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahocket/v1/generation.proto\x12\thocket.v1\x1a#google/longrunning/operations.proto\x1a\x15hocket/v1/types.proto\"\xbc\x01\n\x0fGenerateRequest\x12\'\n\x04spec\x18\x01 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x1b\n\x03slo\x18\x02 \x01(\x0b\x32\x0e.hocket.v1.Slo\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x17\n\x0fidempotency_key\x18\x05 \x01(\t\x12\x10\n\x08\x64\x65tached\x18\x06 \x01(\x08\x12\x16\n\x0eprogress_every\x18\x07 \x01(\r\"\xf7\x01\n\x10GenerateResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.hocket.v1.AcceptedH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.hocket.v1.ProgressH\x00\x12&\n\x05media\x18\x03 \x01(\x0b\x32\x15.hocket.v1.MediaChunkH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12\'\n\x08\x64\x65graded\x18\x05 \x01(\x0b\x32\x13.hocket.v1.DegradedH\x00\x12\x0e\n\x06\x63ursor\x18\x06 \x01(\tB\x07\n\x05\x65vent\"F\n\x17\x43reateGenerationRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.hocket.v1.GenerateRequest\"\x89\x02\n\x12GenerationMetadata\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.hocket.v1.GenerationState\x12%\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0b\x32\x13.hocket.v1.Accepted\x12%\n\x08progress\x18\x04 \x01(\x0b\x32\x13.hocket.v1.Progress\x12%\n\x08\x64\x65graded\x18\x05 \x01(\x0b\x32\x13.hocket.v1.Degraded\x12\x18\n\x10\x61\x63\x63\x65pted_unix_us\x18\x06 \x01(\x04\x12\x15\n\rended_unix_us\x18\x07 \x01(\x04\x12\x0e\n\x06\x63ursor\x18\x08 \x01(\t\"<\n\x16WatchGenerationRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\t\"\xb1\x02\n\x17WatchGenerationResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.hocket.v1.AcceptedH\x00\x12\'\n\x08progress\x18\x02 \x01(\x0b\x32\x13.hocket.v1.ProgressH\x00\x12\'\n\x08\x64\x65graded\x18\x03 \x01(\x0b\x32\x13.hocket.v1.DegradedH\x00\x12\'\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12$\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x12.hocket.v1.FailureH\x00\x12\x33\n\tcancelled\x18\x06 \x01(\x0b\x32\x1e.hocket.v1.CancelledGenerationH\x00\x12\x0e\n\x06\x63ursor\x18\x07 \x01(\tB\x07\n\x05\x65vent\")\n\x13\x43\x61ncelledGeneration\x12\x12\n\nsteps_done\x18\x01 \x01(\r\"5\n\x0fGetMediaRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"8\n\x10GetMediaResponse\x12$\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x15.hocket.v1.MediaChunk\"\x9f\x02\n\x08\x41\x63\x63\x65pted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\x12\x19\n\x11predicted_on_time\x18\x03 \x01(\x08\x12\x10\n\x08trace_id\x18\x04 \x01(\t\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_spec\x18\x05 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x13\n\x0bqueue_depth\x18\x06 \x01(\r\x12 \n\x18predicted_latency_us_p95\x18\x07 \x01(\x04\x12)\n\ncommitment\x18\x08 \x01(\x0e\x32\x15.hocket.v1.Commitment\x12\x1f\n\x17\x62\x65st_effort_wait_us_max\x18\t \x01(\x04\"\xb5\x01\n\x08Progress\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\r\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65gree\x18\x04 \x01(\r\x12\x0f\n\x07workers\x18\x05 \x03(\t\x12\x14\n\x0cstep_time_us\x18\x06 \x01(\x04\x12\x1e\n\x16predicted_step_time_us\x18\x07 \x01(\x04\x12\x0e\n\x06\x65ta_us\x18\x08 \x01(\x04\x12\x17\n\x0fresolved_prompt\x18\t \x01(\t\"N\n\nMediaChunk\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.hocket.v1.MediaInfo\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\xad\x01\n\x08\x46inished\x12\x12\n\nlatency_us\x18\x01 \x01(\x04\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\x12\x0f\n\x07on_time\x18\x03 \x01(\x08\x12\x16\n\x0e\x64\x65gree_changes\x18\x04 \x01(\r\x12\r\n\x05moves\x18\x05 \x01(\r\x12\x12\n\nsteps_lost\x18\x06 \x01(\r\x12#\n\x05media\x18\x07 \x01(\x0b\x32\x14.hocket.v1.MediaInfo\"[\n\x08\x44\x65graded\x12\x31\n\x0e\x65\x66\x66\x65\x63tive_spec\x18\x01 \x01(\x0b\x32\x19.hocket.v1.GenerationSpec\x12\x1c\n\x14predicted_latency_us\x18\x02 \x01(\x04\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"%\n\x0e\x43\x61ncelResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.hocket.v1.ModelInfo\"h\n\x0b\x46rameCounts\x12\x0f\n\x07minimum\x18\x01 \x01(\r\x12\x0f\n\x07maximum\x18\x02 \x01(\r\x12\x10\n\x08multiple\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\r\x12\x15\n\rdefault_count\x18\x05 \x01(\r\"\x9c\x03\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x11\n\tworkflows\x18\x03 \x03(\t\x12 \n\x06shapes\x18\x04 \x03(\x0b\x32\x10.hocket.v1.Shape\x12\x11\n\tsteps_min\x18\x05 \x01(\r\x12\x11\n\tsteps_max\x18\x06 \x01(\r\x12\x15\n\rsteps_default\x18\x07 \x01(\r\x12\x15\n\rguidance_kind\x18\x08 \x01(\t\x12\x14\n\x0cguidance_min\x18\t \x01(\x01\x12\x14\n\x0cguidance_max\x18\n \x01(\x01\x12\x18\n\x10guidance_default\x18\x0b \x01(\x01\x12\x0f\n\x07\x64\x65grees\x18\x0c \x03(\r\x12\x10\n\x08\x65xamples\x18\r \x03(\t\x12\x11\n\tbatch_max\x18\x0e \x01(\r\x12\x1b\n\x0e\x62ranches_above\x18\x0f \x01(\x01H\x00\x88\x01\x01\x12&\n\x06\x66rames\x18\x10 \x01(\x0b\x32\x16.hocket.v1.FrameCounts\x12\x14\n\x0cobeys_layout\x18\x1e \x01(\x08\x42\x11\n\x0f_branches_above*\xcc\x01\n\x0fGenerationState\x12 \n\x1cGENERATION_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19GENERATION_STATE_PROMISED\x10\x01\x12\x1c\n\x18GENERATION_STATE_RUNNING\x10\x02\x12\x1d\n\x19GENERATION_STATE_FINISHED\x10\x03\x12\x1b\n\x17GENERATION_STATE_FAILED\x10\x04\x12\x1e\n\x1aGENERATION_STATE_CANCELLED\x10\x05\x32\xde\x03\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1a.hocket.v1.GenerateRequest\x1a\x1b.hocket.v1.GenerateResponse0\x01\x12=\n\x06\x43\x61ncel\x12\x18.hocket.v1.CancelRequest\x1a\x19.hocket.v1.CancelResponse\x12U\n\x10\x43reateGeneration\x12\".hocket.v1.CreateGenerationRequest\x1a\x1d.google.longrunning.Operation\x12Z\n\x0fWatchGeneration\x12!.hocket.v1.WatchGenerationRequest\x1a\".hocket.v1.WatchGenerationResponse0\x01\x12\x45\n\x08GetMedia\x12\x1a.hocket.v1.GetMediaRequest\x1a\x1b.hocket.v1.GetMediaResponse0\x01\x12I\n\nListModels\x12\x1c.hocket.v1.ListModelsRequest\x1a\x1d.hocket.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hocket.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GENERATEREQUEST']._serialized_start=65
-  _globals['_GENERATEREQUEST']._serialized_end=253
-  _globals['_GENERATERESPONSE']._serialized_start=256
-  _globals['_GENERATERESPONSE']._serialized_end=487
-  _globals['_ACCEPTED']._serialized_start=490
-  _globals['_ACCEPTED']._serialized_end=667
-  _globals['_PROGRESS']._serialized_start=670
-  _globals['_PROGRESS']._serialized_end=851
-  _globals['_MEDIACHUNK']._serialized_start=853
-  _globals['_MEDIACHUNK']._serialized_end=931
-  _globals['_FINISHED']._serialized_start=934
-  _globals['_FINISHED']._serialized_end=1107
-  _globals['_DEGRADED']._serialized_start=1109
-  _globals['_DEGRADED']._serialized_end=1200
-  _globals['_CANCELREQUEST']._serialized_start=1202
-  _globals['_CANCELREQUEST']._serialized_end=1237
-  _globals['_CANCELRESPONSE']._serialized_start=1239
-  _globals['_CANCELRESPONSE']._serialized_end=1276
-  _globals['_LISTMODELSREQUEST']._serialized_start=1278
-  _globals['_LISTMODELSREQUEST']._serialized_end=1297
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1299
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1357
-  _globals['_FRAMECOUNTS']._serialized_start=1359
-  _globals['_FRAMECOUNTS']._serialized_end=1463
-  _globals['_MODELINFO']._serialized_start=1466
-  _globals['_MODELINFO']._serialized_end=1878
-  _globals['_GENERATIONSERVICE']._serialized_start=1881
-  _globals['_GENERATIONSERVICE']._serialized_end=2109
+  _globals['_GENERATIONSTATE']._serialized_start=2910
+  _globals['_GENERATIONSTATE']._serialized_end=3114
+  _globals['_GENERATEREQUEST']._serialized_start=102
+  _globals['_GENERATEREQUEST']._serialized_end=290
+  _globals['_GENERATERESPONSE']._serialized_start=293
+  _globals['_GENERATERESPONSE']._serialized_end=540
+  _globals['_CREATEGENERATIONREQUEST']._serialized_start=542
+  _globals['_CREATEGENERATIONREQUEST']._serialized_end=612
+  _globals['_GENERATIONMETADATA']._serialized_start=615
+  _globals['_GENERATIONMETADATA']._serialized_end=880
+  _globals['_WATCHGENERATIONREQUEST']._serialized_start=882
+  _globals['_WATCHGENERATIONREQUEST']._serialized_end=942
+  _globals['_WATCHGENERATIONRESPONSE']._serialized_start=945
+  _globals['_WATCHGENERATIONRESPONSE']._serialized_end=1250
+  _globals['_CANCELLEDGENERATION']._serialized_start=1252
+  _globals['_CANCELLEDGENERATION']._serialized_end=1293
+  _globals['_GETMEDIAREQUEST']._serialized_start=1295
+  _globals['_GETMEDIAREQUEST']._serialized_end=1348
+  _globals['_GETMEDIARESPONSE']._serialized_start=1350
+  _globals['_GETMEDIARESPONSE']._serialized_end=1406
+  _globals['_ACCEPTED']._serialized_start=1409
+  _globals['_ACCEPTED']._serialized_end=1696
+  _globals['_PROGRESS']._serialized_start=1699
+  _globals['_PROGRESS']._serialized_end=1880
+  _globals['_MEDIACHUNK']._serialized_start=1882
+  _globals['_MEDIACHUNK']._serialized_end=1960
+  _globals['_FINISHED']._serialized_start=1963
+  _globals['_FINISHED']._serialized_end=2136
+  _globals['_DEGRADED']._serialized_start=2138
+  _globals['_DEGRADED']._serialized_end=2229
+  _globals['_CANCELREQUEST']._serialized_start=2231
+  _globals['_CANCELREQUEST']._serialized_end=2266
+  _globals['_CANCELRESPONSE']._serialized_start=2268
+  _globals['_CANCELRESPONSE']._serialized_end=2305
+  _globals['_LISTMODELSREQUEST']._serialized_start=2307
+  _globals['_LISTMODELSREQUEST']._serialized_end=2326
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2328
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2386
+  _globals['_FRAMECOUNTS']._serialized_start=2388
+  _globals['_FRAMECOUNTS']._serialized_end=2492
+  _globals['_MODELINFO']._serialized_start=2495
+  _globals['_MODELINFO']._serialized_end=2907
+  _globals['_GENERATIONSERVICE']._serialized_start=3117
+  _globals['_GENERATIONSERVICE']._serialized_end=3595
 # @@protoc_insertion_point(module_scope)

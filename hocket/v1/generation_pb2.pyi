@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from hocket.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -18,6 +19,42 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _GenerationState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GenerationStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GenerationState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GENERATION_STATE_UNSPECIFIED: _GenerationState.ValueType  # 0
+    """Not known."""
+    GENERATION_STATE_PROMISED: _GenerationState.ValueType  # 1
+    """Promised; no work on it has begun."""
+    GENERATION_STATE_RUNNING: _GenerationState.ValueType  # 2
+    """Work on it has begun."""
+    GENERATION_STATE_FINISHED: _GenerationState.ValueType  # 3
+    """It succeeded."""
+    GENERATION_STATE_FAILED: _GenerationState.ValueType  # 4
+    """It did not."""
+    GENERATION_STATE_CANCELLED: _GenerationState.ValueType  # 5
+    """It was cancelled."""
+
+class GenerationState(_GenerationState, metaclass=_GenerationStateEnumTypeWrapper):
+    """Where a request stands."""
+
+GENERATION_STATE_UNSPECIFIED: GenerationState.ValueType  # 0
+"""Not known."""
+GENERATION_STATE_PROMISED: GenerationState.ValueType  # 1
+"""Promised; no work on it has begun."""
+GENERATION_STATE_RUNNING: GenerationState.ValueType  # 2
+"""Work on it has begun."""
+GENERATION_STATE_FINISHED: GenerationState.ValueType  # 3
+"""It succeeded."""
+GENERATION_STATE_FAILED: GenerationState.ValueType  # 4
+"""It did not."""
+GENERATION_STATE_CANCELLED: GenerationState.ValueType  # 5
+"""It was cancelled."""
+Global___GenerationState: _TypeAlias = GenerationState  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
@@ -80,6 +117,9 @@ class GenerateResponse(_message.Message):
     MEDIA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """Where this message stands in the request's life: WatchGeneration goes on from here. Empty on media."""
     @_builtins.property
     def accepted(self) -> Global___Accepted:
         """First message: the request is journalled and will be run."""
@@ -108,16 +148,255 @@ class GenerateResponse(_message.Message):
         media: Global___MediaChunk | None = ...,
         finished: Global___Finished | None = ...,
         degraded: Global___Degraded | None = ...,
+        cursor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "degraded", b"degraded", "event", b"event", "finished", b"finished", "media", b"media", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "degraded", b"degraded", "event", b"event", "finished", b"finished", "media", b"media", "progress", b"progress"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cursor", b"cursor", "degraded", b"degraded", "event", b"event", "finished", b"finished", "media", b"media", "progress", b"progress"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "progress", "media", "finished", "degraded"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class CreateGenerationRequest(_message.Message):
+    """A request to be made without a follower."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___GenerateRequest:
+        """What to make, and when."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___GenerateRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateGenerationRequest: _TypeAlias = CreateGenerationRequest  # noqa: Y015
+
+@_typing.final
+class GenerationMetadata(_message.Message):
+    """Facts about a request that CreateGeneration or Generate started: the operation's metadata."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    ACCEPTED_UNIX_US_FIELD_NUMBER: _builtins.int
+    ENDED_UNIX_US_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Name of the request."""
+    state: Global___GenerationState.ValueType
+    """Where it stands."""
+    accepted_unix_us: _builtins.int
+    """When it was accepted, in microseconds since 1970, by the broker's clock."""
+    ended_unix_us: _builtins.int
+    """When it ended, likewise; 0: it has not."""
+    cursor: _builtins.str
+    """Cursor behind everything told here."""
+    @_builtins.property
+    def accepted(self) -> Global___Accepted:
+        """What was promised."""
+
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """The newest progress."""
+
+    @_builtins.property
+    def degraded(self) -> Global___Degraded:
+        """The cheaper variant that is run, if any."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        state: Global___GenerationState.ValueType = ...,
+        accepted: Global___Accepted | None = ...,
+        progress: Global___Progress | None = ...,
+        degraded: Global___Degraded | None = ...,
+        accepted_unix_us: _builtins.int = ...,
+        ended_unix_us: _builtins.int = ...,
+        cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "degraded", b"degraded", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "accepted_unix_us", b"accepted_unix_us", "cursor", b"cursor", "degraded", b"degraded", "ended_unix_us", b"ended_unix_us", "progress", b"progress", "request_id", b"request_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerationMetadata: _TypeAlias = GenerationMetadata  # noqa: Y015
+
+@_typing.final
+class WatchGenerationRequest(_message.Message):
+    """Names the request to watch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Name of the request."""
+    cursor: _builtins.str
+    """Of the last message that was seen; empty tells all from the beginning."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchGenerationRequest: _TypeAlias = WatchGenerationRequest  # noqa: Y015
+
+@_typing.final
+class WatchGenerationResponse(_message.Message):
+    """One state of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    CANCELLED_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """Where this message stands in the request's life."""
+    @_builtins.property
+    def accepted(self) -> Global___Accepted:
+        """The request was promised."""
+
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """A step ended."""
+
+    @_builtins.property
+    def degraded(self) -> Global___Degraded:
+        """A cheaper variant is run."""
+
+    @_builtins.property
+    def finished(self) -> Global___Finished:
+        """It succeeded; GetMedia has the result."""
+
+    @_builtins.property
+    def failed(self) -> _types_pb2.Failure:
+        """It did not."""
+
+    @_builtins.property
+    def cancelled(self) -> Global___CancelledGeneration:
+        """It was cancelled."""
+
+    def __init__(
+        self,
+        *,
+        accepted: Global___Accepted | None = ...,
+        progress: Global___Progress | None = ...,
+        degraded: Global___Degraded | None = ...,
+        finished: Global___Finished | None = ...,
+        failed: _types_pb2.Failure | None = ...,
+        cancelled: Global___CancelledGeneration | None = ...,
+        cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cancelled", b"cancelled", "degraded", b"degraded", "event", b"event", "failed", b"failed", "finished", b"finished", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cancelled", b"cancelled", "cursor", b"cursor", "degraded", b"degraded", "event", b"event", "failed", b"failed", "finished", b"finished", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["accepted", "progress", "degraded", "finished", "failed", "cancelled"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___WatchGenerationResponse: _TypeAlias = WatchGenerationResponse  # noqa: Y015
+
+@_typing.final
+class CancelledGeneration(_message.Message):
+    """A request was cancelled."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_DONE_FIELD_NUMBER: _builtins.int
+    steps_done: _builtins.int
+    """Steps that had been run."""
+    def __init__(
+        self,
+        *,
+        steps_done: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["steps_done", b"steps_done"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelledGeneration: _TypeAlias = CancelledGeneration  # noqa: Y015
+
+@_typing.final
+class GetMediaRequest(_message.Message):
+    """Names the media to get."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Name of the request."""
+    offset: _builtins.int
+    """First byte wanted."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetMediaRequest: _TypeAlias = GetMediaRequest  # noqa: Y015
+
+@_typing.final
+class GetMediaResponse(_message.Message):
+    """A piece of the media."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chunk(self) -> Global___MediaChunk:
+        """The piece; its `info` is set on the first one."""
+
+    def __init__(
+        self,
+        *,
+        chunk: Global___MediaChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetMediaResponse: _TypeAlias = GetMediaResponse  # noqa: Y015
 
 @_typing.final
 class Accepted(_message.Message):
@@ -131,6 +410,9 @@ class Accepted(_message.Message):
     TRACE_ID_FIELD_NUMBER: _builtins.int
     EFFECTIVE_SPEC_FIELD_NUMBER: _builtins.int
     QUEUE_DEPTH_FIELD_NUMBER: _builtins.int
+    PREDICTED_LATENCY_US_P95_FIELD_NUMBER: _builtins.int
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    BEST_EFFORT_WAIT_US_MAX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name of the request, used by Cancel, traces and logs."""
     predicted_latency_us: _builtins.int
@@ -141,6 +423,14 @@ class Accepted(_message.Message):
     """Trace id (32 hex digits) under which everything about the request is recorded."""
     queue_depth: _builtins.int
     """Requests in the system before this one."""
+    predicted_latency_us_p95: _builtins.int
+    """With a chance of 95 in 100 it takes no longer than this from acceptance to finish, in microseconds; 0: not known."""
+    commitment: _types_pb2.Commitment.ValueType
+    """How binding `predicted_on_time` is; never COMMITMENT_UNSPECIFIED."""
+    best_effort_wait_us_max: _builtins.int
+    """A request without a deadline (or past it) is served within this time, in microseconds, as the operator has set it;
+    0: no bound is set.
+    """
     @_builtins.property
     def effective_spec(self) -> _types_pb2.GenerationSpec:
         """The spec with every default filled in; its prompt is what the model was given."""
@@ -154,10 +444,13 @@ class Accepted(_message.Message):
         trace_id: _builtins.str = ...,
         effective_spec: _types_pb2.GenerationSpec | None = ...,
         queue_depth: _builtins.int = ...,
+        predicted_latency_us_p95: _builtins.int = ...,
+        commitment: _types_pb2.Commitment.ValueType = ...,
+        best_effort_wait_us_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["effective_spec", b"effective_spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["effective_spec", b"effective_spec", "predicted_latency_us", b"predicted_latency_us", "predicted_on_time", b"predicted_on_time", "queue_depth", b"queue_depth", "request_id", b"request_id", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["best_effort_wait_us_max", b"best_effort_wait_us_max", "commitment", b"commitment", "effective_spec", b"effective_spec", "predicted_latency_us", b"predicted_latency_us", "predicted_latency_us_p95", b"predicted_latency_us_p95", "predicted_on_time", b"predicted_on_time", "queue_depth", b"queue_depth", "request_id", b"request_id", "trace_id", b"trace_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from google.longrunning import operations_pb2 as google_dot_longrunning_dot_operations__pb2
 from hocket.v1 import generation_pb2 as hocket_dot_v1_dot_generation__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -48,6 +49,21 @@ class GenerationServiceStub:
                 request_serializer=hocket_dot_v1_dot_generation__pb2.CancelRequest.SerializeToString,
                 response_deserializer=hocket_dot_v1_dot_generation__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.CreateGeneration = channel.unary_unary(
+                '/hocket.v1.GenerationService/CreateGeneration',
+                request_serializer=hocket_dot_v1_dot_generation__pb2.CreateGenerationRequest.SerializeToString,
+                response_deserializer=google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+                _registered_method=True)
+        self.WatchGeneration = channel.unary_stream(
+                '/hocket.v1.GenerationService/WatchGeneration',
+                request_serializer=hocket_dot_v1_dot_generation__pb2.WatchGenerationRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_generation__pb2.WatchGenerationResponse.FromString,
+                _registered_method=True)
+        self.GetMedia = channel.unary_stream(
+                '/hocket.v1.GenerationService/GetMedia',
+                request_serializer=hocket_dot_v1_dot_generation__pb2.GetMediaRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_generation__pb2.GetMediaResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/hocket.v1.GenerationService/ListModels',
                 request_serializer=hocket_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
@@ -80,6 +96,40 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateGeneration(self, request, context):
+        """Starts a request that lives by itself: nobody has to follow it, and it is not cancelled when its caller goes away
+        (`detached` is taken as set). The operation is named "operations/<request id>"; google.longrunning.Operations of
+        the same server gets, lists, waits for, cancels and deletes it. Its metadata is GenerationMetadata, its response
+        Finished. A repeated idempotency key answers with the first call's operation.
+
+        Guaranteed: the operation is journalled before the answer leaves. Not guaranteed: that an ended operation is kept
+        for longer than the cluster's retention.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchGeneration(self, request, context):
+        """Tells what happened to a request since a cursor, and goes on telling until its end, whichever gateway and whatever
+        restarts lie between. While the stream is open its caller counts as a follower of a request that is not detached.
+
+        Guaranteed: every state after the cursor is told in order, and the end is told. Not guaranteed: each progress
+        message (of those that were missed the newest is told).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetMedia(self, request, context):
+        """Streams the media of a request that finished, from an offset on. The first message has the media's facts, the
+        digest among them; a digest that turns out wrong ends the call with MEDIA_CORRUPT before the last piece.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Lists the models that living workers serve, with the shapes and steps they take.
         """
@@ -99,6 +149,21 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Cancel,
                     request_deserializer=hocket_dot_v1_dot_generation__pb2.CancelRequest.FromString,
                     response_serializer=hocket_dot_v1_dot_generation__pb2.CancelResponse.SerializeToString,
+            ),
+            'CreateGeneration': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateGeneration,
+                    request_deserializer=hocket_dot_v1_dot_generation__pb2.CreateGenerationRequest.FromString,
+                    response_serializer=google_dot_longrunning_dot_operations__pb2.Operation.SerializeToString,
+            ),
+            'WatchGeneration': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchGeneration,
+                    request_deserializer=hocket_dot_v1_dot_generation__pb2.WatchGenerationRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_generation__pb2.WatchGenerationResponse.SerializeToString,
+            ),
+            'GetMedia': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetMedia,
+                    request_deserializer=hocket_dot_v1_dot_generation__pb2.GetMediaRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_generation__pb2.GetMediaResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -164,6 +229,87 @@ class GenerationService:
             '/hocket.v1.GenerationService/Cancel',
             hocket_dot_v1_dot_generation__pb2.CancelRequest.SerializeToString,
             hocket_dot_v1_dot_generation__pb2.CancelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hocket.v1.GenerationService/CreateGeneration',
+            hocket_dot_v1_dot_generation__pb2.CreateGenerationRequest.SerializeToString,
+            google_dot_longrunning_dot_operations__pb2.Operation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchGeneration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hocket.v1.GenerationService/WatchGeneration',
+            hocket_dot_v1_dot_generation__pb2.WatchGenerationRequest.SerializeToString,
+            hocket_dot_v1_dot_generation__pb2.WatchGenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMedia(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/hocket.v1.GenerationService/GetMedia',
+            hocket_dot_v1_dot_generation__pb2.GetMediaRequest.SerializeToString,
+            hocket_dot_v1_dot_generation__pb2.GetMediaResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,6 +4,7 @@ isort:skip_file
 The public API: what product backends call."""
 
 from collections import abc as _abc
+from google.longrunning import operations_pb2 as _operations_pb2
 from grpc import aio as _aio
 from hocket.v1 import generation_pb2 as _generation_pb2
 import abc as _abc_1
@@ -46,6 +47,28 @@ class GenerationServiceStub:
     """
     Cancel: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]
     """Cancels a request at its next step boundary. Cancelling twice, or after the end, is no error."""
+    CreateGeneration: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CreateGenerationRequest, _operations_pb2.Operation]
+    """Starts a request that lives by itself: nobody has to follow it, and it is not cancelled when its caller goes away
+    (`detached` is taken as set). The operation is named "operations/<request id>"; google.longrunning.Operations of
+    the same server gets, lists, waits for, cancels and deletes it. Its metadata is GenerationMetadata, its response
+    Finished. A repeated idempotency key answers with the first call's operation.
+
+    Guaranteed: the operation is journalled before the answer leaves. Not guaranteed: that an ended operation is kept
+    for longer than the cluster's retention.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    """
+    WatchGeneration: _grpc.UnaryStreamMultiCallable[_generation_pb2.WatchGenerationRequest, _generation_pb2.WatchGenerationResponse]
+    """Tells what happened to a request since a cursor, and goes on telling until its end, whichever gateway and whatever
+    restarts lie between. While the stream is open its caller counts as a follower of a request that is not detached.
+
+    Guaranteed: every state after the cursor is told in order, and the end is told. Not guaranteed: each progress
+    message (of those that were missed the newest is told).
+    """
+    GetMedia: _grpc.UnaryStreamMultiCallable[_generation_pb2.GetMediaRequest, _generation_pb2.GetMediaResponse]
+    """Streams the media of a request that finished, from an offset on. The first message has the media's facts, the
+    digest among them; a digest that turns out wrong ends the call with MEDIA_CORRUPT before the last piece.
+    """
     ListModels: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]
     """Lists the models that living workers serve, with the shapes and steps they take."""
 
@@ -67,6 +90,28 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """
     Cancel: _aio.UnaryUnaryMultiCallable[_generation_pb2.CancelRequest, _generation_pb2.CancelResponse]  # type: ignore[assignment]
     """Cancels a request at its next step boundary. Cancelling twice, or after the end, is no error."""
+    CreateGeneration: _aio.UnaryUnaryMultiCallable[_generation_pb2.CreateGenerationRequest, _operations_pb2.Operation]  # type: ignore[assignment]
+    """Starts a request that lives by itself: nobody has to follow it, and it is not cancelled when its caller goes away
+    (`detached` is taken as set). The operation is named "operations/<request id>"; google.longrunning.Operations of
+    the same server gets, lists, waits for, cancels and deletes it. Its metadata is GenerationMetadata, its response
+    Finished. A repeated idempotency key answers with the first call's operation.
+
+    Guaranteed: the operation is journalled before the answer leaves. Not guaranteed: that an ended operation is kept
+    for longer than the cluster's retention.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+    """
+    WatchGeneration: _aio.UnaryStreamMultiCallable[_generation_pb2.WatchGenerationRequest, _generation_pb2.WatchGenerationResponse]  # type: ignore[assignment]
+    """Tells what happened to a request since a cursor, and goes on telling until its end, whichever gateway and whatever
+    restarts lie between. While the stream is open its caller counts as a follower of a request that is not detached.
+
+    Guaranteed: every state after the cursor is told in order, and the end is told. Not guaranteed: each progress
+    message (of those that were missed the newest is told).
+    """
+    GetMedia: _aio.UnaryStreamMultiCallable[_generation_pb2.GetMediaRequest, _generation_pb2.GetMediaResponse]  # type: ignore[assignment]
+    """Streams the media of a request that finished, from an offset on. The first message has the media's facts, the
+    digest among them; a digest that turns out wrong ends the call with MEDIA_CORRUPT before the last piece.
+    """
     ListModels: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models that living workers serve, with the shapes and steps they take."""
 
@@ -97,6 +142,46 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CancelResponse, _abc.Awaitable[_generation_pb2.CancelResponse]]:
         """Cancels a request at its next step boundary. Cancelling twice, or after the end, is no error."""
+
+    @_abc_1.abstractmethod
+    def CreateGeneration(
+        self,
+        request: _generation_pb2.CreateGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
+        """Starts a request that lives by itself: nobody has to follow it, and it is not cancelled when its caller goes away
+        (`detached` is taken as set). The operation is named "operations/<request id>"; google.longrunning.Operations of
+        the same server gets, lists, waits for, cancels and deletes it. Its metadata is GenerationMetadata, its response
+        Finished. A repeated idempotency key answers with the first call's operation.
+
+        Guaranteed: the operation is journalled before the answer leaves. Not guaranteed: that an ended operation is kept
+        for longer than the cluster's retention.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        """
+
+    @_abc_1.abstractmethod
+    def WatchGeneration(
+        self,
+        request: _generation_pb2.WatchGenerationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.WatchGenerationResponse], _abc.AsyncIterator[_generation_pb2.WatchGenerationResponse]]:
+        """Tells what happened to a request since a cursor, and goes on telling until its end, whichever gateway and whatever
+        restarts lie between. While the stream is open its caller counts as a follower of a request that is not detached.
+
+        Guaranteed: every state after the cursor is told in order, and the end is told. Not guaranteed: each progress
+        message (of those that were missed the newest is told).
+        """
+
+    @_abc_1.abstractmethod
+    def GetMedia(
+        self,
+        request: _generation_pb2.GetMediaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.GetMediaResponse], _abc.AsyncIterator[_generation_pb2.GetMediaResponse]]:
+        """Streams the media of a request that finished, from an offset on. The first message has the media's facts, the
+        digest among them; a digest that turns out wrong ends the call with MEDIA_CORRUPT before the last piece.
+        """
 
     @_abc_1.abstractmethod
     def ListModels(

@@ -80,6 +80,112 @@ class JournalEntry(_message.Message):
 Global___JournalEntry: _TypeAlias = JournalEntry  # noqa: Y015
 
 @_typing.final
+class Promise(_message.Message):
+    """The durable state of one request: the newest message on its subject. Fenced by term, acknowledged by the broker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    SUBMIT_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    ACCEPTED_UNIX_US_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    WISH_SHA256_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    """The leader that wrote it."""
+    traceparent: _builtins.str
+    """W3C traceparent of the request."""
+    accepted_unix_us: _builtins.int
+    """When it was accepted, in microseconds since 1970, by the broker's clock; 0 in the first message, whose stamp says it."""
+    wish_sha256: _builtins.bytes
+    """Digest of what the caller asked for, before defaults: a repeated idempotency key must match it."""
+    @_builtins.property
+    def submit(self) -> _control_pb2.SubmitRequest:
+        """As submitted; of an ended request without its prompts."""
+
+    @_builtins.property
+    def answer(self) -> _generation_pb2.Accepted:
+        """What the client was told."""
+
+    @_builtins.property
+    def degraded(self) -> _generation_pb2.Degraded:
+        """The cheaper variant that was promised, if any."""
+
+    @_builtins.property
+    def ended(self) -> Global___EndedRequest:
+        """Absent while it is open."""
+
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+        submit: _control_pb2.SubmitRequest | None = ...,
+        answer: _generation_pb2.Accepted | None = ...,
+        traceparent: _builtins.str = ...,
+        accepted_unix_us: _builtins.int = ...,
+        degraded: _generation_pb2.Degraded | None = ...,
+        ended: Global___EndedRequest | None = ...,
+        wish_sha256: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "degraded", b"degraded", "ended", b"ended", "submit", b"submit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_unix_us", b"accepted_unix_us", "answer", b"answer", "degraded", b"degraded", "ended", b"ended", "submit", b"submit", "term", b"term", "traceparent", b"traceparent", "wish_sha256", b"wish_sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Promise: _TypeAlias = Promise  # noqa: Y015
+
+@_typing.final
+class Fence(_message.Message):
+    """A new leader's first write: whatever an older one appends behind it is refused by the broker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERM_FIELD_NUMBER: _builtins.int
+    term: _builtins.int
+    """The new leader."""
+    def __init__(
+        self,
+        *,
+        term: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["term", b"term"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fence: _TypeAlias = Fence  # noqa: Y015
+
+@_typing.final
+class DrainWish(_message.Message):
+    """An operator's wish about a worker, by its name. It outlives the worker and the leader."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """The worker."""
+    draining: _builtins.bool
+    """False: the wish was taken back."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        draining: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainWish: _TypeAlias = DrainWish  # noqa: Y015
+
+@_typing.final
 class AcceptedRequest(_message.Message):
     """A request was accepted."""
 

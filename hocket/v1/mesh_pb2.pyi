@@ -47,6 +47,9 @@ class Heartbeat(_message.Message):
     HOST_FIELD_NUMBER: _builtins.int
     PENDING_SEQUENCES_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    STOPPING_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     incarnation: _builtins.str
@@ -63,6 +66,10 @@ class Heartbeat(_message.Message):
     """Set when the worker is going away: it takes no new assignments."""
     host: _builtins.str
     """Host name and island, for placement."""
+    stopping: _builtins.bool
+    """It was told to stop: it takes no new assignments, and leaves when its latents have copies elsewhere, or soon."""
+    restarts: _builtins.int
+    """How often its supervisor has started it again."""
     @_builtins.property
     def device(self) -> Global___Device:
         """The accelerator it drives."""
@@ -85,6 +92,10 @@ class Heartbeat(_message.Message):
     def memory(self) -> _types_pb2.Memory:
         """What its memory is used for."""
 
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Group]:
+        """Groups of more than one member that stand on this worker; others it has given up."""
+
     def __init__(
         self,
         *,
@@ -101,10 +112,13 @@ class Heartbeat(_message.Message):
         host: _builtins.str = ...,
         pending_sequences: _abc.Iterable[_builtins.int] | None = ...,
         memory: _types_pb2.Memory | None = ...,
+        groups: _abc.Iterable[_types_pb2.Group] | None = ...,
+        stopping: _builtins.bool = ...,
+        restarts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_sequence", b"assignment_sequence", "device", b"device", "host", b"host", "incarnation", b"incarnation", "latents", b"latents", "leaving", b"leaving", "memory", b"memory", "models", b"models", "pending_sequences", b"pending_sequences", "sequence", b"sequence", "store_address", b"store_address", "term", b"term", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_sequence", b"assignment_sequence", "device", b"device", "groups", b"groups", "host", b"host", "incarnation", b"incarnation", "latents", b"latents", "leaving", b"leaving", "memory", b"memory", "models", b"models", "pending_sequences", b"pending_sequences", "restarts", b"restarts", "sequence", b"sequence", "stopping", b"stopping", "store_address", b"store_address", "term", b"term", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -196,12 +210,19 @@ class Assign(_message.Message):
     ASSIGNMENTS_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     LOADS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    FETCHES_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The leader's fencing number."""
     round: _builtins.int
     """The round that the plan was made for."""
     plan_digest: _builtins.str
     """Digest of the whole plan, in hex."""
+    incarnation: _builtins.str
+    """Incarnation that is meant; any other process of this name ignores the message. Empty: an older control."""
+    refused: _builtins.str
+    """Set for an incarnation that control refuses, since another process of this name lives: why. It ends."""
     @_builtins.property
     def assignments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Assignment]:
         """Assignments that name this worker, in order."""
@@ -216,6 +237,10 @@ class Assign(_message.Message):
         that holds other weights than the plan thinks loads what it lacks all the same.
         """
 
+    @_builtins.property
+    def fetches(self) -> _containers.RepeatedCompositeFieldContainer[Global___LatentFetch]:
+        """Latents that this worker copies to itself, beside its steps: their holder is drained or stops."""
+
     def __init__(
         self,
         *,
@@ -225,14 +250,57 @@ class Assign(_message.Message):
         assignments: _abc.Iterable[Global___Assignment] | None = ...,
         released: _abc.Iterable[_builtins.str] | None = ...,
         loads: _abc.Iterable[Global___WeightsLoad] | None = ...,
+        incarnation: _builtins.str = ...,
+        refused: _builtins.str = ...,
+        fetches: _abc.Iterable[Global___LatentFetch] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "loads", b"loads", "plan_digest", b"plan_digest", "released", b"released", "round", b"round", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignments", b"assignments", "fetches", b"fetches", "incarnation", b"incarnation", "loads", b"loads", "plan_digest", b"plan_digest", "refused", b"refused", "released", b"released", "round", b"round", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Assign: _TypeAlias = Assign  # noqa: Y015
+
+@_typing.final
+class LatentFetch(_message.Message):
+    """A latent to be copied."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    STEPS_DONE_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    attempt: _builtins.int
+    """Its attempt."""
+    steps_done: _builtins.int
+    """Steps behind the latent."""
+    model: _builtins.str
+    """Model of the request."""
+    @_builtins.property
+    def holder(self) -> _types_pb2.LatentHolder:
+        """Who has it."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        steps_done: _builtins.int = ...,
+        holder: _types_pb2.LatentHolder | None = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "holder", b"holder", "model", b"model", "request_id", b"request_id", "steps_done", b"steps_done"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LatentFetch: _TypeAlias = LatentFetch  # noqa: Y015
 
 @_typing.final
 class WeightsLoad(_message.Message):
@@ -423,6 +491,7 @@ class Truncate(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     STOP_AT_STEP_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The leader's fencing number."""
     request_id: _builtins.str
@@ -433,6 +502,8 @@ class Truncate(_message.Message):
     """The job stops after it has this many steps behind it; 0 skips whatever has not begun."""
     release: _builtins.bool
     """The request has ended: its latents can be dropped."""
+    incarnation: _builtins.str
+    """Incarnation that is meant; any other process of this name ignores the message. Empty: all."""
     def __init__(
         self,
         *,
@@ -441,10 +512,11 @@ class Truncate(_message.Message):
         attempt: _builtins.int = ...,
         stop_at_step: _builtins.int = ...,
         release: _builtins.bool = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "release", b"release", "request_id", b"request_id", "stop_at_step", b"stop_at_step", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "incarnation", b"incarnation", "release", b"release", "request_id", b"request_id", "stop_at_step", b"stop_at_step", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -475,6 +547,7 @@ class StepReport(_message.Message):
     RESOLVED_PROMPT_FIELD_NUMBER: _builtins.int
     LOAD_TIME_US_FIELD_NUMBER: _builtins.int
     MEMBER_TIME_US_FIELD_NUMBER: _builtins.int
+    FAILED_JOB_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker that reports."""
     incarnation: _builtins.str
@@ -519,9 +592,7 @@ class StepReport(_message.Message):
 
     @_builtins.property
     def failure(self) -> _types_pb2.Failure:
-        """Set when it failed; without `last`, only for the job that the failure's metadata names as `request`. More
-        metadata: `suspects`, of its latent's holders the `tried` ones, jobs that were together (`batch`).
-        """
+        """Set when it failed; without `last`, only for the job that `failed_job` names."""
 
     @_builtins.property
     @_deprecated("""This field has been marked as deprecated using proto field options.""")
@@ -534,6 +605,10 @@ class StepReport(_message.Message):
         for the others. For each of `step_time_us` one for each of `members`; 0: not known. Empty: none is known, or the
         group has one member.
         """
+
+    @_builtins.property
+    def failed_job(self) -> Global___FailedJob:
+        """Of a failure: what is known beyond its reason."""
 
     def __init__(
         self,
@@ -555,14 +630,59 @@ class StepReport(_message.Message):
         resolved_prompt: _builtins.str = ...,
         load_time_us: _builtins.int = ...,
         member_time_us: _abc.Iterable[_builtins.int] | None = ...,
+        failed_job: Global___FailedJob | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "media", b"media"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failed_job", b"failed_job", "failure", b"failure", "media", b"media"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "group_time_us", b"group_time_us", "incarnation", b"incarnation", "last", b"last", "load_time_us", b"load_time_us", "media", b"media", "member_time_us", b"member_time_us", "members", b"members", "node", b"node", "report_sequence", b"report_sequence", "resolved_prompt", b"resolved_prompt", "results", b"results", "sequence", b"sequence", "step_time_us", b"step_time_us", "term", b"term", "transfer_time_us", b"transfer_time_us", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_job", b"failed_job", "failure", b"failure", "group_time_us", b"group_time_us", "incarnation", b"incarnation", "last", b"last", "load_time_us", b"load_time_us", "media", b"media", "member_time_us", b"member_time_us", "members", b"members", "node", b"node", "report_sequence", b"report_sequence", "resolved_prompt", b"resolved_prompt", "results", b"results", "sequence", b"sequence", "step_time_us", b"step_time_us", "term", b"term", "transfer_time_us", b"transfer_time_us", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepReport: _TypeAlias = StepReport  # noqa: Y015
+
+@_typing.final
+class FailedJob(_message.Message):
+    """Whose fault a failure was, as far as it is known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
+    SUSPECTS_FIELD_NUMBER: _builtins.int
+    TRIED_FIELD_NUMBER: _builtins.int
+    SPENT_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The job; empty: it is not known which."""
+    batch: _builtins.int
+    """Jobs that were together when it failed."""
+    @_builtins.property
+    def suspects(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Members of the group that are to be suspected."""
+
+    @_builtins.property
+    def tried(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Holders of its latent that were asked in vain."""
+
+    @_builtins.property
+    def spent(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Members whose communicator of this name is gone, though nobody failed: the group is formed anew."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        batch: _builtins.int = ...,
+        suspects: _abc.Iterable[_builtins.str] | None = ...,
+        tried: _abc.Iterable[_builtins.str] | None = ...,
+        spent: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "request_id", b"request_id", "spent", b"spent", "suspects", b"suspects", "tried", b"tried"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailedJob: _TypeAlias = FailedJob  # noqa: Y015
 
 @_typing.final
 class StepResult(_message.Message):
@@ -685,10 +805,11 @@ class RequestEvent(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     CANCELLED_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     sequence: _builtins.int
-    """Raised by one with each event of a request."""
+    """Rises with each event of a request, across leaders too: the term, times 2^32, and a count. The follower's cursor."""
     @_builtins.property
     def progress(self) -> _generation_pb2.Progress:
         """A step ended."""
@@ -709,6 +830,10 @@ class RequestEvent(_message.Message):
     def degraded(self) -> _generation_pb2.Degraded:
         """A cheaper variant is run."""
 
+    @_builtins.property
+    def accepted(self) -> _generation_pb2.Accepted:
+        """It was promised: the first event of every request."""
+
     def __init__(
         self,
         *,
@@ -719,12 +844,13 @@ class RequestEvent(_message.Message):
         failed: _types_pb2.Failure | None = ...,
         cancelled: Global___Cancelled | None = ...,
         degraded: _generation_pb2.Degraded | None = ...,
+        accepted: _generation_pb2.Accepted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "degraded", b"degraded", "event", b"event", "failed", b"failed", "finished", b"finished", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cancelled", b"cancelled", "degraded", b"degraded", "event", b"event", "failed", b"failed", "finished", b"finished", "progress", b"progress"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancelled", b"cancelled", "degraded", b"degraded", "event", b"event", "failed", b"failed", "finished", b"finished", "progress", b"progress", "request_id", b"request_id", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cancelled", b"cancelled", "degraded", b"degraded", "event", b"event", "failed", b"failed", "finished", b"finished", "progress", b"progress", "request_id", b"request_id", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "finished", "failed", "cancelled", "degraded"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "finished", "failed", "cancelled", "degraded", "accepted"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hocket/v1/types.proto\x12\thocket.v1\"C\n\x05Shape\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0e\n\x06\x66rames\x18\x03 \x01(\r\x12\x0b\n\x03\x66ps\x18\x04 \x01(\r\">\n\x03Slo\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x01 \x01(\x04\x12\"\n\x07on_miss\x18\x02 \x01(\x0e\x32\x11.hocket.v1.OnMiss\"4\n\x06Layout\x12\x0b\n\x03\x63\x66g\x18\x01 \x01(\r\x12\x0f\n\x07ulysses\x18\x02 \x01(\r\x12\x0c\n\x04ring\x18\x03 \x01(\r\"\'\n\x05Group\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07members\x18\x02 \x03(\t\"I\n\x0cLatentHolder\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x12\n\nsteps_done\x18\x02 \x01(\r\x12\x15\n\rstore_address\x18\x03 \x01(\t\"\xfa\x02\n\x0eGenerationSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08workflow\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x04 \x01(\t\x12\x1f\n\x05shape\x18\x05 \x01(\x0b\x32\x10.hocket.v1.Shape\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x01\x88\x01\x01\x12\r\n\x05loras\x18\t \x03(\t\x12\x35\n\x06inputs\x18\n \x03(\x0b\x32%.hocket.v1.GenerationSpec.InputsEntry\x12\x12\n\nmedia_type\x18\x0b \x01(\t\x12\x19\n\x11guidance_branches\x18\x0c \x01(\r\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_guidance_scaleB\x07\n\x05_seed\"\xa9\x01\n\tMediaInfo\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x13\n\x0bobject_name\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\x0e\n\x06\x66rames\x18\x07 \x01(\r\x12\x0b\n\x03\x66ps\x18\x08 \x01(\r\x12\x13\n\x0b\x64uration_us\x18\t \x01(\x04\"\xa7\x01\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_us\x18\x03 \x01(\x04\x12\x32\n\x08metadata\x18\x04 \x03(\x0b\x32 .hocket.v1.Failure.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x86\x02\n\x06Memory\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x04\x12\x15\n\rweights_bytes\x18\x02 \x01(\x04\x12\x19\n\x11\x61\x63tivations_bytes\x18\x03 \x01(\x04\x12\x1c\n\x14latents_budget_bytes\x18\x04 \x01(\x04\x12\x15\n\rlatents_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12latents_host_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12latents_file_bytes\x18\x07 \x01(\x04\x12%\n\x05parts\x18\x08 \x03(\x0b\x32\x16.hocket.v1.PartWeights\x12\r\n\x05loads\x18\t \x01(\x04\x12\x11\n\tevictions\x18\n \x01(\x04\"z\n\x0bPartWeights\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x12\n\npeak_bytes\x18\x04 \x01(\x04\x12\x14\n\x0cload_time_us\x18\x05 \x01(\x04\x12\x10\n\x08resident\x18\x06 \x01(\x08*c\n\x06OnMiss\x12\x17\n\x13ON_MISS_UNSPECIFIED\x10\x00\x12\x17\n\x13ON_MISS_BEST_EFFORT\x10\x01\x12\x12\n\x0eON_MISS_REJECT\x10\x02\x12\x13\n\x0fON_MISS_DEGRADE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15hocket/v1/types.proto\x12\thocket.v1\"C\n\x05Shape\x12\r\n\x05width\x18\x01 \x01(\r\x12\x0e\n\x06height\x18\x02 \x01(\r\x12\x0e\n\x06\x66rames\x18\x03 \x01(\r\x12\x0b\n\x03\x66ps\x18\x04 \x01(\r\"I\n\rDegradeLimits\x12\x11\n\tsteps_min\x18\x01 \x01(\r\x12\x11\n\twidth_min\x18\x02 \x01(\r\x12\x12\n\nheight_min\x18\x03 \x01(\r\"\x94\x01\n\x03Slo\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x01 \x01(\x04\x12\"\n\x07on_miss\x18\x02 \x01(\x0e\x32\x11.hocket.v1.OnMiss\x12)\n\ncommitment\x18\x03 \x01(\x0e\x32\x15.hocket.v1.Commitment\x12)\n\x07\x64\x65grade\x18\x04 \x01(\x0b\x32\x18.hocket.v1.DegradeLimits\"4\n\x06Layout\x12\x0b\n\x03\x63\x66g\x18\x01 \x01(\r\x12\x0f\n\x07ulysses\x18\x02 \x01(\r\x12\x0c\n\x04ring\x18\x03 \x01(\r\"\'\n\x05Group\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07members\x18\x02 \x03(\t\"I\n\x0cLatentHolder\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x12\n\nsteps_done\x18\x02 \x01(\r\x12\x15\n\rstore_address\x18\x03 \x01(\t\"\xfa\x02\n\x0eGenerationSpec\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08workflow\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x04 \x01(\t\x12\x1f\n\x05shape\x18\x05 \x01(\x0b\x32\x10.hocket.v1.Shape\x12\r\n\x05steps\x18\x06 \x01(\r\x12\x1b\n\x0eguidance_scale\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x01\x88\x01\x01\x12\r\n\x05loras\x18\t \x03(\t\x12\x35\n\x06inputs\x18\n \x03(\x0b\x32%.hocket.v1.GenerationSpec.InputsEntry\x12\x12\n\nmedia_type\x18\x0b \x01(\t\x12\x19\n\x11guidance_branches\x18\x0c \x01(\r\x1a-\n\x0bInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x11\n\x0f_guidance_scaleB\x07\n\x05_seed\"\xa9\x01\n\tMediaInfo\x12\x12\n\nmedia_type\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x13\n\x0bobject_name\x18\x04 \x01(\t\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06height\x18\x06 \x01(\r\x12\x0e\n\x06\x66rames\x18\x07 \x01(\r\x12\x0b\n\x03\x66ps\x18\x08 \x01(\r\x12\x13\n\x0b\x64uration_us\x18\t \x01(\x04\"\xa7\x01\n\x07\x46\x61ilure\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_us\x18\x03 \x01(\x04\x12\x32\n\x08metadata\x18\x04 \x03(\x0b\x32 .hocket.v1.Failure.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x86\x02\n\x06Memory\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x04\x12\x15\n\rweights_bytes\x18\x02 \x01(\x04\x12\x19\n\x11\x61\x63tivations_bytes\x18\x03 \x01(\x04\x12\x1c\n\x14latents_budget_bytes\x18\x04 \x01(\x04\x12\x15\n\rlatents_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12latents_host_bytes\x18\x06 \x01(\x04\x12\x1a\n\x12latents_file_bytes\x18\x07 \x01(\x04\x12%\n\x05parts\x18\x08 \x03(\x0b\x32\x16.hocket.v1.PartWeights\x12\r\n\x05loads\x18\t \x01(\x04\x12\x11\n\tevictions\x18\n \x01(\x04\"z\n\x0bPartWeights\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x12\n\npeak_bytes\x18\x04 \x01(\x04\x12\x14\n\x0cload_time_us\x18\x05 \x01(\x04\x12\x10\n\x08resident\x18\x06 \x01(\x08*c\n\x06OnMiss\x12\x17\n\x13ON_MISS_UNSPECIFIED\x10\x00\x12\x17\n\x13ON_MISS_BEST_EFFORT\x10\x01\x12\x12\n\x0eON_MISS_REJECT\x10\x02\x12\x13\n\x0fON_MISS_DEGRADE\x10\x03*R\n\nCommitment\x12\x1a\n\x16\x43OMMITMENT_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43OMMITMENT_FIRM\x10\x01\x12\x13\n\x0f\x43OMMITMENT_SOFT\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,30 +35,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONSPEC_INPUTSENTRY']._serialized_options = b'8\001'
   _globals['_FAILURE_METADATAENTRY']._loaded_options = None
   _globals['_FAILURE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_ONMISS']._serialized_start=1451
-  _globals['_ONMISS']._serialized_end=1550
+  _globals['_ONMISS']._serialized_start=1613
+  _globals['_ONMISS']._serialized_end=1712
+  _globals['_COMMITMENT']._serialized_start=1714
+  _globals['_COMMITMENT']._serialized_end=1796
   _globals['_SHAPE']._serialized_start=36
   _globals['_SHAPE']._serialized_end=103
-  _globals['_SLO']._serialized_start=105
-  _globals['_SLO']._serialized_end=167
-  _globals['_LAYOUT']._serialized_start=169
-  _globals['_LAYOUT']._serialized_end=221
-  _globals['_GROUP']._serialized_start=223
-  _globals['_GROUP']._serialized_end=262
-  _globals['_LATENTHOLDER']._serialized_start=264
-  _globals['_LATENTHOLDER']._serialized_end=337
-  _globals['_GENERATIONSPEC']._serialized_start=340
-  _globals['_GENERATIONSPEC']._serialized_end=718
-  _globals['_GENERATIONSPEC_INPUTSENTRY']._serialized_start=645
-  _globals['_GENERATIONSPEC_INPUTSENTRY']._serialized_end=690
-  _globals['_MEDIAINFO']._serialized_start=721
-  _globals['_MEDIAINFO']._serialized_end=890
-  _globals['_FAILURE']._serialized_start=893
-  _globals['_FAILURE']._serialized_end=1060
-  _globals['_FAILURE_METADATAENTRY']._serialized_start=1013
-  _globals['_FAILURE_METADATAENTRY']._serialized_end=1060
-  _globals['_MEMORY']._serialized_start=1063
-  _globals['_MEMORY']._serialized_end=1325
-  _globals['_PARTWEIGHTS']._serialized_start=1327
-  _globals['_PARTWEIGHTS']._serialized_end=1449
+  _globals['_DEGRADELIMITS']._serialized_start=105
+  _globals['_DEGRADELIMITS']._serialized_end=178
+  _globals['_SLO']._serialized_start=181
+  _globals['_SLO']._serialized_end=329
+  _globals['_LAYOUT']._serialized_start=331
+  _globals['_LAYOUT']._serialized_end=383
+  _globals['_GROUP']._serialized_start=385
+  _globals['_GROUP']._serialized_end=424
+  _globals['_LATENTHOLDER']._serialized_start=426
+  _globals['_LATENTHOLDER']._serialized_end=499
+  _globals['_GENERATIONSPEC']._serialized_start=502
+  _globals['_GENERATIONSPEC']._serialized_end=880
+  _globals['_GENERATIONSPEC_INPUTSENTRY']._serialized_start=807
+  _globals['_GENERATIONSPEC_INPUTSENTRY']._serialized_end=852
+  _globals['_MEDIAINFO']._serialized_start=883
+  _globals['_MEDIAINFO']._serialized_end=1052
+  _globals['_FAILURE']._serialized_start=1055
+  _globals['_FAILURE']._serialized_end=1222
+  _globals['_FAILURE_METADATAENTRY']._serialized_start=1175
+  _globals['_FAILURE_METADATAENTRY']._serialized_end=1222
+  _globals['_MEMORY']._serialized_start=1225
+  _globals['_MEMORY']._serialized_end=1487
+  _globals['_PARTWEIGHTS']._serialized_start=1489
+  _globals['_PARTWEIGHTS']._serialized_end=1611
 # @@protoc_insertion_point(module_scope)

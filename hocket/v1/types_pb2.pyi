@@ -51,6 +51,30 @@ ON_MISS_DEGRADE: OnMiss.ValueType  # 3
 """Serve a cheaper variant (fewer steps, smaller shape) that is on time."""
 Global___OnMiss: _TypeAlias = OnMiss  # noqa: Y015
 
+class _Commitment:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CommitmentEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Commitment.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMMITMENT_UNSPECIFIED: _Commitment.ValueType  # 0
+    """COMMITMENT_FIRM where `on_miss` is ON_MISS_REJECT, else COMMITMENT_SOFT."""
+    COMMITMENT_FIRM: _Commitment.ValueType  # 1
+    """A request that was told "on time" is not given up for one that came later."""
+    COMMITMENT_SOFT: _Commitment.ValueType  # 2
+    """The deadline may be given up later, where that lets more requests be on time."""
+
+class Commitment(_Commitment, metaclass=_CommitmentEnumTypeWrapper):
+    """How binding the answer "on time" of an admission is."""
+
+COMMITMENT_UNSPECIFIED: Commitment.ValueType  # 0
+"""COMMITMENT_FIRM where `on_miss` is ON_MISS_REJECT, else COMMITMENT_SOFT."""
+COMMITMENT_FIRM: Commitment.ValueType  # 1
+"""A request that was told "on time" is not given up for one that came later."""
+COMMITMENT_SOFT: Commitment.ValueType  # 2
+"""The deadline may be given up later, where that lets more requests be on time."""
+Global___Commitment: _TypeAlias = Commitment  # noqa: Y015
+
 @_typing.final
 class Shape(_message.Message):
     """Shape of the picture or video to be made."""
@@ -86,6 +110,36 @@ class Shape(_message.Message):
 Global___Shape: _TypeAlias = Shape  # noqa: Y015
 
 @_typing.final
+class DegradeLimits(_message.Message):
+    """How far ON_MISS_DEGRADE may go. Fields that are zero allow no change of their kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_MIN_FIELD_NUMBER: _builtins.int
+    WIDTH_MIN_FIELD_NUMBER: _builtins.int
+    HEIGHT_MIN_FIELD_NUMBER: _builtins.int
+    steps_min: _builtins.int
+    """Fewest denoising steps."""
+    width_min: _builtins.int
+    """Smallest width in pixels."""
+    height_min: _builtins.int
+    """Smallest height in pixels."""
+    def __init__(
+        self,
+        *,
+        steps_min: _builtins.int = ...,
+        width_min: _builtins.int = ...,
+        height_min: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height_min", b"height_min", "steps_min", b"steps_min", "width_min", b"width_min"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DegradeLimits: _TypeAlias = DegradeLimits  # noqa: Y015
+
+@_typing.final
 class Slo(_message.Message):
     """Service-level objective of one request. It is not the RPC's deadline: that one bounds how long the caller
     listens, this one says when the result is due.
@@ -95,19 +149,29 @@ class Slo(_message.Message):
 
     DEADLINE_US_FIELD_NUMBER: _builtins.int
     ON_MISS_FIELD_NUMBER: _builtins.int
+    COMMITMENT_FIELD_NUMBER: _builtins.int
+    DEGRADE_FIELD_NUMBER: _builtins.int
     deadline_us: _builtins.int
     """Time from acceptance to finish, in microseconds; 0 means none (best effort)."""
     on_miss: Global___OnMiss.ValueType
     """What to do when it cannot be kept."""
+    commitment: Global___Commitment.ValueType
+    """How binding a promised deadline is."""
+    @_builtins.property
+    def degrade(self) -> Global___DegradeLimits:
+        """With ON_MISS_DEGRADE: how far."""
+
     def __init__(
         self,
         *,
         deadline_us: _builtins.int = ...,
         on_miss: Global___OnMiss.ValueType = ...,
+        commitment: Global___Commitment.ValueType = ...,
+        degrade: Global___DegradeLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["degrade", b"degrade"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_us", b"deadline_us", "on_miss", b"on_miss"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commitment", b"commitment", "deadline_us", b"deadline_us", "degrade", b"degrade", "on_miss", b"on_miss"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
