@@ -48,6 +48,7 @@ from .values import (
     Assignment,
     Ended,
     Event,
+    Forecast,
     Layout,
     Load,
     Member,
@@ -130,6 +131,11 @@ class Scheduler:
     def predict_finish_us(self, request: Request, now_us: int) -> int:
         """When a newcomer would finish under the present load (an estimate, from mean times)."""
         return self._estimates.newcomer_finish_us(request, now_us)
+
+    def forecast(self, requests: Sequence[Request], now_us: int) -> tuple[Forecast, ...]:
+        """When newcomers of one instant would finish, each behind those before it."""
+        finishes = [self.predict_finish_us(request, now_us) for request in requests]
+        return tuple(Forecast(finish_us=f, finish_us_p95=f) for f in finishes)
 
     def eta_us(self, request_id: str, now_us: int) -> int | None:
         """When a request inside will finish, by the same estimate; None if it is not inside."""

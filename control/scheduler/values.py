@@ -275,6 +275,13 @@ class Ended(_Value, frozen=True, tag_field="kind", tag="ended"):
     reason: str = ""
 
 
+class Forecast(_Value, frozen=True):
+    """When a newcomer would finish, absolute."""
+
+    finish_us: int  # as likely sooner as later
+    finish_us_p95: int  # later than this in 5 of 100
+
+
 class Load(_Value, frozen=True):
     """Weights that a worker gets onto its GPU before an assignment; it does nothing else then."""
 
