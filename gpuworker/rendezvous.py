@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch._C._distributed_c10d import TCPStore
 
+from gpuworker.tunnel import Tunnel
 from hocket.clock import SystemClock
 
 _CONNECT_TIMEOUT_S = 30.0
@@ -45,10 +46,21 @@ class Rendezvous:
     `address` ("host:port") goes out with the heartbeat. Lives as long as the process. Thread-safe.
     """
 
-    def __init__(self, host: str = "127.0.0.1") -> None:
+    def __init__(self, host: str = "127.0.0.1", tunnel: Tunnel | None = None) -> None:
+        """`host`: where others reach this worker; with a tunnel, only through that."""
         self.host = host
-        self._store: Any = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        self.address = f"{host}:{self._store.port}"
+        self._tunnel = tunnel
+        listener = socket.create_server(("127.0.0.1" if tunnel is not None else host, 0))
+        local = listener.getsockname()
+        self._store: Any = TCPStore(
+            local[0],
+            local[1],
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        port = local[1] if tunnel is None else tunnel.expose(host, local[1])
+        self.address = f"{host}:{port}"
         self._clients: dict[str, Any] = {}
 
     def client(self, address: str) -> Any:
@@ -56,7 +68,8 @@ class Rendezvous:
         if address == self.address:
             return self._store
         if address not in self._clients:
-            host, port = address.rsplit(":", 1)
+            way = address if self._tunnel is None else self._tunnel.reach(address)
+            host, port = way.rsplit(":", 1)
             # TCPStore itself would try for long where nobody listens.
             socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
             self._clients[address] = TCPStore(host, int(port), None, False, _STORE_TIMEOUT, False)
@@ -69,6 +82,8 @@ class Rendezvous:
     def close(self) -> None:
         """Lets the store go; it stops when nothing uses it any more."""
         self._clients, self._store = {}, None
+        if self._tunnel is not None:
+            self._tunnel.close()
 
     def put(self, key: str, blob: bytes) -> None:
         """Offers a blob of any size to whoever fetches `key` from here; keeps it until `drop`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hocket import cli_generate, cli_mesh
+from hocket import cli_generate, cli_mesh, cli_security
 from hocket.cli_up import demo, up
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app.command("drain")(cli_mesh.drain)
 app.command("cancel")(cli_mesh.cancel)
 app.command("trace")(cli_mesh.trace)
 app.command("timeline")(cli_mesh.timeline_file)
+app.command("certs")(cli_security.certs)
+app.add_typer(cli_security.keys, name="keys")
 
 
 def main() -> None:

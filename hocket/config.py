@@ -44,6 +44,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True):
     nats_url: str = "nats://127.0.0.1:4222"
     state_dir: Path = Path("state")  # endpoints, traces, logs
     log_level: LogLevel = "info"
+    tls_dir: Path | None = None  # this role's folder of `hocket certs`; none: nothing is encrypted
 
 
 T = TypeVar("T", bound=Common)
