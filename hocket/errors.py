@@ -154,6 +154,27 @@ class CallFailed(HocketError):
 
 
 @dataclass
+class NotAuthenticated(HocketError):
+    """The caller did not say who it is, or not so that it can be believed."""
+
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass
+class AccessDenied(HocketError):
+    """The caller is known, and may not do this."""
+
+    what: str
+    who: str
+
+    def __str__(self) -> str:
+        return f"{self.who} may not use {self.what}"
+
+
+@dataclass
 class MeshStopped(HocketError):
     """The mesh, or a part that it cannot do without, did not start or stopped."""
 
@@ -185,6 +206,8 @@ _CODES: dict[type[HocketError], grpc.StatusCode] = {
     NotReady: grpc.StatusCode.UNAVAILABLE,
     BrokerUnavailable: grpc.StatusCode.UNAVAILABLE,
     PeerSilent: grpc.StatusCode.UNAVAILABLE,
+    NotAuthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    AccessDenied: grpc.StatusCode.PERMISSION_DENIED,
     HocketError: grpc.StatusCode.INTERNAL,
 }
 # Reasons whose code is not that of their class.

@@ -1,0 +1,74 @@
+"""API keys: whose they are, what they refuse, how they change under a running gateway."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.access import Access
+from hocket.clock import ManualClock
+from hocket.errors import AccessDenied, NotAuthenticated, WrongConfig
+from hocket.security import api_keys
+
+
+def bearer(secret: str) -> list[tuple[str, str | bytes]]:
+    return [("user-agent", "x"), ("authorization", f"Bearer {secret}")]
+
+
+def test_without_a_file_everybody_says_who_they_are() -> None:
+    access = Access(None, ManualClock())
+    assert access.tenant([]) is None
+    assert access.named([], "acme") == "acme"
+
+
+def test_a_key_speaks_for_its_tenant_only(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    _, acme = api_keys.add(file, "acme")
+    _, other = api_keys.add(file, "other")
+    access = Access(file, ManualClock())
+    assert access.tenant(bearer(acme)) == "acme"
+    assert access.tenant([("x-api-key", other)]) == "other"
+    assert access.named(bearer(acme), "") == "acme"
+    assert access.named(bearer(acme), "acme") == "acme"
+    with pytest.raises(AccessDenied, match="other"):
+        access.named(bearer(acme), "other")
+    for wrong in ([], bearer(""), bearer("hk_wrong"), [("authorization", acme)]):
+        with pytest.raises(NotAuthenticated):
+            access.tenant(wrong)
+
+
+def test_the_file_holds_no_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    _, secret = api_keys.add(file, "acme")
+    assert secret not in file.read_text() and secret.removeprefix("hk_") not in file.read_text()
+    assert file.stat().st_mode & 0o077 == 0
+
+
+def test_keys_change_without_a_restart(tmp_path: Path) -> None:
+    file, clock = tmp_path / "keys.json", ManualClock()
+    name, old = api_keys.add(file, "acme")
+    access = Access(file, clock)
+    _, new = api_keys.add(file, "acme")
+    assert access.tenant(bearer(old)) == "acme"
+    with pytest.raises(NotAuthenticated):
+        access.tenant(bearer(new))  # looks once a second
+    clock.advance_to(clock.now_us() + 1_000_000)
+    assert access.tenant(bearer(new)) == "acme"
+    api_keys.revoke(file, name)
+    clock.advance_to(clock.now_us() + 1_000_000)
+    with pytest.raises(NotAuthenticated):
+        access.tenant(bearer(old))
+    file.write_text("{")  # half a file: the keys stay
+    clock.advance_to(clock.now_us() + 1_000_000)
+    assert access.tenant(bearer(new)) == "acme"
+
+
+def test_bad_files_and_names_are_told(tmp_path: Path) -> None:
+    with pytest.raises(WrongConfig, match="api_keys"):
+        Access(tmp_path / "none.json", ManualClock())
+    with pytest.raises(WrongConfig, match="tenant"):
+        api_keys.add(tmp_path / "keys.json", "two words")
+    api_keys.add(tmp_path / "keys.json", "acme")
+    with pytest.raises(WrongConfig, match="id"):
+        api_keys.revoke(tmp_path / "keys.json", "nobody")
