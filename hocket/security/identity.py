@@ -7,6 +7,7 @@ looks at the caller's role. Callers of a gateway check the gateway's; it asks fo
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import grpc
 
 from hocket.errors import WrongConfig
 from hocket.security.certificates import common_name
+
+log = logging.getLogger(__name__)
 
 Options = Sequence[tuple[str, Any]]
 
@@ -97,6 +100,17 @@ def role_of(context: Any) -> str | None:
         if text.startswith(common_name("")):
             return text.removeprefix(common_name(""))
     return None
+
+
+def tell_if_open(listen: str, identity: Identity | None, what: str) -> None:
+    """Logs a warning where a service listens beyond this machine and everybody is let in."""
+    if identity is None and not is_loopback(listen):
+        log.warning(
+            "%s listens on %s without TLS: whoever reaches it may use it. `hocket certs` makes "
+            "certificates (docs/operate/security.md)",
+            what,
+            listen,
+        )
 
 
 def is_loopback(address: str) -> bool:
