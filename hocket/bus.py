@@ -23,10 +23,10 @@ import nats
 from google.protobuf.message import DecodeError, Message
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 from nats.errors import OutboundBufferLimitError, SlowConsumerError
 from nats.js import JetStreamContext
 
+from hocket.cancelling import cancellable
 from hocket.errors import BrokerUnavailable, HocketError, PeerSilent, Refused
 from hocket.feed import Feed
 from hocket.subjects import Subjects
@@ -213,8 +213,8 @@ class Bus:
         Raises PeerSilent when nobody listens or answers, Refused when the answer is a Failure.
         """
         try:
-            raw = await self._client.request(
-                subject, message.SerializeToString(), timeout=wait_us / 1e6
+            raw = await cancellable(
+                self._client.request(subject, message.SerializeToString(), timeout=wait_us / 1e6)
             )
         except (nats.errors.Error, OSError) as error:
             raise PeerSilent(subject=subject, waited_us=wait_us) from error
@@ -226,12 +226,18 @@ class Bus:
             raise Refused("UNDECODABLE", f"the answer on {subject} is no {kind.__name__}")
         return answer
 
-    async def inbox(self) -> tuple[str, Subscription]:
-        """A subject of this connection's own, and what comes on it."""
+    async def inbox(self, limit: int = 4096) -> tuple[str, Feed[Msg]]:
+        """A subject of this connection's own, and what comes on it. What is not taken waits here
+        and then in nats-py, which drops beyond its bound.
+        """
         subject = self._client.new_inbox()
-        return subject, await self._client.subscribe(
-            subject, pending_msgs_limit=_PENDING_MESSAGES_MAX
+        feed: Feed[Msg] = Feed(limit)
+        feed.attach(
+            await self._client.subscribe(
+                subject, cb=feed.offer, pending_msgs_limit=_PENDING_MESSAGES_MAX
+            )
         )
+        return subject, feed
 
     async def flush(self, wait_s: float = FLUSH_WAIT_S) -> bool:
         """True once the broker has seen everything sent from here, and we what it had for us;

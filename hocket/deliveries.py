@@ -6,16 +6,17 @@ background; here whoever reads is told (`Broken`) and begins again behind what i
 
 from __future__ import annotations
 
-from contextlib import suppress
+import asyncio
 from dataclasses import dataclass
 
 import nats.errors
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 from nats.js import api
 
 from hocket.bus import Bus
+from hocket.cancelling import cancellable
 from hocket.errors import HocketError
+from hocket.feed import Feed
 
 _HEARTBEAT_S = 1.0
 _SILENCE_S = 3.0  # without message and heartbeat it is broken
@@ -45,8 +46,8 @@ class Broken(HocketError):
 class Delivery:
     """One consumer of one stream."""
 
-    def __init__(self, subscription: Subscription, pending: int) -> None:
-        self._subscription = subscription
+    def __init__(self, messages: Feed[Msg], pending: int) -> None:
+        self._messages = messages
         self._seen = 0
         self.pending = pending  # entries that matched when it was opened
 
@@ -63,7 +64,7 @@ class Delivery:
         elif after:
             policy = api.DeliverPolicy.BY_START_SEQUENCE
         try:
-            inbox, subscription = await bus.inbox()
+            inbox, messages = await bus.inbox()
         except (nats.errors.Error, OSError) as error:
             raise Broken(str(error) or "no answer") from error
         config = api.ConsumerConfig(
@@ -77,20 +78,23 @@ class Delivery:
             mem_storage=True,
             num_replicas=1,
         )
+        made = None
         try:
-            made = await bus.jetstream.add_consumer(stream, config)
+            made = await cancellable(bus.jetstream.add_consumer(stream, config))
         except (nats.errors.Error, OSError) as error:
-            with suppress(nats.errors.Error):
-                await subscription.unsubscribe()
             raise Broken(str(error) or "no answer") from error
-        return cls(subscription, int(made.num_pending or 0))
+        finally:
+            if made is None:
+                await messages.close()
+        return cls(messages, int(made.num_pending or 0))
 
     async def next(self) -> tuple[Entry, int]:
         """The next entry, and how many more match now. Raises Broken."""
         while True:
             try:
-                message = await self._subscription.next_msg(timeout=_SILENCE_S)
-            except nats.errors.Error as error:
+                async with asyncio.timeout(_SILENCE_S):
+                    message = await self._messages.next()
+            except TimeoutError as error:
                 raise Broken("the delivery fell silent") from error
             if not message.reply:
                 self._beat(message)
@@ -109,8 +113,7 @@ class Delivery:
 
     async def close(self) -> None:
         """The broker forgets a consumer that nobody listens to."""
-        with suppress(nats.errors.Error):
-            await self._subscription.unsubscribe()
+        await self._messages.close()
 
     def _beat(self, message: Msg) -> None:
         told = (message.headers or {}).get(_LAST_DELIVERED)

@@ -23,6 +23,7 @@ from nats.js import api
 from nats.js.errors import APIError, NotFoundError
 
 from hocket.bus import Bus
+from hocket.cancelling import cancellable
 from hocket.deliveries import Broken, Delivery, Entry
 from hocket.errors import BrokerUnavailable, HocketError
 from hocket.feed import Feed
@@ -141,11 +142,11 @@ class Log:
         )
         try:
             try:
-                await bus.jetstream.add_stream(config)
+                await cancellable(bus.jetstream.add_stream(config))
             except APIError as error:
                 if error.err_code != _OTHER_CONFIG:
                     raise
-                await bus.jetstream.update_stream(config)
+                await cancellable(bus.jetstream.update_stream(config))
         except APIError as error:
             if error.err_code in _NO_ROOM:
                 raise NoRoom(shape.name, shape.bytes_max) from error
@@ -180,7 +181,9 @@ class Log:
             headers[api.Header.MSG_ID.value] = message_id
         ttl = max(1.0, round(ttl_s)) if ttl_s else None
         try:
-            ack = await self._bus.jetstream.publish(subject, data, headers=headers, msg_ttl=ttl)
+            ack = await cancellable(
+                self._bus.jetstream.publish(subject, data, headers=headers, msg_ttl=ttl)
+            )
         except APIError as error:
             raise self._refusal(subject, error) from error
         except nats.errors.MaxPayloadError as error:
@@ -192,7 +195,7 @@ class Log:
     async def newest(self, subject: str) -> Entry | None:
         """The newest entry on a subject. Raises BrokerUnavailable."""
         try:
-            found = await self._bus.jetstream.get_last_msg(self.name, subject)
+            found = await cancellable(self._bus.jetstream.get_last_msg(self.name, subject))
         except NotFoundError:
             return None
         except (nats.errors.Error, OSError) as error:
@@ -207,7 +210,8 @@ class Log:
     async def last_sequence(self) -> int:
         """Number of the newest entry ever; 0 when there is none. Raises BrokerUnavailable."""
         try:
-            return int((await self._bus.jetstream.stream_info(self.name)).state.last_seq)
+            info = await cancellable(self._bus.jetstream.stream_info(self.name))
+            return int(info.state.last_seq)
         except NotFoundError:
             return 0
         except (nats.errors.Error, OSError) as error:
@@ -247,7 +251,7 @@ class Log:
     async def purge(self, subject: str) -> None:
         """Drops what stands on a subject. Raises BrokerUnavailable."""
         try:
-            await self._bus.jetstream.purge_stream(self.name, subject=subject)
+            await cancellable(self._bus.jetstream.purge_stream(self.name, subject=subject))
         except NotFoundError:
             return
         except (nats.errors.Error, OSError) as error:
