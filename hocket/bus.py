@@ -23,7 +23,7 @@ import nats
 from google.protobuf.message import DecodeError, Message
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import OutboundBufferLimitError, SlowConsumerError
+from nats.errors import MaxPayloadError, OutboundBufferLimitError, SlowConsumerError
 from nats.js import JetStreamContext
 
 from hocket.cancelling import cancellable
@@ -129,18 +129,22 @@ class Bus:
         raise AssertionError("a failure is an exception")
 
     async def publish(self, subject: str, message: Message) -> None:
-        """Hands a message to the broker, or to the buffer while it is away; a full one drops it."""
+        """Hands a message to the broker, or to the buffer while it is away.
+
+        A full buffer drops it, and so does a broker for which it is too large: counted and logged.
+        """
         content = message.SerializeToString()
         try:
             if self._client.pending_data_size + len(content) < _PENDING_BYTES_MAX:
                 await self._client.publish(subject, content)
                 return
-        except OutboundBufferLimitError:
-            pass
+            cause = "the broker does not take them and the buffer is full"
+        except (OutboundBufferLimitError, MaxPayloadError) as error:
+            cause = str(error)
         self.drops += 1
         if _seldom(self.drops):
-            what = "the broker is away and the buffer full: dropped %d messages, the last on %s"
-            log.warning(what, self.drops, subject)
+            what = "dropped %d messages, the last on %s (%d bytes): %s"
+            log.warning(what, self.drops, subject, len(content), cause)
 
     async def subscribe(
         self, subject: str, kind: type[M], handler: Callable[[M], Awaitable[None]]

@@ -33,6 +33,8 @@ __all__ += ["NoRoom", "OutcomeUnknown"]
 
 _AGAIN_S = 0.2  # between tries to follow a log that cannot be had
 _FEED_MAX = 4096
+_APPEND_WAIT_S = 5.0
+_CELL_WAIT_S = 1.0  # a key is renewed every second or so
 _WRONG_SEQUENCE = {10071, 10164}  # JetStream's error codes
 _NO_ROOM = {10023, 10047, 10028}  # of the server, when a stream is made
 _FULL = {10023, 10047, 10077, 10122}
@@ -108,6 +110,7 @@ class LogShape:
     newest_only: bool = False  # of each subject
     oldest_go: bool = False  # when it is full; else appends are refused
     age_max_s: float = 0.0  # 0: for ever
+    keeps: bool = False  # no single entry can be taken out (as in a NATS KV bucket)
     replicas: int = 1  # of a broker that is a cluster
 
 
@@ -136,6 +139,7 @@ class Log:
             allow_msg_ttl=True,
             # What expires leaves a mark for those who watch, only where all of it does.
             subject_delete_marker_ttl=max(1.0, shape.age_max_s) if shape.age_max_s else None,
+            deny_delete=shape.keeps,
             allow_rollup_hdrs=True,
             allow_direct=True,
             num_replicas=shape.replicas,
@@ -164,12 +168,13 @@ class Log:
         guard: Guard | None = None,
         ttl_s: float = 0.0,
         message_id: str = "",
+        wait_s: float = _APPEND_WAIT_S,
     ) -> int:
         """Stores an entry and returns its number. Many may be under way at once, in order.
 
         `after`: only if the newest entry of the whole stream is that one. `ttl_s`: it goes after
-        so long, in whole seconds. Raises LogMoved, LogFull, EntryTooLarge (not stored) and
-        OutcomeUnknown.
+        so long, in whole seconds. `wait_s`: for an answer. Raises LogMoved, LogFull, EntryTooLarge
+        (not stored) and OutcomeUnknown.
         """
         headers = {api.Header.EXPECTED_STREAM.value: self.name}
         if after is not None:
@@ -182,7 +187,7 @@ class Log:
         ttl = max(1.0, round(ttl_s)) if ttl_s else None
         try:
             ack = await cancellable(
-                self._bus.jetstream.publish(subject, data, headers=headers, msg_ttl=ttl)
+                self._bus.jetstream.publish(subject, data, wait_s, headers=headers, msg_ttl=ttl)
             )
         except APIError as error:
             raise self._refusal(subject, error) from error
@@ -207,15 +212,20 @@ class Log:
             unix_us=_unix_us(found.time),
         )
 
+    async def bytes_max(self) -> int | None:
+        """The stream's bound; None where there is no stream. Raises BrokerUnavailable."""
+        info = await self._info()
+        return None if info is None else int(info.config.max_bytes or -1)
+
+    async def count(self) -> int:
+        """How many entries it holds. Raises BrokerUnavailable."""
+        info = await self._info()
+        return 0 if info is None else int(info.state.messages)
+
     async def last_sequence(self) -> int:
         """Number of the newest entry ever; 0 when there is none. Raises BrokerUnavailable."""
-        try:
-            info = await cancellable(self._bus.jetstream.stream_info(self.name))
-            return int(info.state.last_seq)
-        except NotFoundError:
-            return 0
-        except (nats.errors.Error, OSError) as error:
-            raise BrokerUnavailable("JetStream", str(error) or "no answer") from error
+        info = await self._info()
+        return 0 if info is None else int(info.state.last_seq)
 
     async def read(self, subject: str, *, history: bool = False) -> AsyncIterator[Entry]:
         """The newest entry of each subject (`history`: all of them), oldest first, up to the newest
@@ -272,6 +282,14 @@ class Log:
                     await delivery.close()
             await asyncio.sleep(_AGAIN_S)
 
+    async def _info(self) -> api.StreamInfo | None:
+        try:
+            return await cancellable(self._bus.jetstream.stream_info(self.name))
+        except NotFoundError:
+            return None
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable("JetStream", str(error) or "no answer") from error
+
     def _refusal(self, subject: str, error: APIError) -> HocketError:
         if error.err_code in _WRONG_SEQUENCE:
             found = re.search(r"\d+$", error.description or "")
@@ -290,13 +308,16 @@ class Cell:
         self._subject = f"$KV.{bucket}.{key}"
 
     @classmethod
-    async def open(cls, bus: Bus, bucket: str, key: str, ttl_s: float, replicas: int = 1) -> Cell:
-        """Makes the bucket where needed. Raises BrokerUnavailable."""
+    async def open(
+        cls, bus: Bus, bucket: str, key: str, ttl_s: float = 0.0, replicas: int = 1
+    ) -> Cell:
+        """Makes the bucket where needed; 0 s: values stay. Raises BrokerUnavailable."""
         shape = LogShape(
             name=f"KV_{bucket}",
             subjects=(f"$KV.{bucket}.>",),
             newest_only=True,
             age_max_s=ttl_s,
+            keeps=True,
             replicas=replicas,
         )
         await Log.open(bus, shape)
@@ -325,7 +346,7 @@ class Cell:
         """
         try:
             return await self._log.append(
-                self._subject, value, guard=Guard(self._subject, revision)
+                self._subject, value, guard=Guard(self._subject, revision), wait_s=_CELL_WAIT_S
             )
         except LogMoved:
             return None

@@ -5,7 +5,20 @@ No user text ever stands in a subject.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+_PLAIN = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def token(name: str) -> str:
+    """A name as one token of a subject, whatever characters it has."""
+    return name if _PLAIN.fullmatch(name) else f"~{name.encode().hex()}"
+
+
+def name_of(part: str) -> str:
+    """The name that a token stands for."""
+    return bytes.fromhex(part[1:]).decode() if part.startswith("~") else part
 
 
 @dataclass(frozen=True)
@@ -36,10 +49,10 @@ class Subjects:
         return f"hocket.v1.{self.cluster}.journal.{entry}"
 
     def promise(self, request: str) -> str:
-        return f"hocket.v1.{self.cluster}.promise.request.{request}"
+        return f"hocket.v1.{self.cluster}.promise.request.{token(request)}"
 
     def drain(self, worker: str) -> str:
-        return f"hocket.v1.{self.cluster}.promise.drain.{worker}"
+        return f"hocket.v1.{self.cluster}.promise.drain.{token(worker)}"
 
     @property
     def fence(self) -> str:
