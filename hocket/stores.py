@@ -117,8 +117,10 @@ class LogShape:
 class Log:
     """One stream."""
 
-    def __init__(self, bus: Bus, name: str) -> None:
+    def __init__(self, bus: Bus, name: str, wait_s: float = _APPEND_WAIT_S) -> None:
+        """`wait_s`: for the answer to an append."""
         self._bus = bus
+        self._wait_s = wait_s
         self.name = name
 
     @classmethod
@@ -168,13 +170,12 @@ class Log:
         guard: Guard | None = None,
         ttl_s: float = 0.0,
         message_id: str = "",
-        wait_s: float = _APPEND_WAIT_S,
     ) -> int:
         """Stores an entry and returns its number. Many may be under way at once, in order.
 
         `after`: only if the newest entry of the whole stream is that one. `ttl_s`: it goes after
-        so long, in whole seconds. `wait_s`: for an answer. Raises LogMoved, LogFull, EntryTooLarge
-        (not stored) and OutcomeUnknown.
+        so long, in whole seconds. Raises LogMoved, LogFull, EntryTooLarge (not stored) and
+        OutcomeUnknown.
         """
         headers = {api.Header.EXPECTED_STREAM.value: self.name}
         if after is not None:
@@ -187,7 +188,9 @@ class Log:
         ttl = max(1.0, round(ttl_s)) if ttl_s else None
         try:
             ack = await cancellable(
-                self._bus.jetstream.publish(subject, data, wait_s, headers=headers, msg_ttl=ttl)
+                self._bus.jetstream.publish(
+                    subject, data, self._wait_s, headers=headers, msg_ttl=ttl
+                )
             )
         except APIError as error:
             raise self._refusal(subject, error) from error
@@ -304,7 +307,7 @@ class Cell:
 
     def __init__(self, bus: Bus, bucket: str, key: str) -> None:
         self._bus = bus
-        self._log = Log(bus, f"KV_{bucket}")
+        self._log = Log(bus, f"KV_{bucket}", _CELL_WAIT_S)
         self._subject = f"$KV.{bucket}.{key}"
 
     @classmethod
@@ -346,7 +349,7 @@ class Cell:
         """
         try:
             return await self._log.append(
-                self._subject, value, guard=Guard(self._subject, revision), wait_s=_CELL_WAIT_S
+                self._subject, value, guard=Guard(self._subject, revision)
             )
         except LogMoved:
             return None

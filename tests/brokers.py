@@ -67,10 +67,10 @@ class Broker:
 
 
 @contextmanager
-def running_broker(folder: Path) -> Iterator[Broker]:
+def running_broker(folder: Path, *options: str) -> Iterator[Broker]:
     """A running one; whatever its state, it is gone at the end."""
     broker = Broker(folder)
-    broker.start()
+    broker.start(*options)
     try:
         yield broker
     finally:
