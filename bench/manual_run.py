@@ -18,6 +18,7 @@ from control import translate
 from control.driver import Driver
 from control.journal import Journal
 from control.leases import Leases
+from control.promises import Promises, open_stream
 from control.publisher import Publisher
 from control.requests import Record, Records
 from control.scheduler import values
@@ -31,6 +32,7 @@ from hocket.clock import ManualClock
 from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
 
 _QUIET_ROUNDS = 2  # flushes without a message before an instant counts as over
+_PROMISES_BYTES, _DIARY_BYTES = 16 << 20, 64 << 20
 _LOOP_PASSES = 20  # of the event loop per flush: callbacks of callbacks
 
 
@@ -50,9 +52,11 @@ class ManualRun:
         """Runs the Case to its end. Raises RuntimeError if a request never ends."""
         case, subjects = self._case, Subjects(self._cluster)
         bus = await self._connect("control")
-        journal = await Journal.open(bus, subjects)
+        stream = await open_stream(bus, subjects, _PROMISES_BYTES)
+        promises = await Promises.take(stream, subjects, 1, self._clock)
+        journal = await Journal.open(bus, subjects, promises.term, _DIARY_BYTES)
         records, leases = Records(), Leases(lease_us=1 << 60)
-        publisher = Publisher(bus, subjects, journal, records, leases, NoOpTracer())
+        publisher = Publisher(bus, subjects, journal, promises, records, leases, NoOpTracer())
         scheduler = Scheduler(case.settings, case.profile)
         driver = Driver(scheduler, self._clock, _Digests(publisher, self._digests))
         await bus.subscribe(

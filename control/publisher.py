@@ -14,6 +14,7 @@ from opentelemetry.trace import Tracer
 from control import translate
 from control.journal import Journal
 from control.leases import Leases
+from control.promises import Promises
 from control.requests import Record, Records
 from control.scheduler import values
 from hocket import spans, telemetry
@@ -32,6 +33,7 @@ class Publisher:
         bus: Bus,
         subjects: Subjects,
         journal: Journal,
+        promises: Promises,
         records: Records,
         leases: Leases,
         tracer: Tracer,
@@ -39,6 +41,7 @@ class Publisher:
         self._bus = bus
         self._subjects = subjects
         self._journal = journal
+        self._promises = promises
         self._records = records
         self._leases = leases
         self._tracer = tracer
@@ -62,7 +65,14 @@ class Publisher:
             outcome.failed.CopyFrom(event.failed)
         else:
             outcome.cancelled.steps_done = event.cancelled.steps_done
-        await self._journal.note(journal_pb2.JournalEntry(stamped_us=ended.at_us, ended=outcome))
+        promise = journal_pb2.Promise(
+            submit=record.submit,
+            answer=record.accepted,
+            traceparent=record.traceparent,
+            accepted_unix_us=record.accepted_unix_ns // 1000,
+            ended=outcome,
+        )
+        await self._promises.append(promise)
         await self._tell(record, event)
         self._records.end(record.id, event)
 

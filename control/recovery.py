@@ -1,66 +1,47 @@
-"""What a new leader does first: take up every accepted request that had not ended.
+"""What a new leader does first: take up every promised request that had not ended, and every wish
+about a worker.
 
-Their latents may still lie on workers, whose heartbeats say so: then they go on from there. Where
-nobody holds one, they start again from the encode node, which gives the same picture, since
-everything is drawn from the seed.
+All of it comes from the promises stream. Their latents may still lie on workers, whose heartbeats
+say so: then they go on from there. Where nobody holds one, they start again from the encode node,
+which gives the same picture, since everything is drawn from the seed. Ages are differences of the
+broker's own stamps (the new leader's Fence minus the request's): two hosts' clocks are never
+compared.
 """
 
 from __future__ import annotations
 
 import logging
 
-from control import journal, translate
+from control import translate
 from control.driver import Driver
-from control.requests import Record, Records
-from control.scheduler.values import Arrived
-from hocket.bus import Bus, Subjects
-from hocket.clock import Clock, unix_ns
-from hocket.v1 import journal_pb2, mesh_pb2
+from control.leases import Leases
+from control.promises import Promises
+from control.requests import Records
+from control.scheduler.values import Arrived, DrainRequested
+from control.standby import Book
 
 log = logging.getLogger(__name__)
 
 
-async def recover(
-    bus: Bus, subjects: Subjects, driver: Driver, records: Records, clock: Clock
+def recover(
+    book: Book, promises: Promises, driver: Driver, records: Records, leases: Leases
 ) -> int:
-    """Restores records from the journal and posts an arrival for each open one; returns their
-    number.
+    """Restores records, and posts an arrival for each open one, wishes, and workers that live;
+    returns the number of open ones.
     """
-    found: dict[str, Record] = {}
-    async for stored in journal.read(bus, subjects, "accepted"):
-        accepted = stored.entry.accepted
-        age_us = max(0, unix_ns() // 1000 - stored.unix_us)
-        found[accepted.submit.request_id] = Record(
-            submit=accepted.submit,
-            accepted=accepted.answer,
-            accepted_us=clock.now_us() - age_us,
-            accepted_unix_ns=stored.unix_us * 1000,
-            traceparent=accepted.traceparent,
-        )
-    async for stored in journal.read(bus, subjects, "ended"):
-        ended = stored.entry.ended
-        if ended.request_id in found:
-            found[ended.request_id].ended = _ending(ended)
-    taken_up = 0
-    for record in found.values():
-        records.add(record)
-        if record.ended is not None:
-            records.end(record.id, record.ended)
-            continue
-        request = translate.to_request(record.id, record.submit.request, record.accepted_us)
-        driver.post(Arrived(at_us=driver.stamp(), request=request))
-        taken_up += 1
-    if taken_up:
-        log.info("took up %d accepted requests of an earlier term", taken_up)
-    return taken_up
-
-
-def _ending(ended: journal_pb2.EndedRequest) -> mesh_pb2.RequestEvent:
-    event = mesh_pb2.RequestEvent(request_id=ended.request_id)
-    if ended.HasField("finished"):
-        event.finished.CopyFrom(ended.finished)
-    elif ended.HasField("failed"):
-        event.failed.CopyFrom(ended.failed)
-    else:
-        event.cancelled.steps_done = ended.cancelled.steps_done
-    return event
+    for kept in (*book.ended.values(), *book.open.values()):
+        unix_us = kept.promise.accepted_unix_us or kept.unix_us
+        accepted_us = min(driver.stamp(), promises.at_us(unix_us))
+        record = records.restore(kept.promise, accepted_us, kept.unix_us)
+        if not kept.promise.HasField("ended"):
+            request = translate.to_request(record.id, record.submit.request, accepted_us)
+            driver.post(Arrived(at_us=driver.stamp(), request=request))
+    promises.restore(book.ended)
+    for worker in sorted(book.draining):
+        leases.drain(worker, True)
+        driver.post(DrainRequested(at_us=driver.stamp(), worker=worker))
+    for up in leases.restate(driver.stamp()):
+        driver.post(up)
+    if book.open:
+        log.info("took up %d accepted requests of an earlier term", len(book.open))
+    return len(book.open)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
+from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 
 @dataclass
@@ -64,6 +64,22 @@ class Records:
         if record.submit.request.idempotency_key:
             self._by_key[_key(record.submit)] = record.id
 
+    def restore(
+        self, promise: journal_pb2.Promise, accepted_us: int, stored_unix_us: int
+    ) -> Record:
+        """A request of an earlier leader, as the promises stream has it."""
+        record = Record(
+            submit=promise.submit,
+            accepted=promise.answer,
+            accepted_us=accepted_us,
+            accepted_unix_ns=(promise.accepted_unix_us or stored_unix_us) * 1000,
+            traceparent=promise.traceparent,
+        )
+        self.add(record)
+        if promise.HasField("ended"):
+            self.end(record.id, _ending(promise.ended))
+        return record
+
     def get(self, request: str) -> Record | None:
         return self._open.get(request) or self._ended.get(request)
 
@@ -91,3 +107,14 @@ class Records:
 
 def _key(submit: control_pb2.SubmitRequest) -> tuple[str, str]:
     return submit.request.tenant, submit.request.idempotency_key
+
+
+def _ending(ended: journal_pb2.EndedRequest) -> mesh_pb2.RequestEvent:
+    event = mesh_pb2.RequestEvent(request_id=ended.request_id)
+    if ended.HasField("finished"):
+        event.finished.CopyFrom(ended.finished)
+    elif ended.HasField("failed"):
+        event.failed.CopyFrom(ended.failed)
+    else:
+        event.cancelled.steps_done = ended.cancelled.steps_done
+    return event

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from weakref import WeakValueDictionary
 
 import grpc
@@ -14,12 +14,12 @@ from opentelemetry.trace import Tracer
 
 from control import translate
 from control.driver import Driver
-from control.journal import Journal
 from control.leases import Leases
+from control.promises import Promises
 from control.requests import Record, Records
 from control.scheduler.values import Arrived, CancelRequested, DrainRequested
 from hocket import spans, telemetry
-from hocket.clock import Clock, unix_ns
+from hocket.clock import Clock
 from hocket.errors import HocketError, UnknownRequest, UnknownWorker, to_status
 from hocket.v1 import (
     control_pb2,
@@ -39,21 +39,23 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     def __init__(
         self,
         driver: Driver,
-        journal: Journal,
+        promises: Promises,
         records: Records,
         leases: Leases,
         clock: Clock,
         tracer: Tracer,
+        replicas: Callable[[], Sequence[control_pb2.ReplicaStatus]] = tuple,
         *,
         policy: str,
         requests_open_max: int,
     ) -> None:
         self._driver = driver
-        self._journal = journal
+        self._promises = promises
         self._records = records
         self._leases = leases
         self._clock = clock
         self._tracer = tracer
+        self._replicas = replicas
         self._policy = policy
         self._open_max = requests_open_max
         self._admitting: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -107,10 +109,11 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         ],
     ) -> control_pb2.DrainWorkerResponse:
         lease = self._leases.alive.get(request.worker)
-        if lease is None:
+        if lease is None and not request.undo:
             known = tuple(sorted(self._leases.alive))
             await context.abort_with_status(to_status(UnknownWorker(request.worker, known)))
             raise AssertionError("abort_with_status raises")
+        await self._promises.drain(request.worker, not request.undo)
         self._leases.drain(request.worker, not request.undo)
         self._driver.post(
             DrainRequested(
@@ -118,7 +121,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             )
         )
         await self.membership_changed()
-        return control_pb2.DrainWorkerResponse(jobs_held=len(lease.heartbeat.latents))
+        return control_pb2.DrainWorkerResponse(
+            jobs_held=0 if lease is None else len(lease.heartbeat.latents)
+        )
 
     async def WatchCluster(
         self,
@@ -162,21 +167,14 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             effective_spec=spec,
             queue_depth=self._records.open_count,
         )
-        await self._journal.append(
-            journal_pb2.JournalEntry(
-                stamped_us=accepted_us,
-                accepted=journal_pb2.AcceptedRequest(
-                    submit=submit, answer=accepted, traceparent=traceparent
-                ),
-            ),
-            message_id=f"{self._journal.term}-{submit.request_id}",
-        )
+        promise = journal_pb2.Promise(submit=submit, answer=accepted, traceparent=traceparent)
+        unix_us = await self._promises.append(promise)
         self._records.add(
             Record(
                 submit=submit,
                 accepted=accepted,
                 accepted_us=accepted_us,
-                accepted_unix_ns=unix_ns(),
+                accepted_unix_ns=unix_us * 1000,
                 traceparent=traceparent,
             )
         )
@@ -234,10 +232,11 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             )
         return control_pb2.WatchClusterResponse(
             workers=workers,
-            term=self._journal.term,
+            term=self._promises.term,
             requests_open=self._records.open_count,
             policy=self._policy,
             models=self._leases.models(),
+            replicas=self._replicas(),
         )
 
 
