@@ -30,6 +30,7 @@ from control.requests.verdicts import Newcomer, Verdict, judge
 from control.scheduler.values import Arrived, CancelRequested, Request
 from hocket import spans, telemetry
 from hocket.clock import Clock, unix_ns
+from hocket.errors import Refused
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
 
 Answered = Callable[[control_pb2.SubmitResponse, bool], None]  # the answer; is it an earlier one's
@@ -336,7 +337,12 @@ class Admission:
     async def _promise(self, decided: _Decided) -> None:
         """The one act: stored, known, answered, and on its way to the scheduler."""
         offer, request = decided.offer, decided.request
-        unix_us = await self._promises.append(decided.promise)
+        try:
+            unix_us = await self._promises.append(decided.promise)
+        except Refused as full:
+            self._under_way.pop(request.id, None)
+            self._refuse(offer, refusals.of(full))
+            return
         self._records.promise(offer.record, decided.promise, decided.accepted_us, unix_us)
         accepted = decided.promise.answer
         self._answer(offer, control_pb2.SubmitResponse(request_id=request.id, accepted=accepted))

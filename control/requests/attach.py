@@ -24,7 +24,7 @@ import grpc
 from control.admission import Admission
 from control.requests.followers import Followers
 from control.requests.outbox import Outbox
-from control.requests.records import Records
+from control.requests.records import ACCEPTED, Records
 from control.requests.telling import is_known
 from hocket.clock import Clock
 from hocket.v1 import control_pb2, mesh_pb2, types_pb2
@@ -208,11 +208,11 @@ class Attachments:
         if not follower or record is None or not answer.HasField("accepted"):
             return
         self._followers.follow(follower, record.id, attached)
-        missed = record.since(0)
         if repeated:
+            missed = record.since(0)
             attached.outbox.followed(control_pb2.Followed(follower=follower, missed=missed))
         else:
-            for event in missed:
+            for event in record.since(ACCEPTED):  # which the answer has told
                 attached.outbox.event(event)
         now_us = self._clock.now_us()
         if left is not None:

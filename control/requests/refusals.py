@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from control.requests.records import Record
-from hocket.errors import Violation
+from hocket.errors import Refused, Violation
 from hocket.v1 import control_pb2, types_pb2
 
 _RETRY_US = 2_000_000
@@ -44,6 +44,12 @@ def overloaded(waiting_max: int) -> types_pb2.Failure:
 def expired() -> types_pb2.Failure:
     return types_pb2.Failure(
         reason="EXPIRED", message="its caller gave up before anything was promised"
+    )
+
+
+def of(error: Refused) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason=error.reason, message=str(error), retry_after_us=error.retry_after_us
     )
 
 
