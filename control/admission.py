@@ -107,6 +107,7 @@ class Admission:
         self._offers: dict[str, _Offer] = {}  # by id, until answered
         self._waiting: deque[_Offer] = deque()
         self._under_way: dict[str, Request] = {}  # accepted, perhaps not yet at the scheduler
+        self._appending = 0
         self._wake = asyncio.Event()
 
     def offer(
@@ -257,7 +258,7 @@ class Admission:
             if request.id in verdicts.arrived or not self._is_unknown_yet(request.id):
                 self._under_way.pop(request.id, None)
         decided = []
-        depth = self._records.open_count + len(self._under_way)
+        depth = self._records.open_count + self._appending
         for offer, verdict in zip(offers, verdicts.of, strict=True):
             if verdict.refused:
                 failure = translate.to_unattainable(
@@ -337,16 +338,20 @@ class Admission:
     async def _promise(self, decided: _Decided) -> None:
         """The one act: stored, known, answered, and on its way to the scheduler."""
         offer, request = decided.offer, decided.request
+        self._appending += 1
         try:
             unix_us = await self._promises.append(decided.promise)
         except Refused as full:
             self._under_way.pop(request.id, None)
             self._refuse(offer, refusals.of(full))
             return
+        finally:
+            self._appending -= 1
         self._records.promise(offer.record, decided.promise, decided.accepted_us, unix_us)
         accepted = decided.promise.answer
-        self._answer(offer, control_pb2.SubmitResponse(request_id=request.id, accepted=accepted))
+        # The arrival first: who hears the answer may have left meanwhile, which cancels it.
         self._driver.post(Arrived(at_us=self._driver.stamp(), request=request))
+        self._answer(offer, control_pb2.SubmitResponse(request_id=request.id, accepted=accepted))
         if offer.is_cancelled:
             self._driver.post(CancelRequested(at_us=self._driver.stamp(), request=request.id))
 

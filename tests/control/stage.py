@@ -98,6 +98,7 @@ class Gateway:
         self.heard: list[control_pb2.AttachResponse] = []
         self.reads = asyncio.Event()
         self.reads.set()
+        self.beats = True
 
     async def receive(self) -> control_pb2.AttachRequest | None:
         return await self.up.get()
@@ -110,6 +111,7 @@ class Gateway:
         self.up.put_nowait(control_pb2.AttachRequest(gateway="g", **lists))
 
     def hang_up(self) -> None:
+        self.beats = False
         self.up.put_nowait(None)
 
     @property
@@ -152,6 +154,7 @@ class Stage:
         )
         self.intake: Intake = self.desk.intake(lambda _: None)
         self._reported = 0
+        self._gateways: list[Gateway] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     async def settle(self) -> None:
@@ -173,6 +176,9 @@ class Stage:
         await self.settle()
         while (next_us := self.clock.next_wake_us()) is not None and next_us <= end_us:
             self.clock.advance_to(next_us)
+            for gateway in self._gateways:
+                if gateway.beats:
+                    gateway.say()
             await self.settle()
         self.clock.advance_to(end_us)
         await self.settle()
@@ -201,6 +207,7 @@ class Stage:
 
     def attach(self) -> Gateway:
         gateway = Gateway()
+        self._gateways.append(gateway)
         self.own(self.desk.attachments.attach(gateway))
         return gateway
 
@@ -249,7 +256,9 @@ class Stage:
         gateway.say(
             submits=[
                 control_pb2.AttachedSubmit(
-                    call=call, submit=submit_of(request, **fields), **asked  # type: ignore[arg-type]
+                    call=call,
+                    submit=submit_of(request, **fields),
+                    **asked,  # type: ignore[arg-type]
                 )
             ]
         )

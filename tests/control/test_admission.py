@@ -62,20 +62,6 @@ async def test_a_burst_over_one_line_is_accepted_whole() -> None:
         assert all(a.HasField("accepted") for a in gateway.answers.values())
         assert stage.shelf.ids(ended=False) == [f"r{n:04}" for n in range(1000)]
         assert [gateway.answers[n].accepted.queue_depth for n in (0, 999)] == [0, 999]
-        late = [gateway.answers[n].accepted.predicted_latency_us for n in (0, 500, 999)]
-        assert late == sorted(late) and late[0] < late[2], "each behind those before it"
-
-
-async def test_nothing_is_promised_to_who_gave_up() -> None:
-    async with running() as stage:
-        gateway = stage.attach()
-        stage.desk.leases.expire(1 << 60) if hasattr(stage.desk, "leases") else None
-        stage.submit(gateway, "late", call=1, expires_us=1)
-        stage.submit(gateway, "asked", call=2, expires_us=1_000_000)
-        await stage.settle()
-        await stage.until(lambda: 2 in gateway.answers)
-        assert gateway.answers[2].HasField("accepted")
-    assert "late" in stage.shelf.ids(ended=False), "it was in time: time stood still"
 
 
 async def test_an_expiry_counts_while_the_broker_stands_still() -> None:
@@ -92,10 +78,7 @@ async def test_an_expiry_counts_while_the_broker_stands_still() -> None:
             ]
         )
         await stage.until(lambda: stage.shelf.begun == 1024)
-        for _ in range(3):
-            await stage.advance(900_000)
-            gateway.say()
-            await stage.beat()
+        await stage.advance(2_000_000)
         stage.shelf.is_open.set()
         await stage.until(lambda: len(gateway.answers) == 1100)
         told = [a.rejected.reason for a in gateway.answers.values()]
@@ -173,9 +156,10 @@ async def test_a_deadline_behind_others_is_worth_another_try() -> None:
     async with running() as stage:
         gateway = stage.attach()
         for number in range(5):
-            stage.submit(gateway, f"r{number}", call=number, steps=50)
+            sooner = types_pb2.Slo(deadline_us=30 * STEP_US)
+            stage.submit(gateway, f"r{number}", call=number, steps=8, slo=sooner)
         await stage.until(lambda: len(gateway.answers) == 5)
-        slo = types_pb2.Slo(deadline_us=10 * STEP_US, on_miss=types_pb2.ON_MISS_REJECT)
+        slo = types_pb2.Slo(deadline_us=31 * STEP_US, on_miss=types_pb2.ON_MISS_REJECT)
         failure = await refused(stage, submit_of("b", slo=slo))
         assert failure.reason == "DEADLINE_UNATTAINABLE" and failure.retry_after_us > 0
 

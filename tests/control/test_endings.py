@@ -7,7 +7,7 @@ from tests.control.stage import TERM, running
 
 
 async def test_an_ending_is_stored_before_it_is_told() -> None:
-    """While the broker stands still workers go on, and clients hear nothing that could be undone."""
+    """While the broker stands still workers go on; clients hear nothing that could be undone."""
     async with running() as stage:
         gateway = stage.attach()
         stage.submit(gateway, "a", call=1)
@@ -100,8 +100,8 @@ async def test_a_request_is_read_listed_and_forgotten_by_its_tenant() -> None:
 
 
 def test_a_restored_request_goes_on_under_its_key() -> None:
-    from control.requests.records import Records  # noqa: PLC0415
-    from tests.control.stage import submit_of  # noqa: PLC0415
+    from control.requests.records import Records
+    from tests.control.stage import submit_of
 
     submit = submit_of("r", idempotency_key="k")
     records = Records(term=9)

@@ -122,7 +122,9 @@ def ended(records: Records, request: str, key: str, *, cancelled: bool) -> None:
 
 
 def same_key(records: Records, key: str) -> str:
-    known = records.same_key(control_pb2.SubmitRequest(request=submit_of("", idempotency_key=key).request))
+    known = records.same_key(
+        control_pb2.SubmitRequest(request=submit_of("", idempotency_key=key).request)
+    )
     return "" if known is None else known.id
 
 
