@@ -31,6 +31,7 @@ from control.scheduler.values import Arrived, CancelRequested, Request
 from hocket import spans, telemetry
 from hocket.clock import Clock, unix_ns
 from hocket.errors import Refused
+from hocket.stores import EntryTooLarge
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
 
 Answered = Callable[[control_pb2.SubmitResponse, bool], None]  # the answer; is it an earlier one's
@@ -341,7 +342,7 @@ class Admission:
         self._appending += 1
         try:
             unix_us = await self._promises.append(decided.promise)
-        except Refused as full:
+        except (Refused, EntryTooLarge) as full:
             self._under_way.pop(request.id, None)
             self._refuse(offer, refusals.of(full))
             return

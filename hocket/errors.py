@@ -117,6 +117,16 @@ class NotReady(HocketError):
 
 
 @dataclass
+class NotLeader(HocketError):
+    """This control replica does not lead."""
+
+    leader: str = ""  # "host:port" of the one that does; empty: not known
+
+    def __str__(self) -> str:
+        return f"this replica does not lead; leader: {self.leader or 'not known'}"
+
+
+@dataclass
 class BrokerUnavailable(HocketError):
     """nats-server cannot be reached."""
 
@@ -182,6 +192,7 @@ _CODES: dict[type[HocketError], grpc.StatusCode] = {
     RequestFailed: grpc.StatusCode.ABORTED,
     UnknownRequest: grpc.StatusCode.NOT_FOUND,
     UnknownWorker: grpc.StatusCode.NOT_FOUND,
+    NotLeader: grpc.StatusCode.FAILED_PRECONDITION,
     NotReady: grpc.StatusCode.UNAVAILABLE,
     BrokerUnavailable: grpc.StatusCode.UNAVAILABLE,
     PeerSilent: grpc.StatusCode.UNAVAILABLE,
@@ -256,6 +267,8 @@ def _from_info(
         case "UnknownWorker":
             known = tuple(name for name in facts.get("known", "").split(",") if name)
             return UnknownWorker(facts.get("worker", ""), known)
+        case "NotLeader":
+            return NotLeader(facts.get("leader", ""))
         case _ if code is grpc.StatusCode.UNAVAILABLE:
             return NotReady(status.message)
         case _:
@@ -267,6 +280,8 @@ def _error_info(error: HocketError) -> error_details_pb2.ErrorInfo:
     match error:
         case Refused(metadata=metadata):
             facts = {**metadata, **facts}
+        case NotLeader(leader=leader):
+            facts["leader"] = leader
         case UnknownRequest(request_id=request_id):
             facts["request_id"] = request_id
         case UnknownWorker(worker=worker, known=known):

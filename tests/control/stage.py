@@ -18,6 +18,7 @@ from control.admission import AdmissionSettings
 from control.desk import Desk, Wiring
 from control.intake import Intake
 from control.leases import Leases
+from control.promises import without_prompts
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
@@ -51,6 +52,8 @@ class Shelf:
         await self.is_open.wait()
         kept = journal_pb2.Promise()
         kept.CopyFrom(promise)
+        if kept.HasField("ended"):
+            without_prompts(kept)
         self.stored.append(kept)
         return 1_000_000 + len(self.stored)
 
@@ -74,8 +77,8 @@ class Wire:
     async def publish(self, subject: str, message: Message) -> None:
         self.said.append((subject, message))
 
-    async def flush(self) -> None:
-        """Everything is there."""
+    async def flush(self) -> bool:
+        return True
 
     def of(self, kind: type[M]) -> list[M]:
         return [m for _, m in self.said if isinstance(m, kind)]

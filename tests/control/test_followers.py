@@ -1,4 +1,4 @@
-"""Who follows belongs to control: leases of lines, grace, and the cancel of what nobody waits for."""
+"""Who follows belongs to control: leases of lines, grace, cancels of what nobody waits for."""
 
 from __future__ import annotations
 
