@@ -36,6 +36,7 @@ class ControlSettings(Common, frozen=True, kw_only=True):
     stages_ahead: Annotated[int, msgspec.Meta(ge=1)] = 8  # encodes and decodes sent to a worker
     lease_us: Annotated[int, msgspec.Meta(ge=100_000)] = 2_000_000
     requests_open_max: Annotated[int, msgspec.Meta(ge=1)] = 10_000
+    follower_grace_us: Micros = 10_000_000  # for a caller whose connection broke to come back
     address: str = ""  # host:port that gateways reach this replica by; empty: as `listen` says
     leader_ttl_us: Annotated[int, msgspec.Meta(ge=1_000_000)] = 3_000_000  # then a standby leads
     retention_s: Annotated[int, msgspec.Meta(ge=1)] = 86_400  # ended requests are known so long …

@@ -11,6 +11,7 @@ compared.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from control import translate
 from control.driver import Driver
@@ -24,7 +25,12 @@ log = logging.getLogger(__name__)
 
 
 def recover(
-    book: Book, promises: Promises, driver: Driver, records: Records, leases: Leases
+    book: Book,
+    promises: Promises,
+    driver: Driver,
+    records: Records,
+    leases: Leases,
+    expect_followers: Callable[[str], None],
 ) -> int:
     """Restores records, and posts an arrival for each open one, wishes, and workers that live;
     returns the number of open ones.
@@ -36,6 +42,8 @@ def recover(
         if not kept.promise.HasField("ended"):
             request = translate.to_request(record.id, record.submit.request, accepted_us)
             driver.post(Arrived(at_us=driver.stamp(), request=request))
+            if not record.detached:
+                expect_followers(record.id)
     promises.restore(book.ended)
     for worker in sorted(book.draining):
         leases.drain(worker, True)

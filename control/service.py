@@ -185,7 +185,7 @@ class Replica:
     async def _lead(self, term: Term, address: str, leadership: Leadership) -> None:
         self._term = term
         term.parts.replicas.role = LEADER
-        self._doorway.open(term.servicer)
+        self._doorway.open(term.desk.servicer)
         try:
             await term.intake.publish_health()
             await term.parts.replicas.announce()

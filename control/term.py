@@ -14,22 +14,21 @@ from typing import NoReturn
 import msgspec
 from grpc_health.v1 import health
 
+from control.admission import AdmissionSettings
 from control.config import ControlSettings, profile_csv, scheduler_settings
-from control.driver import Driver
-from control.intake import CHECK_EVERY_US, Intake
+from control.desk import Desk, Wiring
+from control.intake import CHECK_EVERY_US
 from control.journal import Journal
 from control.latency_store import LatencyStore
 from control.leases import Leases
+from control.planning import PlannerThread
 from control.promises import TERM_MAX, Deposed, Promises
-from control.publisher import Publisher
 from control.recovery import recover
 from control.replicas import Replicas
-from control.requests import Records
 from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.settings import SettingError, Settings
-from control.servicer import ControlServicer
 from control.standby import Book
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
@@ -71,34 +70,28 @@ class Term:
         self._scheduler = scheduler
         self._deposed: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
         settings, leases, bus, clock = parts.settings, parts.leases, parts.bus, parts.clock
-        self.records = Records(settings.ended_max)
-        publisher = Publisher(
-            bus, parts.subjects, journal, promises, self.records, leases, parts.told.tracer
+        self.desk = Desk.build(
+            Wiring(
+                bus=bus,
+                subjects=parts.subjects,
+                diary=journal,
+                promises=promises,
+                scheduler=scheduler,
+                leases=leases,
+                clock=clock,
+                tracer=parts.told.tracer,
+                policy=settings.policy,
+                planning=PlannerThread(),
+                follower_grace_us=settings.follower_grace_us,
+                ended_max=settings.ended_max,
+                retention_us=settings.retention_s * 1_000_000,
+                admission=AdmissionSettings(
+                    open_max=settings.requests_open_max, settle_us=settings.lease_us
+                ),
+                replicas=parts.replicas.alive,
+            )
         )
-        self.driver = Driver(scheduler, clock, publisher)
-        self.servicer = ControlServicer(
-            self.driver,
-            promises,
-            self.records,
-            leases,
-            clock,
-            parts.told.tracer,
-            parts.replicas.alive,
-            policy=settings.policy,
-            requests_open_max=settings.requests_open_max,
-        )
-        self.intake = Intake(
-            self.term,
-            bus,
-            parts.subjects,
-            leases,
-            self.driver,
-            publisher,
-            self.servicer,
-            self.records,
-            self._superseded,
-            parts.health,
-        )
+        self.intake = self.desk.intake(self._superseded, parts.health)
 
     @classmethod
     async def begin(cls, parts: Parts, promises: Promises, book: Book) -> Term:
@@ -124,7 +117,15 @@ class Term:
         await journal.note_start(parts.clock.now_us(), _started(library, csv, learned))
         term = cls(parts, promises, journal, store, scheduler)
         book.prune(promises.fence.unix_us, settings.retention_s * 1_000_000, settings.ended_max)
-        recover(book, promises, term.driver, term.records, parts.leases)
+        desk = term.desk
+        recover(
+            book,
+            promises,
+            desk.driver,
+            desk.records,
+            parts.leases,
+            desk.attachments.expect_followers,
+        )
         return term
 
     @property
@@ -149,7 +150,8 @@ class Term:
         """Leads until cancelled. Raises Deposed, alone or in a group."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self.driver.run())
+                for part in self.desk.parts():
+                    tasks.create_task(part)
                 tasks.create_task(self._check())
                 tasks.create_task(self._store.keep(self._scheduler, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
@@ -160,6 +162,7 @@ class Term:
 
     async def close(self) -> None:
         """Keeps what was learned; nothing is promised any more."""
+        await asyncio.to_thread(self.desk.driver.close)
         await self._store.save(self._scheduler)
 
     async def _check(self) -> NoReturn:
