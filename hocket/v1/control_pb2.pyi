@@ -29,8 +29,13 @@ class SubmitRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    WISH_SHA256_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name chosen by the gateway: a ULID-like sortable id without user text."""
+    wish_sha256: _builtins.bytes
+    """SHA-256 of the caller's GenerateRequest before defaults, serialized deterministically, without `slo.deadline_us`,
+    `progress_every`, `detached` and `idempotency_key`: a repeated key must come with the same one.
+    """
     @_builtins.property
     def request(self) -> _generation_pb2.GenerateRequest:
         """The request, defaults filled in."""
@@ -40,10 +45,11 @@ class SubmitRequest(_message.Message):
         *,
         request_id: _builtins.str = ...,
         request: _generation_pb2.GenerateRequest | None = ...,
+        wish_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "request_id", b"request_id", "wish_sha256", b"wish_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
