@@ -61,7 +61,7 @@ class StreamsInOneTask(grpc.aio.ServerInterceptor):
                         async with asyncio.timeout(self._stall_s):
                             await context.write(response)
                     except TimeoutError:
-                        log.info("a caller of %s took nothing for %g s", method, self._stall_s)
+                        log.warning("a caller of %s took nothing for %g s", method, self._stall_s)
                         # Not an abort: its status would wait behind what the caller does not take.
                         raise asyncio.CancelledError from None
 
