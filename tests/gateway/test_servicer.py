@@ -65,7 +65,7 @@ async def test_what_control_gets_is_complete(staged: Staging) -> None:
     assert submit.request.spec.model == "emoji"
     assert submit.request.spec.shape.width == 128
     assert submit.request.slo.deadline_us == 5_000_000
-    assert submit.request.idempotency_key == ""
+    assert submit.request.idempotency_key.startswith("client-")
     assert submit.wish_sha256 == wish.digest(request("a red fox"))
 
 
