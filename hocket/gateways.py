@@ -60,6 +60,7 @@ class Gateways:
         self._turn = 0
         self._clock = SystemClock()
         self._patience_us = round(patience_s * 1e6)
+        self._was_there = False  # any of them, ever
 
     @property
     def generation(self) -> GenerationServiceAsyncStub:
@@ -76,7 +77,9 @@ class Gateways:
         search = _Search(self)
         while True:
             try:
-                return await question()
+                answer = await question()
+                search.found()
+                return answer
             except grpc.aio.AioRpcError as error:
                 await search.goes_on(from_rpc_error(error))
 
@@ -124,10 +127,9 @@ class _Search:
         self._gateways = gateways
         self._tries = 0
         self._until_us = 0
-        self._was_there = False
 
     def found(self) -> None:
-        self._tries, self._was_there = 0, True
+        self._tries, self._gateways._was_there = 0, True
 
     async def goes_on(self, error: HocketError) -> None:
         """Returns when it is time for another try; raises `error` when it is none of a break."""
@@ -137,9 +139,9 @@ class _Search:
         if self._tries == 0:
             self._until_us = clock.now_us() + gateways._patience_us
         self._tries += 1
-        self._was_there = self._was_there or not _never_connected(error)
+        gateways._was_there = gateways._was_there or not _never_connected(error)
         tried_all = self._tries >= len(gateways._addresses)
-        if clock.now_us() >= self._until_us or (tried_all and not self._was_there):
+        if clock.now_us() >= self._until_us or (tried_all and not gateways._was_there):
             raise error
         gateways._next()
         pause_us = _PAUSES_US[min(self._tries - 1, len(_PAUSES_US) - 1)]

@@ -80,22 +80,22 @@ async def test_a_break_before_the_answer_repeats_the_same_wish(staged: Staging) 
 
 async def test_the_only_gateway_is_waited_for_and_not_for_ever(staged: Staging) -> None:
     async with staged(accept_only) as stage, proxied(stage.address) as only:
-        async with HocketClient(only.address, patience_s=30.0) as client:
-            async with aclosing(client.generate("a red fox")) as stream:
-                first = await anext(stream)
-                assert isinstance(first, Accepted)
-                only.cut()
-                only.down = False
-                media = await stage.peer.store("m", PICTURE)
-                await stage.peer.tell(first.request_id, done(media))
-                rest = [event async for event in stream]
-                assert isinstance(rest[-1], Finished)
-        async with HocketClient(only.address, patience_s=0.2) as client:
-            async with aclosing(client.generate("a red fox")) as stream:
+        patient = HocketClient(only.address, patience_s=30.0)
+        async with patient, aclosing(patient.generate("a red fox")) as stream:
+            first = await anext(stream)
+            assert isinstance(first, Accepted)
+            only.cut()
+            only.down = False
+            media = await stage.peer.store("m", PICTURE)
+            await stage.peer.tell(first.request_id, done(media))
+            rest = [event async for event in stream]
+            assert isinstance(rest[-1], Finished)
+        hasty = HocketClient(only.address, patience_s=0.2)
+        async with hasty, aclosing(hasty.generate("a red fox")) as stream:
+            await anext(stream)
+            only.cut()
+            with pytest.raises(GatewayUnreachable):
                 await anext(stream)
-                only.cut()
-                with pytest.raises(GatewayUnreachable):
-                    await anext(stream)
 
 
 async def test_a_gateway_that_never_was_there_is_told_at_once() -> None:

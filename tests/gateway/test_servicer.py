@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from gateway import wish
-from hocket.client import Event, request
+from hocket.client import Event, HocketClient, request
 from hocket.errors import CallFailed, HocketError, InvalidRequest, NotReady, Refused, RequestFailed
 from hocket.span_file import read_spans
 from hocket.v1.control_pb2 import SubmitRequest, SubmitResponse
@@ -242,7 +242,8 @@ async def test_cancel_is_passed_on(staged: Staging) -> None:
 async def test_shutdown_flips_health_first_and_cancels_nothing(staged: Staging) -> None:
     """A request whose gateway goes away is picked up again through another one."""
     async with staged(accept_only, grace_s=0.2) as stage:
-        events = stage.client.generate("a red fox")
+        client = HocketClient(stage.address, patience_s=0.0)
+        events = client.generate("a red fox")
         assert isinstance(await anext(events), Accepted)
         async with grpc.aio.insecure_channel(stage.address) as channel:
             asked = health_pb2.HealthCheckRequest()
@@ -254,6 +255,7 @@ async def test_shutdown_flips_health_first_and_cancels_nothing(staged: Staging) 
             with pytest.raises(HocketError):
                 await anext(events)
             await stopped
+        await client.close()
         leave = await stage.peer.leaves.get()
         assert leave.returns and stage.peer.cancels.empty()
 
