@@ -155,7 +155,7 @@ def test_a_job_whose_latent_is_nowhere_is_named_and_left_behind(
     notes, states = pool.one(worker, run_engine, order)
     failed, *_, done = of(notes, 3)
     assert (failed.reason, failed.last) == ("LATENT_MISSING", False)
-    assert failed.metadata["request"] == "b" and not failed.behind
+    assert failed.request == "b" and not failed.behind
     assert done.last and done.behind == {"a": steps, "c": steps}
     for mate in "ac":
         assert same(states[mate], latents_alone(pool, flux, solo, mate))
@@ -167,7 +167,7 @@ def test_a_job_that_cannot_be_decoded_is_named_and_left_behind(pool: Pool, flux:
     notes, _ = pool.one(worker, run_engine, order)
     a, b, c = of(notes, 3)
     assert a.media == ("a",) and not a.last
-    assert (b.reason, b.metadata["request"], b.last) == ("MODEL_ERROR", "b", False)
+    assert (b.reason, b.request, b.last) == ("MODEL_ERROR", "b", False)
     assert c.media == ("c",) and c.last
 
 

@@ -7,7 +7,8 @@ import signal
 import pytest
 import torch
 
-from gpuworker.groups import GroupCache, GroupLost
+from gpuworker.groups import GroupLost
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.rendezvous import Rendezvous
 from tests.worker import worker_tasks as tasks
 from tests.worker.worker_jobs import meet

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gpuworker.exchange import AttentionInputs, ulysses
-from gpuworker.groups import Group, GroupCache, GroupLost
+from gpuworker.groups import Group, GroupLost
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.rendezvous import BlobLost
 from gpuworker.state import LatentState
 from gpuworker.team import Communicator, Layout, Team
