@@ -13,10 +13,10 @@ import torch
 
 from gpuworker.engine import Engine
 from gpuworker.executor import RunNote, StepNote
-from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.inbox import Inbox, StopMark
 from gpuworker.latents import LatentShelf
 from gpuworker.memory import Memory
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.models.card import ModelCard
 from gpuworker.models.loading import load_card
 from gpuworker.pace import Ended, Pace
