@@ -105,9 +105,9 @@ class Sources:
         tried, began = [], Stopwatch()
         timeout_us = run.assignment.collective_timeout_us
         for holder in member.holders:
+            tried.append(holder.worker)
             if holder.worker == self._worker:
                 continue
-            tried.append(holder.worker)
             asked = mesh_pb2.LatentRequest(
                 request_id=member.request_id,
                 steps_done=member.first_step,
