@@ -130,6 +130,7 @@ class Group:
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=self.timeout_s)
         self._run(shard, lambda pg, _: pg._allgather_base(out, padded, options))
+        self.has_met = self.has_met or shard.device.type == "cpu"
         rows = [out[rank * longest :][:length] for rank, length in enumerate(lengths)]
         return torch.cat(rows).movedim(0, dim).contiguous()
 

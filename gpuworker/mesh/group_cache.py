@@ -222,14 +222,12 @@ class GroupCache:
 
 def _came(store: Any, base: Any, peer: int, epoch: int, members: Members) -> bool:
     """Whether a member is there; raises `GroupSpent` where one has said that it will not come."""
-    if store.check([f"here/{peer}"]):
-        return True
     key = _mark_key(members)
     if base.check([key]):
         last, _, worker = base.get(key).decode().partition(" ")
         if int(last) >= epoch:
             raise GroupSpent(members, epoch, f"{worker} has given it up", (worker,))
-    return False
+    return bool(store.check([f"here/{peer}"]))
 
 
 def _prefix(epoch: int, members: Members) -> str:
