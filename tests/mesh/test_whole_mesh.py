@@ -170,8 +170,9 @@ async def test_a_killed_worker_costs_steps_but_no_request_and_no_pixel(
 async def test_a_worker_that_joins_late_is_used(
     client: HocketClient, running: RunningMesh, state_dir: Path
 ) -> None:
-    command = [sys.executable, "-m", "gpuworker", "--first-index=9", "--log-level=warning"]
+    command = [sys.executable, "-m", "gpuworker", "--name-prefix=w", "--first-index=9"]
     command += [f"--nats-url={running.nats_url}", f"--state-dir={state_dir}"]
+    command += ["--log-level=warning"]
     late = await asyncio.create_subprocess_exec(*command)
     used: set[str] = set()
     try:
