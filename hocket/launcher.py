@@ -17,7 +17,7 @@ import asyncio
 import fcntl
 import logging
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +69,7 @@ class MeshPlan:
     controls: int = 1  # replicas of control: one leads, the others stand by
     gateways: int = 1
     brokers: int = 1  # more than one: a cluster
+    monitors: bool = False  # each broker of our own serves its figures over HTTP
     restarts: RestartRule = DEFAULT  # when what died is started again
 
 
@@ -81,6 +82,7 @@ class RunningMesh:
     nats_url: str  # of several brokers all, with commas between
     children: Children
     gateways: tuple[str, ...] = ()  # all of them
+    monitors: tuple[str, ...] = ()  # HTTP doors of the brokers, where wanted
 
 
 @asynccontextmanager
@@ -97,16 +99,20 @@ async def mesh(plan: MeshPlan, report: Report) -> AsyncIterator[RunningMesh]:
         async with AsyncExitStack() as stack:
             children = Children(plan.state_dir, report, plan.restarts)
             stack.push_async_callback(children.stop)
-            url = plan.nats_url or await _start_brokers(plan, children, report)
+            doors = tuple(free_port() for _ in range(plan.brokers)) if plan.monitors else ()
+            url = plan.nats_url or await _start_brokers(plan, children, report, doors)
             control = await _start_controls(plan, url, children, report)
             pool = await _start_workers(plan, url, children)
             gateways = await _start_gateways(plan, url, children, report)
             await _until_alive(plan, control, pool, report)
             children.supervise()
-            yield RunningMesh(gateways[0], control, url, children, gateways)
+            monitors = tuple(f"http://127.0.0.1:{port}" for port in doors)
+            yield RunningMesh(gateways[0], control, url, children, gateways, monitors)
 
 
-async def _start_brokers(plan: MeshPlan, children: Children, report: Report) -> str:
+async def _start_brokers(
+    plan: MeshPlan, children: Children, report: Report, monitors: Sequence[int]
+) -> str:
     ports = [free_port() for _ in range(plan.brokers)]
     routes = [free_port() for _ in ports]
     started = []
@@ -114,6 +120,8 @@ async def _start_brokers(plan: MeshPlan, children: Children, report: Report) -> 
         command = nats_server_command(plan.state_dir / _numbered("nats", index), port)
         if plan.brokers > 1:
             command = clustered(command, plan.cluster, routes, index)
+        if monitors:
+            command += ["-m", str(monitors[index])]
         name = _numbered("nats", index)
         started.append(await children.start(name, command, stop_rank=3))
     for child, port in zip(started, ports, strict=True):
