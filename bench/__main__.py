@@ -17,6 +17,7 @@ from bench import overheads as overhead_bench
 from bench.admission.command import admission_command
 from bench.bound import bound_command
 from bench.chaos.command import chaos_command
+from bench.chaos.three_hosts import hosts_command
 from bench.gpu.command import gpu_command
 from bench.latency_command import latency_command
 from bench.live_command import live_command
@@ -150,6 +151,7 @@ app.command("bound")(bound_command)
 app.command("gpu")(gpu_command)
 app.command("admission")(admission_command)
 app.command("chaos")(chaos_command)
+app.command("hosts")(hosts_command)
 
 
 if __name__ == "__main__":
