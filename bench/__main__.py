@@ -14,7 +14,10 @@ from rich.table import Column, Table
 
 from bench import memory_bench, mesh_bench
 from bench import overheads as overhead_bench
+from bench.admission.command import admission_command
 from bench.bound import bound_command
+from bench.chaos.command import chaos_command
+from bench.chaos.three_hosts import hosts_command
 from bench.gpu.command import gpu_command
 from bench.latency_command import latency_command
 from bench.live_command import live_command
@@ -146,6 +149,9 @@ app.command("report")(report_command)
 app.command("timeline")(timeline_command)
 app.command("bound")(bound_command)
 app.command("gpu")(gpu_command)
+app.command("admission")(admission_command)
+app.command("chaos")(chaos_command)
+app.command("hosts")(hosts_command)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""nats-server from its wheel: finding it and starting it."""
+"""nats-server from its wheel: finding it and starting it, alone or as a cluster."""
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from hocket.errors import MeshStopped
+
+_PORTS = range(10_000, 32_768)  # the system gives none of these to connections (Linux, macOS)
 
 
 def nats_server_binary() -> Path:
@@ -27,9 +31,23 @@ def nats_server_command(store: Path, port: int) -> list[str]:
     return [binary, "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(store)]
 
 
+def clustered(command: list[str], name: str, route_ports: Sequence[int], own: int) -> list[str]:
+    """The command of one broker of a cluster on the loopback; `own` is its index."""
+    routes = ",".join(f"nats://127.0.0.1:{port}" for port in route_ports)
+    door = f"nats://127.0.0.1:{route_ports[own]}"
+    named = ["-n", f"{name}-{own}", "--cluster_name", name]
+    return [*command, *named, "--cluster", door, "--routes", routes]
+
+
 def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of the loopback that nobody listens on now, and that is nobody's while its owner is
+    away: a connection to a port of the system's own range may get that very port as its own.
+    """
+    while True:
+        port = random.choice(_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -1,4 +1,11 @@
-"""Child processes of `hocket up`: started in groups of their own, watched, stopped in order."""
+"""Child processes of `hocket up`: started in groups of their own, watched, started again when they
+die, stopped in order.
+
+    start -> runs -> dies -> (its group is killed) -> waits -> runs again, same command -> ...
+                          -> has died too often: `given_up` names it, and the mesh ends
+
+A child keeps its command line, so its ports and its files, through all its lives.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +16,13 @@ import subprocess
 from asyncio.subprocess import Process
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from hocket import config
+from hocket import config, mesh_file
+from hocket.restarts import RestartRule, Restarts
 
 Report = Callable[[str], None]
 _STOP_S = 12.0  # per child; then SIGKILL
@@ -23,25 +31,21 @@ _LEFTOVER_POLLS = 100
 _TAIL_LINES = 15
 _TAIL_BYTES = 16 << 10
 _FOLLOW_S = 0.25
-_FILE = "mesh.json"
 
 
-class _Leftover(msgspec.Struct, frozen=True):
-    name: str
-    pid: int
-    command: str  # tells a process that took over the number from ours
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Child:
-    """One process and its log."""
+    """One process, through all its lives, and its log."""
 
     name: str
-    process: Process
+    command: tuple[str, ...]
     log: Path
-    command: str
     stop_rank: int  # lower ones stop first
-    vital: bool  # the mesh cannot go on without it
+    restarts: Restarts
+    process: Process
+    began_s: float  # of the event loop's clock
+    ended: str = ""  # how its last life ended
+    up: asyncio.Event = field(default_factory=asyncio.Event)  # cleared while it is down
 
     def log_tail(self) -> str:
         """The last lines of its log, each with its name."""
@@ -57,62 +61,98 @@ class Child:
 class Children:
     """Owns the processes of one mesh."""
 
-    def __init__(self, state_dir: Path, report: Report) -> None:
+    def __init__(self, state_dir: Path, report: Report, rule: RestartRule | None = None) -> None:
+        """Without a rule nothing is started again: the first death is the last."""
         self._state_dir = state_dir
         self._report = report
+        self._rule = rule or RestartRule(most=0)
         self._all: list[Child] = []
-        self._followers: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._given_up: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
 
-    async def start(
-        self, name: str, command: Sequence[str], *, stop_rank: int, vital: bool = True
-    ) -> Child:
+    @property
+    def all(self) -> tuple[Child, ...]:
+        """In the order of their first start."""
+        return tuple(self._all)
+
+    async def start(self, name: str, command: Sequence[str], *, stop_rank: int) -> Child:
         """Starts a process; what it writes goes to `<state_dir>/logs/<name>.log`."""
         folder = self._state_dir / "logs"
         folder.mkdir(parents=True, exist_ok=True)
-        environment = {"OMP_NUM_THREADS": "1", **config.inherited()}
         path = folder / f"{name}.log"
-        with path.open("wb") as log:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        child = Child(name, process, path, " ".join(command), stop_rank, vital)
+        path.write_bytes(b"")
+        process = await _spawn(command, path)
+        loop = asyncio.get_running_loop()
+        restarts = Restarts(self._rule)
+        child = Child(name, tuple(command), path, stop_rank, restarts, process, loop.time())
+        child.up.set()
         self._all.append(child)
         self._record()
-        self._followers.append(asyncio.get_running_loop().create_task(self._follow(child)))
+        self._tasks.append(loop.create_task(self._follow(child)))
         return child
 
-    async def vital_death(self) -> Child:
-        """Waits until a child dies without which the mesh cannot go on; reports the others."""
-        waits = {
-            asyncio.get_running_loop().create_task(child.process.wait()): child
-            for child in self._all
-        }
-        try:
-            while waits:
-                done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                for child in [waits.pop(task) for task in done]:
-                    if child.vital:
-                        return child
-                    self._report(f"{child.name} stopped unexpectedly\n{child.log_tail()}")
-            raise AssertionError("a mesh has vital children")
-        finally:
-            for task in waits:
-                task.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+    def supervise(self) -> None:
+        """From now on what dies is started again. Children of later starts are not looked after."""
+        loop = asyncio.get_running_loop()
+        self._tasks += [loop.create_task(self._keep_alive(child)) for child in self._all]
+
+    async def given_up(self) -> Child:
+        """Waits until a child has died too often."""
+        return await asyncio.shield(self._given_up)
 
     async def stop(self) -> None:
         """Stops every child in order; kills those that take too long, and what they left behind."""
-        for task in self._followers:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._followers, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         for child in sorted(self._all, key=lambda one: one.stop_rank):
             await _stop(child, self._report)
         self._all.clear()
-        (self._state_dir / _FILE).unlink(missing_ok=True)
+        mesh_file.remove(self._state_dir)
+
+    async def _keep_alive(self, child: Child) -> None:
+        """Starts a child again whenever it dies, until that has happened too often."""
+        loop = asyncio.get_running_loop()
+        while True:
+            code = await child.process.wait()
+            child.up.clear()
+            # What it has started itself must be gone before a successor of the same names comes.
+            _signal_group(child.process.pid, signal.SIGKILL)
+            child.ended = _ending(code)
+            wait_s = child.restarts.died(loop.time(), loop.time() - child.began_s)
+            self._record()
+            if wait_s is None:
+                self._report(f"{child.name} {child.ended}, too often to be started again")
+                if not self._given_up.done():
+                    self._given_up.set_result(child)
+                return
+            self._report(
+                f"{child.name} {child.ended}; starts again in {wait_s:g} s "
+                f"(restart {child.restarts.count})"
+            )
+            await asyncio.sleep(wait_s)
+            spawning = loop.create_task(_spawn(child.command, child.log))
+            try:
+                child.process = await asyncio.shield(spawning)
+            except asyncio.CancelledError:
+                child.process = await spawning  # `stop` has to find it
+                raise
+            child.began_s = loop.time()
+            child.up.set()
+            self._record()
 
     def _record(self) -> None:
-        known = [_Leftover(c.name, c.process.pid, c.command) for c in self._all]
-        (self._state_dir / _FILE).write_bytes(msgspec.json.encode(known))
+        known = [
+            mesh_file.Process(
+                name=child.name,
+                pid=child.process.pid if child.up.is_set() else 0,
+                command=" ".join(child.command),
+                restarts=child.restarts.count,
+                ended=child.ended,
+            )
+            for child in self._all
+        ]
+        mesh_file.write(self._state_dir, known)
 
     async def _follow(self, child: Child) -> None:
         """Reports errors that a child logs, until cancelled."""
@@ -123,6 +163,24 @@ class Children:
                         text = readable(line.decode(errors="replace").rstrip())
                         self._report(f"{child.name} | {text}")
                 await asyncio.sleep(_FOLLOW_S)
+
+
+async def _spawn(command: Sequence[str], log: Path) -> Process:
+    environment = {"OMP_NUM_THREADS": "1", **config.inherited()}
+    with log.open("ab") as file:
+        return await asyncio.create_subprocess_exec(
+            *command, stdout=file, stderr=file, env=environment, start_new_session=True
+        )
+
+
+def _ending(code: int) -> str:
+    """How a process ended, in words: its exit status, or the signal that killed it."""
+    if code >= 0:
+        return f"ended with status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
 
 
 def is_error(line: bytes) -> bool:
@@ -145,10 +203,7 @@ def readable(line: str) -> str:
 
 async def stop_leftovers(state_dir: Path, report: Report) -> None:
     """Stops the children of a launcher that was killed."""
-    try:
-        known = msgspec.json.decode((state_dir / _FILE).read_bytes(), type=list[_Leftover])
-    except (OSError, msgspec.DecodeError):
-        return
+    known = mesh_file.read(state_dir)
     for one in reversed(known):  # the broker last
         if _command_of(one.pid) != one.command:
             continue
@@ -159,7 +214,7 @@ async def stop_leftovers(state_dir: Path, report: Report) -> None:
                 break
             await asyncio.sleep(_POLL_S)
         _signal_group(one.pid, signal.SIGKILL)
-    (state_dir / _FILE).unlink(missing_ok=True)
+    mesh_file.remove(state_dir)
 
 
 class _LogLine(msgspec.Struct, frozen=True):

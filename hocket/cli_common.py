@@ -24,6 +24,7 @@ from hocket.errors import (
     WrongConfig,
     from_rpc_error,
 )
+from hocket.v1.control_pb2 import WatchClusterRequest
 from hocket.v1.control_pb2_grpc import ControlServiceStub
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ Control = Annotated[
 ]
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h)?")
 _UNIT_S = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LEADS_S = 2.0
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
@@ -53,8 +55,8 @@ class CommandSettings(Common, frozen=True, kw_only=True):
 
     section: ClassVar[str] = "hocket"
 
-    address: str = ""  # of a gateway; empty reads <state_dir>/gateway.json
-    control: str = ""  # of control; empty reads <state_dir>/control.json
+    address: str = ""  # of a gateway; empty: one that the state folder names
+    control: str = ""  # of control; empty: the one that leads
 
 
 def settings(
@@ -72,8 +74,8 @@ def gateway_address(found: CommandSettings) -> str:
 
 @asynccontextmanager
 async def control_of(found: CommandSettings) -> AsyncIterator[ControlServiceAsyncStub]:
-    """A stub of control while the block runs; its statuses become typed errors."""
-    address = found.control or _announced(found.state_dir, "control", "--control")
+    """A stub of the replica that leads, while the block runs; its statuses become typed errors."""
+    address = found.control or await _leading(found.state_dir)
     async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
         try:
             yield ControlServiceStub(channel)
@@ -121,11 +123,28 @@ def pixels(option: str, text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+async def _leading(state_dir: Path) -> str:
+    """Address of the control replica that answers; of several only the leader does."""
+    only = _announced(state_dir, "control", "--control")
+    known = endpoints.living(state_dir, "control")
+    if len(known) < 2:
+        return only
+    for one in known:
+        async with grpc.aio.insecure_channel(one.address, options=CHANNEL_OPTIONS) as channel:
+            stub: ControlServiceAsyncStub = ControlServiceStub(channel)
+            try:
+                async for _ in stub.WatchCluster(WatchClusterRequest(), timeout=_LEADS_S):
+                    return one.address
+            except grpc.aio.AioRpcError:
+                continue  # stands by, or is about to end
+    raise MeshStopped(f"none of the {len(known)} control replicas here leads at the moment")
+
+
 def _announced(state_dir: Path, service: str, option: str) -> str:
     found = endpoints.find(state_dir, service)
     if found is None:
-        file = state_dir / f"{service}.json"
         raise MeshStopped(
-            f"no {service} is running here ({file} names none): run `hocket up`, or give {option}"
+            f"no {service} is running here ({state_dir} names none): run `hocket up`, "
+            f"or give {option}"
         )
     return found.address

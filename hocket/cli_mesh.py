@@ -7,9 +7,8 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.table import Table
 
-from hocket import gantt
+from hocket import gantt, mesh_file
 from hocket.cli_common import (
     Address,
     Control,
@@ -24,15 +23,15 @@ from hocket.client import HocketClient
 from hocket.errors import MeshStopped, UnknownRequest
 from hocket.interruptions import interruptions, stretches
 from hocket.span_file import SpanRecord, read_spans
+from hocket.status_view import status_view
 from hocket.trace_view import chrome_trace, latest_request, spans_of, timeline
 from hocket.v1.control_pb2 import DrainWorkerRequest, WatchClusterRequest, WatchClusterResponse
-from hocket.v1.types_pb2 import Memory
 
 _ANSWER_S = 10.0
 
 
 def status(control: Control = None, state_dir: StateDir = None) -> None:
-    """Shows the workers and what is open."""
+    """Shows workers, processes, replicas, promises and what is open."""
     found = settings(state_dir, control=control)
 
     async def work() -> WatchClusterResponse:
@@ -42,43 +41,8 @@ def status(control: Control = None, state_dir: StateDir = None) -> None:
         raise MeshStopped("control closed the stream without a word")
 
     state = run(work())
-    table = Table("worker", "device", "state", "heartbeat", "memory", "weights", "latents")
-    for worker in state.workers:
-        used, total = worker.memory_used_bytes / 2**20, worker.memory_total_bytes / 2**20
-        slow = f", takes {worker.slowdown:.2f} times as long" if worker.slowdown > 1 else ""
-        table.add_row(
-            worker.name,
-            worker.device,
-            f"{worker.state}{slow}",
-            f"{worker.heartbeat_age_us / 1e3:.0f} ms ago",
-            f"{used:.0f} of {total:.0f} MiB",
-            _weights(worker.memory),
-            _latents(worker.memory),
-        )
-    console.print(table)
-    served = ", ".join(model.name for model in state.models) or "none"
-    console.print(
-        f"policy {state.policy}, term {state.term}, {state.requests_open} requests open, "
-        f"models: {served}"
-    )
-
-
-def _weights(memory: Memory) -> str:
-    there = sum(part.resident for part in memory.parts)
-    told = f"{_mib(memory.weights_bytes)} MiB, {there} of {len(memory.parts)} parts"
-    if not memory.budget_bytes:
-        return told
-    return f"{told}, budget {_mib(memory.budget_bytes)} MiB, {memory.evictions} evictions"
-
-
-def _latents(memory: Memory) -> str:
-    spilled = memory.latents_host_bytes + memory.latents_file_bytes
-    told = f"{_mib(memory.latents_bytes)} MiB"
-    return f"{told}, {_mib(spilled)} MiB spilled" if spilled else told
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f}"
+    for part in status_view(state, mesh_file.read(found.state_dir)):
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 def drain(

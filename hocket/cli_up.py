@@ -15,6 +15,7 @@ from hocket import demo as showing
 from hocket.cli_common import StateDir, complaints, console, run, settings
 from hocket.errors import MeshStopped
 from hocket.launcher import MeshPlan, RunningMesh, mesh
+from hocket.restarts import DEFAULT, RestartRule
 
 Workers = Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")]
 # The names of control's registry: the command imports no service.
@@ -33,6 +34,11 @@ BatchMax = Annotated[
     int, typer.Option(min=0, max=32, help="Jobs of one shape a worker; 0: its default.")
 ]
 Listen = Annotated[str, typer.Option(help="Door of the gateway; port 0 picks one.")]
+Replicas = Annotated[int, typer.Option(min=1, max=9)]
+Brokers = Annotated[int, typer.Option(help="nats-servers: 1, or 3 or 5 as a cluster.")]
+RestartsMax = Annotated[
+    int, typer.Option(min=0, help="So often in 10 minutes is a process started again.")
+]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 
 
@@ -46,9 +52,19 @@ def up(
     profile: Profile = "",
     batch_max: BatchMax = 0,
     listen: Listen = "127.0.0.1:0",
+    controls: Replicas = 1,
+    gateways: Replicas = 1,
+    brokers: Brokers = 1,
+    restarts_max: RestartsMax = DEFAULT.most,
     log_level: LogLevel = "info",
 ) -> None:
-    """Starts nats-server, control, workers and a gateway, and runs them until Ctrl-C."""
+    """Starts nats-server, control, workers and a gateway, and runs them until Ctrl-C.
+
+    What dies is started again. Of several controls one leads and the others stand by; gateways are
+    equal.
+    """
+    if brokers not in (1, 3, 5):
+        raise typer.BadParameter(f"--brokers is 1, 3 or 5, not {brokers}")
     found = settings(state_dir)
     plan = MeshPlan(
         state_dir=found.state_dir,
@@ -62,13 +78,16 @@ def up(
         profile=profile,
         batch_max=batch_max,
         log_level=log_level,
+        controls=controls,
+        gateways=gateways,
+        brokers=brokers,
+        restarts=RestartRule(most=restarts_max),
     )
 
     async def work() -> None:
         async with mesh(plan, report) as running:
             _greet(plan, running)
-            dead = await running.children.vital_death()
-            raise MeshStopped(f"{dead.name} stopped unexpectedly\n{dead.log_tail()}")
+            await _until_given_up(running)
 
     run(until_stopped(work(), lambda: report("stopping …")))
 
@@ -96,8 +115,7 @@ def demo(
             await showing.show(running, output, folder)
             if keep:
                 _greet(plan, running)
-                dead = await running.children.vital_death()
-                raise MeshStopped(f"{dead.name} stopped unexpectedly\n{dead.log_tail()}")
+                await _until_given_up(running)
 
     def start(folder: Path) -> None:
         run(until_stopped(work(folder), lambda: report("stopping …")))
@@ -107,6 +125,12 @@ def demo(
         return
     with tempfile.TemporaryDirectory(prefix="hocket-", ignore_cleanup_errors=True) as folder:
         start(Path(folder))
+
+
+async def _until_given_up(running: RunningMesh) -> None:
+    dead = await running.children.given_up()
+    times = f"{dead.restarts.count} restarts"
+    raise MeshStopped(f"{dead.name} {dead.ended}, after {times}\n{dead.log_tail()}")
 
 
 async def until_stopped(work: Coroutine[Any, Any, None], on_stop: Callable[[], None]) -> None:
@@ -138,6 +162,8 @@ def report(line: str) -> None:
 
 def _greet(plan: MeshPlan, running: RunningMesh) -> None:
     option = "" if plan.state_dir == Path("state") else f" --state-dir {plan.state_dir}"
-    console.print(f"ready: gateway {running.gateway}, control {running.control}", soft_wrap=True)
+    console.print(
+        f"ready: gateway {', '.join(running.gateways)}, control {running.control}", soft_wrap=True
+    )
     console.print(f'try:   hocket generate "a red apple"{option}', soft_wrap=True)
     console.print(f"look:  hocket status{option}   hocket trace{option}", soft_wrap=True)

@@ -1,7 +1,8 @@
-"""Where the services of one state folder listen: `<state_dir>/<service>.json`.
+"""Where the services of one state folder listen: `<state_dir>/<service>@<pid>.json`, one file for
+each process, so that two gateways never overwrite each other.
 
 A service announces its door once it is ready to serve, so the file is also the readiness signal of
-`hocket up`. A file left by a dead process counts as absent.
+`hocket up`. A file left by a dead process counts as absent; the next announcement removes it.
 """
 
 from __future__ import annotations
@@ -22,35 +23,51 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
 def announce(state_dir: Path, service: str, address: str) -> None:
     """Tells other processes where `service` listens. Written whole or not at all."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    target = _path(state_dir, service)
-    draft = target.with_suffix(f".{os.getpid()}.draft")
+    for path, endpoint in _announced(state_dir, service):
+        if not _lives(endpoint.pid):
+            path.unlink(missing_ok=True)
+    target = _path(state_dir, service, os.getpid())
+    draft = target.with_suffix(".draft")
     draft.write_bytes(msgspec.json.encode(Endpoint(address=address, pid=os.getpid())) + b"\n")
     draft.replace(target)
 
 
 def withdraw(state_dir: Path, service: str) -> None:
-    """Takes the announcement back, unless another process has announced itself since."""
-    endpoint = read(state_dir, service)
-    if endpoint is not None and endpoint.pid == os.getpid():
-        _path(state_dir, service).unlink(missing_ok=True)
+    """Takes this process's own announcement back."""
+    _path(state_dir, service, os.getpid()).unlink(missing_ok=True)
 
 
 def find(state_dir: Path, service: str) -> Endpoint | None:
-    """Where `service` listens; None when it has not announced itself or its process is gone."""
-    endpoint = read(state_dir, service)
-    return endpoint if endpoint is not None and _lives(endpoint.pid) else None
+    """A door of `service`, the newest one; None when no living process has announced one."""
+    found = living(state_dir, service)
+    return found[0] if found else None
 
 
-def read(state_dir: Path, service: str) -> Endpoint | None:
-    """The announcement as written, whether or not its process still lives."""
-    try:
-        return msgspec.json.decode(_path(state_dir, service).read_bytes(), type=Endpoint)
-    except (OSError, msgspec.DecodeError):
-        return None
+def living(state_dir: Path, service: str) -> tuple[Endpoint, ...]:
+    """All doors of `service` whose processes live, the newest first."""
+    return tuple(e for _, e in _announced(state_dir, service) if _lives(e.pid))
 
 
-def _path(state_dir: Path, service: str) -> Path:
-    return state_dir / f"{service}.json"
+def clear(state_dir: Path, service: str) -> None:
+    """Removes all announcements of a service, whoever made them."""
+    for path, _ in _announced(state_dir, service):
+        path.unlink(missing_ok=True)
+
+
+def _announced(state_dir: Path, service: str) -> list[tuple[Path, Endpoint]]:
+    """As written, the newest first; files that cannot be read are left out."""
+    found: list[tuple[int, Path, Endpoint]] = []
+    for path in state_dir.glob(f"{service}@*.json"):
+        try:
+            endpoint = msgspec.json.decode(path.read_bytes(), type=Endpoint)
+            found.append((path.stat().st_mtime_ns, path, endpoint))
+        except (OSError, msgspec.DecodeError):
+            continue
+    return [(path, endpoint) for _, path, endpoint in sorted(found, key=lambda f: -f[0])]
+
+
+def _path(state_dir: Path, service: str, pid: int) -> Path:
+    return state_dir / f"{service}@{pid}.json"
 
 
 def _lives(pid: int) -> bool:

@@ -1,6 +1,8 @@
-"""The whole mesh on one machine: nats-server, control, workers and gateway as child processes.
+"""The whole mesh on one machine: nats-server, control, workers and gateway as child processes, of
+each but the workers as many replicas as wanted.
 
     nats-server --> control --> workers, gateway --> every worker alive, gateway SERVING: ready
+    then: what dies is started again, on its port, with its files, until it has died too often
     stop: gateway, control, workers, nats-server, each with a deadline and then SIGKILL
 
 Each child leads a process group of its own, so that Ctrl-C reaches only the launcher, which then
@@ -15,19 +17,23 @@ import asyncio
 import fcntl
 import logging
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import grpc
+import nats
+import nats.errors
 
 from hocket import endpoints
-from hocket.broker import free_port, nats_server_command
+from hocket.broker import clustered, free_port, nats_server_command
 from hocket.channels import CHANNEL_OPTIONS
 from hocket.children import Child, Children, stop_leftovers
 from hocket.errors import MeshStopped
+from hocket.restarts import DEFAULT, RestartRule
 from hocket.v1.control_pb2 import WatchClusterRequest
 from hocket.v1.control_pb2_grpc import ControlServiceStub
 
@@ -60,16 +66,23 @@ class MeshPlan:
     profile: str = ""  # CSV by which emulated workers sleep
     batch_max: int = 0  # jobs of one shape that a worker takes at a time; 0: the worker's default
     log_level: str = "info"
+    controls: int = 1  # replicas of control: one leads, the others stand by
+    gateways: int = 1
+    brokers: int = 1  # more than one: a cluster
+    monitors: bool = False  # each broker of our own serves its figures over HTTP
+    restarts: RestartRule = DEFAULT  # when what died is started again
 
 
 @dataclass(frozen=True)
 class RunningMesh:
     """A mesh that is ready."""
 
-    gateway: str  # "host:port"
-    control: str
-    nats_url: str
+    gateway: str  # "host:port"; the first one's
+    control: str  # the replica's that announced itself last
+    nats_url: str  # of several brokers all, with commas between
     children: Children
+    gateways: tuple[str, ...] = ()  # all of them
+    monitors: tuple[str, ...] = ()  # HTTP doors of the brokers, where wanted
 
 
 @asynccontextmanager
@@ -82,48 +95,72 @@ async def mesh(plan: MeshPlan, report: Report) -> AsyncIterator[RunningMesh]:
     with _locked(plan.state_dir):
         await stop_leftovers(plan.state_dir, report)
         for service in ("control", "gateway"):
-            (plan.state_dir / f"{service}.json").unlink(missing_ok=True)
+            endpoints.clear(plan.state_dir, service)
         async with AsyncExitStack() as stack:
-            children = Children(plan.state_dir, report)
+            children = Children(plan.state_dir, report, plan.restarts)
             stack.push_async_callback(children.stop)
-            url = plan.nats_url or await _start_broker(plan, children, report)
-            control = await _start_control(plan, url, children, report)
+            doors = tuple(free_port() for _ in range(plan.brokers)) if plan.monitors else ()
+            url = plan.nats_url or await _start_brokers(plan, children, report, doors)
+            control = await _start_controls(plan, url, children, report)
             pool = await _start_workers(plan, url, children)
-            gateway = await _start_gateway(plan, url, children, report)
+            gateways = await _start_gateways(plan, url, children, report)
             await _until_alive(plan, control, pool, report)
-            yield RunningMesh(gateway, control, url, children)
+            children.supervise()
+            monitors = tuple(f"http://127.0.0.1:{port}" for port in doors)
+            yield RunningMesh(gateways[0], control, url, children, gateways, monitors)
 
 
-async def _start_broker(plan: MeshPlan, children: Children, report: Report) -> str:
-    port = free_port()
-    store = plan.state_dir / "nats"
-    child = await children.start("nats", nats_server_command(store, port), stop_rank=3)
-    await _until(child, lambda: _listens(port), "nats-server")
-    report(f"nats-server  127.0.0.1:{port}")
-    return f"nats://127.0.0.1:{port}"
+async def _start_brokers(
+    plan: MeshPlan, children: Children, report: Report, monitors: Sequence[int]
+) -> str:
+    ports = [free_port() for _ in range(plan.brokers)]
+    routes = [free_port() for _ in ports]
+    started = []
+    for index, port in enumerate(ports):
+        command = nats_server_command(plan.state_dir / _numbered("nats", index), port)
+        if plan.brokers > 1:
+            command = clustered(command, plan.cluster, routes, index)
+        if monitors:
+            command += ["-m", str(monitors[index])]
+        name = _numbered("nats", index)
+        started.append(await children.start(name, command, stop_rank=3))
+    for child, port in zip(started, ports, strict=True):
+        await _until(child, partial(_listens, port), "nats-server")
+        report(f"nats-server  127.0.0.1:{port}")
+    url = ",".join(f"nats://127.0.0.1:{port}" for port in ports)
+    if plan.brokers > 1:
+        await _until(started[0], partial(_has_leader, url.split(",")[0]), "the brokers' cluster")
+    return url
 
 
-async def _start_control(plan: MeshPlan, url: str, children: Children, report: Report) -> str:
+async def _start_controls(plan: MeshPlan, url: str, children: Children, report: Report) -> str:
+    """Starts the replicas; the address of the first to announce itself."""
     options = [f"--policy={plan.policy}"] if plan.policy else []
-    child = await children.start("control", _service("control", plan, url, options), stop_rank=1)
     slow = "control      still starting; the first start compiles the planner, 10 to 30 s"
     teller = asyncio.get_running_loop().call_later(_CONTROL_SLOW_S, report, slow)
     try:
-        address = await _announced(plan, child, "control", _CONTROL_START_S)
+        for index in range(plan.controls):
+            listen = f"--listen=127.0.0.1:{free_port()}"
+            command = _service("control", plan, url, [*options, listen])
+            child = await children.start(_numbered("control", index), command, stop_rank=1)
+            if index == 0:  # it also compiles what the others then find compiled
+                address = await _announced(plan, child, "control", _CONTROL_START_S)
     finally:
         teller.cancel()
-    report(f"control      {address}")
+    standing_by = f", {plan.controls - 1} standing by" if plan.controls > 1 else ""
+    report(f"control      {address}{standing_by}")
     return address
 
 
 async def _start_workers(plan: MeshPlan, url: str, children: Children) -> Child:
     command = _service("gpuworker", plan, url, worker_options(plan))
-    return await children.start("workers", command, stop_rank=2, vital=False)
+    return await children.start("workers", command, stop_rank=2)
 
 
 def worker_options(plan: MeshPlan) -> list[str]:
     """What the workers' command is told of a plan; the rest is the workers' default."""
-    options = [f"--count={plan.workers}", *(f"--model={model}" for model in plan.models)]
+    options = [f"--count={plan.workers}", "--name-prefix=w"]
+    options += [f"--model={model}" for model in plan.models]
     if plan.executor:
         options.append(f"--executor={plan.executor}")
     if plan.profile:
@@ -133,12 +170,24 @@ def worker_options(plan: MeshPlan) -> list[str]:
     return options
 
 
-async def _start_gateway(plan: MeshPlan, url: str, children: Children, report: Report) -> str:
-    options = [f"--listen={plan.listen}", f"--grace-s={_GATEWAY_GRACE_S}"]
-    child = await children.start("gateway", _service("gateway", plan, url, options), stop_rank=0)
-    address = await _announced(plan, child, "gateway")
-    report(f"gateway      {address}")
-    return address
+async def _start_gateways(
+    plan: MeshPlan, url: str, children: Children, report: Report
+) -> tuple[str, ...]:
+    host, _, port = plan.listen.rpartition(":")
+    addresses = []
+    for index in range(plan.gateways):
+        own = port if index == 0 and port != "0" else free_port()
+        options = [f"--listen={host}:{own}", f"--grace-s={_GATEWAY_GRACE_S}"]
+        command = _service("gateway", plan, url, options)
+        child = await children.start(_numbered("gateway", index), command, stop_rank=0)
+        addresses.append(await _announced(plan, child, "gateway", pid=child.process.pid))
+        report(f"gateway      {addresses[-1]}")
+    return tuple(addresses)
+
+
+def _numbered(name: str, index: int) -> str:
+    """Name of a replica: the first one has none but its service's."""
+    return f"{name}-{index + 1}" if index else name
 
 
 def _service(module: str, plan: MeshPlan, url: str, options: list[str]) -> list[str]:
@@ -187,15 +236,23 @@ async def _count_workers(stub: ControlServiceAsyncStub, wanted: int, report: Rep
 
 
 async def _announced(
-    plan: MeshPlan, child: Child, service: str, limit_s: float = _SERVICE_START_S
+    plan: MeshPlan,
+    child: Child,
+    service: str,
+    limit_s: float = _SERVICE_START_S,
+    pid: int = 0,
 ) -> str:
+    """Address of a service once it has announced itself; of that process, where one is named."""
+
+    def doors() -> list[str]:
+        known = endpoints.living(plan.state_dir, service)
+        return [one.address for one in known if pid in (0, one.pid)]
+
     async def known() -> bool:
-        return endpoints.find(plan.state_dir, service) is not None
+        return bool(doors())
 
     await _until(child, known, service, limit_s)
-    found = endpoints.find(plan.state_dir, service)
-    assert found is not None, "just seen"
-    return found.address
+    return doors()[0]
 
 
 async def _until(
@@ -223,6 +280,21 @@ async def _listens(port: int) -> bool:
         return False
     writer.close()
     return True
+
+
+async def _has_leader(url: str) -> bool:
+    """Whether the brokers of a cluster have agreed on who keeps the streams."""
+    try:
+        client = await nats.connect(url, connect_timeout=2, allow_reconnect=False)
+    except (OSError, nats.errors.Error):
+        return False
+    try:
+        told = await client.request("$JS.API.INFO", b"", timeout=1.0)
+        return b'"error"' not in told.data
+    except nats.errors.Error:
+        return False
+    finally:
+        await client.close()
 
 
 @contextmanager

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from hocket import mesh_file
+from hocket.broker import free_port
 from hocket.children import Child, Children, is_error, readable, stop_leftovers
 from hocket.errors import MeshStopped
 from hocket.launcher import MeshPlan, mesh
+from hocket.restarts import RestartRule
 from tests.waiting import alive, until
 
 READY = "import signal, sys; print('ready', flush=True); "
@@ -21,6 +24,12 @@ GRANDPARENT = (
     "import subprocess, sys, signal; c = subprocess.Popen([sys.executable, '-c',"
     " 'import signal; signal.signal(15, signal.SIG_IGN); signal.pause()']);"
     " print(c.pid, flush=True); signal.pause()"
+)
+LISTENER = (
+    "import socket, subprocess, sys, signal; c = subprocess.Popen([sys.executable, '-c',"
+    " 'import signal; signal.signal(15, signal.SIG_IGN); signal.pause()']);"
+    " s = socket.create_server(('127.0.0.1', {port})); print(c.pid, 'listens', flush=True);"
+    " signal.pause()"
 )
 
 
@@ -43,7 +52,7 @@ def told() -> list[str]:
 
 
 @pytest.fixture
-def children(tmp_path: Path, told: list[str]) -> Children:
+async def children(tmp_path: Path, told: list[str]) -> Children:
     return Children(tmp_path, told.append)
 
 
@@ -77,18 +86,51 @@ async def test_what_a_crashed_child_left_behind_is_killed(children: Children) ->
     assert not alive(grandchild)
 
 
-async def test_a_vital_death_is_told_and_another_is_survived(
-    children: Children, told: list[str]
+async def test_what_is_killed_comes_back_with_the_same_command(
+    tmp_path: Path, told: list[str]
 ) -> None:
-    vital = await children.start("control", python(OBEDIENT), stop_rank=1)
-    pool = await children.start("workers", python(OBEDIENT), stop_rank=0, vital=False)
-    waiting = asyncio.ensure_future(children.vital_death())
-    pool.process.kill()
-    await until(lambda: told)
-    assert told[0].startswith("workers stopped unexpectedly") and not waiting.done()
-    vital.process.kill()
-    assert (await waiting).name == "control"
+    """kill -9 of a process that listens: again on the same port, after what it left is gone."""
+    children = Children(tmp_path, told.append, RestartRule(first_s=0.01))
+    port = free_port()
+    child = await children.start("gateway", python(LISTENER.format(port=port)), stop_rank=0)
+    await until(lambda: "listens" in child.log.read_text())
+    children.supervise()
+    first, grandchild = child.process.pid, int(child.log.read_text().split()[0])
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: child.log.read_text().count("listens") == 2)
+    assert child.process.pid != first and not alive(grandchild)
+    assert told[0].startswith("gateway was killed by SIGKILL; starts again in")
+    (known,) = mesh_file.read(tmp_path)
+    assert (known.pid, known.restarts) == (child.process.pid, 1)
+    assert known.ended == "was killed by SIGKILL"
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.close()
     await children.stop()
+    assert not alive(child.process.pid) and mesh_file.read(tmp_path) == []
+
+
+async def test_what_dies_again_and_again_is_given_up(tmp_path: Path, told: list[str]) -> None:
+    children = Children(tmp_path, told.append, RestartRule(first_s=0.01, longest_s=0.01, most=3))
+    await children.start("control", python("raise SystemExit(3)"), stop_rank=1)
+    steady = await children.start("nats", python(OBEDIENT), stop_rank=2)
+    children.supervise()
+    dead = await children.given_up()
+    assert dead.name == "control" and dead.restarts.count == 3
+    assert told[-1] == "control ended with status 3, too often to be started again"
+    assert mesh_file.read(tmp_path)[0].pid == 0, "it is down"
+    await children.stop()
+    assert not alive(steady.process.pid)
+
+
+async def test_a_stop_while_a_process_waits_for_its_restart_starts_nothing(
+    tmp_path: Path, told: list[str]
+) -> None:
+    children = Children(tmp_path, told.append, RestartRule(first_s=3600.0))
+    child = await children.start("control", python(READY), stop_rank=1)
+    children.supervise()
+    await until(lambda: told)
+    await children.stop()
+    assert child.log.read_text() == "ready\n" and len(told) == 1
 
 
 async def test_an_error_in_a_log_is_told(children: Children, told: list[str]) -> None:

@@ -20,18 +20,52 @@ def test_announce_find_withdraw(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+ANNOUNCER = (
+    "import sys; from pathlib import Path; from hocket import endpoints;"
+    "endpoints.announce(Path(sys.argv[1]), 'gateway', sys.argv[2]); print(flush=True);"
+    "sys.stdin.read(); endpoints.withdraw(Path(sys.argv[1]), 'gateway')"
+)
+
+
+def announcer(folder: Path, address: str) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", ANNOUNCER, str(folder), address]
+    started = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+    assert started.stdout is not None and started.stdout.readline()
+    return started
+
+
+def test_two_gateways_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    """The first to stop takes only its own announcement back."""
+    first, second = announcer(tmp_path, "h:1"), announcer(tmp_path, "h:2")
+    assert {e.address for e in endpoints.living(tmp_path, "gateway")} == {"h:1", "h:2"}
+    second.communicate(b"")
+    found = endpoints.find(tmp_path, "gateway")
+    assert found is not None and found.address == "h:1"
+    first.kill()
+    first.wait()
+    assert endpoints.find(tmp_path, "gateway") is None
+
+
 def test_a_dead_process_is_nowhere(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from hocket import endpoints;"
-        "endpoints.announce(Path(sys.argv[1]), 'control', 'h:1')"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert endpoints.read(tmp_path, "control") is not None
-    assert endpoints.find(tmp_path, "control") is None
-    endpoints.withdraw(tmp_path, "control")
-    assert endpoints.read(tmp_path, "control") is not None, "not ours to withdraw"
+    started = announcer(tmp_path, "h:1")
+    started.kill()
+    started.wait()
+    assert endpoints.find(tmp_path, "gateway") is None
+    assert len(list(tmp_path.iterdir())) == 1
+    endpoints.announce(tmp_path, "gateway", "h:2")
+    assert len(list(tmp_path.iterdir())) == 1, "the dead one's file is gone"
+
+
+def test_services_whose_names_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    endpoints.announce(tmp_path, "w1", "h:1")
+    endpoints.announce(tmp_path, "w11", "h:11")
+    found = endpoints.find(tmp_path, "w1")
+    assert found is not None and found.address == "h:1"
+    endpoints.clear(tmp_path, "w1")
+    assert endpoints.find(tmp_path, "w1") is None and endpoints.find(tmp_path, "w11") is not None
 
 
 def test_a_broken_file_is_no_endpoint(tmp_path: Path) -> None:
-    (tmp_path / "gateway.json").write_text("{")
+    (tmp_path / "gateway@1.json").write_text("{")
     assert endpoints.find(tmp_path, "gateway") is None

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
+from hocket import endpoints
 from hocket.client import HocketClient
 from tests.waiting import alive
 
@@ -33,9 +34,9 @@ async def test_ctrl_c_leaves_no_process_and_no_port(tmp_path: Path) -> None:
             assert line, "it ended before it was ready"
     children = json.loads((tmp_path / "mesh.json").read_text())
     pids = [child["pid"] for child in children]
-    pids += [json.loads((tmp_path / f"w{i}.json").read_text())["pid"] for i in range(2)]
+    pids += [announced(tmp_path, f"w{index}").pid for index in range(2)]
     assert len(children) == 4 and all(alive(pid) for pid in pids)
-    address = json.loads((tmp_path / "gateway.json").read_text())["address"]
+    address = announced(tmp_path, "gateway").address
     await both_shipped_models_draw(address)
     os.killpg(up.pid, signal.SIGINT)  # as the terminal does
     async with asyncio.timeout(WAIT_S):
@@ -43,6 +44,12 @@ async def test_ctrl_c_leaves_no_process_and_no_port(tmp_path: Path) -> None:
     assert up.returncode in (0, 130)
     assert not any(alive(pid) for pid in pids)
     assert not await listens(address)
+
+
+def announced(state_dir: Path, service: str) -> endpoints.Endpoint:
+    found = endpoints.find(state_dir, service)
+    assert found is not None
+    return found
 
 
 async def both_shipped_models_draw(address: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import os
 import signal
 import sys
@@ -28,7 +27,7 @@ from hocket.launcher import MeshPlan, RunningMesh, mesh
 from hocket.span_file import SpanRecord, read_spans
 from hocket.v1.generation_pb2 import Accepted, Finished, GenerateRequest, MediaChunk, Progress
 from hocket.v1.types_pb2 import GenerationSpec, Shape, Slo
-from tests.waiting import alive, until
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -36,7 +35,6 @@ PROMPT = "a fox on a green background"
 GUIDANCE = 2.0
 WAIT_S = 120.0
 STEPS_LONG = 60
-BROKERS: list[asyncio.subprocess.Process] = []  # started in place of the mesh's own
 
 
 class Called:
@@ -102,9 +100,6 @@ async def running(state_dir: Path) -> AsyncIterator[RunningMesh]:
     plan = MeshPlan(state_dir=state_dir, workers=4, log_level="warning")
     async with mesh(plan, lambda _: None) as started:
         yield started
-    for broker in BROKERS:
-        broker.terminate()
-        await broker.wait()
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -227,64 +222,44 @@ async def test_the_journal_replays_to_the_same_plans(running: RunningMesh) -> No
     assert replay(entries).differing
 
 
-async def serving_again(command: str) -> asyncio.subprocess.Process:
-    """The broker, started anew: again and again, while a client's own try to connect has its port.
-
-    A connection to a free local port may get that very port as its own, and then meets itself.
-    """
-    async with asyncio.timeout(WAIT_S):
-        while True:
-            started = await asyncio.create_subprocess_exec(
-                *command.split(), stderr=asyncio.subprocess.PIPE
-            )
-            assert started.stderr is not None
-            async for line in started.stderr:
-                if b"Server is ready" in line:
-                    return started
-            await started.wait()
-
-
 async def test_a_broker_that_dies_and_comes_back_loses_no_request(
-    client: HocketClient, state_dir: Path
+    client: HocketClient, running: RunningMesh
 ) -> None:
     """kill -9 of nats-server mid-request: everyone reconnects, what got lost is planned anew."""
     call = Called()
     task = asyncio.ensure_future(call.run(client, asked(128, STEPS_LONG, 7)))
     async with asyncio.timeout(WAIT_S):
         await call.denoising.wait()
-    children = json.loads((state_dir / "mesh.json").read_text())
-    broker = next(child for child in children if "nats-server" in child["command"])
-    os.kill(broker["pid"], signal.SIGKILL)
-    await until(lambda: not alive(broker["pid"]))
-    BROKERS.append(await serving_again(broker["command"]))
+    await killed_and_back(running, "nats")
     await task
     assert call.finished is not None
     assert levels_apart(call.picture, plain_picture(128, STEPS_LONG, 7)) <= 1
 
 
 async def test_a_new_leader_takes_up_what_the_old_one_had_accepted(
-    client: HocketClient, running: RunningMesh, state_dir: Path
+    client: HocketClient, running: RunningMesh
 ) -> None:
     """kill -9 of control mid-request: the same call ends with the same picture."""
     call = Called()
     task = asyncio.ensure_future(call.run(client, asked(128, STEPS_LONG, 6)))
     async with asyncio.timeout(WAIT_S):
         await call.denoising.wait()
-    kill(state_dir, "control")
-    command = [sys.executable, "-m", "control", f"--listen={running.control}"]
-    command += [f"--nats-url={running.nats_url}", f"--state-dir={state_dir}"]
-    second = await asyncio.create_subprocess_exec(*command, "--log-level=warning")
-    try:
-        await task
-        assert call.finished is not None
-        assert levels_apart(call.picture, plain_picture(128, STEPS_LONG, 6)) <= 1
-    finally:
-        second.send_signal(signal.SIGTERM)
-        assert await second.wait() == 0
+    await killed_and_back(running, "control")
+    await task
+    assert call.finished is not None
+    assert levels_apart(call.picture, plain_picture(128, STEPS_LONG, 6)) <= 1
     entries = await entries_from_broker(running.nats_url, "local")
     started = next(e for e in reversed(entries) if e.HasField("leader_started")).leader_started
     assert '"hocket-emoji"' in started.latencies_json, "it knows what the old one had learned"
     assert replay(entries).agrees
+
+
+async def killed_and_back(running: RunningMesh, name: str) -> None:
+    """kill -9 of a child; returns once its supervisor has started it again."""
+    child = next(one for one in running.children.all if one.name == name)
+    pid = child.process.pid
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: child.up.is_set() and child.process.pid != pid)
 
 
 async def test_health_follows_the_leases(tmp_path: Path) -> None:

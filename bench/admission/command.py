@@ -1,0 +1,158 @@
+"""`python -m bench admission`: bursts at the door, a steady rate, open streams."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.admission import callers, streams
+from bench.admission.callers import Burst, Doors
+from bench.admission.tree import Started, emulated_mesh
+from hocket.machine import machine_kind
+
+console = Console(width=None if sys.stdout.isatty() else 150)
+COUNTS = (1, 10, 100, 500, 1000, 2500)
+_DEADLINE_S = 20.0
+_REPEATS = {1: 20, 10: 5}  # small bursts vary
+
+
+def admission_command(
+    tree: Annotated[Path, typer.Option(help="Source tree whose mesh is measured.")] = Path("."),
+    workers: Annotated[int, typer.Option(help="Emulated workers.", min=1, max=64)] = 8,
+    counts: Annotated[str, typer.Option(help="Callers at once, one burst each.")] = ",".join(
+        map(str, COUNTS)
+    ),
+    create: Annotated[
+        bool, typer.Option("--create", help="CreateGeneration instead of a detached Generate.")
+    ] = False,
+    paced: Annotated[int, typer.Option(help="Callers of the steady rate; 0: without.")] = 500,
+    rate: Annotated[float, typer.Option(help="Their calls a second.")] = 1000.0,
+    open_streams: Annotated[int, typer.Option(help="Streams kept open; 0: without.")] = 2000,
+    out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
+        "bench/results/admission/after.json"
+    ),
+) -> None:
+    """The door under load: accepted a second, times to accepted, stalls, memory of a stream."""
+    if not (tree / "hocket/cli.py").exists():
+        raise typer.BadParameter(f"no source tree of Hocket: {tree}")
+    sizes = [int(text) for text in counts.split(",") if text]
+    found = asyncio.run(
+        _measure(tree.resolve(), workers, sizes, create, (paced, rate), open_streams)
+    )
+    method = "CreateGeneration" if create else "Generate, detached"
+    told = {"machine": machine_kind(), "workers": workers, "method": method, **found}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(msgspec.json.format(msgspec.json.encode(told), indent=2) + b"\n")
+    console.print(_table(found["bursts"]))
+    if found["streams"] is not None:
+        console.print(found["streams"])
+    console.print(f"written to {out}")
+
+
+async def _measure(
+    tree: Path,
+    workers: int,
+    sizes: list[int],
+    create: bool,
+    steady: tuple[int, float],
+    open_streams: int,
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for count in sizes:
+        console.print(f"{count} at once")
+        async with _door(tree, workers, 50_000, create) as (mesh, at):
+            await callers.burst(at, 3, _DEADLINE_S)  # first calls are slow ones
+            whole = Burst(count)
+            async with callers.probed(_services(mesh), whole.stalls_ms):
+                for _ in range(_REPEATS.get(count, 1)):
+                    one = await callers.burst(at, count, _DEADLINE_S)
+                    whole.took_ms += one.took_ms
+                    whole.span_s += one.span_s
+                    whole.refused += one.refused
+        rows.append(_row(f"{count} at once", whole))
+    if steady[0]:
+        console.print(f"{steady[0]} callers, {steady[1]:g} calls a second")
+        async with _door(tree, workers, 1_000, create) as (mesh, at):
+            await callers.burst(at, 3, _DEADLINE_S)
+            stalls: dict[str, list[float]] = {}
+            async with callers.probed(_services(mesh), stalls):
+                run = await callers.paced(at, *steady, seconds=10.0)
+            run.stalls_ms = stalls
+        rows.append(_row(f"{steady[0]} callers, {steady[1]:g}/s", run))
+    stayed = None
+    if open_streams:
+        console.print(f"{open_streams} open streams")
+        async with _door(tree, workers, 1_000_000, False) as (mesh, at):
+            stayed = await streams.measure(at, mesh, open_streams, limit_s=150.0)
+    return {"bursts": rows, "streams": stayed}
+
+
+@asynccontextmanager
+async def _door(
+    tree: Path, workers: int, step_us: int, create: bool
+) -> AsyncIterator[tuple[Started, Doors]]:
+    async with (
+        emulated_mesh(tree, workers, step_us) as mesh,
+        callers.doors(mesh.gateway, create) as at,
+    ):
+        yield mesh, at
+
+
+def _services(mesh: Started) -> dict[str, str]:
+    return {"gateway": mesh.gateway, "control": mesh.control}
+
+
+def _row(name: str, run: Burst) -> dict[str, Any]:
+    accepted = len(run.took_ms)
+    return {
+        "callers": name,
+        "accepted": accepted,
+        "refused": dict(_short(run.refused)),
+        "accepted_a_second": round(accepted / run.span_s, 1) if run.span_s else 0.0,
+        "to_accepted_ms": _quantiles(run.took_ms),
+        "health_answer_ms": {name: _quantiles(run.stalls_ms[name]) for name in run.stalls_ms},
+    }
+
+
+def _short(refused: Counter[str]) -> Counter[str]:
+    return Counter(dict(refused.most_common(5)))
+
+
+def _quantiles(values: list[float]) -> dict[str, float]:
+    """p50, p99 and max, by order statistics."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    picks = {"p50": ordered[round(0.5 * last)], "p99": ordered[round(0.99 * last)]}
+    return {name: round(value, 2) for name, value in {**picks, "max": ordered[-1]}.items()}
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        "callers", "accepted", "refused", "a second", "p50 ms", "p99 ms", "stall p99 gateway",
+        "stall p99 control",
+    )  # fmt: skip
+    for row in rows:
+        took, stalls = row["to_accepted_ms"], row["health_answer_ms"]
+        table.add_row(
+            row["callers"],
+            str(row["accepted"]),
+            "; ".join(f"{count} {why}" for why, count in row["refused"].items()) or "none",
+            f"{row['accepted_a_second']:g}",
+            f"{took.get('p50', 0):g}",
+            f"{took.get('p99', 0):g}",
+            f"{stalls.get('gateway', {}).get('p99', 0):g}",
+            f"{stalls.get('control', {}).get('p99', 0):g}",
+        )
+    return table

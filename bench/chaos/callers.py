@@ -1,0 +1,188 @@
+"""Callers over the public API: they name their request by a key and come back when a stream breaks.
+
+A caller begins at one gateway; when its stream breaks it asks the next one, with the same key. What
+it sees goes into the history.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from bench.chaos import wishes
+from bench.chaos.history import CANCELLED, FAILED, FINISHED, GIVEN_UP, QUIT, History, Story
+from bench.chaos.pictures import compare
+from bench.chaos.wishes import Call
+from hocket.client import HocketClient
+from hocket.errors import CallFailed, HocketError, NotReady, Refused, RequestFailed
+from hocket.v1.generation_pb2 import Accepted, Finished, GenerateRequest, MediaChunk, Progress
+
+_AGAIN_S = 0.1
+_CALL_S = 20.0  # of one Cancel
+_BROKEN = ("UNAVAILABLE", "CANCELLED", "UNKNOWN", "INTERNAL", "DATA_LOSS", "ABORTED")
+
+
+@dataclass
+class Gateway:
+    """A door and its name among the processes."""
+
+    name: str
+    client: HocketClient
+
+
+@dataclass
+class Callers:
+    """What all callers share."""
+
+    gateways: Sequence[Gateway]
+    history: History
+    now_s: Callable[[], float]  # since the load began
+    references: Mapping[str, bytes]  # by wish
+    exact: bool  # files have to be byte-equal
+    limit_s: float  # after which a patient caller gives up
+
+    async def run(self, call: Call) -> None:
+        """One errand, from the first call to its end; never raises for what the mesh does."""
+        story = Story(call.key, call.behaviour, self.now_s())
+        self.history.stories[call.key] = story
+        doors = [*self.gateways]
+        turn = int(call.gateway * len(doors))
+        doors = doors[turn:] + doors[:turn]
+        try:
+            async with asyncio.timeout(self.limit_s):
+                await self._behave(call, story, doors)
+        except TimeoutError:
+            self._end(story, GIVEN_UP, story.problem or "no end was told in time")
+
+    async def _behave(self, call: Call, story: Story, doors: list[Gateway]) -> None:
+        if call.behaviour == wishes.PATIENT:
+            await self._follow(call, story, doors)
+        elif call.behaviour == wishes.DETACHED:
+            await self._follow(call, story, doors, until_accepted=True)
+            await asyncio.sleep(call.patience_s)
+            if not story.ended:
+                await self._follow(call, story, doors[::-1])
+        elif call.behaviour == wishes.QUITTER:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(call.patience_s):
+                    await self._follow(call, story, doors)
+            if not story.ended:
+                self._end(story, QUIT)
+        else:
+            following = asyncio.ensure_future(self._follow(call, story, doors))
+            try:
+                await asyncio.wait([following], timeout=call.patience_s)
+                while not following.done():
+                    await self._cancel(story, doors)
+                    await asyncio.wait([following], timeout=1.0)
+                await following
+            finally:
+                following.cancel()
+
+    async def _follow(
+        self, call: Call, story: Story, doors: list[Gateway], *, until_accepted: bool = False
+    ) -> None:
+        """Follows a request to its end (or acceptance), through one gateway after the other."""
+        wanted = call.wish.asked(
+            call.key,
+            detached=call.behaviour == wishes.DETACHED,
+            deadline_s=call.deadline_s,
+        )
+        turn = 0
+        while not story.ended:
+            door = doors[turn % len(doors)]
+            story.gateway = door.name
+            turn += 1
+            try:
+                if await self._listen(door, wanted, call, story, until_accepted):
+                    return
+                story.problem = "a stream ended without an end"
+            except HocketError as error:
+                if not self._goes_on(story, error):
+                    return
+            story.breaks += 1
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _listen(
+        self,
+        door: Gateway,
+        wanted: GenerateRequest,
+        call: Call,
+        story: Story,
+        until_accepted: bool,
+    ) -> bool:
+        """Reads one stream; whether it came to what was waited for."""
+        media = bytearray()
+        finishes = 0
+        events = door.client.generate(wanted)
+        try:
+            async for event in events:
+                match event:
+                    case Accepted(request_id=request_id):
+                        self._accepted(story, request_id)
+                        if until_accepted:
+                            return True
+                    case Progress(workers=workers):
+                        story.workers = tuple(workers)
+                        self.history.progress_s[story.key].append(self.now_s())
+                    case MediaChunk(data=data):
+                        media += data
+                    case Finished():
+                        finishes += 1
+        finally:
+            await events.aclose()
+        if not finishes:
+            return False
+        story.finishes = max(story.finishes, finishes)
+        reference = self.references.get(call.wish.name)
+        if reference is not None:
+            compared = asyncio.to_thread(compare, bytes(media), reference, exact=self.exact)
+            story.picture = await compared
+        self._end(story, FINISHED)
+        return True
+
+    def _accepted(self, story: Story, request_id: str) -> None:
+        if story.accepted_s is None:
+            story.accepted_s = self.now_s()
+        if request_id not in story.ids:
+            story.ids.append(request_id)
+
+    def _goes_on(self, story: Story, error: HocketError) -> bool:
+        """Whether asking again can help; otherwise the story has ended."""
+        story.problem = f"{error.reason}: {error}"
+        if isinstance(error, NotReady):
+            return True
+        if isinstance(error, CallFailed) and error.code in _BROKEN:
+            return True
+        if isinstance(error, Refused) and story.accepted_s is None:
+            story.refusals.append(error.reason)
+            return True
+        cancelled = isinstance(error, RequestFailed) and error.why == "CANCELLED"
+        self._end(story, CANCELLED if cancelled else FAILED, story.problem)
+        return False
+
+    async def _cancel(self, story: Story, doors: list[Gateway]) -> None:
+        """One try; its answer does not matter, the stream tells the end."""
+        if not story.ids:
+            return
+        with suppress(HocketError, TimeoutError):
+            async with asyncio.timeout(_CALL_S):
+                await doors[-1].client.cancel(story.ids[-1])
+
+    def _end(self, story: Story, how: str, problem: str = "") -> None:
+        story.ended, story.ended_s = how, self.now_s()
+        if problem:
+            story.problem = problem
+
+
+async def reference_files(
+    gateway: Gateway, wanted: Sequence[wishes.Wish], seed: int
+) -> dict[str, bytes]:
+    """The undisturbed file of every wish, made one after the other."""
+    found: dict[str, bytes] = {}
+    for wish in wanted:
+        request = wish.asked(f"reference-{seed}-{wish.name}")
+        found[wish.name], _ = await gateway.client.generate_media(request)
+    return found

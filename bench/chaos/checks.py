@@ -1,0 +1,111 @@
+"""What must hold when a run is over. Each check gives the violations that it found, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from bench.chaos import wishes
+from bench.chaos.history import CANCELLED, FAILED, FINISHED, GIVEN_UP, History, Story
+
+OPEN = "open"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the cluster has written down about one request."""
+
+    request_id: str
+    state: str  # OPEN, FINISHED, CANCELLED or FAILED
+    key: str = ""
+    endings: int = 1  # how often it was ended; 0 while it is open
+
+
+@dataclass
+class Leftovers:
+    """What was there before the load and after it, by name."""
+
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
+    growth_max: dict[str, float] = field(default_factory=dict)  # allowed, by name; absent: 0
+
+
+def all_checks(history: History, written: Iterable[Written], leftovers: Leftovers) -> list[str]:
+    """Every violation."""
+    known = list(written)
+    found = [v for story in history.stories.values() for v in told_well(story)]
+    found += accepted_is_ended(history, known)
+    found += nothing_for_nobody(history, known)
+    found += nothing_left(leftovers)
+    return found
+
+
+def told_well(story: Story) -> list[str]:
+    """One call's view: one request, one end, and the right file."""
+    name = f"{story.behaviour} {story.key}"
+    found = []
+    if len(story.ids) > 1:
+        found.append(f"{name}: doubled, one key had the requests {', '.join(story.ids)}")
+    if not story.ended:
+        found.append(f"{name}: lost, it never ended")
+    if story.ended == GIVEN_UP:
+        found.append(f"{name}: lost, its caller gave up waiting: {story.problem}")
+    if story.ended == FAILED:
+        found.append(f"{name}: failed: {story.problem}")
+    if story.ended == CANCELLED and story.behaviour not in (wishes.CANCELLER, wishes.QUITTER):
+        found.append(f"{name}: cancelled, and nobody had asked for it")
+    if story.finishes > 1:
+        found.append(f"{name}: told {story.finishes} times that it has finished")
+    if story.ended == FINISHED and story.picture not in ("equal", "within a level"):
+        found.append(f"{name}: its file is {story.picture or 'missing'}")
+    return found
+
+
+def accepted_is_ended(history: History, written: list[Written]) -> list[str]:
+    """What was accepted is written down, and has ended, once."""
+    found = []
+    records = {one.request_id: one for one in written}
+    for story in history.stories.values():
+        for request_id in story.ids:
+            if request_id not in records:
+                found.append(f"{story.key}: accepted as {request_id}, written down nowhere")
+            elif story.ended == FINISHED and records[request_id].state != FINISHED:
+                state = records[request_id].state
+                found.append(f"{story.key}: finished for its caller, written down as {state}")
+    found += [f"{one.request_id}: still open" for one in written if one.state == OPEN]
+    found += [
+        f"{one.request_id}: ended {one.endings} times"
+        for one in written
+        if one.state != OPEN and one.endings != 1
+    ]
+    return found
+
+
+def nothing_for_nobody(history: History, written: list[Written]) -> list[str]:
+    """No request that no caller knows has run to its end; no key has two requests."""
+    seen = {request_id for story in history.stories.values() for request_id in story.ids}
+    found = [
+        f"{one.request_id}: made for nobody (key {one.key or 'unknown'})"
+        for one in written
+        if one.state == FINISHED and one.request_id not in seen
+    ]
+    keys = Counter(one.key for one in written if one.key)
+    return found + [f"{key}: {count} requests" for key, count in keys.items() if count > 1]
+
+
+def nothing_left(leftovers: Leftovers) -> list[str]:
+    """What is counted has come back to what it was, or grew by no more than is allowed."""
+    found = []
+    for name, after in leftovers.after.items():
+        before = leftovers.before.get(name, 0)
+        most = before + leftovers.growth_max.get(name, 0)
+        if after > most:
+            found.append(f"left over: {name} {before:g} before, {after:g} after (at most {most:g})")
+    return found
+
+
+def ends(history: History) -> Mapping[str, int]:
+    """Calls by behaviour and end."""
+    stories = history.stories.values()
+    return dict(sorted(Counter(f"{s.behaviour}: {s.ended or 'open'}" for s in stories).items()))

@@ -1,0 +1,95 @@
+"""What callers want, and how they behave: drawn by the seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from hocket.client import request
+from hocket.v1.generation_pb2 import GenerateRequest
+
+PATIENT = "patient"  # follows to the end, through whatever gateway answers
+DETACHED = "detached"  # goes after the acceptance, comes back later for the result
+QUITTER = "quitter"  # hangs up in the middle
+CANCELLER = "canceller"  # calls Cancel in the middle
+_BEHAVIOURS = (PATIENT,) * 12 + (DETACHED,) * 4 + (QUITTER,) * 2 + (CANCELLER,) * 2
+PICTURES, CLIPS = "hocket-emoji", "hocket-emoji-motion"
+_PROMPTS = ("a fox on a green background", "a red apple", "a sleeping cat", "a lighthouse at night")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One thing to make. Equal wishes give equal files."""
+
+    name: str
+    model: str
+    prompt: str
+    side: int
+    frames: int
+    steps: int
+    seed: int
+
+    def asked(
+        self, key: str, *, detached: bool = False, deadline_s: float = 0.0
+    ) -> GenerateRequest:
+        """The call, by which a caller finds its request again: the same key, the same wish."""
+        return request(
+            self.prompt,
+            model=self.model,
+            shape=(self.side, self.side),
+            frames=self.frames,
+            steps=self.steps,
+            seed=self.seed,
+            idempotency_key=key,
+            detached=detached,
+            deadline_s=deadline_s,
+            tenant="chaos",
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One caller's errand."""
+
+    number: int
+    key: str
+    wish: Wish
+    behaviour: str
+    gateway: float  # [0, 1): through which of them it begins
+    patience_s: float  # after which a quitter hangs up, a canceller cancels, a detached one returns
+    deadline_s: float  # 0: none
+
+
+def catalogue(sizes: tuple[int, int], steps: int) -> tuple[Wish, ...]:
+    """Pictures of two sizes and clips, each with its own seed."""
+    small, large = sizes
+    found = []
+    for number, prompt in enumerate(_PROMPTS):
+        found.append(Wish(f"p{small}-{number}", PICTURES, prompt, small, 1, 2 * steps, number))
+        found.append(Wish(f"p{large}-{number}", PICTURES, prompt, large, 1, steps, 50 + number))
+    for number in range(2):
+        prompt = f"{_PROMPTS[number]}, moving"
+        found.append(Wish(f"clip-{number}", CLIPS, prompt, small, 16, steps, 90 + number))
+    return tuple(found)
+
+
+class Errands:
+    """An endless row of calls; the same seed gives the same row."""
+
+    def __init__(self, seed: int, wishes: tuple[Wish, ...]) -> None:
+        self._seed, self._wishes = seed, wishes
+        self._dice = random.Random(f"errands-{seed}")
+        self._number = 0
+
+    def next(self) -> Call:
+        dice, number = self._dice, self._number
+        self._number += 1
+        return Call(
+            number=number,
+            key=f"chaos-{self._seed}-{number}",
+            wish=dice.choice(self._wishes),
+            behaviour=dice.choice(_BEHAVIOURS),
+            gateway=dice.random(),
+            patience_s=dice.uniform(0.2, 4.0),
+            deadline_s=dice.choice((0.0, 0.0, 30.0)),
+        )
