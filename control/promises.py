@@ -333,7 +333,8 @@ async def _write_fences(
     owners = {subject: _fence(entry).owner for subject, entry in known.items()}
     if owners.get(names[0]) != fence.owner:  # of two new leaders only one has the first lane
         if fence.owner in owners.values():
-            raise Deposed(fence.term, _fence(known[names[0]]).term)
+            by = max(_fence(entry).term for entry in known.values())
+            raise Deposed(fence.term, by)
         fence.term = max(fence.term, 1 + max((_fence(f).term for f in known.values()), default=0))
         await write(names[0])
         return None

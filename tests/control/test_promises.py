@@ -58,7 +58,7 @@ async def test_two_new_leaders_at_once_have_two_terms(bus: Bus, subjects: Subjec
         *(taken(stream, subjects, 5) for _ in range(6)), return_exceptions=True
     )
     taking = [promises for promises in found if isinstance(promises, Promises)]
-    assert taking and len(taking) + sum(isinstance(f, Deposed) for f in found) == 6
+    assert taking and len(taking) + sum(isinstance(f, Deposed) for f in found) == 6, found
     assert len({promises.term for promises in taking}) == len(taking)
     assert [await promises.is_ours() for promises in taking].count(True) == 1
 
