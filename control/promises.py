@@ -59,8 +59,8 @@ class Deposed(HocketError):
     by: int  # term that owns the stream, or that workers follow; 0: nobody's
 
     def __str__(self) -> str:
-        who = f"term {self.by}" if self.by else "another replica"
-        return f"term {self.term} is over: {who} leads"
+        who = f"term {self.by} leads" if self.by else "its Fence is not the newest"
+        return f"term {self.term} is over: {who}"
 
 
 async def open_stream(bus: Bus, subjects: Subjects, bytes_max: int = 0, replicas: int = 1) -> Log:
@@ -261,11 +261,15 @@ class Promises:
         return found is not None and found.sequence == lane.guard.sequence
 
     async def _wait_for_broker(self, answers: int) -> None:
-        """Returns once the broker has answered since; of many who wait one asks."""
+        """Returns once the broker has answered since; of many who wait one asks.
+
+        Raises Deposed when it came back without its store.
+        """
         async with self._probing:
             while self._answers == answers:
                 try:
-                    await self._log.last_sequence()
+                    if await self._log.last_sequence() < self.fence.sequence:
+                        raise Deposed(self.term, 0)
                     self._answers += 1
                 except BrokerUnavailable:
                     await self._clock.sleep_until(self._clock.now_us() + _AGAIN_US)
