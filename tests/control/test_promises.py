@@ -21,8 +21,12 @@ WAIT_S = 30.0
 TRY_S = 0.2  # an append that is not answered for so long is tried again
 
 
-async def taken(stream: Log, subjects: Subjects, term: int, **bounds: float) -> Promises:
-    return await Promises.take(stream, subjects, term, SystemClock(), **bounds)  # type: ignore[arg-type]
+async def taken(
+    stream: Log, subjects: Subjects, term: int, retention_s: float = 600.0, ended_max: int = 1000
+) -> Promises:
+    return await Promises.take(
+        stream, subjects, term, SystemClock(), retention_s=retention_s, ended_max=ended_max
+    )
 
 
 async def book_of(stream: Log, subjects: Subjects) -> Book:
