@@ -8,7 +8,6 @@ has no OpenTelemetry instrumentation, so trace context travels inside the messag
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -89,16 +88,13 @@ class Bus:
 
     @classmethod
     async def connect(cls, url: str, name: str, timeout_s: float = 10.0) -> Bus:
-        """Connects; raises BrokerUnavailable with the URL when none answers in `timeout_s`.
-
-        `url` names one broker, or those of a cluster with commas between.
-        """
+        """Connects; raises BrokerUnavailable with the URL when none answers in `timeout_s`."""
         await _wait_for_port(url, timeout_s)
         client = Client()
         bus = cls(client)
         try:
             await client.connect(
-                url.split(","),
+                url,
                 name=name,
                 reconnect_time_wait=_RECONNECT_WAIT_S,
                 max_reconnect_attempts=-1,
@@ -266,12 +262,12 @@ class Feed(Generic[M]):
 async def _wait_for_port(url: str, timeout_s: float) -> None:
     # nats-py waits seconds and logs a traceback when the server is not up yet; a probe is quicker
     # and quiet.
-    doors = [urlsplit(one if "//" in one else f"nats://{one}") for one in url.split(",")]
+    parts = urlsplit(url if "//" in url else f"nats://{url}")
+    host, port = parts.hostname or "127.0.0.1", parts.port or 4222
     cause = "no answer"
     try:
         async with asyncio.timeout(timeout_s):
-            for parts in itertools.cycle(doors):
-                host, port = parts.hostname or "127.0.0.1", parts.port or 4222
+            while True:
                 try:
                     _, writer = await asyncio.open_connection(host, port)
                     break
