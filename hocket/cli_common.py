@@ -20,6 +20,7 @@ from hocket.errors import (
     HocketError,
     InvalidRequest,
     NoMesh,
+    NotReady,
     WrongConfig,
     from_rpc_error,
 )
@@ -136,7 +137,7 @@ async def _leading(state_dir: Path) -> str:
                     return one.address
             except grpc.aio.AioRpcError:
                 continue  # stands by, or is about to end
-    raise MeshStopped(f"none of the {len(known)} control replicas here leads at the moment")
+    raise NotReady(f"none of the {len(known)} control replicas here leads at the moment")
 
 
 def _announced(state_dir: Path, service: str, option: str) -> str:

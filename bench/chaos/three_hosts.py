@@ -30,7 +30,7 @@ from hocket.broker import nats_server_binary
 from hocket.errors import MeshStopped
 
 console = Console(highlight=False, soft_wrap=True)
-_READY_S = 180.0
+_READY_S = 90.0
 _PLAY_S = 170.0
 _PARTITION_S = 8.0
 _PAUSE_S = 0.5
