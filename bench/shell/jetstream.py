@@ -1,0 +1,239 @@
+"""The part of nats-py's JetStream surface that the shell uses, over a simulated broker."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+import nats.errors
+from nats.js.api import StreamConfig
+from nats.js.errors import APIError, KeyWrongLastSequenceError, NotFoundError
+
+from .broker import Message, Stream, WrongLast, matches
+from .client import Client, Received
+
+_WRONG_LAST = 10071
+_MESSAGE_ID = "Nats-Msg-Id"
+_AFTER = "Nats-Expected-Last-Sequence"
+_AFTER_ON_SUBJECT = "Nats-Expected-Last-Subject-Sequence"
+_TTL = "Nats-TTL"
+
+
+@dataclass(frozen=True)
+class Acknowledged:
+    """The broker has stored a message."""
+
+    stream: str
+    seq: int
+    duplicate: bool = False
+
+
+class JetStream:
+    """Streams, buckets and objects of one client."""
+
+    def __init__(self, client: Client, timeout_s: float) -> None:
+        self._client = client
+        self._timeout_s = timeout_s
+
+    async def add_stream(self, config: StreamConfig | None = None, **_: Any) -> None:
+        assert config is not None and config.name is not None
+        name, subjects = config.name, tuple(config.subjects or ())
+        one = config.max_msgs_per_subject == 1
+        await self._ask(lambda: void(self._client.broker.stream(name, subjects, one)))
+
+    async def stream_info(self, name: str, subjects_filter: str | None = None) -> Any:
+        def info() -> Any:
+            stream = self._stream(name)
+            pattern = (subjects_filter or ">").split(".")
+            subjects = {s: 1 for s in stream.newest if matches(pattern, s)}
+            state = SimpleNamespace(subjects=subjects, last_seq=stream.last)
+            return SimpleNamespace(state=state)
+
+        return await self._ask(info)
+
+    async def publish(
+        self,
+        subject: str,
+        payload: bytes = b"",
+        timeout: float | None = None,
+        stream: str | None = None,
+        headers: Mapping[str, Any] | None = None,
+        msg_ttl: float | None = None,
+    ) -> Acknowledged:
+        head = headers or {}
+
+        def store() -> Acknowledged:
+            name, found = self._stream_of(subject)
+            known = found.ids.get(head.get(_MESSAGE_ID, ""))
+            if known is not None:
+                return Acknowledged(name, known, duplicate=True)
+            try:
+                message = self._client.broker.append(
+                    found,
+                    subject,
+                    payload,
+                    after=_number(head, _AFTER),
+                    after_on_subject=_number(head, _AFTER_ON_SUBJECT),
+                    ttl_us=_ttl_us(head, msg_ttl),
+                )
+            except WrongLast as error:
+                raise _api_error(400, _WRONG_LAST, f"wrong last sequence: {error.last}") from error
+            if _MESSAGE_ID in head:
+                found.ids[head[_MESSAGE_ID]] = message.sequence
+            return Acknowledged(name, message.sequence)
+
+        if len(payload) > self._client.max_payload:
+            raise nats.errors.MaxPayloadError
+        timeout_s = self._timeout_s if timeout is None else timeout
+        answer: Acknowledged = await self._client.ask(store, timeout_s, stores=True)
+        return answer
+
+    async def subscribe(self, subject: str, *, stream: str, **_: Any) -> Reader:
+        """An ordered consumer from the first message on."""
+        pattern = subject.split(".")
+        found: list[Message] = await self._ask(
+            lambda: [
+                m for m in self._stream(stream).messages.values() if matches(pattern, m.subject)
+            ]
+        )
+        return Reader(self._client, found)
+
+    async def create_key_value(self, config: Any = None, **options: Any) -> Bucket:
+        name = options["bucket"] if config is None else config.bucket
+        stream, subjects = f"KV_{name}", (f"$KV.{name}.>",)
+        await self._ask(lambda: void(self._client.broker.stream(stream, subjects, True)))
+        return Bucket(self, self._client, name)
+
+    async def key_value(self, name: str) -> Bucket:
+        await self._ask(lambda: void(self._stream(f"KV_{name}")))
+        return Bucket(self, self._client, name)
+
+    async def object_store(self, name: str) -> Objects:
+        await self._ask(lambda: void(self._stream(f"OBJ_{name}")))
+        return Objects(self, self._client, name)
+
+    async def create_object_store(self, name: str, config: Any = None) -> Objects:
+        await self._ask(lambda: void(self._client.broker.stream(f"OBJ_{name}", (), True)))
+        return Objects(self, self._client, name)
+
+    async def _ask(self, work: Callable[[], Any]) -> Any:
+        return await self._client.ask(work, self._timeout_s)
+
+    def _stream(self, name: str) -> Stream:
+        try:
+            return self._client.broker.streams[name]
+        except KeyError:
+            raise NotFoundError(code=404, description=f"no stream {name}") from None
+
+    def _stream_of(self, subject: str) -> tuple[str, Stream]:
+        for name, stream in self._client.broker.streams.items():
+            if any(matches(p.split("."), subject) for p in stream.subjects):
+                return name, stream
+        raise NotFoundError(code=404, description=f"no stream for {subject}")
+
+
+class Reader:
+    """Messages that were there at the call, oldest first."""
+
+    def __init__(self, client: Client, found: list[Message]) -> None:
+        self._client = client
+        self._left = list(reversed(found))
+
+    async def next_msg(self, timeout: float = 1.0) -> Any:
+        if not self._left:
+            raise nats.errors.TimeoutError
+        message = self._left.pop()
+        received: Any = Received(self._client, message)
+        stamp = datetime.datetime.fromtimestamp(message.unix_us / 1e6, datetime.UTC)
+        received.metadata = SimpleNamespace(timestamp=stamp, num_pending=len(self._left))
+        return received
+
+    async def unsubscribe(self) -> None:
+        self._left.clear()
+
+
+class Bucket:
+    """A key-value bucket."""
+
+    def __init__(self, jetstream: JetStream, client: Client, name: str) -> None:
+        self._jetstream = jetstream
+        self._client = client
+        self._name = name
+
+    async def get(self, key: str) -> Any:
+        message = await self._jetstream._ask(lambda: self._stream().get(self._subject(key)))
+        if message is None:
+            raise NotFoundError(code=404, description=f"no key {key}")
+        return SimpleNamespace(key=key, value=message.data, revision=message.sequence)
+
+    async def put(self, key: str, value: bytes) -> int:
+        return await self._write(key, value, None)
+
+    async def update(self, key: str, value: bytes, last: int | None = None) -> int:
+        return await self._write(key, value, last or 0)
+
+    async def _write(self, key: str, value: bytes, last: int | None) -> int:
+        def write() -> int:
+            broker = self._client.broker
+            stream, subject = self._stream(), self._subject(key)
+            try:
+                return broker.append(stream, subject, value, after_on_subject=last).sequence
+            except WrongLast as error:
+                raise KeyWrongLastSequenceError(
+                    code=400, err_code=_WRONG_LAST, description=str(error)
+                ) from error
+
+        revision: int = await self._client.ask(write, 5.0, stores=True)
+        return revision
+
+    def _stream(self) -> Stream:
+        return self._client.broker.streams[f"KV_{self._name}"]
+
+    def _subject(self, key: str) -> str:
+        return f"$KV.{self._name}.{key}"
+
+
+class Objects:
+    """An object store, whose objects come and go whole."""
+
+    def __init__(self, jetstream: JetStream, client: Client, name: str) -> None:
+        self._jetstream = jetstream
+        self._client = client
+        self._name = name
+
+    async def put(self, name: str, content: BinaryIO | bytes) -> None:
+        whole = content if isinstance(content, bytes) else content.read()
+        broker = self._client.broker
+        stream = broker.streams[f"OBJ_{self._name}"]
+        await self._client.ask(lambda: void(broker.append(stream, name, whole)), 5.0, stores=True)
+
+    async def get(self, name: str, writeinto: BinaryIO | None = None, **_: object) -> Any:
+        stream = self._client.broker.streams[f"OBJ_{self._name}"]
+        message = await self._jetstream._ask(lambda: stream.get(name))
+        if message is None:
+            raise NotFoundError(code=404, description=f"no object {name}")
+        if writeinto is not None:
+            writeinto.write(message.data)
+        return SimpleNamespace(data=message.data, info=SimpleNamespace(size=len(message.data)))
+
+
+def _number(head: Mapping[str, Any], name: str) -> int | None:
+    return int(head[name]) if name in head else None
+
+
+def _ttl_us(head: Mapping[str, Any], ttl_s: float | None) -> int:
+    if ttl_s:
+        return round(ttl_s * 1e6)
+    text = str(head.get(_TTL, "0")).removesuffix("s")
+    return round(float(text) * 1e6)
+
+
+def _api_error(code: int, err_code: int, description: str) -> APIError:
+    return APIError(code=code, err_code=err_code, description=description)
+
+
+def void(_: object) -> None:
+    """Takes a result that nobody wants."""

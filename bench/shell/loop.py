@@ -1,0 +1,267 @@
+"""An asyncio event loop in simulated time, shared by simulated processes.
+
+    nothing is ready  ──▶  time jumps to the earliest timer  ──▶  what was due is ready, in order
+
+A process is a context variable: every task and callback that a process starts carries it, so that a
+process can be stopped (its callbacks wait, as under SIGSTOP) and killed (its tasks are cancelled
+and nothing that it does reaches anybody any more). Nothing here reads a clock or draws a number, so
+a run is a function of what is put in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import weakref
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Executor
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_SWEEPS = 50  # so often the tasks of a killed process are cancelled before they count as immortal
+_CALLBACKS_AN_INSTANT = 500_000  # more than that without time going on: the run never ends
+_current: ContextVar[Process | None] = ContextVar("process", default=None)
+
+
+class Deadlock(RuntimeError):
+    """Nothing is ready and nothing will ever be: whoever still waits, waits in vain."""
+
+
+class TimeStandsStill(RuntimeError):
+    """Callbacks go on calling each other without any simulated time going by."""
+
+
+class Process:
+    """What shares one fate. Made by `SimulatedLoop.process`."""
+
+    def __init__(self, loop: SimulatedLoop, name: str) -> None:
+        self.name = name
+        self.loop = loop
+        self.stopped = False
+        self.dead = False
+        self.errors: list[tuple[str, BaseException]] = []  # of tasks that nobody looked at
+        self._held: list[asyncio.Handle] = []
+        self._tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+        self._order = itertools.count()
+        self._numbers: weakref.WeakKeyDictionary[asyncio.Task[Any], int] = (
+            weakref.WeakKeyDictionary()
+        )
+        self.at_death: list[Callable[[], None]] = []  # what cuts its links; called once
+        self.on_terminate: Callable[[], object] = _nothing  # SIGTERM
+        self.context = copy_context()
+        self.context.run(_current.set, self)
+
+    def start(self, work: Coroutine[Any, Any, T], name: str = "") -> asyncio.Task[T]:
+        """Runs a coroutine inside the process."""
+        return self.loop.create_task(work, name=name or None, context=self.context.copy())
+
+    def call(self, callback: Callable[..., object], *args: object) -> None:
+        """Calls something inside the process, at this instant."""
+        self.loop.call_soon(callback, *args, context=self.context)
+
+    def stop(self) -> None:
+        """SIGSTOP: no callback runs until `resume`."""
+        self.stopped = True
+
+    def resume(self) -> None:
+        """SIGCONT: what had become ready meanwhile runs first, in its order."""
+        self.stopped = False
+        held, self._held = self._held, []
+        self.loop.ready(held)
+
+    async def kill(self) -> int:
+        """SIGKILL: links are cut first, so that nothing of the clean-up is seen by others. Returns
+        how many tasks refused to end.
+        """
+        if self.dead:
+            return 0
+        self.dead = True
+        for cut in self.at_death:
+            cut()
+        self.resume()
+        return await self.cancel_all()
+
+    async def cancel_all(self) -> int:
+        """Cancels every task; returns how many refused to end."""
+        me = asyncio.current_task()
+        for _ in range(_SWEEPS):
+            left = [t for t in self.tasks() if t is not me]
+            if not left:
+                return 0
+            for task in left:
+                task.cancel()
+            for _ in range(3):
+                await asyncio.sleep(0)
+        return len([t for t in self.tasks() if t is not me])
+
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        """Its tasks that are not over, oldest first."""
+        running = [t for t in self._tasks if not t.done()]
+        return sorted(running, key=lambda task: self._numbers[task])
+
+    def adopt(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.add(task)
+        self._numbers[task] = next(self._order)
+
+    def hold(self, handle: asyncio.Handle) -> None:
+        self._held.append(handle)
+
+
+def current_process() -> Process | None:
+    """The process whose code is running."""
+    return _current.get()
+
+
+class SimulatedLoop(asyncio.BaseEventLoop):
+    """Runs simulated processes until told to stop. `now_us` is the only time there is."""
+
+    def __init__(self, start_us: int = 1_000_000_000) -> None:
+        super().__init__()
+        self._now = start_us / 1e6
+        self._now_us = start_us
+        self._since_time_moved = 0
+        self.callbacks = 0  # run so far
+        self.on_step: Callable[[asyncio.Task[Any]], None] | None = None
+        self.set_task_factory(_make_task)
+        self.set_exception_handler(_on_exception)
+        self.unowned: list[tuple[str, BaseException]] = []  # failures outside of any process
+
+    @property
+    def now_us(self) -> int:
+        return self._now_us
+
+    def process(self, name: str) -> Process:
+        return Process(self, name)
+
+    def ready(self, handles: list[asyncio.Handle]) -> None:
+        """Puts callbacks in front of what is ready."""
+        queue: Any = self._ready  # type: ignore[attr-defined]
+        queue.extendleft(reversed(handles))
+
+    def at_us(self, when_us: int, callback: Callable[..., object], *args: object) -> None:
+        """Calls something at an instant, outside of every process."""
+        self.call_at(when_us / 1e6, callback, *args, context=_NOBODY)
+
+    # What asyncio asks of a loop.
+
+    def time(self) -> float:
+        return self._now
+
+    def _write_to_self(self) -> None:
+        """Nobody has to be woken: there is one thread."""
+
+    def _process_events(self, event_list: object) -> None:
+        """There are no file descriptors."""
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Executor | None, func: Callable[..., T], *args: Any
+    ) -> asyncio.Future[T]:
+        """Runs at once, in the loop: simulated threads are infinitely fast."""
+        done: asyncio.Future[T] = self.create_future()
+        try:
+            done.set_result(func(*args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def _run_once(self) -> None:
+        this: Any = self
+        ready, scheduled = this._ready, this._scheduled
+        while scheduled and scheduled[0]._cancelled:
+            this._timer_cancelled_count -= 1
+            heapq.heappop(scheduled)._scheduled = False
+        if not ready and not this._stopping:
+            if not scheduled:
+                raise Deadlock(f"at {self._now_us} µs")
+            self._move_to(scheduled[0]._when)
+        while scheduled and scheduled[0]._when <= self._now:
+            handle = heapq.heappop(scheduled)
+            handle._scheduled = False
+            ready.append(handle)
+        count = len(ready)
+        self._since_time_moved += count
+        if self._since_time_moved > _CALLBACKS_AN_INSTANT:
+            raise TimeStandsStill(f"at {self._now_us} µs")
+        for _ in range(count):
+            handle = ready.popleft()
+            if handle._cancelled:
+                continue
+            owner = handle._context.get(_current)
+            if owner is not None and owner.stopped:
+                owner.hold(handle)
+                continue
+            self.callbacks += 1
+            handle._run()
+
+    def _move_to(self, when: float) -> None:
+        if when > self._now:
+            self._now, self._now_us = when, round(when * 1e6)
+            self._since_time_moved = 0
+
+
+class SimulatedClock:
+    """`hocket.clock.Clock` of one process: the loop's time, and an origin of its own."""
+
+    def __init__(self, loop: SimulatedLoop, origin_us: int = 0) -> None:
+        self._loop = loop
+        self._origin_us = origin_us
+
+    def now_us(self) -> int:
+        return self._loop.now_us - self._origin_us
+
+    async def sleep_until(self, at_us: int) -> None:
+        while at_us > self.now_us():
+            waiter: asyncio.Future[None] = self._loop.create_future()
+            timer = self._loop.call_at((at_us + self._origin_us) / 1e6, _wake, waiter)
+            try:
+                await waiter
+            finally:
+                timer.cancel()
+
+    async def settle(self) -> None:
+        await asyncio.sleep(0)
+
+
+def _nothing() -> None:
+    """A process that has not said what SIGTERM means to it."""
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _make_task(
+    loop: asyncio.AbstractEventLoop,
+    work: Coroutine[Any, Any, T] | Generator[Any, None, T],
+    context: Context | None = None,
+) -> asyncio.Task[T]:
+    task: asyncio.Task[T] = asyncio.Task(work, loop=loop, context=context)  # type: ignore[arg-type]
+    owner = context.get(_current) if context is not None else _current.get()
+    if owner is not None:
+        owner.adopt(task)
+    return task
+
+
+def _on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Failures that nobody retrieved: kept for the checks, with their process where known."""
+    assert isinstance(loop, SimulatedLoop)
+    error = context.get("exception")
+    if error is None:
+        return
+    task = context.get("task") or context.get("future")
+    owner = None
+    if isinstance(task, asyncio.Task):
+        owner = task.get_context().get(_current) if hasattr(task, "get_context") else None
+    if owner is not None and owner.dead:
+        return
+    found = (str(context.get("message")), error)
+    (owner.errors if owner is not None else loop.unowned).append(found)
+
+
+_NOBODY = Context()
