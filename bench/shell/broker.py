@@ -107,6 +107,7 @@ class Broker:
         self.connections: list[Connection] = []
         self.down = False
         self.lost = 0  # core messages that were dropped
+        self.taps: list[Callable[[Message], None]] = []  # hear every core message
         self._interests: dict[int, Interest] = {}
         self._exact: dict[str, dict[int, Interest]] = {}
         self._wild: dict[int, Interest] = {}
@@ -191,6 +192,8 @@ class Broker:
         for stream in self.streams.values():
             if any(matches(p.split("."), message.subject) for p in stream.subjects):
                 self.append(stream, message.subject, message.data)
+        for tap in self.taps:
+            tap(message)
         subject = message.subject
         inbox = subject.startswith(INBOX)
         found = list(self._exact.get(subject.rpartition(".")[0] if inbox else subject, {}).values())

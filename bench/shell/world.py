@@ -131,7 +131,7 @@ class World:
 
     def _ended(self, member: Member, process: Process, task: asyncio.Task[None]) -> None:
         error = None if task.cancelled() else task.exception()
-        if not process.dead:
+        if not process.dead and (member.wanted or error is not None):
             self.deaths.append(Death(self.now_us, member.name, error))
         if member.process is process:
             member.process = None

@@ -1,0 +1,168 @@
+"""One seed from start to verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hocket.bus import Subjects
+from hocket.v1 import journal_pb2, mesh_pb2
+
+from . import roles
+from .broker import Message
+from .callers import Callers, Story, draw_stories
+from .faults import Fault, draw_faults, inflict
+from .invariants import Entry, Problem, check, outcome_of
+from .loop import Process, SimulatedLoop
+from .runtime import installed
+from .world import World
+
+SECOND_US = 1_000_000
+_READY_US = 3 * SECOND_US  # from the start on the fleet has so long to come up
+_ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
+_SETTLE_S = 20.0  # grace, retention of a follower, a lease, a few checks
+
+
+@dataclass
+class Run:
+    """What happened."""
+
+    world: World
+    stories: list[Story]
+    faults: list[Fault]
+    callers: Callers
+    healed_us: int = 0
+    accepted: dict[str, list[int]] = field(default_factory=dict)  # when, by request
+    ended: dict[str, list[Entry]] = field(default_factory=dict)
+    worked_us: dict[str, int] = field(default_factory=dict)  # last report, by request
+    before: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def calm(self) -> bool:
+        return not self.faults
+
+    def ends(self, request: str) -> list[Entry]:
+        return self.ended.get(request, [])
+
+    def processes(self) -> list[Process]:
+        living = [m.process for m in self.world.members.values() if m.process is not None]
+        return [*self.world.past, *living]
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Sizes before the first request and after the last."""
+        return {name: (self.before.get(name, 0), size) for name, size in self.after.items()}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A seed's result."""
+
+    seed: int
+    faults: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    requests: int
+    callbacks: int
+    simulated_s: float
+
+
+def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
+    """Runs one seed. `kinds` restricts the faults."""
+    logging.getLogger().setLevel(logging.CRITICAL)
+    loop = SimulatedLoop()
+    asyncio.set_event_loop(loop)
+    try:
+        with tempfile.TemporaryDirectory(prefix="shell-", dir=_fast_folder()) as folder:
+            run = loop.run_until_complete(_play(seed, loop, Path(folder), kinds))
+            problems = tuple(check(run))
+            loop.run_until_complete(run.world.shut_down())
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+    return Verdict(
+        seed=seed,
+        faults=tuple(str(fault) for fault in run.faults),
+        problems=problems,
+        requests=len(run.accepted),
+        callbacks=loop.callbacks,
+        simulated_s=loop.now_us / 1e6,
+    )
+
+
+async def _play(seed: int, loop: SimulatedLoop, folder: Path, kinds: tuple[str, ...]) -> Run:
+    rng = random.Random(seed)
+    world = World(seed, loop, folder, policy=rng.choice(("edf", "fixed-1")))
+    start_us = loop.now_us + _READY_US
+    with installed(world):
+        world.add("control-0", roles.control(0))
+        for index in range(2):
+            world.add(f"gateway-{index}", roles.gateway(index))
+        for index in range(rng.randrange(2, 5)):
+            world.add(f"w{index}", roles.worker(index))
+        hit = list(world.members)
+        stories = draw_stories(rng, rng.randrange(4, 11), start_us)
+        faults = draw_faults(rng, hit, start_us, kinds)
+        run = Run(world, stories, faults, Callers(world, stories))
+        world.broker.taps.append(_reports(run))
+        await asyncio.sleep((_READY_US - 100_000) / 1e6)
+        run.before = _sizes(world)
+        world.add("callers", run.callers.run).wanted = False
+        await inflict(world, faults)
+        run.healed_us = world.now_us
+        await world.until(lambda: run.callers.over, _ANSWER_US)
+        await asyncio.sleep(_SETTLE_S)
+        await world.kill("callers")
+        await asyncio.sleep(1.0)
+        run.after = _sizes(world)
+        _read_journal(run)
+    return run
+
+
+def _reports(run: Run) -> Callable[[Message], None]:
+    prefix = Subjects(roles.CLUSTER).report("")
+
+    def tap(message: Message) -> None:
+        if message.subject.startswith(prefix):
+            for result in mesh_pb2.StepReport.FromString(message.data).results:
+                run.worked_us[result.request_id] = run.world.now_us
+
+    return tap
+
+
+def _read_journal(run: Run) -> None:
+    broker = run.world.broker
+    zero_us = broker.unix_us - run.world.now_us
+    stream = broker.streams.get(Subjects(roles.CLUSTER).journal_stream)
+    for message in stream.appended if stream is not None else ():
+        entry = journal_pb2.JournalEntry.FromString(message.data)
+        at_us = message.unix_us - zero_us
+        if entry.HasField("accepted"):
+            run.accepted.setdefault(entry.accepted.submit.request_id, []).append(at_us)
+        elif entry.HasField("ended"):
+            found = Entry(at_us, outcome_of(entry.ended))
+            run.ended.setdefault(entry.ended.request_id, []).append(found)
+
+
+def _sizes(world: World) -> dict[str, int]:
+    """Everything that grows with requests, by name."""
+    sizes = {
+        "subscriptions at the broker": world.broker.subscriptions,
+        "latents on workers": sum(len(e.held()) for e in world.executors.values()),
+        "assignments on workers": sum(len(e.pending()) for e in world.executors.values()),
+        "meetings of workers": len(world.emulated.meetings),
+    }
+    for name, member in world.members.items():
+        if name != "callers" and member.process is not None:
+            sizes[f"tasks of {name}"] = len(member.process.tasks())
+    calls = [c for c in world.network.channels for _ in c.calls]
+    sizes["calls"] = len(calls)
+    return sizes
+
+
+def _fast_folder() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
