@@ -24,8 +24,15 @@ from hocket.errors import (
     UnknownRequest,
     from_rpc_error,
 )
-from hocket.v1 import generation_pb2, generation_pb2_grpc, types_pb2
+from hocket.v1 import (
+    control_pb2,
+    control_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    types_pb2,
+)
 
+from .link import BROKEN
 from .loop import Process
 from .roles import MODEL, gateway_address
 
@@ -63,6 +70,7 @@ class Story:
     over: bool = False  # it learned an end, or gave up
     lost: bool = False  # its stream broke, and it had no way back
     untyped: list[str] = field(default_factory=list)  # statuses that say nothing
+    dropped: list[str] = field(default_factory=list)  # by a gateway that lives, once accepted
 
     @property
     def key(self) -> str:
@@ -91,6 +99,7 @@ class Callers:
         self._world = world
         self.stories = stories
         self._stubs: dict[int, Stub] = {}
+        self._controls: dict[str, Stub] = {}
 
     async def run(self, world: World, process: Process) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -109,6 +118,7 @@ class Callers:
             "move": self._move,
             "cancel": self._cancel,
             "forget": self._forget,
+            "repeat": self._repeat,
         }
         await behaviours[story.behaviour](story)
         story.over = True
@@ -166,6 +176,35 @@ class Callers:
             if told.kind == "accepted":
                 return
 
+    async def _repeat(self, story: Story) -> None:
+        """Is a gateway that submits under a name of its own, cancels, and submits again."""
+        submit = control_pb2.SubmitRequest(request_id=f"own-{story.name}", request=story.wish)
+        submit.request.spec.seed = 1
+        named = control_pb2.CancelRequestRequest(request_id=submit.request_id)
+        pause = _draw(story)
+        for step in ("Submit", "CancelRequest", "Submit", "Submit"):
+            for _ in range(20):
+                stub = self._control()
+                try:
+                    if stub is not None:
+                        message = submit if step == "Submit" else named
+                        await getattr(stub, step)(message, timeout=5.0)
+                        break
+                except grpc.aio.AioRpcError:
+                    pass  # whatever it says: what counts is what is stored
+                await asyncio.sleep(0.5)
+            await asyncio.sleep(pause.choice((0.0, 0.3, 1.5)))
+        story.left_us = self._world.now_us
+
+    def _control(self) -> Stub | None:
+        address = self._world.leader_address()
+        if not address:
+            return None
+        if address not in self._controls:
+            channel = grpc.aio.insecure_channel(address)
+            self._controls[address] = control_pb2_grpc.ControlServiceStub(channel)
+        return self._controls[address]
+
     # ------------------------------------------------------------------------------------------
 
     async def _for_a_while(self, story: Story) -> None:
@@ -186,10 +225,11 @@ class Callers:
 
     async def _generate(self, story: Story) -> AsyncIterator[Told]:
         stub = self._stub(story.gateway)
-        call = stub.Generate(story.wish)
+        call, accepted = stub.Generate(story.wish), False
         try:
             async for response in call:
                 kind = response.WhichOneof("event")
+                accepted = True
                 if kind == "media":
                     continue
                 named = response.accepted.request_id if kind == "accepted" else story.request
@@ -201,6 +241,8 @@ class Callers:
             failed = self._failed(story, error, telling=True)
             if failed is not None:
                 yield failed
+            elif accepted and error.details() not in BROKEN:
+                story.dropped.append(f"{error.code().name}: {error.details()}")
 
     def _failed(self, story: Story, error: grpc.aio.AioRpcError, *, telling: bool) -> Told | None:
         """What a status tells of the request; None for "try again"."""
@@ -240,7 +282,7 @@ def draw_stories(rng: random.Random, count: int, start_us: int) -> list[Story]:
     stories: list[Story] = []
     while len(stories) < count:
         number = len(stories)
-        behaviour = rng.choice(("wait", "wait", "leave", "move", "cancel", "forget"))
+        behaviour = rng.choice(("wait", "wait", "leave", "move", "cancel", "forget", "repeat"))
         starts_us = start_us + rng.randrange(6_000_000)
         twins = 2 if behaviour == "wait" and rng.random() < 0.3 else 1
         key = f"key-{number}" if behaviour == "move" or rng.random() < 0.8 else ""

@@ -8,12 +8,14 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import roles
+
 if TYPE_CHECKING:
     from .world import World
 
 SECOND_US = 1_000_000
 _LASTS_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-_LASTS_WEIGHTS = (4, 4, 4, 4, 3, 2, 1, 1)
+_LASTS_WEIGHTS = (3, 3, 3, 3, 3, 2, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,12 @@ def draw_faults(
         target, other = rng.choice(members), ""
         if kind in ("part", "cut"):
             target, other = rng.choice(gateways), rng.choice([*controls, "callers"])
-        elif kind in ("broker stalls", "broker restarts") or kind.startswith("weather"):
+        elif kind.startswith(("broker stalls", "broker restarts", "broker freezes", "weather")):
             target = ""
+        elif kind == "usurp":
+            target = "control"
+        elif rng.random() < 0.3:
+            target = rng.choice(controls)
         at_us = start_us + rng.randrange(8 * SECOND_US)
         lasts_us = round(rng.choices(_LASTS_S, _LASTS_WEIGHTS)[0] * (0.5 + rng.random()) * 1e6)
         faults.append(Fault(at_us, kind, target, lasts_us, other))
@@ -109,6 +115,25 @@ async def _broker_restarts(world: World, fault: Fault) -> None:
     world.broker.start()
 
 
+async def _broker_freezes_and_dies(world: World, fault: Fault) -> None:
+    """What was sent to it while it stood still is lost."""
+    world.broker.stall()
+    await _last(fault)
+    world.broker.crash()
+    await asyncio.sleep(0.2)
+    world.broker.start()
+
+
+async def _usurp(world: World, fault: Fault) -> None:
+    """A further control replica comes, and stays for a while."""
+    name = f"control-{len(world.members)}"
+    world.add(name, roles.control(len(world.members)))
+    await _last(fault)
+    world.members[name].wanted = False
+    world.terminate(name)
+    await world.until(lambda: world.members[name].process is None, 10 * SECOND_US)
+
+
 async def _broker_cut(world: World, fault: Fault) -> None:
     clients = world.clients_of(fault.target)
     for client in clients:
@@ -157,6 +182,8 @@ KINDS: dict[str, Callable[[World, Fault], Coroutine[Any, Any, None]]] = {
     "stop": _stop,
     "broker stalls": _broker_stalls,
     "broker restarts": _broker_restarts,
+    "broker freezes and dies": _broker_freezes_and_dies,
+    "usurp": _usurp,
     "broker cut from": _broker_cut,
     "broker held from": _broker_held,
     "part": _part,

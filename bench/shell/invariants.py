@@ -47,7 +47,8 @@ def answered(run: Run) -> Iterator[Problem]:
             yield Problem("two endings", f"{story.name}: {endings}")
         if not story.over:
             yield Problem("never answered", _short(story))
-        if story.was_told("refused") and story.was_told("accepted"):
+        kinds_told = [t.kind for t in story.told if t.kind in ("refused", "accepted")]
+        if kinds_told != sorted(kinds_told, reverse=True):
             yield Problem("refused after accepted", _short(story))
         if story.lost and not run.faults:
             yield Problem("lost without a fault", _short(story))
@@ -81,6 +82,9 @@ def typed(run: Run) -> Iterator[Problem]:
     for story in run.stories:
         for status in story.untyped:
             yield Problem("untyped status", f"{story.name}: {status}")
+        ends = [f for f in run.faults if f.kind in ("kill", "terminate", "stop")]
+        if story.dropped and not any(f.target.startswith("gateway") for f in ends):
+            yield Problem("dropped after accepted", f"{_short(story)}: {story.dropped}")
 
 
 def in_order(run: Run) -> Iterator[Problem]:
@@ -112,6 +116,18 @@ def stored(run: Run) -> Iterator[Problem]:
                 outcomes = [e.outcome for e in ended.get(told.request, ())]
                 if told.kind not in outcomes:
                     yield Problem("told an end that is not stored", f"{_short(story)} {outcomes}")
+
+
+def within_room(run: Run) -> Iterator[Problem]:
+    """Never more requests open at a time than control takes."""
+    comes = [(times[0], 1) for times in run.accepted.values()]
+    goes = [(e[0].at_us, -1) for r, e in run.ended.items() if r in run.accepted]
+    inside = most = 0
+    for _, change in sorted(comes + goes):
+        inside += change
+        most = max(most, inside)
+    if most > run.world.open_max:
+        yield Problem("more than there is room for", f"{most} of {run.world.open_max}")
 
 
 def for_somebody(run: Run) -> Iterator[Problem]:
@@ -159,6 +175,7 @@ CHECKS: tuple[Callable[[Run], Iterator[Problem]], ...] = (
     typed,
     in_order,
     stored,
+    within_room,
     for_somebody,
     alive,
     nothing_left,

@@ -25,6 +25,7 @@ _KEEPALIVE_US = 15_000_000
 _RETRY_S = 0.1
 _WINDOW = 256  # messages that a stream sends ahead of its reader
 OK = grpc.StatusCode.OK
+BROKEN = ("connection lost", "failed to connect")  # details of what never reached a server's code
 
 
 class Network:
@@ -318,7 +319,7 @@ class Call:
         server, self.server = self.server, None
         if server is not None:
             server.cancel()
-        self._later(self._end, grpc.StatusCode.UNAVAILABLE, "connection lost", None)
+        self._later(self._end, grpc.StatusCode.UNAVAILABLE, BROKEN[0], None)
 
     def take(self, data: bytes) -> None:
         self._later(self._took, data)
@@ -339,7 +340,7 @@ class Call:
         try:
             while not self.done() and not self.channel.reach():
                 if not wait_for_ready:
-                    self._end(grpc.StatusCode.UNAVAILABLE, "failed to connect", None)
+                    self._end(grpc.StatusCode.UNAVAILABLE, BROKEN[1], None)
                     return
                 await asyncio.sleep(_RETRY_S)
         except grpc.aio.UsageError:

@@ -85,6 +85,7 @@ def control(index: int) -> Role:
             state_dir=world.state_dir,
             listen=f"control-{index}:0",
             policy=world.policy,
+            requests_open_max=world.open_max,
             profiles=(profile_file(world.state_dir),),
         )
         stop = asyncio.Event()

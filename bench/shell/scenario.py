@@ -97,6 +97,7 @@ def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
 async def _play(seed: int, loop: SimulatedLoop, folder: Path, kinds: tuple[str, ...]) -> Run:
     rng = random.Random(seed)
     world = World(seed, loop, folder, policy=rng.choice(("edf", "fixed-1")))
+    world.open_max = rng.choice((10_000, 10_000, 3))
     start_us = loop.now_us + _READY_US
     with installed(world):
         world.add("control-0", roles.control(0))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpuworker.emulated import EmulatedExecutor
+from hocket import endpoints
 
 from . import roles
 from .broker import Broker
@@ -51,6 +52,7 @@ class World:
     loop: SimulatedLoop
     state_dir: Path
     policy: str = "edf"
+    open_max: int = 10_000  # requests that control takes at a time
     rng: random.Random = field(init=False)
     weather: Weather = field(default_factory=Weather)
     clients: list[Client] = field(default_factory=list)
@@ -114,6 +116,11 @@ class World:
         """Its living connections to the broker."""
         process = self.members[name].process
         return [c for c in self.clients if c.process is process and not c.is_closed]
+
+    def leader_address(self) -> str:
+        """Where the leader serves, as far as it has said so; "" when it has not."""
+        found = endpoints.find(self.state_dir, "control")
+        return found.address if found is not None else ""
 
     async def until(self, condition: Callable[[], bool], at_most_us: int) -> bool:
         """Waits for something, looked at ten times a second; whether it came."""
