@@ -9,13 +9,14 @@ stalls, restarts, cut connections, and the weather (`wire.py`).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from .loop import SimulatedLoop
 from .wire import Weather, Wire
 
 SECOND_US = 1_000_000
+DELIVERY = "_DELIVERY."  # subjects of what consumers get
 INBOX = "_INBOX."  # subjects of answers: INBOX, the client, a number
 _UNIX_US = 1_900_000_000 * SECOND_US
 
@@ -29,7 +30,7 @@ class Message:
     reply: str = ""
     sequence: int = 0
     unix_us: int = 0  # the broker's stamp
-    expires_us: int | None = None  # on the loop's clock
+    headers: Mapping[str, str] | None = None
 
 
 class WrongLast(Exception):
@@ -46,25 +47,29 @@ class Stream:
 
     subjects: tuple[str, ...]
     one_a_subject: bool
+    age_us: int = 0  # of a message when it goes; 0: it stays
+    marks: bool = False  # what has gone by age leaves an empty message for a while
     messages: dict[int, Message] = field(default_factory=dict)  # by sequence, ascending
     newest: dict[str, int] = field(default_factory=dict)  # sequence by subject
     last: int = 0
     appended: list[Message] = field(default_factory=list)  # all there ever were, for the checks
-    followers: list[Callable[[Message | str], None]] = field(default_factory=list)
+    followers: list[Callable[[Message], None]] = field(default_factory=list)
     ids: dict[str, int] = field(default_factory=dict)  # of messages that are stored once
 
     def get(self, subject: str) -> Message | None:
         sequence = self.newest.get(subject)
         return None if sequence is None else self.messages[sequence]
 
+    def matching(self, pattern: str) -> list[Message]:
+        """Stored messages on such subjects, oldest first; "" is all."""
+        tokens = (pattern or ">").split(".")
+        return [m for m in self.messages.values() if matches(tokens, m.subject)]
+
     def remove(self, subject: str) -> None:
-        """Purges a subject; followers hear its name."""
-        gone = [s for s, m in self.messages.items() if m.subject == subject]
-        for sequence in gone:
-            del self.messages[sequence]
-        if self.newest.pop(subject, None) is not None:
-            for follower in tuple(self.followers):
-                follower(subject)
+        """Purges a subject."""
+        for message in self.matching(subject):
+            del self.messages[message.sequence]
+            self.newest.pop(message.subject, None)
 
 
 @dataclass
@@ -204,10 +209,23 @@ class Broker:
                 interest.connection.down.send(lambda i=interest: i.deliver(message))
         return len(found)
 
+    def deliver(self, message: Message, subject: str) -> bool:
+        """Hands a consumer's message to whoever listens on its delivery subject, under the subject
+        that it was stored with; whether anybody does.
+        """
+        found = tuple(self._exact.get(message.subject, {}).values())
+        if found and self._copies(message):
+            named = replace(message, subject=subject)
+            for interest in found:
+                interest.connection.down.send(lambda i=interest: i.deliver(named))
+        return bool(found)
+
     def _copies(self, message: Message) -> int:
         weather = self.weather
         if message.subject.startswith(INBOX):
             return 1  # an answer that is lost is the weather's `lost_answer`
+        if message.subject.startswith(DELIVERY) and not weather.drop:
+            return 1
         if weather.drop and self.rng.random() < weather.drop:
             self.lost += 1
             return 0
@@ -221,9 +239,11 @@ class Broker:
         """The broker's wall clock."""
         return _UNIX_US + self.loop.now_us + self.skew_us
 
-    def stream(self, name: str, subjects: tuple[str, ...], one_a_subject: bool) -> Stream:
+    def stream(self, name: str, made: Callable[[], Stream]) -> Stream:
         """The stream of that name, made where needed."""
-        return self.streams.setdefault(name, Stream(subjects, one_a_subject))
+        if name not in self.streams:
+            self.streams[name] = made()
+        return self.streams[name]
 
     def append(
         self,
@@ -232,32 +252,39 @@ class Broker:
         data: bytes,
         *,
         after: int | None = None,
-        after_on_subject: int | None = None,
+        guard: tuple[str, int] | None = None,
         ttl_us: int = 0,
     ) -> Message:
-        """Stores a message. Raises: WrongLast."""
-        on_subject = stream.newest.get(subject, 0)
+        """Stores a message. `guard`: a subject and the sequence of what is newest there.
+
+        Raises: WrongLast.
+        """
         if after is not None and after != stream.last:
             raise WrongLast(stream.last)
-        if after_on_subject is not None and after_on_subject != on_subject:
-            raise WrongLast(on_subject)
+        if guard is not None and (found := stream.newest.get(guard[0], 0)) != guard[1]:
+            raise WrongLast(found)
         stream.last += 1
-        expires_us = self.loop.now_us + ttl_us if ttl_us else None
-        message = Message(subject, data, "", stream.last, self.unix_us, expires_us)
-        if stream.one_a_subject and on_subject:
-            del stream.messages[on_subject]
+        message = Message(subject, data, "", stream.last, self.unix_us)
+        if stream.one_a_subject and (old := stream.newest.get(subject)) is not None:
+            del stream.messages[old]
         stream.messages[stream.last] = message
         stream.newest[subject] = stream.last
         stream.appended.append(message)
-        if expires_us is not None:
-            self.loop.at_us(expires_us, self._expire, stream, message)
+        if life_us := ttl_us or stream.age_us:
+            end_us = self.loop.now_us + life_us
+            self.loop.at_us(end_us, self._expire, stream, message, bool(data))
         for follower in tuple(stream.followers):
             follower(message)
         return message
 
-    def _expire(self, stream: Stream, message: Message) -> None:
+    def _expire(self, stream: Stream, message: Message, leaves_mark: bool) -> None:
+        if message.sequence not in stream.messages:
+            return
+        del stream.messages[message.sequence]
         if stream.newest.get(message.subject) == message.sequence:
-            stream.remove(message.subject)
+            del stream.newest[message.subject]
+            if stream.marks and leaves_mark:
+                self.append(stream, message.subject, b"")
 
 
 def matches(pattern: tuple[str, ...] | list[str], subject: str) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import nats.errors
+from nats.aio.msg import Msg
 
-from .broker import INBOX, Broker, Connection, Interest, Message
+from .broker import DELIVERY, INBOX, Broker, Connection, Interest, Message
 from .loop import Process
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ class Received:
     def __init__(self, client: Client, message: Message) -> None:
         self._client = client
         self.subject, self.data, self.reply = message.subject, message.data, message.reply
+        self.headers = message.headers
+
+    @property
+    def metadata(self) -> Msg.Metadata:
+        return Msg.Metadata._from_reply(self.reply)
 
     async def respond(self, data: bytes) -> None:
         await self._client.publish(self.reply, data)
@@ -118,7 +124,7 @@ class Client:
 
     # nats-py's surface
 
-    async def connect(self, servers: str = "", **options: Any) -> None:
+    async def connect(self, servers: object = "", **options: Any) -> None:
         self._options = options
         await self._attach_in_the_end()
 
@@ -126,14 +132,27 @@ class Client:
     def is_connected(self) -> bool:
         return self.connection is not None
 
+    @property
+    def pending_data_size(self) -> int:
+        """Bytes that wait for the broker."""
+        return self._buffered
+
+    def new_inbox(self) -> str:
+        self._asked += 1
+        return f"{DELIVERY}{self.name}.{self._asked}"
+
     async def publish(
-        self, subject: str, payload: bytes = b"", reply: str = "", headers: object = None
+        self,
+        subject: str,
+        payload: bytes = b"",
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self._check_open()
         if len(payload) > self.max_payload:
             raise nats.errors.MaxPayloadError
         self.stats["out_msgs"] += 1
-        message = Message(subject, payload, reply)
+        message = Message(subject, payload, reply, headers=headers)
         self._send(lambda c: void(self.broker.publish(message, c)), len(payload) + len(subject))
 
     async def subscribe(

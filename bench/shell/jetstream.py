@@ -5,20 +5,23 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import nats.errors
-from nats.js.api import StreamConfig
+from nats.js.api import ConsumerConfig, RawStreamMsg, StreamConfig
 from nats.js.errors import APIError, KeyWrongLastSequenceError, NotFoundError
 
 from .broker import Message, Stream, WrongLast, matches
 from .client import Client, Received
+from .consumers import Consumer
 
 _WRONG_LAST = 10071
 _MESSAGE_ID = "Nats-Msg-Id"
 _AFTER = "Nats-Expected-Last-Sequence"
 _AFTER_ON_SUBJECT = "Nats-Expected-Last-Subject-Sequence"
+_GUARDED = "Nats-Expected-Last-Subject-Sequence-Subject"
 _TTL = "Nats-TTL"
 
 
@@ -40,9 +43,47 @@ class JetStream:
 
     async def add_stream(self, config: StreamConfig | None = None, **_: Any) -> None:
         assert config is not None and config.name is not None
-        name, subjects = config.name, tuple(config.subjects or ())
-        one = config.max_msgs_per_subject == 1
-        await self._ask(lambda: void(self._client.broker.stream(name, subjects, one)))
+        name = config.name
+        made = partial(
+            Stream,
+            subjects=tuple(config.subjects or ()),
+            one_a_subject=config.max_msgs_per_subject == 1,
+            age_us=round((config.max_age or 0.0) * 1e6),
+            marks=bool(config.subject_delete_marker_ttl),
+        )
+        await self._ask(lambda: void(self._client.broker.stream(name, made)))
+
+    async def update_stream(self, config: StreamConfig | None = None, **_: Any) -> None:
+        """Streams have one shape here."""
+
+    async def purge_stream(self, name: str, subject: str | None = None) -> None:
+        await self._ask(lambda: self._stream(name).remove(subject or ">"))
+
+    async def get_last_msg(self, stream_name: str, subject: str, **_: Any) -> RawStreamMsg:
+        def newest() -> Message | None:
+            found = self._stream(stream_name).matching(subject)
+            return found[-1] if found else None
+
+        message = await self._ask(newest)
+        if message is None:
+            raise NotFoundError(code=404, description="no message found")
+        return RawStreamMsg(
+            subject=message.subject,
+            seq=message.sequence,
+            data=message.data,
+            time=datetime.datetime.fromtimestamp(message.unix_us / 1e6, datetime.UTC),
+        )
+
+    async def add_consumer(self, stream: str, config: ConsumerConfig | None = None) -> Any:
+        assert config is not None
+
+        def make() -> int:
+            consumer = Consumer(self._client.broker, stream, self._stream(stream), config)
+            # Its deliveries come behind the answer, as they do from a real one.
+            self._client.broker.loop.at_us(self._client.broker.loop.now_us, consumer.start)
+            return consumer.pending
+
+        return SimpleNamespace(num_pending=await self._ask(make))
 
     async def stream_info(self, name: str, subjects_filter: str | None = None) -> Any:
         def info() -> Any:
@@ -76,7 +117,7 @@ class JetStream:
                     subject,
                     payload,
                     after=_number(head, _AFTER),
-                    after_on_subject=_number(head, _AFTER_ON_SUBJECT),
+                    guard=_guard(head, subject),
                     ttl_us=_ttl_us(head, msg_ttl),
                 )
             except WrongLast as error:
@@ -93,18 +134,13 @@ class JetStream:
 
     async def subscribe(self, subject: str, *, stream: str, **_: Any) -> Reader:
         """An ordered consumer from the first message on."""
-        pattern = subject.split(".")
-        found: list[Message] = await self._ask(
-            lambda: [
-                m for m in self._stream(stream).messages.values() if matches(pattern, m.subject)
-            ]
-        )
+        found: list[Message] = await self._ask(lambda: self._stream(stream).matching(subject))
         return Reader(self._client, found)
 
     async def create_key_value(self, config: Any = None, **options: Any) -> Bucket:
         name = options["bucket"] if config is None else config.bucket
-        stream, subjects = f"KV_{name}", (f"$KV.{name}.>",)
-        await self._ask(lambda: void(self._client.broker.stream(stream, subjects, True)))
+        made = partial(Stream, (f"$KV.{name}.>",), True)
+        await self._ask(lambda: void(self._client.broker.stream(f"KV_{name}", made)))
         return Bucket(self, self._client, name)
 
     async def key_value(self, name: str) -> Bucket:
@@ -116,7 +152,8 @@ class JetStream:
         return Objects(self, self._client, name)
 
     async def create_object_store(self, name: str, config: Any = None) -> Objects:
-        await self._ask(lambda: void(self._client.broker.stream(f"OBJ_{name}", (), True)))
+        made = partial(Stream, (), True)
+        await self._ask(lambda: void(self._client.broker.stream(f"OBJ_{name}", made)))
         return Objects(self, self._client, name)
 
     async def _ask(self, work: Callable[[], Any]) -> Any:
@@ -180,7 +217,8 @@ class Bucket:
             broker = self._client.broker
             stream, subject = self._stream(), self._subject(key)
             try:
-                return broker.append(stream, subject, value, after_on_subject=last).sequence
+                guard = None if last is None else (subject, last)
+                return broker.append(stream, subject, value, guard=guard).sequence
             except WrongLast as error:
                 raise KeyWrongLastSequenceError(
                     code=400, err_code=_WRONG_LAST, description=str(error)
@@ -222,6 +260,11 @@ class Objects:
 
 def _number(head: Mapping[str, Any], name: str) -> int | None:
     return int(head[name]) if name in head else None
+
+
+def _guard(head: Mapping[str, Any], subject: str) -> tuple[str, int] | None:
+    sequence = _number(head, _AFTER_ON_SUBJECT)
+    return None if sequence is None else (head.get(_GUARDED, subject), sequence)
 
 
 def _ttl_us(head: Mapping[str, Any], ttl_s: float | None) -> int:
