@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -183,10 +183,8 @@ class Reader:
         if not self._left:
             raise nats.errors.TimeoutError
         message = self._left.pop()
-        received: Any = Received(self._client, message)
-        stamp = datetime.datetime.fromtimestamp(message.unix_us / 1e6, datetime.UTC)
-        received.metadata = SimpleNamespace(timestamp=stamp, num_pending=len(self._left))
-        return received
+        numbers = f"1.{message.sequence}.1.{message.unix_us * 1000}.{len(self._left)}"
+        return Received(self._client, replace(message, reply=f"$JS.ACK.s.c.{numbers}"))
 
     async def unsubscribe(self) -> None:
         self._left.clear()
