@@ -15,11 +15,12 @@ from opentelemetry.trace import NoOpTracer
 from bench.sim.case import Case
 from bench.sim.trace import TraceRequest
 from control import translate
-from control.driver import Driver
+from control.desk import Desk, Wiring
+from control.driver import Driver, Turn
 from control.journal import Journal
 from control.leases import Leases
 from control.publisher import Publisher
-from control.requests import Record, Records
+from control.requests import Records
 from control.scheduler import values
 from control.scheduler.core import Scheduler
 from gpuworker.agent import Agent
@@ -28,7 +29,7 @@ from gpuworker.emulated import EmulatedExecutor, EmulatedHost
 from gpuworker.emulated_profile import profile_cells
 from hocket.bus import Bus, Subjects
 from hocket.clock import ManualClock
-from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
+from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _QUIET_ROUNDS = 2  # flushes without a message before an instant counts as over
 _LOOP_PASSES = 20  # of the event loop per flush: callbacks of callbacks
@@ -51,17 +52,28 @@ class ManualRun:
         case, subjects = self._case, Subjects(self._cluster)
         bus = await self._connect("control")
         journal = await Journal.open(bus, subjects)
-        records, leases = Records(), Leases(lease_us=1 << 60)
-        publisher = Publisher(bus, subjects, journal, records, leases, NoOpTracer())
-        scheduler = Scheduler(case.settings, case.profile)
-        driver = Driver(scheduler, self._clock, _Digests(publisher, self._digests))
+        desk = Desk.build(
+            Wiring(
+                bus=bus,
+                subjects=subjects,
+                diary=journal,
+                promises=_Kept(journal.term),
+                scheduler=Scheduler(case.settings, case.profile),
+                leases=Leases(lease_us=1 << 60),
+                clock=self._clock,
+                tracer=NoOpTracer(),
+                policy=case.settings.policy,
+                outlet=lambda publisher: _Digests(publisher, self._digests),
+            )
+        )
+        driver, records = desk.driver, desk.records
         await bus.subscribe(
-            subjects.heartbeat("*"), mesh_pb2.Heartbeat, _Heartbeats(leases, driver)
+            subjects.heartbeat("*"), mesh_pb2.Heartbeat, _Heartbeats(desk.wiring.leases, driver)
         )
         await bus.subscribe(subjects.report("*"), mesh_pb2.StepReport, _Reports(driver))
         executors: list[EmulatedExecutor] = []
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(driver.run())]
+            running = [tasks.create_task(part) for part in desk.parts()]
             running += [tasks.create_task(a.run()) for a in await self._agents(executors)]
             running.append(tasks.create_task(self._arrivals(case.trace, driver, records)))
             await self._play(records, len(case.trace))
@@ -105,7 +117,7 @@ class ManualRun:
         for item in trace:
             await self._clock.sleep_until(item.arrival_us)
             request = item.to_request()
-            records.add(_record(request, item))
+            records.restore(_promise(request, item), item.arrival_us, 1)
             driver.post(values.Arrived(at_us=self._clock.now_us(), request=request))
 
     async def _play(self, records: Records, expected: int) -> None:
@@ -131,16 +143,33 @@ class ManualRun:
             before = now
 
 
-class _Digests(Publisher):
+class _Digests:
     """The live outlet, which also writes down each plan's digest."""
 
     def __init__(self, real: Publisher, digests: list[str]) -> None:
-        self.__dict__.update(real.__dict__)
+        self._real = real
         self._digests = digests
 
-    async def planned(self, plan: values.Plan, plan_time_us: int) -> None:
-        self._digests.append(plan.digest)
-        await super().planned(plan, plan_time_us)
+    async def turned(self, turn: Turn) -> None:
+        if turn.plan is not None:
+            self._digests.append(turn.digest)
+        await self._real.turned(turn)
+
+
+class _Kept:
+    """Promises that are kept in no stream: time stands still while the broker would write."""
+
+    def __init__(self, term: int) -> None:
+        self.term = term
+
+    async def append(self, promise: journal_pb2.Promise) -> int:
+        return 1
+
+    async def forget(self, request_id: str) -> None:
+        """Nothing was kept."""
+
+    async def drain(self, worker: str, draining: bool) -> None:
+        """Nobody drains a worker here."""
 
 
 class _Heartbeats:
@@ -160,7 +189,7 @@ class _Reports:
         self._driver.post(translate.to_event(report, self._driver.stamp()))
 
 
-def _record(request: values.Request, item: TraceRequest) -> Record:
+def _promise(request: values.Request, item: TraceRequest) -> journal_pb2.Promise:
     spec = types_pb2.GenerationSpec(
         model=item.model,
         workflow=item.workflow,
@@ -170,10 +199,4 @@ def _record(request: values.Request, item: TraceRequest) -> Record:
     submit = control_pb2.SubmitRequest(
         request_id=request.id, request=generation_pb2.GenerateRequest(spec=spec)
     )
-    return Record(
-        submit=submit,
-        accepted=generation_pb2.Accepted(request_id=request.id),
-        accepted_us=item.arrival_us,
-        accepted_unix_ns=0,
-        traceparent="",
-    )
+    return journal_pb2.Promise(submit=submit, answer=generation_pb2.Accepted(request_id=request.id))

@@ -35,6 +35,7 @@ class ControlSettings(Common, frozen=True, kw_only=True):
     stages_ahead: Annotated[int, msgspec.Meta(ge=1)] = 8  # encodes and decodes sent to a worker
     lease_us: Annotated[int, msgspec.Meta(ge=100_000)] = 2_000_000
     requests_open_max: Annotated[int, msgspec.Meta(ge=1)] = 10_000
+    follower_grace_us: Micros = 10_000_000  # for a caller whose connection broke to come back
 
 
 def scheduler_settings(settings: ControlSettings, term: int) -> Settings:

@@ -1,94 +1,177 @@
 """The live driver: shows the scheduler every fact, once, in order, and carries its plans to the
 workers.
 
-    facts (reports, arrivals, leases) ──▶ inbox ──▶ observe … observe ──▶ due? round near? ──▶ plan
-    ──▶ publish
+    facts (reports, arrivals, leases) ──▶ inbox ──▶ turn: observe … observe ──▶ due? round near? ──▶
+    plan ──▶ outlet
 
 It decides nothing: when to plan is the scheduler's own answer (`due`, `wake_us`), and the simulator
 asks it the same way. Facts are stamped when they enter the inbox, and everything that waits there
 is observed before a plan is asked for, so that a fact stamped at a boundary belongs to the next
-round.
+round. Turns run where planning runs (control/planning.py): facts that come meanwhile gather, and
+one plan follows for all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Sequence
-from typing import Literal, Protocol
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Protocol, TypeVar
 
+from control.planning import Inline, Planning
 from control.scheduler import values
 from control.scheduler.core import Scheduler
 from control.scheduler.facts import in_order
 from hocket.clock import Clock
 
+T = TypeVar("T")
+
+INBOX_MAX = 65_536  # facts; beyond it what a later fact repeats is dropped, and counted
+_REST_US_MAX = 20_000  # between two plans, where they take long
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """A fact on its way to the scheduler."""
+
+    fact: values.Event
+    note: object = None  # handed back when the fact was observed; nobody here looks into it
+    estimate: Collection[str] = ()  # requests whose finish shall be estimated then
+    unless: Callable[[Scheduler], bool] | None = None  # it is no news then
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A fact that was shown to the scheduler."""
+
+    fact: values.Event
+    note: object
+    ended: tuple[values.Ended, ...]  # by it
+    counted: frozenset[str]  # requests of its jobs whose attempt is the present one
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one turn of the scheduler led to."""
+
+    observed: tuple[Observed, ...]
+    finish_us: dict[str, int]  # estimates, by request
+    plan: values.Plan | None
+    digest: str  # of the plan: it takes milliseconds for a large one
+    plan_time_us: int
+    wake_us: int | None  # when to plan if no fact comes before
+
 
 class Outlet(Protocol):
     """Where the driver's results go (see publisher.py)."""
 
-    async def observed(self, event: values.Event) -> None:
-        """A fact was shown to the scheduler."""
-
-    async def ended(self, ended: values.Ended) -> None:
-        """A request ended."""
-
-    async def planned(self, plan: values.Plan, plan_time_us: int) -> None:
-        """A plan was made: journal it and tell the workers. Whom it turned away has ended."""
+    async def turned(self, turn: Turn) -> None:
+        """Facts were observed, perhaps a plan was made: journal it and tell whom it concerns."""
 
 
 class Driver:
-    """Owns the scheduler. Everything runs on one event loop; nothing here blocks it."""
+    """Owns the scheduler, and the one way to ask it."""
 
-    def __init__(self, scheduler: Scheduler, clock: Clock, outlet: Outlet) -> None:
-        self.scheduler = scheduler
+    def __init__(
+        self, scheduler: Scheduler, clock: Clock, outlet: Outlet, planning: Planning | None = None
+    ) -> None:
+        self._scheduler = scheduler
         self._clock = clock
         self._outlet = outlet
-        self._inbox: deque[values.Event] = deque()
+        self._planning = planning or Inline()
+        self._inbox: list[Posted] = []
         self._arrived = asyncio.Event()
+        self._wake_us: int | None = None
+        self._rest_until_us = 0
+        self.drops: Counter[str] = Counter()  # facts that found the inbox full, by kind
 
-    def post(self, event: values.Event) -> None:
-        """Queues a fact whose `at_us` came from `stamp` in this same step of the event loop."""
-        self._inbox.append(event)
+    def post(
+        self,
+        fact: values.Event,
+        note: object = None,
+        *,
+        estimate: Collection[str] = (),
+        unless: Callable[[Scheduler], bool] | None = None,
+    ) -> None:
+        """Queues a fact whose `at_us` came from `stamp` in this same step of the event loop.
+
+        `unless` is asked when its turn has come: the fact is dropped if that says true.
+        """
+        if len(self._inbox) >= INBOX_MAX and _is_repeated(fact, unless):
+            self.drops[type(fact).__name__] += 1
+            return
+        self._inbox.append(Posted(fact, note, estimate, unless))
         self._arrived.set()
 
     def stamp(self) -> int:
         """Time for a fact that arrives now."""
         return self._clock.now_us()
 
+    async def ask(self, question: Callable[[Scheduler], T]) -> T:
+        """The scheduler's answer; behind the turn under way, and without changing anything."""
+        return await self._planning.run(lambda: question(self._scheduler))
+
     async def run(self) -> None:
         """Drives until cancelled."""
         while True:
-            facts = await self._next_facts()
-            await self._turn(facts)
+            posted = await self._next_facts()
+            now_us = self._clock.now_us()  # facts that come from here on have later stamps
+            turn = await self._planning.run(partial(self._turn, posted, now_us))
+            self._wake_us = turn.wake_us
+            if turn.plan is not None:
+                rest_us = min(turn.plan_time_us, _REST_US_MAX)
+                self._rest_until_us = self._clock.now_us() + rest_us
+            await self._outlet.turned(turn)
 
-    async def _turn(self, facts: Sequence[values.Event]) -> None:
-        for fact in facts:
-            for ended in self.scheduler.observe(fact):
-                await self._outlet.ended(ended)
-            await self._outlet.observed(fact)
-        now_us = self._clock.now_us()
-        wake_us = self.scheduler.wake_us()
-        if self.scheduler.due(now_us) or (wake_us is not None and wake_us <= now_us):
-            plan = self.scheduler.plan(now_us)
-            await self._outlet.planned(plan, self._clock.now_us() - now_us)
-            for ended in plan.ended:
-                await self._outlet.ended(ended)
+    def close(self) -> None:
+        """Returns when the scheduler is at rest; call it after `run` has ended."""
+        self._planning.close()
 
-    async def _next_facts(self) -> list[values.Event]:
+    def _turn(self, posted: Sequence[Posted], now_us: int) -> Turn:
+        scheduler = self._scheduler
+        observed = []
+        for item in posted:
+            if item.unless is not None and item.unless(scheduler):
+                continue
+            counted = _counted(scheduler, item.fact)
+            ended = scheduler.observe(item.fact)
+            observed.append(Observed(item.fact, item.note, ended, counted))
+        finish_us = {}
+        for request in dict.fromkeys(r for item in posted for r in item.estimate):
+            estimated_us = scheduler.eta_us(request, now_us)
+            if estimated_us is not None:
+                finish_us[request] = estimated_us
+        plan, plan_time_us = None, 0
+        wake_us = scheduler.wake_us()
+        if scheduler.due(now_us) or (wake_us is not None and wake_us <= now_us):
+            began_us = self._clock.now_us()
+            plan = scheduler.plan(now_us)
+            plan_time_us = self._clock.now_us() - began_us
+            wake_us = scheduler.wake_us()
+        digest = "" if plan is None else plan.digest
+        return Turn(tuple(observed), finish_us, plan, digest, plan_time_us, wake_us)
+
+    async def _next_facts(self) -> list[Posted]:
         """All facts that wait, or none when the time for a plan comes first."""
         if not self._inbox:
             self._arrived.clear()
             await self._wait()
+        rest_until_us = self._rest_until_us
+        if self._wake_us is not None:
+            rest_until_us = min(rest_until_us, self._wake_us)
+        if rest_until_us > self._clock.now_us():  # a plan took long: let more facts gather
+            await self._clock.sleep_until(rest_until_us)
         await self._clock.settle()
-        facts = in_order(self._inbox)
-        self._inbox.clear()
-        return facts
+        posted, self._inbox = self._inbox, []
+        by_fact = {id(item.fact): item for item in posted}
+        return [by_fact[id(fact)] for fact in in_order(item.fact for item in posted)]
 
     async def _wait(self) -> None:
-        wake_us = self.scheduler.wake_us()
         waits = [asyncio.ensure_future(self._arrived.wait())]
-        if wake_us is not None:
-            waits.append(asyncio.ensure_future(self._wake_at(wake_us)))
+        if self._wake_us is not None:
+            waits.append(asyncio.ensure_future(self._wake_at(self._wake_us)))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -98,3 +181,18 @@ class Driver:
     async def _wake_at(self, at_us: int) -> Literal[True]:
         await self._clock.sleep_until(at_us)
         return True
+
+
+def _counted(scheduler: Scheduler, fact: values.Event) -> frozenset[str]:
+    """Of a report's jobs those in their present attempt; others were called off."""
+    if not isinstance(fact, values.StepsEnded | values.AssignmentFailed):
+        return frozenset()
+    views = ((job, scheduler.job(job.request)) for job in fact.jobs)
+    return frozenset(
+        j.request for j, view in views if view is not None and view.attempt == j.attempt
+    )
+
+
+def _is_repeated(fact: values.Event, unless: object) -> bool:
+    """Whether a later fact will say as much."""
+    return unless is not None or (isinstance(fact, values.StepsEnded) and not fact.last)

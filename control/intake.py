@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from grpc_health.v1 import health, health_pb2
 
 from control import translate
+from control.cluster_view import ClusterView
+from control.door import check_heartbeat, check_report
 from control.driver import Driver
 from control.leases import Leases
 from control.lost_messages import LostMessages
 from control.publisher import Publisher
-from control.requests import Record, Records
+from control.requests.records import Record, Records
+from control.scheduler.core import Scheduler
 from control.scheduler.drift import Shift
-from control.scheduler.values import WorkerLost, WorkerUp
-from control.servicer import ControlServicer
+from control.scheduler.stragglers import Slow
+from control.scheduler.values import Assignment, WorkerLost, WorkerUp
 from hocket import telemetry
 from hocket.bus import Bus, Subjects
 from hocket.errors import HocketError
@@ -34,6 +38,7 @@ SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 _ETA_KEPT_US = 200_000  # an estimate asks about every open request: not at each step
 CHECK_EVERY_US = 200_000
 _LOOP_PASSES = 10  # until every message that a flush brought has been handled
+_TOLD_MAX = 1024  # incarnations and payloads whose refusal was logged
 
 
 @dataclass
@@ -60,32 +65,45 @@ class Intake:
     leases: Leases
     driver: Driver
     publisher: Publisher
-    servicer: ControlServicer
+    view: ClusterView
     records: Records
     step_down: Callable[[Superseded], None]
+    workers_came: Callable[[], None]
     health: health.aio.HealthServicer = field(default_factory=health.aio.HealthServicer)
+    troubles: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._lost_messages = LostMessages(self.term)
+        self._told: dict[tuple[str, str], None] = {}  # what was logged, oldest first
 
     async def heartbeat(self, beat: mesh_pb2.Heartbeat) -> None:
+        wrong = check_heartbeat(beat, self.term)
+        if wrong is not None:
+            self._turned_away("refused heartbeats", beat.worker[:64], wrong)
+            return
         if beat.term > self.term:
             self.step_down(Superseded(self.term, beat.term))
             return
-        facts = self.leases.heartbeat(beat, self.driver.stamp())
+        refused = self.leases.refused(beat)
+        if refused is not None:
+            await self._refuse(beat, refused)
+            return
+        now_us = self.driver.stamp()
+        facts = self.leases.heartbeat(beat, now_us)
         await self._changed(facts)
-        if not facts and self._holds_other_weights(beat):
-            self.driver.post(self.leases.state(beat.worker, self.driver.stamp()))
+        if not facts and beat.worker in self.leases.alive and _tells_weights(beat):
+            # No news unless the scheduler thinks otherwise.
+            state = self.leases.state(beat.worker, now_us)
+            self.driver.post(state, unless=lambda s: _as_thought(s, beat))
         over = [h.request_id for h in beat.latents if not self.records.is_open(h.request_id)]
         if over or beat.term < self.term:  # the worker has not heard of this leader yet
-            message = mesh_pb2.Assign(term=self.term, released=over)
+            message = mesh_pb2.Assign(term=self.term, released=over, incarnation=beat.incarnation)
             await self.bus.publish(self.subjects.assign(beat.worker), message)
 
     async def check(self) -> None:
         """Ends leases that are too old, finds lost messages, tells what got slow. Call it every
         `CHECK_EVERY_US`.
         """
-        await self._tell_notices()
         now_us = self.driver.stamp()
         self.leases.look(now_us, CHECK_EVERY_US)
         expiry_us = self.leases.next_expiry_us()
@@ -95,7 +113,8 @@ class Intake:
             for _ in range(_LOOP_PASSES):
                 await asyncio.sleep(0)
             await self._changed(self.leases.expire(now_us))
-        flights = self.driver.scheduler.outstanding()
+        notices, flights = await self.driver.ask(_taken)
+        await self._tell(notices)
         beats = {name: lease.heartbeat for name, lease in self.leases.alive.items()}
         for worker in self._lost_messages.still_running(beats, flights):
             await self.publisher.truncate_again(worker)
@@ -111,9 +130,8 @@ class Intake:
             self.driver.post(lost)
         self.leases.looked(self.driver.stamp())
 
-    async def _tell_notices(self) -> None:
+    async def _tell(self, notices: tuple[Slow | Shift, ...]) -> None:
         """Slow workers and drift, as log lines and to whoever watches the cluster."""
-        notices = self.driver.scheduler.take_notices()
         for notice in notices:
             if isinstance(notice, Shift):
                 what = "%s of %s on %s takes %.2f times what it took"
@@ -125,9 +143,13 @@ class Intake:
             else:
                 log.info("worker %s is as fast as its peers again", notice.worker)
         if notices:
-            await self.servicer.membership_changed()
+            await self.view.changed()
 
     async def report(self, report: mesh_pb2.StepReport) -> None:
+        wrong = check_report(report, self.term)
+        if wrong is not None:
+            self._turned_away("refused reports", report.worker[:64], wrong)
+            return
         if report.term != self.term:
             return  # about an assignment of an earlier leader, whose numbers mean nothing here
         event = translate.to_event(report, self.driver.stamp())
@@ -135,19 +157,9 @@ class Intake:
             self._log_failure(report)
             for suspect in getattr(event, "suspects", ()):
                 self.leases.suspect(suspect)
-        eta_us: dict[str, int] = {}
-        for result in report.results:
-            record = self.records.get(result.request_id)
-            job = self.driver.scheduler.job(result.request_id)
-            if record is None or job is None or result.attempt != job.attempt:
-                continue  # ended, or called off: the client hears of what counts
-            if result.HasField("media"):
-                record.media = result.media
-            elif report.HasField("media") and len(report.results) == 1:  # of an older worker
-                record.media = report.media
-            eta_us[record.id] = self._left_us(record, event.at_us)
-        self.driver.post(event)
-        await self.publisher.progressed(report, eta_us)
+        records = (self.records.get(result.request_id) for result in report.results)
+        ask = [r.id for r in records if r is not None and self._is_old(r, event.at_us)]
+        self.driver.post(event, report, estimate=ask)
 
     async def publish_health(self) -> None:
         state = (
@@ -158,23 +170,25 @@ class Intake:
         for name in ("", SERVICE):
             await self.health.set(name, state)
 
-    def _left_us(self, record: Record, now_us: int) -> int:
-        """Predicted time until the finish."""
-        if now_us - record.estimated_us >= _ETA_KEPT_US:
-            finish_us = self.driver.scheduler.eta_us(record.id, now_us)
-            record.estimated_us = now_us
-            record.finish_us = now_us if finish_us is None else finish_us
-        return max(0, record.finish_us - now_us)
+    def _is_old(self, record: Record, now_us: int) -> bool:
+        """Whether the estimate of its finish is worth another."""
+        return record.is_open and now_us - record.estimated_us >= _ETA_KEPT_US
 
-    def _holds_other_weights(self, beat: mesh_pb2.Heartbeat) -> bool:
-        """Than the scheduler thinks; while work is on its way they may differ."""
-        if not beat.memory.budget_bytes or beat.leaving or beat.pending_sequences:
-            return False
-        scheduler = self.driver.scheduler
-        if any(beat.worker in flight.workers for flight in scheduler.outstanding()):
-            return False
-        resident = {(part.model, part.node) for part in beat.memory.parts if part.resident}
-        return resident != scheduler.weights_on(beat.worker)
+    async def _refuse(self, beat: mesh_pb2.Heartbeat, why: str) -> None:
+        """A second process of a name that lives: it is told so, and ends."""
+        self._turned_away("refused incarnations", f"{beat.worker} ({beat.incarnation})", why)
+        message = mesh_pb2.Assign(term=self.term, incarnation=beat.incarnation, refused=why)
+        await self.bus.publish(self.subjects.assign(beat.worker), message)
+
+    def _turned_away(self, kind: str, who: str, why: str) -> None:
+        """Counts it, and says it once."""
+        self.troubles[kind] += 1
+        if (kind, who) in self._told:
+            return
+        self._told[kind, who] = None
+        while len(self._told) > _TOLD_MAX:
+            del self._told[next(iter(self._told))]
+        log.error("%s of %r: %s", kind, who, why)
 
     def _log_failure(self, report: mesh_pb2.StepReport) -> None:
         if report.failure.reason == "TRUNCATED":
@@ -199,4 +213,22 @@ class Intake:
                 log.info("worker %s is up", fact.worker)
         if facts:
             await self.publish_health()
-            await self.servicer.membership_changed()
+            await self.view.changed()
+            self.workers_came()
+
+
+def _taken(scheduler: Scheduler) -> tuple[tuple[Slow | Shift, ...], tuple[Assignment, ...]]:
+    return scheduler.take_notices(), scheduler.outstanding()
+
+
+def _tells_weights(beat: mesh_pb2.Heartbeat) -> bool:
+    """Of a worker that has nothing to do: while work is on its way, what is loaded changes."""
+    return beat.memory.budget_bytes > 0 and not beat.leaving and not beat.pending_sequences
+
+
+def _as_thought(scheduler: Scheduler, beat: mesh_pb2.Heartbeat) -> bool:
+    """Whether the worker has the weights that the scheduler thinks, or work on its way to it."""
+    if any(beat.worker in flight.workers for flight in scheduler.outstanding()):
+        return True
+    resident = {(part.model, part.node) for part in beat.memory.parts if part.resident}
+    return resident == scheduler.weights_on(beat.worker)

@@ -43,6 +43,10 @@ class Leases:
     def alive(self) -> Mapping[str, Lease]:
         return self._leases
 
+    def refused(self, beat: mesh_pb2.Heartbeat) -> str | None:
+        """Why the process that sent it is refused; None: it is not."""
+        return None
+
     def heartbeat(self, beat: mesh_pb2.Heartbeat, now_us: int) -> tuple[WorkerUp | WorkerLost, ...]:
         """Takes one heartbeat; returns what the scheduler has to know of it."""
         known = self._leases.get(beat.worker)

@@ -1,27 +1,49 @@
-"""Carries the driver's results out: journal, assignments, truncations, request events, spans.
+"""Carries the driver's results out: diary, assignments, truncations, progress, endings, spans.
 
-Bound to one term. The order of an assignment's way out is: journal note, then workers; an ending's:
-journal, then client. Nothing here decides anything.
+Bound to one term. Of a turn, what was observed goes to the diary before the plan that followed;
+workers hear of a plan first and the diary then, which may go. An ending goes to the promises stream
+before anybody is told (control/requests/endings.py). Nothing here decides anything.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import msgspec
+from google.protobuf.message import Message
 from opentelemetry.trace import Tracer
 
 from control import translate
-from control.journal import Journal
+from control.driver import Observed, Turn
 from control.leases import Leases
-from control.requests import Record, Records
+from control.requests.endings import Endings
+from control.requests.records import Record, Records
 from control.scheduler import values
 from hocket import spans, telemetry
-from hocket.bus import Bus, Subjects
+from hocket.bus import Subjects
 from hocket.clock import unix_ns
 from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2
 
 _TRUNCATES_KEPT = 64  # a worker
+_AT_ONCE = 32  # messages before others on the event loop have a turn
+
+
+class Diary(Protocol):
+    """Where facts and plans are noted; it may go (see control/journal.py)."""
+
+    @property
+    def term(self) -> int: ...
+
+    async def note(self, entry: journal_pb2.JournalEntry) -> None: ...
+
+
+class Sender(Protocol):
+    """The bus, as far as this needs it."""
+
+    async def publish(self, subject: str, message: Message) -> None: ...
 
 
 class Publisher:
@@ -29,131 +51,183 @@ class Publisher:
 
     def __init__(
         self,
-        bus: Bus,
+        bus: Sender,
         subjects: Subjects,
-        journal: Journal,
+        diary: Diary,
         records: Records,
         leases: Leases,
+        endings: Endings,
+        tell: Callable[[mesh_pb2.RequestEvent], None],
         tracer: Tracer,
     ) -> None:
         self._bus = bus
         self._subjects = subjects
-        self._journal = journal
+        self._diary = diary
         self._records = records
         self._leases = leases
+        self._endings = endings
+        self._tell = tell
         self._tracer = tracer
+        self._term = diary.term
+        self._sent = 0
+        # As the scheduler was told: what a plan means by a name. Both go with the worker.
+        self._incarnations: dict[str, str] = {}
         self._truncates: dict[str, deque[mesh_pb2.Truncate]] = {}  # newest ones, by worker
 
-    async def observed(self, event: values.Event) -> None:
-        text = msgspec.json.encode(event).decode()
-        await self._journal.note(
-            journal_pb2.JournalEntry(stamped_us=event.at_us, observed_json=text)
-        )
+    async def turned(self, turn: Turn) -> None:
+        for observed in turn.observed:
+            await self._note(observed.fact)
+            self._membership(observed.fact)
+            if isinstance(observed.note, mesh_pb2.StepReport):
+                self._reported(observed, observed.note, turn.finish_us)
+            for ended in observed.ended:
+                self._ended(ended)
+        if turn.plan is not None:
+            await self._planned(turn.plan, turn.digest, turn.plan_time_us)
 
-    async def ended(self, ended: values.Ended) -> None:
-        record = self._records.get(ended.request)
-        if record is None or record.ended is not None:
-            return
-        event = translate.to_ending(ended, record, record.spec.steps)
-        outcome = journal_pb2.EndedRequest(request_id=ended.request)
-        if event.HasField("finished"):
-            outcome.finished.CopyFrom(event.finished)
-        elif event.HasField("failed"):
-            outcome.failed.CopyFrom(event.failed)
-        else:
-            outcome.cancelled.steps_done = event.cancelled.steps_done
-        await self._journal.note(journal_pb2.JournalEntry(stamped_us=ended.at_us, ended=outcome))
-        await self._tell(record, event)
-        self._records.end(record.id, event)
-
-    async def planned(self, plan: values.Plan, plan_time_us: int) -> None:
-        note = translate.to_plan_record(plan, plan_time_us)
-        for message, worker in self._assigns(plan):
-            await self._bus.publish(self._subjects.assign(worker), message)
+    async def _planned(self, plan: values.Plan, digest: str, plan_time_us: int) -> None:
+        note = translate.to_plan_record(plan, digest, plan_time_us)
+        await self._assign(plan, digest)
         for truncation in plan.truncations:
-            stop = translate.to_truncate(truncation, self._journal.term)
             for worker in truncation.workers:
-                self._truncates.setdefault(worker, deque(maxlen=_TRUNCATES_KEPT)).append(stop)
-                await self._bus.publish(self._subjects.truncate(worker), stop)
-        await self._journal.note(journal_pb2.JournalEntry(stamped_us=plan.now_us, plan=note))
+                await self._truncate(truncation, worker)
+        await self._diary.note(journal_pb2.JournalEntry(stamped_us=plan.now_us, plan=note))
         for assignment in plan.assignments:
-            self._trace(plan, assignment)
+            self._trace(plan, digest, assignment)
+        for ended in plan.ended:
+            self._ended(ended)
 
     async def truncate_again(self, worker: str) -> None:
         """Repeats the newest truncations to a worker that seems to have missed one."""
-        for stop in self._truncates.get(worker, ()):
-            await self._bus.publish(self._subjects.truncate(worker), stop)
+        for stop in tuple(self._truncates.get(worker, ())):
+            await self._publish(self._subjects.truncate(worker), stop)
 
-    async def progressed(self, report: mesh_pb2.StepReport, eta_us: dict[str, int]) -> None:
-        """Tells callers how far their requests are; `eta_us` names those that shall hear."""
-        denoising = report.node == values.DIT
+    # ---------------------------------------------------------------------------- facts
+
+    async def _note(self, fact: values.Event) -> None:
+        text = msgspec.json.encode(fact).decode()
+        entry = journal_pb2.JournalEntry(stamped_us=fact.at_us, observed_json=text)
+        await self._diary.note(entry)
+        await self._breathe()
+
+    def _membership(self, fact: values.Event) -> None:
+        if isinstance(fact, values.WorkerUp):
+            if self._incarnations.get(fact.worker) != fact.incarnation:
+                self._truncates.pop(fact.worker, None)  # what they stopped is gone
+            self._incarnations[fact.worker] = fact.incarnation
+        elif isinstance(fact, values.WorkerLost):
+            self._incarnations.pop(fact.worker, None)
+            self._truncates.pop(fact.worker, None)
+
+    def _reported(
+        self, observed: Observed, report: mesh_pb2.StepReport, finish_us: Mapping[str, int]
+    ) -> None:
+        """Tells callers how far their requests are, and keeps the name of what was made."""
         for result in report.results:
             record = self._records.get(result.request_id)
-            if record is None or record.id not in eta_us or not report.step_time_us:
-                continue
-            progress = generation_pb2.Progress(
-                node=report.node,
-                step=result.steps_done if denoising else 1,
-                steps=record.spec.steps if denoising else 1,
-                degree=len(report.members),
-                workers=report.members,
-                step_time_us=report.step_time_us[-1],
-                predicted_step_time_us=record.predicted_us.get(report.sequence, 0),
-                eta_us=eta_us[record.id],
-                resolved_prompt=result.resolved_prompt,
-            )
-            await self._tell(record, mesh_pb2.RequestEvent(request_id=record.id, progress=progress))
+            if record is None or not record.is_open or record.id not in observed.counted:
+                continue  # ended, or called off: the client hears of what counts
+            if result.HasField("media"):
+                self._records.made(record.id, result.media)
+            elif report.HasField("media") and len(report.results) == 1:  # of an older worker
+                self._records.made(record.id, report.media)
+            now_us = observed.fact.at_us
+            if record.id in finish_us:
+                self._records.estimate(record.id, now_us, finish_us[record.id])
+            if report.step_time_us and not report.HasField("failure"):
+                self._progressed(record, report, result, max(0, record.finish_us - now_us))
 
-    async def _tell(self, record: Record, event: mesh_pb2.RequestEvent) -> None:
-        record.events += 1
-        event.sequence = record.events
-        await self._bus.publish(self._subjects.event(record.id), event)
+    def _progressed(
+        self,
+        record: Record,
+        report: mesh_pb2.StepReport,
+        result: mesh_pb2.StepResult,
+        left_us: int,
+    ) -> None:
+        denoising = report.node == values.DIT
+        progress = generation_pb2.Progress(
+            node=report.node,
+            step=result.steps_done if denoising else 1,
+            steps=record.spec.steps if denoising else 1,
+            degree=len(report.members),
+            workers=report.members,
+            step_time_us=report.step_time_us[-1],
+            predicted_step_time_us=record.predicted_us.get(report.sequence, 0),
+            eta_us=left_us,
+            resolved_prompt=result.resolved_prompt,
+        )
+        event = self._records.progress(record.id, progress)
+        if event is not None:
+            self._tell(event)
 
-    def _assigns(self, plan: values.Plan) -> list[tuple[mesh_pb2.Assign, str]]:
+    def _ended(self, ended: values.Ended) -> None:
+        record = self._records.begin_end(ended.request)
+        if record is not None:
+            self._endings.put(record, translate.to_ended(ended, record))
+
+    # ---------------------------------------------------------------------------- plans
+
+    async def _assign(self, plan: values.Plan, digest: str) -> None:
         by_worker: dict[str, list[mesh_pb2.Assignment]] = {}
+        loads: dict[str, list[mesh_pb2.WeightsLoad]] = {}
+        for load in plan.loads:
+            loads.setdefault(load.worker, []).append(translate.to_weights_load(load))
         load_us = _load_us(plan)
         for assignment in plan.assignments:
             message = translate.to_assignment(
                 assignment,
-                self._journal.term,
+                self._term,
                 self._record,
                 self._leases.store_address,
                 load_us.get(assignment.sequence, 0),
             )
             for worker in assignment.workers:
                 by_worker.setdefault(worker, []).append(message)
-        if plan.released:
-            for worker in self._leases.alive:
-                by_worker.setdefault(worker, [])
-        return [
-            (self._assign(plan, by_worker[worker], worker), worker) for worker in sorted(by_worker)
-        ]
+            await self._breathe()
+        for worker in sorted(by_worker):
+            if worker in self._incarnations:  # else it is lost, and its work planned anew
+                message_to = mesh_pb2.Assign(
+                    term=self._term,
+                    round=plan.round,
+                    plan_digest=digest,
+                    assignments=by_worker[worker],
+                    loads=loads.get(worker, ()),
+                    incarnation=self._incarnations[worker],
+                )
+                await self._publish(self._subjects.assign(worker), message_to)
 
-    def _assign(
-        self, plan: values.Plan, items: list[mesh_pb2.Assignment], worker: str
-    ) -> mesh_pb2.Assign:
-        return mesh_pb2.Assign(
-            term=self._journal.term,
-            round=plan.round,
-            plan_digest=plan.digest,
-            assignments=items,
-            released=plan.released,
-            loads=[translate.to_weights_load(load) for load in plan.loads if load.worker == worker],
-        )
+    async def _truncate(self, truncation: values.Truncation, worker: str) -> None:
+        incarnation = self._incarnations.get(worker)
+        if incarnation is None:
+            return
+        stop = translate.to_truncate(truncation, self._term, incarnation)
+        self._truncates.setdefault(worker, deque(maxlen=_TRUNCATES_KEPT)).append(stop)
+        await self._publish(self._subjects.truncate(worker), stop)
+
+    async def _publish(self, subject: str, message: Message) -> None:
+        await self._bus.publish(subject, message)
+        await self._breathe()
+
+    async def _breathe(self) -> None:
+        """A large plan, or a crowd of facts, does not hold the event loop."""
+        self._sent += 1
+        if self._sent % _AT_ONCE == 0:
+            await asyncio.sleep(0)
 
     def _record(self, request: str) -> Record:
         record = self._records.get(request)
         assert record is not None, f"the scheduler planned the unknown request {request}"
         return record
 
-    def _trace(self, plan: values.Plan, assignment: values.Assignment) -> None:
+    def _trace(self, plan: values.Plan, digest: str, assignment: values.Assignment) -> None:
         now_ns = unix_ns()
         for member in assignment.batch:
             record = self._record(member.request)
-            record.predicted_us[assignment.sequence] = assignment.step_time_us
-            if not record.first_run:
-                record.first_run = True
-                self._span(record, spans.QUEUE, record.accepted_unix_ns, now_ns, {})
+            if not record.is_open:
+                continue  # it ended while the workers were told
+            if self._records.run(record.id, assignment.sequence, assignment.step_time_us):
+                accepted_ns = min(now_ns, record.accepted_unix_us * 1000)
+                self._span(record, spans.QUEUE, accepted_ns, now_ns, {})
             if assignment.node == values.DIT:
                 self._span(
                     record,
@@ -168,7 +242,7 @@ class Publisher:
                         spans.PREDICTED_US: assignment.step_time_us,
                         "hocket.first_step": member.first_step,
                         "hocket.reason": assignment.reason,
-                        "hocket.plan": plan.digest,
+                        "hocket.plan": digest,
                     },
                 )
 

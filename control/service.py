@@ -10,15 +10,15 @@ import msgspec
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from control.admission import AdmissionSettings
 from control.config import ControlSettings, profile_csv, scheduler_settings
-from control.driver import Driver
+from control.desk import Desk, Wiring
 from control.intake import CHECK_EVERY_US, SERVICE, Intake, Superseded
 from control.journal import Journal
 from control.latency_store import LatencyStore
 from control.leases import Leases
-from control.publisher import Publisher
+from control.planning import PlannerThread
 from control.recovery import recover
-from control.requests import Records
 from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile, ProfileError
@@ -27,7 +27,7 @@ from control.servicer import ControlServicer
 from hocket import endpoints
 from hocket.bus import Bus, Subjects
 from hocket.channels import SERVER_OPTIONS
-from hocket.clock import Clock
+from hocket.clock import Clock, unix_ns
 from hocket.errors import WrongConfig
 from hocket.telemetry import Telemetry
 from hocket.v1 import control_pb2_grpc, journal_pb2, mesh_pb2
@@ -60,20 +60,27 @@ async def _lead(
     learned = await store.load()
     if learned is not None:
         scheduler.restore_latencies(learned)
-    records, leases = Records(), Leases(settings.lease_us)
-    publisher = Publisher(bus, subjects, journal, records, leases, told.tracer)
-    driver = Driver(scheduler, clock, publisher)
-    servicer = ControlServicer(
-        driver,
-        journal,
-        records,
-        leases,
-        clock,
-        told.tracer,
-        policy=settings.policy,
-        requests_open_max=settings.requests_open_max,
+    leases = Leases(settings.lease_us)
+    desk = Desk.build(
+        Wiring(
+            bus=bus,
+            subjects=subjects,
+            diary=journal,
+            promises=_JournalPromises(journal),
+            scheduler=scheduler,
+            leases=leases,
+            clock=clock,
+            tracer=told.tracer,
+            policy=settings.policy,
+            planning=PlannerThread(),
+            follower_grace_us=settings.follower_grace_us,
+            admission=AdmissionSettings(
+                open_max=settings.requests_open_max, settle_us=settings.lease_us
+            ),
+        )
     )
-    await recover(bus, subjects, driver, records, clock)
+    driver = desk.driver
+    await recover(bus, subjects, driver, desk.records, clock, desk.attachments.expect_followers)
     await journal.note(_started(clock.now_us(), library, csv, learned))
     superseded: list[Superseded] = []
 
@@ -81,10 +88,8 @@ async def _lead(
         superseded.append(why)
         stop.set()
 
-    intake = Intake(
-        journal.term, bus, subjects, leases, driver, publisher, servicer, records, step_down
-    )
-    server, port = await _listen(settings, told, servicer, intake)
+    intake = desk.intake(step_down)
+    server, port = await _listen(settings, told, desk.servicer, intake)
     await bus.subscribe(subjects.heartbeat("*"), mesh_pb2.Heartbeat, intake.heartbeat)
     await bus.subscribe(subjects.report("*"), mesh_pb2.StepReport, intake.report)
     endpoints.announce(settings.state_dir, "control", f"{_host(settings.listen)}:{port}")
@@ -92,7 +97,7 @@ async def _lead(
     try:
         async with asyncio.TaskGroup() as tasks:
             work = [
-                tasks.create_task(driver.run()),
+                *(tasks.create_task(part) for part in desk.parts()),
                 tasks.create_task(_check(intake, clock)),
                 tasks.create_task(store.keep(scheduler, clock)),
             ]
@@ -106,7 +111,36 @@ async def _lead(
             raise superseded[-1]
         await store.save(scheduler)
     finally:
+        driver.close()
         endpoints.withdraw(settings.state_dir, "control")
+
+
+class _JournalPromises:
+    """Promises in the old journal, until they have a stream of their own."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self.term = journal.term
+
+    async def append(self, promise: journal_pb2.Promise) -> int:
+        entry = journal_pb2.JournalEntry(stamped_us=0)
+        if promise.HasField("ended"):
+            entry.ended.CopyFrom(promise.ended)
+        else:
+            entry.accepted.CopyFrom(
+                journal_pb2.AcceptedRequest(
+                    submit=promise.submit, answer=promise.answer, traceparent=promise.traceparent
+                )
+            )
+        kind = entry.WhichOneof("entry")
+        await self._journal.append(entry, f"{self.term}-{kind}-{promise.submit.request_id}")
+        return unix_ns() // 1000
+
+    async def forget(self, request_id: str) -> None:
+        """The old journal forgets nothing."""
+
+    async def drain(self, worker: str, draining: bool) -> None:
+        """Nor does it keep wishes."""
 
 
 def _started(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from control.requests import Record
+import msgspec
+
+from control.requests.records import Record
 from control.scheduler import values
 from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _COLLECTIVE_TIMEOUT_STEPS = 8  # a collective counts as hung after this many predicted step times …
 _COLLECTIVE_TIMEOUT_MIN_US = 5_000_000  # … but never sooner than this
+_FIRM: dict[str, bool] = {"firm": True} if "firm" in values.Request.__struct_fields__ else {}
 _LOADS_LATE = 3  # times its prediction that a load may take while others wait for it
 
 
@@ -34,7 +37,25 @@ def to_request(
         priority=request.priority,
         tenant=request.tenant,
         branches=max(1, spec.guidance_branches),
+        **_FIRM if commitment(slo) == types_pb2.COMMITMENT_FIRM else {},
     )
+
+
+def to_variant(request: values.Request, spec: types_pb2.GenerationSpec) -> values.Request:
+    """The scheduler's view of a request with other steps and another shape."""
+    shape = values.Shape(
+        width=spec.shape.width, height=spec.shape.height, frames=max(1, spec.shape.frames)
+    )
+    return msgspec.structs.replace(request, steps=spec.steps, shape=shape)
+
+
+def commitment(slo: types_pb2.Slo) -> types_pb2.Commitment.ValueType:
+    """How binding a promised deadline is; whoever asks to be refused else is bound firmly."""
+    if slo.commitment != types_pb2.COMMITMENT_UNSPECIFIED:
+        return slo.commitment
+    if slo.on_miss == types_pb2.ON_MISS_REJECT:
+        return types_pb2.COMMITMENT_FIRM
+    return types_pb2.COMMITMENT_SOFT
 
 
 def branches_of(spec: types_pb2.GenerationSpec, models: Iterable[generation_pb2.ModelInfo]) -> int:
@@ -54,17 +75,18 @@ def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
         for r in report.results
     )
     if report.HasField("failure"):
+        failed = report.failed_job
         return values.AssignmentFailed(
             at_us=now_us,
             sequence=report.sequence,
             worker=report.worker,
             jobs=jobs,
             reason=report.failure.reason,
-            suspects=_names(report, "suspects"),
-            request=report.failure.metadata.get("request", ""),
-            tried=_names(report, "tried"),
+            suspects=tuple(failed.suspects),
+            request=failed.request_id,
+            tried=tuple(failed.tried),
             goes_on=not report.last,
-            batch=_count(report, "batch"),
+            batch=failed.batch,
         )
     return values.StepsEnded(
         at_us=now_us,
@@ -77,16 +99,6 @@ def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
         load_time_us=report.load_time_us,
         member_time_us=tuple(report.member_time_us),
     )
-
-
-def _names(report: mesh_pb2.StepReport, key: str) -> tuple[str, ...]:
-    named = report.failure.metadata.get(key, "")
-    return tuple(named.split(",")) if named else ()
-
-
-def _count(report: mesh_pb2.StepReport, key: str) -> int:
-    told = report.failure.metadata.get(key, "")
-    return int(told) if told.isdecimal() else 0
 
 
 def to_assignment(
@@ -142,21 +154,24 @@ def _member(
     )
 
 
-def to_truncate(truncation: values.Truncation, term: int) -> mesh_pb2.Truncate:
+def to_truncate(truncation: values.Truncation, term: int, incarnation: str) -> mesh_pb2.Truncate:
+    """What one process of a worker is told of a truncation."""
     return mesh_pb2.Truncate(
         term=term,
         request_id=truncation.request,
         attempt=truncation.attempt,
         stop_at_step=truncation.stop_at_step,
         release=truncation.release,
+        incarnation=incarnation,
     )
 
 
-def to_ending(ended: values.Ended, record: Record, steps_total: int) -> mesh_pb2.RequestEvent:
-    """The last event of a request."""
-    event = mesh_pb2.RequestEvent(request_id=ended.request)
+def to_ended(ended: values.Ended, record: Record) -> journal_pb2.EndedRequest:
+    """How a request ended, as the promises stream keeps it."""
+    steps_total = record.spec.steps
+    outcome = journal_pb2.EndedRequest(request_id=ended.request)
     if ended.outcome is values.Outcome.DONE:
-        event.finished.CopyFrom(
+        outcome.finished.CopyFrom(
             generation_pb2.Finished(
                 latency_us=ended.at_us - record.accepted_us,
                 predicted_latency_us=record.accepted.predicted_latency_us,
@@ -168,15 +183,15 @@ def to_ending(ended: values.Ended, record: Record, steps_total: int) -> mesh_pb2
             )
         )
     elif ended.outcome is values.Outcome.CANCELLED:
-        event.cancelled.steps_done = ended.steps_done
+        outcome.cancelled.steps_done = ended.steps_done
     elif ended.outcome is values.Outcome.REJECTED:
-        event.failed.CopyFrom(_turned_away(ended, record, steps_total))
+        outcome.failed.CopyFrom(_turned_away(ended, record, steps_total))
     else:
-        event.failed.reason = ended.reason or "FAILED"
-        event.failed.message = (
+        outcome.failed.reason = ended.reason or "FAILED"
+        outcome.failed.message = (
             f"gave up after {ended.steps_done} of {steps_total} steps: {ended.reason.lower()}"
         )
-    return event
+    return outcome
 
 
 def _turned_away(ended: values.Ended, record: Record, steps_total: int) -> types_pb2.Failure:
@@ -193,19 +208,23 @@ def _turned_away(ended: values.Ended, record: Record, steps_total: int) -> types
     )
 
 
-def to_plan_record(plan: values.Plan, plan_time_us: int) -> journal_pb2.PlanRecord:
+def to_plan_record(plan: values.Plan, digest: str, plan_time_us: int) -> journal_pb2.PlanRecord:
     """What the journal keeps of a plan: enough to compare a replay with."""
     return journal_pb2.PlanRecord(
         round=plan.round,
         now_us=plan.now_us,
-        digest=plan.digest,
+        digest=digest,
         assignments=len(plan.assignments),
         plan_time_us=plan_time_us,
     )
 
 
-def to_unattainable(request: values.Request, finish_us: int, now_us: int) -> types_pb2.Failure:
-    """The refusal of a request that cannot be on time."""
+def to_unattainable(
+    request: values.Request, finish_us: int, now_us: int, *, alone: bool
+) -> types_pb2.Failure:
+    """The refusal of a request that cannot be on time; `alone`: no other's work is in its way, so
+    that waiting helps nothing.
+    """
     assert request.deadline_us is not None
     late_us = finish_us - request.deadline_us
     return types_pb2.Failure(
@@ -214,6 +233,6 @@ def to_unattainable(request: values.Request, finish_us: int, now_us: int) -> typ
             f"predicted to take {(finish_us - now_us) / 1e6:.2f} s, "
             f"{late_us / 1e6:.2f} s more than the deadline allows"
         ),
-        retry_after_us=late_us,
+        retry_after_us=0 if alone else late_us,
         metadata={"predicted_latency_us": str(finish_us - now_us)},
     )

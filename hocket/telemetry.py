@@ -156,9 +156,9 @@ class _CallDetails(Protocol):
 
 
 def _is_traced(call: _CallDetails) -> bool:
-    # Health, reflection and the standing watch are not part of any request.
+    # Health, reflection, the standing watch and a gateway's line are not part of any request.
     method = call.method.decode() if isinstance(call.method, bytes) else call.method
-    return not method.startswith("/grpc.") and not method.endswith("/WatchCluster")
+    return not method.startswith("/grpc.") and not method.endswith(("/WatchCluster", "/Attach"))
 
 
 class _SecretIds(IdGenerator):

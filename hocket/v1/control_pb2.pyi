@@ -29,8 +29,14 @@ class SubmitRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
+    WISH_SHA256_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name chosen by the gateway: a ULID-like sortable id without user text."""
+    wish_sha256: _builtins.bytes
+    """SHA-256 over the deterministic serialization of the caller's own request, before any default, without what a retry
+    may change: slo.deadline_us, progress_every, detached, idempotency_key. A repeated idempotency key must bring the
+    same. Empty: control takes it over `request`.
+    """
     @_builtins.property
     def request(self) -> _generation_pb2.GenerateRequest:
         """The request, defaults filled in."""
@@ -40,10 +46,11 @@ class SubmitRequest(_message.Message):
         *,
         request_id: _builtins.str = ...,
         request: _generation_pb2.GenerateRequest | None = ...,
+        wish_sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "request_id", b"request_id", "wish_sha256", b"wish_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -253,7 +260,7 @@ class AttachResponse(_message.Message):
     """The leader's fencing number."""
     @_builtins.property
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttachedAnswer]:
-        """Answers to submits, each before any event of its request."""
+        """Answers to submits, each before any event of its request; the request's first events follow it."""
 
     @_builtins.property
     def followed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Followed]:

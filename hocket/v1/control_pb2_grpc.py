@@ -82,8 +82,9 @@ class ControlServiceServicer:
     """
 
     def Submit(self, request, context):
-        """Admits one request. It is in the journal before the answer leaves. Its later life is told on the request's
-        event subject; subscribe to it first. Refusals are `rejected`, not statuses: the call itself worked.
+        """Admits one request that lives by itself (`detached` is taken as set), or answers a repeated one from what became of
+        it. It is journalled before the answer leaves. GetRequest and Attach tell its later life. Refusals are `rejected`,
+        not statuses: the call itself worked; a malformed request is INVALID_ARGUMENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

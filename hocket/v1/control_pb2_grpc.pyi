@@ -34,8 +34,9 @@ class ControlServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ControlServiceAsyncStub: ...
     Submit: _grpc.UnaryUnaryMultiCallable[_control_pb2.SubmitRequest, _control_pb2.SubmitResponse]
-    """Admits one request. It is in the journal before the answer leaves. Its later life is told on the request's
-    event subject; subscribe to it first. Refusals are `rejected`, not statuses: the call itself worked.
+    """Admits one request that lives by itself (`detached` is taken as set), or answers a repeated one from what became of
+    it. It is journalled before the answer leaves. GetRequest and Attach tell its later life. Refusals are `rejected`,
+    not statuses: the call itself worked; a malformed request is INVALID_ARGUMENT.
     """
     Attach: _grpc.StreamStreamMultiCallable[_control_pb2.AttachRequest, _control_pb2.AttachResponse]
     """A gateway's line to the leader, open as long as the gateway lives: requests, followers and their leaving go up;
@@ -66,8 +67,9 @@ class ControlServiceAsyncStub(ControlServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Submit: _aio.UnaryUnaryMultiCallable[_control_pb2.SubmitRequest, _control_pb2.SubmitResponse]  # type: ignore[assignment]
-    """Admits one request. It is in the journal before the answer leaves. Its later life is told on the request's
-    event subject; subscribe to it first. Refusals are `rejected`, not statuses: the call itself worked.
+    """Admits one request that lives by itself (`detached` is taken as set), or answers a repeated one from what became of
+    it. It is journalled before the answer leaves. GetRequest and Attach tell its later life. Refusals are `rejected`,
+    not statuses: the call itself worked; a malformed request is INVALID_ARGUMENT.
     """
     Attach: _aio.StreamStreamMultiCallable[_control_pb2.AttachRequest, _control_pb2.AttachResponse]  # type: ignore[assignment]
     """A gateway's line to the leader, open as long as the gateway lives: requests, followers and their leaving go up;
@@ -101,8 +103,9 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.SubmitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.SubmitResponse, _abc.Awaitable[_control_pb2.SubmitResponse]]:
-        """Admits one request. It is in the journal before the answer leaves. Its later life is told on the request's
-        event subject; subscribe to it first. Refusals are `rejected`, not statuses: the call itself worked.
+        """Admits one request that lives by itself (`detached` is taken as set), or answers a repeated one from what became of
+        it. It is journalled before the answer leaves. GetRequest and Attach tell its later life. Refusals are `rejected`,
+        not statuses: the call itself worked; a malformed request is INVALID_ARGUMENT.
         """
 
     @_abc_1.abstractmethod

@@ -794,7 +794,7 @@ Global___LatentReply: _TypeAlias = LatentReply  # noqa: Y015
 
 @_typing.final
 class RequestEvent(_message.Message):
-    """What happens to a request. Sent on `.event.<request>` by control."""
+    """What happens to a request. Told on the lines of its followers (ControlService.Attach)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -809,7 +809,9 @@ class RequestEvent(_message.Message):
     request_id: _builtins.str
     """The request."""
     sequence: _builtins.int
-    """Rises with each event of a request, across leaders too: the term, times 2^32, and a count. The follower's cursor."""
+    """Rises with each event of a request, across leaders too: 1 of `accepted`, 2 of a `degraded` that was promised with
+    it, then the leader's term, times 2^32, and a count; of the ending the last count there is. The follower's cursor.
+    """
     @_builtins.property
     def progress(self) -> _generation_pb2.Progress:
         """A step ended."""

@@ -1,0 +1,364 @@
+"""Admission: who gets a promise.
+
+    offer ──▶ known? answer from the record
+          ──▶ no room? QUEUE_FULL, OVERLOADED, at once
+          ──▶ waits ──▶ batch: forecast together ──▶ refused, or append ──▶ record, answer, Arrived
+
+All that wait are forecast together, beside the event loop. A promise (append, record, fact) is one
+act of this object's own: whoever asked for it may be gone when it is done. Until the append begins
+nothing is promised to callers that gave up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from opentelemetry.trace import Tracer
+
+from control import translate
+from control.door import check_submit
+from control.driver import Driver
+from control.requests import refusals, wishes
+from control.requests.degrade import Ladder, ladders
+from control.requests.endings import Promises
+from control.requests.lifecycle import RequestState
+from control.requests.records import Record, Records
+from control.requests.verdicts import Newcomer, Verdict, judge
+from control.scheduler.values import Arrived, CancelRequested, Request
+from hocket import spans, telemetry
+from hocket.clock import Clock, unix_ns
+from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
+
+Answered = Callable[[control_pb2.SubmitResponse, bool], None]  # the answer; is it an earlier one's
+
+_BATCH_MAX = 256  # forecast together
+_APPENDS_MAX = 1024  # under way; a broker that stands still holds up no more
+
+
+@dataclass(frozen=True)
+class AdmissionSettings:
+    """What bounds admission."""
+
+    open_max: int = 10_000  # requests promised and not ended
+    waiting_max: int = 4_096  # of them, those that wait for their forecast
+    settle_us: int = 0  # so long after its start control waits for its first worker
+    best_effort_wait_us_max: int = 0  # as the policy bounds it; 0: it does not
+
+
+@dataclass
+class _Offer:
+    """A request that holds a place and waits for its answer."""
+
+    record: Record
+    wanted: list[Callable[[], bool]]
+    answered: list[Answered]
+    expires_us: list[int | None]
+    traceparent: str
+    began_ns: int
+    ladders: tuple[Ladder, ...] = field(default=())
+    is_cancelled: bool = False
+
+    def is_wanted(self, now_us: int) -> bool:
+        """Whether any of its callers still waits."""
+        return not self.is_cancelled and any(
+            wanted() and (expires_us is None or now_us < expires_us)
+            for wanted, expires_us in zip(self.wanted, self.expires_us, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """What is to be promised."""
+
+    offer: _Offer
+    promise: journal_pb2.Promise
+    request: Request  # as the scheduler will see it
+    accepted_us: int
+
+
+class Admission:
+    """One leader's door."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        promises: Promises,
+        records: Records,
+        served: Callable[[], Mapping[str, generation_pb2.ModelInfo]],
+        has_workers: Callable[[], bool],
+        clock: Clock,
+        tracer: Tracer,
+        settings: AdmissionSettings | None = None,
+    ) -> None:
+        """`served`: what living workers serve, by name."""
+        self._driver = driver
+        self._promises = promises
+        self._records = records
+        self._served = served
+        self._has_workers = has_workers
+        self._clock = clock
+        self._tracer = tracer
+        self._settings = settings or AdmissionSettings()
+        self._settled_us = clock.now_us() + self._settings.settle_us
+        self._offers: dict[str, _Offer] = {}  # by id, until answered
+        self._waiting: deque[_Offer] = deque()
+        self._under_way: dict[str, Request] = {}  # accepted, perhaps not yet at the scheduler
+        self._wake = asyncio.Event()
+
+    def offer(
+        self,
+        submit: control_pb2.SubmitRequest,
+        answered: Answered,
+        *,
+        wanted: Callable[[], bool] = lambda: True,
+        expires_us: int | None = None,
+        traceparent: str = "",
+    ) -> None:
+        """Calls `answered` once, now or later. `expires_us` is absolute; `wanted` is asked before
+        anything is promised.
+        """
+        violations = check_submit(submit)
+        if violations:
+            answered(refusals.invalid(submit, violations), False)
+            return
+        wish = wishes.digest(submit)
+        known = self._records.get(submit.request_id) or self._records.same_key(submit)
+        if known is not None:
+            self._answer_known(known, submit, wish, answered, wanted, expires_us)
+            return
+        refusal = self._no_room()
+        if refusal is not None:
+            answered(refusals.rejected(submit, refusal), False)
+            return
+        record = self._records.receive(submit, wish)
+        offer = _Offer(record, [wanted], [answered], [expires_us], traceparent, unix_ns())
+        self._offers[record.id] = offer
+        self._waiting.append(offer)
+        self._wake.set()
+
+    async def submit(
+        self, submit: control_pb2.SubmitRequest, traceparent: str = ""
+    ) -> control_pb2.SubmitResponse:
+        """Answers one request that lives by itself; a caller that is cancelled gives up."""
+        submit.request.detached = True
+        answer: asyncio.Future[control_pb2.SubmitResponse] = (
+            asyncio.get_running_loop().create_future()
+        )
+
+        def answered(response: control_pb2.SubmitResponse, _: bool) -> None:
+            if not answer.done():
+                answer.set_result(response)
+
+        self.offer(submit, answered, wanted=lambda: not answer.cancelled(), traceparent=traceparent)
+        return await answer
+
+    def cancel(self, request: str) -> None:
+        """Its caller wants no answer any more but this: nothing of it shall run."""
+        offer = self._offers.get(request)
+        if offer is not None:
+            offer.is_cancelled = True
+
+    def wake(self) -> None:
+        """The first workers are there."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Answers until cancelled. Raises what `Promises.append` raises, in a group."""
+        slots = asyncio.Semaphore(_APPENDS_MAX)
+        async with asyncio.TaskGroup() as appends:
+            while True:
+                for decided in await self._decided(await self._batch()):
+                    await slots.acquire()
+                    if not decided.offer.is_wanted(self._clock.now_us()):
+                        slots.release()
+                        self._refuse(decided.offer, refusals.expired())
+                        continue
+                    self._under_way[decided.request.id] = decided.request
+                    append = appends.create_task(self._promise(decided))
+                    append.add_done_callback(lambda _: slots.release())
+
+    # ---------------------------------------------------------------------------- known
+
+    def _answer_known(
+        self,
+        known: Record,
+        submit: control_pb2.SubmitRequest,
+        wish: bytes,
+        answered: Answered,
+        wanted: Callable[[], bool],
+        expires_us: int | None,
+    ) -> None:
+        if known.tenant != submit.request.tenant or (known.wish and known.wish != wish):
+            answered(refusals.key_reused(submit, known), False)
+        elif known.state is RequestState.RECEIVED:
+            offer = self._offers[known.id]
+            offer.wanted.append(wanted)
+            offer.expires_us.append(expires_us)
+            offer.answered.append(answered)
+        else:
+            answered(refusals.repeat(known), True)
+
+    def _no_room(self) -> types_pb2.Failure | None:
+        if self._records.taken >= self._settings.open_max:
+            return refusals.queue_full(self._settings.open_max)
+        if len(self._waiting) >= self._settings.waiting_max:
+            return refusals.overloaded(self._settings.waiting_max)
+        return None
+
+    # ---------------------------------------------------------------------------- a batch
+
+    async def _batch(self) -> list[_Offer]:
+        """Those that wait, as many as are forecast together; waits for one, and for workers."""
+        while not self._waiting or self._is_settling():
+            self._wake.clear()
+            if self._waiting:
+                await self._wait_until(self._settled_us)
+            else:
+                await self._wake.wait()
+        await self._clock.settle()  # whoever comes in this moment goes along
+        return [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH_MAX))]
+
+    def _is_settling(self) -> bool:
+        """A leader that has just begun has not heard its workers yet."""
+        return not self._has_workers() and self._clock.now_us() < self._settled_us
+
+    async def _wait_until(self, at_us: int) -> None:
+        waits = [
+            asyncio.ensure_future(self._wake.wait()),
+            asyncio.ensure_future(self._clock.sleep_until(at_us)),
+        ]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _decided(self, batch: Sequence[_Offer]) -> list[_Decided]:
+        """Forecasts a batch and answers those that are refused; what to promise to the others."""
+        served = self._served()
+        now_us = self._driver.stamp()
+        offers: list[_Offer] = []
+        for offer in batch:
+            failure = self._refusal(offer, served, now_us)
+            if failure is not None:
+                self._refuse(offer, failure)
+            else:
+                offers.append(offer)
+        newcomers = [self._newcomer(offer, served, now_us) for offer in offers]
+        if not offers:
+            return []
+        ahead = tuple(self._under_way.values())
+        verdicts = await self._driver.ask(lambda s: judge(s, ahead, newcomers, now_us))
+        for request in ahead:
+            if request.id in verdicts.arrived or not self._is_unknown_yet(request.id):
+                self._under_way.pop(request.id, None)
+        decided = []
+        depth = self._records.open_count + len(self._under_way)
+        for offer, verdict in zip(offers, verdicts.of, strict=True):
+            if verdict.refused:
+                failure = translate.to_unattainable(
+                    verdict.request, verdict.finish_us, now_us, alone=not depth
+                )
+                self._refuse(offer, failure)
+                continue
+            promise = self._to_promise(offer, verdict, now_us, depth)
+            decided.append(_Decided(offer, promise, verdict.request, now_us))
+            depth += 1
+        return decided
+
+    def _is_unknown_yet(self, request: str) -> bool:
+        """Whether its arrival may still be on its way to the scheduler."""
+        record = self._records.get(request)
+        return record is not None and (record.is_open or record.state is RequestState.RECEIVED)
+
+    def _refusal(
+        self, offer: _Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
+    ) -> types_pb2.Failure | None:
+        if not offer.is_wanted(now_us):
+            return refusals.expired()
+        if not self._has_workers():
+            return refusals.no_workers()
+        model = offer.record.spec.model
+        return None if model in served else refusals.not_served(model, served)
+
+    def _newcomer(
+        self, offer: _Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
+    ) -> Newcomer:
+        submit = offer.record.submit
+        spec, slo = submit.request.spec, submit.request.slo
+        model = served[spec.model]
+        spec.guidance_branches = translate.branches_of(spec, (model,))
+        request = translate.to_request(submit.request_id, submit.request, now_us)
+        if slo.on_miss == types_pb2.ON_MISS_DEGRADE:
+            offer.ladders = ladders(spec, slo.degrade, model)
+        return Newcomer(
+            request,
+            tuple(
+                tuple(translate.to_variant(request, variant) for variant in ladder)
+                for ladder in offer.ladders
+            ),
+        )
+
+    # ---------------------------------------------------------------------------- answers
+
+    def _to_promise(
+        self, offer: _Offer, verdict: Verdict, now_us: int, depth: int
+    ) -> journal_pb2.Promise:
+        submit = offer.record.submit
+        predicted_us = verdict.finish_us - now_us
+        promise = journal_pb2.Promise(
+            term=self._promises.term, wish_sha256=offer.record.wish, traceparent=self._span(offer)
+        )
+        if verdict.variant is not None:
+            ladder, place = verdict.variant
+            submit.request.spec.CopyFrom(offer.ladders[ladder][place])
+            promise.degraded.effective_spec.CopyFrom(submit.request.spec)
+            promise.degraded.predicted_latency_us = predicted_us
+        promise.submit.CopyFrom(submit)
+        promise.answer.CopyFrom(
+            generation_pb2.Accepted(
+                request_id=submit.request_id,
+                predicted_latency_us=predicted_us,
+                predicted_latency_us_p95=max(0, verdict.forecast.finish_us_p95 - now_us),
+                predicted_on_time=not verdict.late,
+                trace_id=telemetry.trace_id(promise.traceparent),
+                effective_spec=submit.request.spec,
+                queue_depth=depth,
+                commitment=translate.commitment(submit.request.slo),
+                best_effort_wait_us_max=self._settings.best_effort_wait_us_max,
+            )
+        )
+        return promise
+
+    async def _promise(self, decided: _Decided) -> None:
+        """The one act: stored, known, answered, and on its way to the scheduler."""
+        offer, request = decided.offer, decided.request
+        unix_us = await self._promises.append(decided.promise)
+        self._records.promise(offer.record, decided.promise, decided.accepted_us, unix_us)
+        accepted = decided.promise.answer
+        self._answer(offer, control_pb2.SubmitResponse(request_id=request.id, accepted=accepted))
+        self._driver.post(Arrived(at_us=self._driver.stamp(), request=request))
+        if offer.is_cancelled:
+            self._driver.post(CancelRequested(at_us=self._driver.stamp(), request=request.id))
+
+    def _refuse(self, offer: _Offer, failure: types_pb2.Failure) -> None:
+        self._records.refuse(offer.record)
+        self._answer(offer, refusals.rejected(offer.record.submit, failure))
+
+    def _answer(self, offer: _Offer, response: control_pb2.SubmitResponse) -> None:
+        del self._offers[offer.record.id]
+        for number, answered in enumerate(offer.answered):
+            answered(response, number > 0)
+
+    def _span(self, offer: _Offer) -> str:
+        return telemetry.record_span(
+            self._tracer,
+            spans.ADMIT,
+            start_ns=offer.began_ns,
+            end_ns=max(offer.began_ns, unix_ns()),
+            parent=offer.traceparent,
+            attributes={spans.REQUEST: offer.record.id},
+        )

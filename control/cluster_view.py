@@ -1,0 +1,147 @@
+"""The cluster as gateways and operators see it: one message, made once for all who watch.
+
+A join or a loss is told within a quarter of a second; a thousand of them take no more messages than
+one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from control.driver import Driver
+from control.leases import Lease, Leases
+from control.requests.records import Records
+from control.scheduler.stragglers import Slowness
+from hocket.clock import Clock
+from hocket.v1 import control_pb2, generation_pb2
+
+_EVERY_US_MIN = 250_000  # between two messages to one watcher
+_EVERY_US_MAX = 1_000_000  # a watcher hears at least this often
+_AT_ONCE = 64  # workers, before others on the event loop have a turn
+
+
+class ClusterView:
+    """What living workers are and serve, and how the cluster does."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        records: Records,
+        leases: Leases,
+        clock: Clock,
+        *,
+        term: int,
+        policy: str,
+        replicas: Callable[[], Sequence[control_pb2.ReplicaStatus]] = tuple,
+        troubles: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
+        self._driver = driver
+        self._records = records
+        self._leases = leases
+        self._clock = clock
+        self._term = term
+        self._policy = policy
+        self._replicas = replicas
+        self._troubles = troubles
+        self._served: dict[str, generation_pb2.ModelInfo] | None = None
+        self._changes = 0
+        self._changed = asyncio.Condition()
+        self._making = asyncio.Lock()
+        self._made: tuple[int, int, control_pb2.WatchClusterResponse] | None = None
+
+    def served(self) -> Mapping[str, generation_pb2.ModelInfo]:
+        """Models that living workers serve, by name."""
+        if self._served is None:
+            self._served = {model.name: model for model in self._leases.models()}
+        return self._served
+
+    async def changed(self) -> None:
+        """Who lives, or what it serves, is another: wakes every watcher."""
+        self._served = None
+        self._changes += 1
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def watch(self) -> AsyncIterator[control_pb2.WatchClusterResponse]:
+        """The state now, after changes, and at least once a second."""
+        while True:
+            seen = self._changes
+            yield await self._state()
+            rested_us = self._clock.now_us() + _EVERY_US_MIN
+            await self._change_after(seen)
+            await self._clock.sleep_until(rested_us)
+
+    async def _change_after(self, seen: int) -> None:
+        async with self._changed:
+            try:
+                async with asyncio.timeout(_EVERY_US_MAX / 1e6):
+                    await self._changed.wait_for(lambda: self._changes != seen)
+            except TimeoutError:
+                return  # the counts in the message may have changed all the same
+
+    async def _state(self) -> control_pb2.WatchClusterResponse:
+        async with self._making:
+            now_us = self._clock.now_us()
+            if self._made is not None:
+                changes, made_us, message = self._made
+                if changes == self._changes and now_us - made_us < _EVERY_US_MIN:
+                    return message
+            changes = self._changes
+            message = await self._make(now_us)
+            self._made = changes, now_us, message
+            return message
+
+    async def _make(self, now_us: int) -> control_pb2.WatchClusterResponse:
+        slow = await self._driver.ask(lambda scheduler: scheduler.slow_workers())
+        alone = self._latents_alone()
+        message = control_pb2.WatchClusterResponse(
+            term=self._term,
+            requests_open=self._records.open_count,
+            policy=self._policy,
+            models=self.served().values(),
+            replicas=self._replicas(),
+            promises=self._records.figures.to_message(),
+            troubles=self._troubles(),
+        )
+        for number, (name, lease) in enumerate(sorted(self._leases.alive.items()), 1):
+            message.workers.append(self._worker(name, lease, slow.get(name), alone[name], now_us))
+            if number % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return message
+
+    def _worker(
+        self, name: str, lease: Lease, slowness: Slowness | None, alone: int, now_us: int
+    ) -> control_pb2.WorkerStatus:
+        beat = lease.heartbeat
+        state = (
+            "suspect"
+            if lease.suspect
+            else "draining"
+            if self._leases.is_draining(name)
+            else "slow"
+            if slowness is not None and slowness.avoided
+            else "alive"
+        )
+        return control_pb2.WorkerStatus(
+            name=name,
+            device=beat.device.name or beat.device.kind,
+            state=state,
+            heartbeat_age_us=max(0, now_us - lease.seen_us),
+            memory_used_bytes=beat.device.memory_used_bytes,
+            memory_total_bytes=beat.device.memory_total_bytes,
+            memory=beat.memory,
+            slowdown=1.0 if slowness is None else slowness.factor,
+            latents_alone=alone,
+            restarts=beat.restarts,
+        )
+
+    def _latents_alone(self) -> Counter[str]:
+        """By worker: latents of open requests that no other living worker holds."""
+        holders: dict[str, str | None] = {}
+        for name, lease in self._leases.alive.items():
+            for held in lease.heartbeat.latents:
+                holders[held.request_id] = None if held.request_id in holders else name
+        open_ones = (n for r, n in holders.items() if n is not None and self._records.is_open(r))
+        return Counter(open_ones)

@@ -1,0 +1,87 @@
+"""Answers of admission that are no new promise: refusals, each with its cause, and repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from control.requests.records import Record
+from hocket.errors import Violation
+from hocket.v1 import control_pb2, types_pb2
+
+_RETRY_US = 2_000_000
+_RETRY_SOON_US = 500_000
+
+
+def no_workers() -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="NO_WORKERS", message="no worker has a living lease", retry_after_us=_RETRY_US
+    )
+
+
+def not_served(model: str, served: Iterable[str]) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="MODEL_NOT_SERVED",
+        message=f"no living worker serves {model!r}; served: {', '.join(sorted(served))}",
+    )
+
+
+def queue_full(open_max: int) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="QUEUE_FULL",
+        message=f"{open_max} requests are open, which is the most this cluster takes",
+        retry_after_us=_RETRY_US,
+    )
+
+
+def overloaded(waiting_max: int) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="OVERLOADED",
+        message=f"{waiting_max} requests wait for an answer, which is the most this leader takes",
+        retry_after_us=_RETRY_SOON_US,
+    )
+
+
+def expired() -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="EXPIRED", message="its caller gave up before anything was promised"
+    )
+
+
+def invalid(
+    submit: control_pb2.SubmitRequest, violations: Sequence[Violation]
+) -> control_pb2.SubmitResponse:
+    told = "; ".join(f"{v.field}: {v.description}" for v in violations)
+    return rejected(submit, types_pb2.Failure(reason="INVALID_REQUEST", message=told))
+
+
+def key_reused(submit: control_pb2.SubmitRequest, known: Record) -> control_pb2.SubmitResponse:
+    """The same key, or the same id, for another wish."""
+    field = "request_id" if known.id == submit.request_id else "idempotency_key"
+    return rejected(
+        submit,
+        types_pb2.Failure(
+            reason="IDEMPOTENCY_KEY_REUSED",
+            message=f"{field}: an earlier call with the same one asked for something else",
+        ),
+    )
+
+
+def rejected(
+    submit: control_pb2.SubmitRequest, failure: types_pb2.Failure
+) -> control_pb2.SubmitResponse:
+    return control_pb2.SubmitResponse(rejected=failure, request_id=submit.request_id)
+
+
+def repeat(record: Record) -> control_pb2.SubmitResponse:
+    """Answers a repeated call from what became of the first one."""
+    answer = control_pb2.SubmitResponse(request_id=record.id)
+    if record.ended is None:
+        answer.accepted.CopyFrom(record.accepted)
+    elif record.ended.HasField("finished"):
+        answer.already_finished.CopyFrom(record.ended.finished)
+    elif record.ended.HasField("failed"):
+        answer.rejected.CopyFrom(record.ended.failed)
+    else:
+        answer.rejected.reason = "CANCELLED"
+        answer.rejected.message = f"request {record.id} was cancelled"
+    return answer

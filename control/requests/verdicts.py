@@ -1,0 +1,121 @@
+"""On time, late, or refused: what the scheduler's forecast makes of newcomers of one instant.
+
+Runs where the scheduler runs. Newcomers queue behind each other, in order, and behind those that
+were accepted a moment ago and have not reached the scheduler yet. Who is refused is in nobody's
+way: those behind are forecast again without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from control.scheduler.values import Forecast, OnMiss, Request
+
+_ROUNDS_MAX = 8  # of forecasts over a batch; what is late in the last one is refused as it stands
+
+
+class Forecaster(Protocol):
+    """The scheduler, as far as this asks it."""
+
+    def forecast(self, requests: Sequence[Request], now_us: int) -> Sequence[Forecast]: ...
+
+    def job(self, request_id: str) -> object | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Newcomer:
+    """A request at the door, and its cheaper variants, one ladder a shape (see degrade.py)."""
+
+    request: Request
+    ladders: tuple[tuple[Request, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is answered to one newcomer."""
+
+    request: Request  # the variant that was chosen, where one was
+    forecast: Forecast
+    late: bool
+    refused: bool
+    variant: tuple[int, int] | None = None  # its ladder, and its place there
+
+    @property
+    def finish_us(self) -> int:
+        return self.forecast.finish_us
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """What is answered to all of them, in their order."""
+
+    of: tuple[Verdict, ...]
+    arrived: frozenset[str]  # of those accepted before, the ones that the scheduler knows now
+
+
+def judge(
+    scheduler: Forecaster, ahead: Sequence[Request], newcomers: Sequence[Newcomer], now_us: int
+) -> Verdicts:
+    """Verdicts over newcomers, behind `ahead`: accepted, and perhaps not yet at the scheduler."""
+    arrived = frozenset(r.id for r in ahead if scheduler.job(r.id) is not None)
+    before = [r for r in ahead if r.id not in arrived]
+    verdicts: list[Verdict] = []
+    rounds = 0
+    while len(verdicts) < len(newcomers):
+        rounds += 1
+        waiting = newcomers[len(verdicts) :]
+        queue = [*before, *(n.request for n in waiting)]
+        forecasts = scheduler.forecast(queue, now_us)[len(before) :]
+        for newcomer, forecast in zip(waiting, forecasts, strict=True):
+            verdict = _verdict(scheduler, before, newcomer, forecast, now_us)
+            verdicts.append(verdict)
+            if not verdict.refused:
+                before.append(verdict.request)
+            if (verdict.refused or verdict.variant) and rounds < _ROUNDS_MAX:
+                break  # those behind it have another future now
+    return Verdicts(tuple(verdicts), arrived)
+
+
+def is_late(request: Request, forecast: Forecast) -> bool:
+    """Whether it would miss its deadline."""
+    return request.deadline_us is not None and forecast.finish_us > request.deadline_us
+
+
+def _verdict(
+    scheduler: Forecaster,
+    before: Sequence[Request],
+    newcomer: Newcomer,
+    forecast: Forecast,
+    now_us: int,
+) -> Verdict:
+    request = newcomer.request
+    if not is_late(request, forecast):
+        return Verdict(request, forecast, late=False, refused=False)
+    found = _cheapest(scheduler, before, newcomer, now_us)
+    if found is not None:
+        return found
+    return Verdict(request, forecast, late=True, refused=request.on_miss is OnMiss.REJECT)
+
+
+def _cheapest(
+    scheduler: Forecaster, before: Sequence[Request], newcomer: Newcomer, now_us: int
+) -> Verdict | None:
+    """The first variant, in ladder order, that is on time; fewer steps never take longer."""
+    for number, ladder in enumerate(newcomer.ladders):
+        best: Verdict | None = None
+        low, high = 0, len(ladder) - 1
+        place = high  # the last one first: where it is late, the whole ladder is
+        while low <= high:
+            request = ladder[place]
+            forecast = scheduler.forecast((*before, request), now_us)[-1]
+            if is_late(request, forecast):
+                low = place + 1
+            else:
+                best = Verdict(request, forecast, False, False, (number, place))
+                high = place - 1
+            place = (low + high) // 2
+        if best is not None:
+            return best
+    return None
