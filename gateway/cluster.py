@@ -1,22 +1,29 @@
-"""What this gateway knows of the cluster, and its line to control.
+"""What this gateway knows of the cluster, and its single questions to control.
 
-One channel, which reconnects by itself. When control comes back at another address (its endpoint
-file says so) a new channel replaces the old one.
+The line (`gateway.line`) finds the leader; everything here goes to whom it found.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
-from hocket.channels import CHANNEL_OPTIONS
-from hocket.errors import HocketError, NotReady, from_rpc_error
-from hocket.v1.control_pb2 import WatchClusterRequest, WatchClusterResponse
-from hocket.v1.control_pb2_grpc import ControlServiceStub
+from gateway.grpc_link import Doors
+from hocket.errors import ControlUnavailable, NotLeader, NoWorkers, from_rpc_error
+from hocket.v1.control_pb2 import (
+    CancelRequestRequest,
+    DeleteRequestRequest,
+    GetRequestRequest,
+    ListRequestsRequest,
+    ListRequestsResponse,
+    RequestStatus,
+    WatchClusterRequest,
+    WatchClusterResponse,
+)
 from hocket.v1.generation_pb2 import ModelInfo
 
 if TYPE_CHECKING:
@@ -26,118 +33,125 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_RETRY_S = 0.2
+_RETRY_S = 0.1
+_ASK_S = 10.0
+_SILENCE_S_MAX = 5.0  # control says how the cluster stands at least every second
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-_FIRST_WORD_S = 3.0
 
 
 class Cluster:
     """Kept up to date by `watch`, which runs as long as the gateway does."""
 
-    def __init__(
-        self,
-        address: Callable[[], str],
-        interceptors: Sequence[grpc.aio.ClientInterceptor],
-        on_change: Callable[[bool], Awaitable[None]],
-    ) -> None:
-        """`address` names control's door, or "" while it is not known; `on_change(ready)`."""
-        self._address_now = address
-        self._interceptors = interceptors
+    def __init__(self, doors: Doors, on_change: Callable[[bool], Awaitable[None]]) -> None:
+        """`on_change(ready)` hears when the cluster begins or ceases to be able to serve."""
+        self._doors = doors
         self._on_change = on_change
-        self._address = ""
-        self._channel: grpc.aio.Channel | None = None
-        self._stub: ControlServiceAsyncStub | None = None
-        self._models: tuple[ModelInfo, ...] = ()
-        self.ready = False  # a worker is alive and a model is served
+        self._leader = ""
+        self._moved = asyncio.Event()
+        self._state: WatchClusterResponse | None = None
+        self.ready = False  # control leads, a worker takes work and a model is served
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
-        """What living workers serve; raises NotReady when there are none."""
-        if not self.ready:
-            raise NotReady()
-        return self._models
+        """What living workers serve, as control said last: while it is away for a moment its last
+        word holds. Raises NoWorkers, or ControlUnavailable where control has not said anything."""
+        if self._state is None:
+            raise ControlUnavailable("the control plane has not been found yet")
+        if not _works(self._state):
+            raise NoWorkers("every worker is drained") if self._state.workers else NoWorkers()
+        return tuple(self._state.models)
 
-    @property
-    def control(self) -> ControlServiceAsyncStub:
-        """The stub of control; raises NotReady until its address is known."""
-        if self._stub is None:
-            raise NotReady("the control plane has not been found yet")
-        return self._stub
+    def leader_is(self, address: str) -> None:
+        """The line stands, or is down (empty)."""
+        self._leader = address
+        self._moved.set()
 
     async def watch(self) -> None:
-        """Follows the cluster's state until cancelled.
-
-        A stream that breaks is opened again at once; only when that fails is the cluster lost.
-        """
+        """Follows the cluster's state until cancelled."""
         while True:
-            heard = False
-            try:
-                await self._connect()
-                stream = self.control.WatchCluster(WatchClusterRequest())
-                async with asyncio.timeout(_FIRST_WORD_S):
-                    first = await stream.read()
-                if isinstance(first, WatchClusterResponse):
-                    heard = True
-                    await self._take(first)
-                    async for state in stream:
-                        await self._take(state)
-            except grpc.aio.AioRpcError as error:
-                log.debug("control: %s", from_rpc_error(error))
-            except (HocketError, TimeoutError) as error:
-                log.debug("control: %s", error or "does not answer")
-            if not heard:
+            self._moved.clear()
+            if not self._leader:
                 await self._set_ready(False)
-                await asyncio.sleep(_RETRY_S)
+                await self._moved.wait()
+                continue
+            try:
+                await self._follow(self._leader)
+            except (grpc.aio.AioRpcError, TimeoutError) as error:
+                log.debug("watching the cluster: %s", error)
+            except asyncio.CancelledError:
+                _raise_if_cancelled()
+            await asyncio.sleep(_RETRY_S)
 
     async def ask(
-        self, question: Callable[[ControlServiceAsyncStub], Awaitable[T]], timeout_s: float
+        self, question: Callable[[ControlServiceAsyncStub], Awaitable[T]], timeout_s: float = _ASK_S
     ) -> T:
-        """Asks control, and asks again when the connection is lost or control moves.
+        """Asks the leader, and asks again when the connection is lost or another one leads.
 
-        Only for questions that may be asked twice. Raises control's own typed errors, and NotReady
-        when it does not answer within `timeout_s`.
+        Only for questions that may be asked twice. Raises control's own typed errors, and
+        ControlUnavailable when it does not answer within `timeout_s`.
         """
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
-                    try:
-                        return await question(self.control)
-                    except grpc.aio.AioRpcError as error:
-                        if error.code() not in _LOST:
-                            raise from_rpc_error(error) from error
-                    except asyncio.CancelledError:
-                        # grpc raises it too when `_connect` closes the channel under a call.
-                        task = asyncio.current_task()
-                        if task is None or task.cancelling():
-                            raise
+                    if self._leader:
+                        try:
+                            return await question(await self._doors.at(self._leader))
+                        except grpc.aio.AioRpcError as error:
+                            told = from_rpc_error(error)
+                            if error.code() not in _LOST and not isinstance(told, NotLeader):
+                                raise told from error
+                        except asyncio.CancelledError:
+                            _raise_if_cancelled()
                     await asyncio.sleep(_RETRY_S)
         except TimeoutError:
-            raise NotReady("the control plane does not answer") from None
+            raise ControlUnavailable() from None
 
-    async def close(self) -> None:
-        if self._channel is not None:
-            await self._channel.close()
+    async def get(self, request_id: str, tenant: str | None) -> RequestStatus:
+        """State of one request; raises UnknownRequest."""
+        asked = GetRequestRequest(request_id=request_id, tenant=tenant)
+        return (await self.ask(lambda control: control.GetRequest(asked))).status
 
-    async def _connect(self) -> None:
-        address = self._address_now() or self._address
-        if address == self._address:
-            return
-        previous, self._address = self._channel, address
-        self._channel = grpc.aio.insecure_channel(
-            address, options=CHANNEL_OPTIONS, interceptors=self._interceptors
-        )
-        self._stub = ControlServiceStub(self._channel)
-        log.info("control is at %s", address)
-        if previous is not None:
-            await previous.close()
+    async def cancel(self, request_id: str, tenant: str | None) -> bool:
+        """Whether the request had not ended before; raises UnknownRequest."""
+        asked = CancelRequestRequest(request_id=request_id, tenant=tenant)
+        return (await self.ask(lambda control: control.CancelRequest(asked))).was_running
 
-    async def _take(self, state: WatchClusterResponse) -> None:
-        self._models = tuple(state.models)
-        working = any(worker.state != "draining" for worker in state.workers)
-        await self._set_ready(working and bool(self._models))
+    async def delete(self, request_id: str, tenant: str | None) -> None:
+        """Lets control forget an ended request; raises UnknownRequest, NotFinished."""
+        asked = DeleteRequestRequest(request_id=request_id, tenant=tenant)
+        await self.ask(lambda control: control.DeleteRequest(asked))
+
+    async def list(self, request: ListRequestsRequest) -> ListRequestsResponse:
+        """One page of requests."""
+        return await self.ask(lambda control: control.ListRequests(request))
+
+    async def _follow(self, leader: str) -> None:
+        stream = (await self._doors.at(leader)).WatchCluster(WatchClusterRequest())
+        try:
+            while self._leader == leader:
+                async with asyncio.timeout(_SILENCE_S_MAX):
+                    state = await stream.read()
+                if not isinstance(state, WatchClusterResponse):
+                    return
+                self._state = state
+                await self._set_ready(_works(state))
+        finally:
+            stream.cancel()
 
     async def _set_ready(self, ready: bool) -> None:
         if ready != self.ready:
             self.ready = ready
             log.info("the cluster is %s", "ready" if ready else "not ready")
             await self._on_change(ready)
+
+
+def _works(state: WatchClusterResponse) -> bool:
+    working = any(worker.state != "draining" for worker in state.workers)
+    return working and bool(state.models)
+
+
+def _raise_if_cancelled() -> None:
+    # grpc raises it too when a channel is closed under a call.
+    task = asyncio.current_task()
+    if task is None or task.cancelling():
+        raise

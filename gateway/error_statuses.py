@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
@@ -14,6 +15,7 @@ from hocket.errors import HocketError, to_status
 # In quotes: these classes take parameters in grpc's type stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
+_OURS = ("/hocket.", "/google.longrunning.")
 
 
 class ErrorStatuses(grpc.aio.ServerInterceptor):
@@ -25,7 +27,7 @@ class ErrorStatuses(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith("/hocket."):
+        if handler is None or not handler_call_details.method.startswith(_OURS):
             return handler
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
@@ -53,8 +55,9 @@ def _unary(serve: Any) -> Any:
 def _stream(serve: Any) -> Any:
     async def answer(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async for response in serve(request, context):
-                yield response
+            async with aclosing(serve(request, context)) as responses:
+                async for response in responses:
+                    yield response
         except HocketError as error:
             await _abort(context, error)
 

@@ -1,67 +1,124 @@
-"""Results: fetched from the object store, checked against their digest, cut into chunks."""
+"""Results: read from the object store piece by piece, checked as they pass, handed on.
+
+A call holds at most two pieces: the one that its caller takes, and the one after it, without which
+nobody knows whether the first is the last. Pieces are asked for one at a time (JetStream's direct
+get), when the caller is ready for them: there is no subscription, no consumer and no buffer that a
+caller who goes away could leave behind, and a slow caller makes the broker wait, not this process.
+
+An object's pieces are the messages on one subject, in order; its name leads to that subject by a
+small description (NATS ADR-20).
+"""
 
 from __future__ import annotations
 
-import asyncio
+import base64
 import hashlib
-import io
-from collections.abc import Iterator
+import json
+from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 import nats.errors
 import nats.js.errors
-from nats.js.object_store import ObjectStore
+from nats.js import JetStreamContext
+from nats.js.api import RawStreamMsg
 
 from hocket.bus import Bus
+from hocket.clock import Clock
 from hocket.errors import RequestFailed
 from hocket.v1.generation_pb2 import MediaChunk
 from hocket.v1.types_pb2 import MediaInfo
 
-CHUNK_BYTES = 256 << 10
+CHUNK_BYTES_MAX = 256 << 10
+_AWAY = (nats.errors.Error, nats.js.errors.ServiceUnavailableError, OSError)
+_PAUSE_US = 100_000
+
+
+class _Piece(NamedTuple):
+    sequence: int
+    content: bytes
 
 
 class MediaStore:
-    """The bucket into which workers write results. Holds a bounded number of them in memory."""
+    """The bucket into which workers write results."""
 
-    def __init__(
-        self, bus: Bus, bucket: str, *, bytes_max: int, fetches_max: int, timeout_s: float
-    ) -> None:
+    def __init__(self, bus: Bus, bucket: str, clock: Clock, *, wait_us: int) -> None:
+        """`wait_us`: how long the broker may be away before a fetch is given up."""
         self._bus = bus
+        self._clock = clock
         self._bucket = bucket
-        self._bytes_max = bytes_max
-        self._timeout_s = timeout_s
-        self._turns = asyncio.Semaphore(fetches_max)
-        self._store: ObjectStore | None = None
+        self._stream = f"OBJ_{bucket}"
+        self._wait_us = wait_us
 
-    async def fetch(self, media: MediaInfo) -> bytes:
-        """The whole result; raises RequestFailed when it is lost, too large or corrupt."""
-        if media.size_bytes > self._bytes_max:
-            told = f"{media.size_bytes} bytes; this gateway hands out at most {self._bytes_max}"
-            raise RequestFailed("MEDIA_TOO_LARGE", told)
-        async with self._turns:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    whole = await self._read(media.object_name)
-            except (nats.js.errors.NotFoundError, nats.js.errors.BucketNotFoundError) as error:
-                told = f"{media.object_name} is not in the object store"
-                raise RequestFailed("MEDIA_LOST", told) from error
-            except (TimeoutError, nats.errors.Error) as error:
-                told = f"{media.object_name} could not be read: {error or 'too slow'}"
-                raise RequestFailed("MEDIA_UNAVAILABLE", told) from error
-        if hashlib.sha256(whole).hexdigest() != media.sha256:
+    async def chunks(self, media: MediaInfo, offset: int = 0) -> AsyncIterator[MediaChunk]:
+        """The result from `offset` on, in order; the first chunk says what they make up, and there
+        is always one.
+
+        What lies before the offset is read all the same, so that the digest of the whole is known
+        before the last chunk leaves. Raises RequestFailed: MEDIA_LOST, MEDIA_UNAVAILABLE when the
+        broker stays away, MEDIA_CORRUPT instead of the last chunk.
+        """
+        hashed = hashlib.sha256()
+        at, first, held = 0, True, b""
+        async for piece in self._pieces(media):
+            hashed.update(piece)  # at most a message of the broker: a fraction of a millisecond
+            wanted = piece[max(0, offset - at) :]
+            at += len(piece)
+            for start in range(0, len(wanted), CHUNK_BYTES_MAX):
+                if held:
+                    yield _chunk(media, at - len(wanted) + start - len(held), held, first)
+                    first = False
+                held = wanted[start : start + CHUNK_BYTES_MAX]
+        if at != media.size_bytes or hashed.hexdigest() != media.sha256:
             told = f"{media.object_name} is not what the worker wrote"
             raise RequestFailed("MEDIA_CORRUPT", told)
-        return whole
+        if held or first:
+            yield _chunk(media, at - len(held), held, first)
 
-    async def _read(self, name: str) -> bytes:
-        if self._store is None:
-            self._store = await self._bus.jetstream.object_store(self._bucket)
-        into = io.BytesIO()
-        found = await self._store.get(name, writeinto=into)
-        return into.getvalue() or bytes(found.data or b"")
+    async def _pieces(self, media: MediaInfo) -> AsyncIterator[bytes]:
+        subject = f"$O.{self._bucket}.C.{await self._nuid(media.object_name)}"
+        sequence, left = 1, media.size_bytes
+        while left > 0:
+            piece = await self._next(subject, sequence, media.object_name)
+            yield piece.content
+            sequence, left = piece.sequence + 1, left - len(piece.content)
+
+    async def _nuid(self, name: str) -> str:
+        encoded = base64.urlsafe_b64encode(name.encode()).decode()
+        message = await self._get(f"$O.{self._bucket}.M.{encoded}", None, name)
+        facts = json.loads(message.data or b"{}")
+        if facts.get("deleted") or not facts.get("nuid"):
+            raise _lost(name)
+        return str(facts["nuid"])
+
+    async def _next(self, subject: str, sequence: int, name: str) -> _Piece:
+        message = await self._get(subject, sequence, name)
+        return _Piece(message.seq or 0, message.data or b"")
+
+    async def _get(self, subject: str, sequence: int | None, name: str) -> RawStreamMsg:
+        """The newest message on a subject, or the first one from a sequence on."""
+        jetstream: JetStreamContext = self._bus.jetstream
+        until_us = self._clock.now_us() + self._wait_us
+        while True:
+            try:
+                return await jetstream.get_msg(
+                    self._stream,
+                    seq=sequence,
+                    subject=subject,
+                    direct=True,
+                    next=sequence is not None,
+                )
+            except nats.js.errors.NotFoundError as error:
+                raise _lost(name) from error
+            except _AWAY as error:
+                if self._clock.now_us() >= until_us:
+                    told = f"{name} could not be read: {error or type(error).__name__}"
+                    raise RequestFailed("MEDIA_UNAVAILABLE", told) from error
+            await self._clock.sleep_until(self._clock.now_us() + _PAUSE_US)
 
 
-def chunks(media: MediaInfo, whole: bytes) -> Iterator[MediaChunk]:
-    """The pieces in order; the first one says what they make up."""
-    for offset in range(0, max(len(whole), 1), CHUNK_BYTES):
-        info = media if offset == 0 else None
-        yield MediaChunk(info=info, offset=offset, data=whole[offset : offset + CHUNK_BYTES])
+def _chunk(media: MediaInfo, offset: int, content: bytes, first: bool) -> MediaChunk:
+    return MediaChunk(info=media if first else None, offset=offset, data=content)
+
+
+def _lost(name: str) -> RequestFailed:
+    return RequestFailed("MEDIA_LOST", f"{name} is not in the object store")

@@ -9,25 +9,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import grpc
+from google.longrunning.operations_pb2_grpc import add_OperationsServicer_to_server
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from gateway.background import Background
+from gateway.calls import Calls
 from gateway.cluster import Cluster
-from gateway.departures import Departures
 from gateway.error_statuses import ErrorStatuses
+from gateway.grpc_link import Doors
+from gateway.limits import CallLimit
+from gateway.line import Line
 from gateway.media import MediaStore
-from gateway.mesh import Mesh
+from gateway.operations import GenerationOperations
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
+from gateway.whereabouts import Addresses, listed
 from hocket import endpoints
 from hocket.bus import Bus, Subjects
 from hocket.channels import SERVER_OPTIONS
+from hocket.clock import SystemClock
 from hocket.errors import WrongConfig
 from hocket.telemetry import Telemetry
 from hocket.v1 import generation_pb2
@@ -36,8 +42,9 @@ from hocket.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_serve
 log = logging.getLogger(__name__)
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
-_HEALTH_NAMES = ("", SERVICE)
-_CANCELS_S = 2.0
+OPERATIONS = "google.longrunning.Operations"
+_HEALTH_NAMES = ("", SERVICE, OPERATIONS)
+_LAST_WORDS_S = 1.0  # for the followers' leaving to reach control
 
 
 async def serve(settings: GatewaySettings, telemetry: Telemetry) -> None:
@@ -63,71 +70,73 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
         stack.push_async_callback(bus.close)
         checks = health.aio.HealthServicer()
         await _set_health(checks, False)
-        mesh = _mesh(settings, telemetry, bus, checks)
-        stack.push_async_callback(mesh.cluster.close)
-        server, address = _server(settings, telemetry, mesh, checks)
-        stack.push_async_callback(mesh.background.close, _CANCELS_S)
+
+        async def on_change(ready: bool) -> None:
+            await _set_health(checks, ready)
+
+        doors = Doors(telemetry.client_interceptors())
+        stack.push_async_callback(doors.close)
+        cluster = Cluster(doors, on_change)
+        line = _line(settings, doors, cluster)
+        calls = _calls(settings, telemetry, bus, cluster, line)
+        server, address = _server(settings, telemetry, calls, checks)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        watch = tasks.create_task(mesh.cluster.watch())
+        standing = [tasks.create_task(cluster.watch()), tasks.create_task(line.run())]
         await server.start()
         try:
             yield address
         finally:
-            mesh.departures.shutting_down = True
             await checks.enter_graceful_shutdown()
             await server.stop(settings.grace_s)
-            watch.cancel()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await line.emptied()
+            for task in standing:
+                task.cancel()
 
 
-def _mesh(
-    settings: GatewaySettings, telemetry: Telemetry, bus: Bus, checks: health.aio.HealthServicer
-) -> Mesh:
-    subjects = Subjects(settings.cluster)
-
-    async def on_change(ready: bool) -> None:
-        await _set_health(checks, ready)
-
-    def control_address() -> str:
-        if settings.control:
-            return settings.control
+def _line(settings: GatewaySettings, doors: Doors, cluster: Cluster) -> Line:
+    def announced() -> tuple[str, ...]:
         found = endpoints.find(settings.state_dir, "control")
-        return found.address if found is not None else ""
+        return (found.address,) if found is not None else ()
 
-    cluster = Cluster(control_address, telemetry.client_interceptors(), on_change)
-    media = MediaStore(
-        bus,
-        subjects.media_bucket,
-        bytes_max=settings.media_bytes_max,
-        fetches_max=settings.media_fetches_max,
-        timeout_s=settings.media_timeout_s,
-    )
-    return Mesh(
-        bus=bus,
-        subjects=subjects,
-        cluster=cluster,
-        media=media,
-        background=Background(),
-        departures=Departures(cluster),
+    where = Addresses(lambda: listed(settings.control), announced)
+    name = f"gateway-{os.getpid()}-{secrets.token_hex(4)}"
+    return Line(name, where, doors.dial, SystemClock(), cluster.leader_is)
+
+
+def _calls(
+    settings: GatewaySettings, telemetry: Telemetry, bus: Bus, cluster: Cluster, line: Line
+) -> Calls:
+    clock = SystemClock()
+    bucket = Subjects(settings.cluster).media_bucket
+    wait_us = round(settings.media_timeout_s * 1e6)
+    return Calls(
+        line=line,
+        control=cluster,
+        media=MediaStore(bus, bucket, clock, wait_us=wait_us),
+        clock=clock,
         tracer=telemetry.tracer,
-        settings=settings,
+        submit_wait_us=round(settings.submit_timeout_s * 1e6),
+        broker_away=lambda: not bus.connected,
     )
 
 
 def _server(
     settings: GatewaySettings,
     telemetry: Telemetry,
-    mesh: Mesh,
+    calls: Calls,
     checks: health.aio.HealthServicer,
 ) -> tuple[grpc.aio.Server, str]:
-    server = grpc.aio.server(
-        interceptors=[*telemetry.server_interceptors(), ErrorStatuses()],
-        options=SERVER_OPTIONS,
-        maximum_concurrent_rpcs=settings.calls_max,
-    )
-    add_GenerationServiceServicer_to_server(GenerationServicer(mesh), server)
+    interceptors = telemetry.server_interceptors(settings.caller_stall_s)
+    # No bound on RPCs here: it would count cancels and health checks too.
+    server = grpc.aio.server(interceptors=[*interceptors, ErrorStatuses()], options=SERVER_OPTIONS)
+    limit = CallLimit(settings.calls_max)
+    add_GenerationServiceServicer_to_server(GenerationServicer(calls, limit), server)
+    add_OperationsServicer_to_server(GenerationOperations(calls, limit), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection(
-        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        (SERVICE, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
     try:
         port = server.add_insecure_port(settings.listen)

@@ -17,11 +17,9 @@ class GatewaySettings(Common, frozen=True, kw_only=True):
     section: ClassVar[str] = "gateway"
 
     listen: str = "127.0.0.1:0"  # "host:port"; port 0 picks a free one
-    control: str = ""  # "host:port" of control; empty reads <state_dir>/control.json
-    calls_max: Annotated[int, Meta(ge=1, le=100_000)] = 4096  # RPCs served at once
-    media_bytes_max: Annotated[int, Meta(ge=1, le=4 << 30)] = 512 << 20  # of one result
-    media_fetches_max: Annotated[int, Meta(ge=1, le=1024)] = 16  # results in memory at once
-    media_timeout_s: Seconds = 60.0
-    submit_timeout_s: Seconds = 10.0
-    recheck_s: Seconds = 15.0  # silence after which control is asked how a request stands
+    control: str = ""  # "host:port,…" of control replicas; empty: as the cluster says
+    calls_max: Annotated[int, Meta(ge=1, le=100_000)] = 4096  # streams and waits served at once
+    caller_stall_s: Seconds = 60.0  # a caller that takes nothing for so long is ended
+    media_timeout_s: Seconds = 60.0  # how long the broker may be away before a fetch is given up
+    submit_timeout_s: Seconds = 10.0  # how long a new request waits for control
     grace_s: Seconds = 10.0  # how long running calls may take to end at shutdown

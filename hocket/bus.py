@@ -111,6 +111,11 @@ class Bus:
         return self._client.jetstream(timeout=10.0)
 
     @property
+    def connected(self) -> bool:
+        """Whether there is a connection; a broker that stands still keeps one for a while."""
+        return bool(self._client.is_connected)
+
+    @property
     def messages(self) -> int:
         """Messages sent and received so far."""
         return int(self._client.stats["in_msgs"]) + int(self._client.stats["out_msgs"])

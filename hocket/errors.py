@@ -76,6 +76,7 @@ class RequestFailed(HocketError):
 
     why: str
     message: str
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def reason(self) -> str:
@@ -96,6 +97,17 @@ class UnknownRequest(HocketError):
 
 
 @dataclass
+class NotFinished(HocketError):
+    """The request has no result (yet), or has not ended."""
+
+    request_id: str
+    state: str  # as GenerationState names it, without its prefix
+
+    def __str__(self) -> str:
+        return f"request {self.request_id!r} is {self.state.lower()}"
+
+
+@dataclass
 class UnknownWorker(HocketError):
     """No worker of that name has a living lease."""
 
@@ -108,12 +120,51 @@ class UnknownWorker(HocketError):
 
 @dataclass
 class NotReady(HocketError):
-    """The cluster cannot serve yet (or any more): no worker has a living lease."""
+    """The cluster cannot serve yet (or any more); a part of it is away. Another try may work."""
 
-    message: str = "no worker has a living lease"
+    message: str = "the cluster is not ready"
+    retry_after_us: int = 1_000_000
 
     def __str__(self) -> str:
         return self.message
+
+
+@dataclass
+class NoWorkers(NotReady):
+    """Control is there, and no worker that takes work is."""
+
+    message: str = "no worker has a living lease"
+
+
+@dataclass
+class ControlUnavailable(NotReady):
+    """No leader of the control plane was found, or it does not answer."""
+
+    message: str = "the control plane does not answer"
+
+
+@dataclass
+class BrokerAway(NotReady):
+    """What callers are told of BrokerUnavailable, whose URL is not theirs to know."""
+
+    message: str = "the message broker does not answer"
+
+
+@dataclass
+class GatewayUnreachable(NotReady):
+    """The connection to a gateway (or to control) was refused, or broke."""
+
+    message: str = "the connection broke"
+
+
+@dataclass
+class NotLeader(HocketError):
+    """This control replica does not lead."""
+
+    leader: str = ""  # "host:port" of the one that does; empty: not known
+
+    def __str__(self) -> str:
+        return f"this replica does not lead; leader: {self.leader or 'not known'}"
 
 
 @dataclass
@@ -122,6 +173,7 @@ class BrokerUnavailable(HocketError):
 
     url: str
     cause: str
+    retry_after_us: int = 1_000_000
 
     def __str__(self) -> str:
         return f"cannot reach the broker at {self.url}: {self.cause}"
@@ -164,6 +216,11 @@ class MeshStopped(HocketError):
 
 
 @dataclass
+class NoMesh(MeshStopped):
+    """No mesh was ever found here: nothing stopped."""
+
+
+@dataclass
 class WrongConfig(HocketError):
     """A setting is wrong; the process stops."""
 
@@ -182,6 +239,8 @@ _CODES: dict[type[HocketError], grpc.StatusCode] = {
     RequestFailed: grpc.StatusCode.ABORTED,
     UnknownRequest: grpc.StatusCode.NOT_FOUND,
     UnknownWorker: grpc.StatusCode.NOT_FOUND,
+    NotFinished: grpc.StatusCode.FAILED_PRECONDITION,
+    NotLeader: grpc.StatusCode.FAILED_PRECONDITION,
     NotReady: grpc.StatusCode.UNAVAILABLE,
     BrokerUnavailable: grpc.StatusCode.UNAVAILABLE,
     PeerSilent: grpc.StatusCode.UNAVAILABLE,
@@ -195,6 +254,17 @@ _REASON_CODES: dict[str, grpc.StatusCode] = {
     "REJECTED_BY_POLICY": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "MODEL_NOT_SERVED": grpc.StatusCode.NOT_FOUND,
     "CANCELLED": grpc.StatusCode.CANCELLED,
+    "REQUEST_ID_REUSED": grpc.StatusCode.INVALID_ARGUMENT,
+    "UNKNOWN_REQUEST": grpc.StatusCode.NOT_FOUND,
+    "CALLER_TOO_SLOW": grpc.StatusCode.DEADLINE_EXCEEDED,
+    "MEDIA_CORRUPT": grpc.StatusCode.DATA_LOSS,
+    "MEDIA_LOST": grpc.StatusCode.DATA_LOSS,
+    "MEDIA_UNAVAILABLE": grpc.StatusCode.UNAVAILABLE,
+}
+
+_AWAY: dict[str, type[NotReady]] = {
+    kind.__name__: kind
+    for kind in (NotReady, NoWorkers, ControlUnavailable, BrokerAway, GatewayUnreachable)
 }
 
 
@@ -209,30 +279,43 @@ def status_code(error: HocketError) -> grpc.StatusCode:
 
 def to_status(error: HocketError) -> grpc.Status:
     """A status with google.rpc details, for `context.abort_with_status`."""
+    return rpc_status.to_status(to_rpc_status(error))
+
+
+def to_rpc_status(error: HocketError) -> status_pb2.Status:
+    """The same as a message: what google.longrunning.Operation carries."""
     details = [_packed(_error_info(error))]
     if isinstance(error, InvalidRequest):
         bad = error_details_pb2.BadRequest()
         for violation in error.violations:
             bad.field_violations.add(field=violation.field, description=violation.description)
         details.append(_packed(bad))
-    if isinstance(error, Refused) and error.retry_after_us:
+    if wait_us := getattr(error, "retry_after_us", 0):
         delay = duration_pb2.Duration()
-        delay.FromMicroseconds(error.retry_after_us)
+        delay.FromMicroseconds(wait_us)
         details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     code = code_pb2.Code.Value(status_code(error).name)
-    return rpc_status.to_status(status_pb2.Status(code=code, message=str(error), details=details))
+    message = BrokerAway().message if isinstance(error, BrokerUnavailable) else str(error)
+    return status_pb2.Status(code=code, message=message, details=details)
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> HocketError:
     """The typed error that a failed call stands for."""
-    code = error.code()
-    message = error.details() or ""
-    status = _attached_status(error)
+    return _from_status(_attached_status(error), error.code(), error.details() or "")
+
+
+def from_rpc_status(status: status_pb2.Status) -> HocketError:
+    """The typed error that an operation's `error` stands for."""
+    name = code_pb2.Code.Name(status.code)
+    return _from_status(status, grpc.StatusCode[name], status.message)
+
+
+def _from_status(status: status_pb2.Status, code: grpc.StatusCode, message: str) -> HocketError:
     info = _detail(status.details, error_details_pb2.ErrorInfo)
     if info is not None and info.domain == DOMAIN:
         return _from_info(info, status, code)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return NotReady(message)
+        return GatewayUnreachable(message)
     return CallFailed(code.name, message)
 
 
@@ -246,27 +329,42 @@ def _from_info(
             found = bad.field_violations if bad is not None else ()
             return InvalidRequest(tuple(Violation(v.field, v.description) for v in found))
         case "Refused":
-            retry = _detail(status.details, error_details_pb2.RetryInfo)
-            wait_us = retry.retry_delay.ToMicroseconds() if retry is not None else 0
-            return Refused(info.reason, status.message, wait_us, facts)
+            return Refused(info.reason, status.message, _retry_us(status), facts)
         case "RequestFailed":
-            return RequestFailed(info.reason, status.message)
+            return RequestFailed(info.reason, status.message, facts)
         case "UnknownRequest":
             return UnknownRequest(facts.get("request_id", ""))
+        case "NotFinished":
+            return NotFinished(facts.get("request_id", ""), facts.get("state", ""))
         case "UnknownWorker":
             known = tuple(name for name in facts.get("known", "").split(",") if name)
             return UnknownWorker(facts.get("worker", ""), known)
+        case "NotLeader":
+            return NotLeader(facts.get("leader", ""))
+        case "BrokerUnavailable":
+            return BrokerAway(status.message, _retry_us(status))
+        case kind if kind in _AWAY:
+            return _AWAY[kind](status.message, _retry_us(status))
         case _ if code is grpc.StatusCode.UNAVAILABLE:
-            return NotReady(status.message)
+            return NotReady(status.message, _retry_us(status))
         case _:
             return CallFailed(code.name, status.message)
+
+
+def _retry_us(status: status_pb2.Status) -> int:
+    retry = _detail(status.details, error_details_pb2.RetryInfo)
+    return retry.retry_delay.ToMicroseconds() if retry is not None else 0
 
 
 def _error_info(error: HocketError) -> error_details_pb2.ErrorInfo:
     facts = {_KIND: type(error).__name__}
     match error:
-        case Refused(metadata=metadata):
+        case Refused(metadata=metadata) | RequestFailed(metadata=metadata):
             facts = {**metadata, **facts}
+        case NotFinished(request_id=request_id, state=state):
+            facts |= {"request_id": request_id, "state": state}
+        case NotLeader(leader=leader):
+            facts["leader"] = leader
         case UnknownRequest(request_id=request_id):
             facts["request_id"] = request_id
         case UnknownWorker(worker=worker, known=known):

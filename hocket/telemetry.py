@@ -36,10 +36,12 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from hocket.config import otlp_endpoint
+from hocket.server_streams import StreamsInOneTask
 from hocket.span_file import SpanFile
 
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}$")
 _CONTEXTS_KEPT = 256  # one request's spans come in a row
+_STANDING = ("/WatchCluster", "/Attach")
 _W3C = TraceContextTextMapPropagator()
 
 
@@ -72,11 +74,11 @@ class Telemetry:
     file: SpanFile
     log_handler: logging.Handler
 
-    def server_interceptors(self) -> list[grpc.aio.ServerInterceptor]:
-        """Continue the caller's trace in each RPC served."""
+    def server_interceptors(self, stall_s: float | None = None) -> list[grpc.aio.ServerInterceptor]:
+        """Continue the caller's trace in each RPC served; `stall_s`: see `StreamsInOneTask`."""
         untyped: Any = aio_server_interceptor
         interceptor: grpc.aio.ServerInterceptor = untyped(self.provider, filter_=_is_traced)
-        return [interceptor]
+        return [StreamsInOneTask(stall_s), interceptor]
 
     def client_interceptors(self) -> list[grpc.aio.ClientInterceptor]:
         """Hand the current trace on in each RPC made."""
@@ -156,9 +158,9 @@ class _CallDetails(Protocol):
 
 
 def _is_traced(call: _CallDetails) -> bool:
-    # Health, reflection, the standing watch and a gateway's line are not part of any request.
+    # Health, reflection and what stands as long as a process are not part of any request.
     method = call.method.decode() if isinstance(call.method, bytes) else call.method
-    return not method.startswith("/grpc.") and not method.endswith(("/WatchCluster", "/Attach"))
+    return not method.startswith("/grpc.") and not method.endswith(_STANDING)
 
 
 class _SecretIds(IdGenerator):

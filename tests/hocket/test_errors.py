@@ -10,8 +10,13 @@ import pytest
 from hocket.errors import (
     BrokerUnavailable,
     CallFailed,
+    ControlUnavailable,
+    GatewayUnreachable,
     HocketError,
     InvalidRequest,
+    NoWorkers,
+    NotFinished,
+    NotLeader,
     NotReady,
     PeerSilent,
     Refused,
@@ -61,6 +66,12 @@ async def over_the_wire(error: HocketError) -> HocketError:
         UnknownRequest("01abc"),
         UnknownWorker("w9", ("w0", "w1")),
         NotReady(),
+        NoWorkers(retry_after_us=2_000_000),
+        ControlUnavailable(),
+        GatewayUnreachable("gone"),
+        NotLeader("127.0.0.1:7"),
+        NotFinished("01abc", "RUNNING"),
+        RequestFailed("MODEL_ERROR", "it broke", {"worker": "w1"}),
     ],
 )
 async def test_an_error_arrives_as_it_was_raised(error: HocketError) -> None:

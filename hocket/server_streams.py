@@ -1,0 +1,68 @@
+"""Response streams of a gRPC server, each served from its first message to its last in one task.
+
+grpc's own way drives a handler's generator from outside, and drops it where it stands when the
+call ends: the interpreter closes it later, in another task. Whatever the generator had entered is
+then left in a context that it was not entered in (OpenTelemetry says so in a traceback), and its
+cleaning up comes whenever it comes. Here the generator is closed in the task that runs it, before
+the call is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+
+log = logging.getLogger(__name__)
+
+# In quotes: the class takes parameters in grpc's type stubs only.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
+
+
+class StreamsInOneTask(grpc.aio.ServerInterceptor):
+    """Belongs in front of all other interceptors."""
+
+    def __init__(self, stall_s: float | None = None) -> None:
+        """`stall_s`: a caller that takes nothing for so long is ended; None: it never is."""
+        self._stall_s = stall_s
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler.response_streaming:
+            return handler
+        serve = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        if not inspect.isasyncgenfunction(serve):
+            return handler
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        return make(
+            self._written(serve, handler_call_details.method),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    def _written(self, serve: Any, method: str) -> Any:
+        async def write(asked: Any, context: Any) -> None:
+            async with aclosing(serve(asked, context)) as responses:
+                async for response in responses:
+                    try:
+                        async with asyncio.timeout(self._stall_s):
+                            await context.write(response)
+                    except TimeoutError:
+                        log.info("a caller of %s took nothing for %g s", method, self._stall_s)
+                        # Not an abort: its status would wait behind what the caller does not take.
+                        raise asyncio.CancelledError from None
+
+        return write
