@@ -245,6 +245,10 @@ class Broker:
             self.streams[name] = made()
         return self.streams[name]
 
+    def all_of(self, name: str) -> list[Message]:
+        """Everything that a stream ever took."""
+        return self.streams[name].appended if name in self.streams else []
+
     def append(
         self,
         stream: Stream,

@@ -118,6 +118,13 @@ def stored(run: Run) -> Iterator[Problem]:
                     yield Problem("told an end that is not stored", f"{_short(story)} {outcomes}")
 
 
+def one_leader(run: Run) -> Iterator[Problem]:
+    """Once a term has written, no earlier one does."""
+    for before, after in itertools.pairwise(run.terms):
+        if after < before:
+            yield Problem("terms interleaved", f"{after} behind {before}")
+
+
 def within_room(run: Run) -> Iterator[Problem]:
     """Never more requests open at a time than control takes."""
     comes = [(times[0], 1) for times in run.accepted.values()]
@@ -175,6 +182,7 @@ CHECKS: tuple[Callable[[Run], Iterator[Problem]], ...] = (
     typed,
     in_order,
     stored,
+    one_leader,
     within_room,
     for_somebody,
     alive,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -60,11 +62,26 @@ class JetStream:
         await self._ask(lambda: self._stream(name).remove(subject or ">"))
 
     async def get_last_msg(self, stream_name: str, subject: str, **_: Any) -> RawStreamMsg:
-        def newest() -> Message | None:
-            found = self._stream(stream_name).matching(subject)
-            return found[-1] if found else None
+        return await self.get_msg(stream_name, subject=subject)
 
-        message = await self._ask(newest)
+    async def get_msg(
+        self,
+        stream_name: str,
+        seq: int | None = None,
+        subject: str = "",
+        direct: bool = False,
+        next: bool = False,
+    ) -> RawStreamMsg:
+        """By number, the newest on a subject, or (`next`) the first there from a number on."""
+
+        def get() -> Message | None:
+            stream = self._stream(stream_name)
+            if seq is not None and not next:
+                return stream.messages.get(seq)
+            found = [m for m in stream.matching(subject) if m.sequence >= (seq or 0)]
+            return (found[0] if next else found[-1]) if found else None
+
+        message = await self._ask(get)
         if message is None:
             raise NotFoundError(code=404, description="no message found")
         return RawStreamMsg(
@@ -233,27 +250,40 @@ class Bucket:
 
 
 class Objects:
-    """An object store, whose objects come and go whole."""
+    """An object store: pieces on one subject, and a description that leads there (ADR-20)."""
 
     def __init__(self, jetstream: JetStream, client: Client, name: str) -> None:
         self._jetstream = jetstream
         self._client = client
         self._name = name
 
-    async def put(self, name: str, content: BinaryIO | bytes) -> None:
+    async def put(self, name: str, content: BinaryIO | bytes, **_: Any) -> None:
         whole = content if isinstance(content, bytes) else content.read()
-        broker = self._client.broker
-        stream = broker.streams[f"OBJ_{self._name}"]
-        await self._client.ask(lambda: void(broker.append(stream, name, whole)), 5.0, stores=True)
+        client, nuid = self._client, self._client.new_inbox().rpartition("-")[2]
+
+        def store() -> None:
+            stream = client.broker.streams[f"OBJ_{self._name}"]
+            before = stream.get(self._about(name))
+            client.broker.append(stream, f"$O.{self._name}.C.{nuid}", whole)
+            facts = json.dumps({"nuid": nuid, "size": len(whole)}).encode()
+            client.broker.append(stream, self._about(name), facts)
+            if before is not None:
+                old = f"$O.{self._name}.C.{json.loads(before.data)['nuid']}"
+                stream.remove(old)
+                stream.messages.pop(before.sequence, None)
+
+        await client.ask(store, 5.0, stores=True)
 
     async def get(self, name: str, writeinto: BinaryIO | None = None, **_: object) -> Any:
-        stream = self._client.broker.streams[f"OBJ_{self._name}"]
-        message = await self._jetstream._ask(lambda: stream.get(name))
-        if message is None:
-            raise NotFoundError(code=404, description=f"no object {name}")
+        about = await self._jetstream.get_last_msg(f"OBJ_{self._name}", self._about(name))
+        nuid = json.loads(about.data or b"{}")["nuid"]
+        found = await self._jetstream.get_last_msg(f"OBJ_{self._name}", f"$O.{self._name}.C.{nuid}")
         if writeinto is not None:
-            writeinto.write(message.data)
-        return SimpleNamespace(data=message.data, info=SimpleNamespace(size=len(message.data)))
+            writeinto.write(found.data or b"")
+        return SimpleNamespace(data=found.data)
+
+    def _about(self, name: str) -> str:
+        return f"$O.{self._name}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
 
 
 def _number(head: Mapping[str, Any], name: str) -> int | None:

@@ -126,6 +126,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._now_us = start_us
         self._since_time_moved = 0
         self.callbacks = 0  # run so far
+        self.thread_us: Callable[[], int] = int  # what work in a thread takes; 0
+        self._threads_us: dict[int, int] = {}  # by executor: its last piece of work ends then
         self.on_step: Callable[[asyncio.Task[Any]], None] | None = None
         self.set_task_factory(_make_task)
         self.set_exception_handler(_on_exception)
@@ -161,12 +163,16 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: Executor | None, func: Callable[..., T], *args: Any
     ) -> asyncio.Future[T]:
-        """Runs at once, in the loop: simulated threads are infinitely fast."""
+        """Runs at once, in the loop; what came of it is told `thread_us` later, in order."""
         done: asyncio.Future[T] = self.create_future()
+        settle: Callable[..., object] = done.set_result
         try:
-            done.set_result(func(*args))
+            result: Any = func(*args)
         except Exception as error:
-            done.set_exception(error)
+            settle, result = done.set_exception, error
+        late_us = max(self._now_us + self.thread_us(), self._threads_us.get(id(executor), 0))
+        self._threads_us[id(executor)] = late_us
+        self.call_at(late_us / 1e6, lambda: None if done.done() else settle(result))
         return done
 
     def _run_once(self) -> None:

@@ -59,7 +59,7 @@ class _Untold:
 
     tracer: Tracer
 
-    def server_interceptors(self) -> list[grpc.aio.ServerInterceptor]:
+    def server_interceptors(self, *_: object, **__: object) -> list[grpc.aio.ServerInterceptor]:
         return []
 
     def client_interceptors(self) -> list[grpc.aio.ClientInterceptor]:

@@ -39,6 +39,7 @@ class Run:
     healed_us: int = 0
     accepted: dict[str, list[int]] = field(default_factory=dict)  # when, by request
     ended: dict[str, list[Entry]] = field(default_factory=dict)
+    terms: list[int] = field(default_factory=list)  # of what was stored, in order
     worked_us: dict[str, int] = field(default_factory=dict)  # last report, by request
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
@@ -120,7 +121,7 @@ async def _play(seed: int, loop: SimulatedLoop, folder: Path, kinds: tuple[str, 
         await world.kill("callers")
         await asyncio.sleep(1.0)
         run.after = _sizes(world)
-        _read_journal(run)
+        _read_stored(run)
     return run
 
 
@@ -135,11 +136,11 @@ def _reports(run: Run) -> Callable[[Message], None]:
     return tap
 
 
-def _read_journal(run: Run) -> None:
-    broker = run.world.broker
+def _read_stored(run: Run) -> None:
+    """What the broker has stored of requests, all that ever was."""
+    broker, subjects = run.world.broker, Subjects(roles.CLUSTER)
     zero_us = broker.unix_us - run.world.now_us
-    stream = broker.streams.get(Subjects(roles.CLUSTER).journal_stream)
-    for message in stream.appended if stream is not None else ():
+    for message in broker.all_of(subjects.journal_stream):  # TEMPORARY
         entry = journal_pb2.JournalEntry.FromString(message.data)
         at_us = message.unix_us - zero_us
         if entry.HasField("accepted"):
@@ -147,6 +148,20 @@ def _read_journal(run: Run) -> None:
         elif entry.HasField("ended"):
             found = Entry(at_us, outcome_of(entry.ended))
             run.ended.setdefault(entry.ended.request_id, []).append(found)
+    return
+    prefix = subjects.promise("")
+    for message in broker.all_of(subjects.promises_stream):
+        if message.subject == subjects.fence and message.data:
+            run.terms.append(journal_pb2.Fence.FromString(message.data).term)
+        elif message.subject.startswith(prefix) and message.data:
+            promise = journal_pb2.Promise.FromString(message.data)
+            run.terms.append(promise.term)
+            name, at_us = message.subject.removeprefix(prefix), message.unix_us - zero_us
+            if promise.HasField("ended"):
+                found = Entry(at_us, outcome_of(promise.ended))
+                run.ended.setdefault(name, []).append(found)
+            else:
+                run.accepted.setdefault(name, []).append(at_us)
 
 
 def _sizes(world: World) -> dict[str, int]:

@@ -67,6 +67,7 @@ class World:
         net = random.Random(self.seed + 1)
         self.broker = Broker(self.loop, net, self.weather)
         self.network = Network(self.loop, net, self.weather)
+        self.loop.thread_us = lambda: net.randrange(2_000)
         self.emulated = roles.emulated_host(self)
 
     @property
