@@ -116,6 +116,7 @@ class Broker:
         self._interests: dict[int, Interest] = {}
         self._exact: dict[str, dict[int, Interest]] = {}
         self._wild: dict[int, Interest] = {}
+        self._stream_names: dict[str, str | None] = {}
         self._ids = 0
         self._stalled = False
 
@@ -194,9 +195,9 @@ class Broker:
         """Hands a message to every subscriber, and to streams of its subject; returns to how many
         subscribers.
         """
-        for stream in self.streams.values():
-            if any(matches(p.split("."), message.subject) for p in stream.subjects):
-                self.append(stream, message.subject, message.data)
+        stored = self.stream_of(message.subject)
+        if stored is not None:
+            self.append(self.streams[stored], message.subject, message.data)
         for tap in self.taps:
             tap(message)
         subject = message.subject
@@ -243,7 +244,16 @@ class Broker:
         """The stream of that name, made where needed."""
         if name not in self.streams:
             self.streams[name] = made()
+            self._stream_names.clear()
         return self.streams[name]
+
+    def stream_of(self, subject: str) -> str | None:
+        """Name of the stream that takes a subject."""
+        if subject not in self._stream_names:
+            patterns = ((n, p) for n, s in self.streams.items() for p in s.subjects)
+            found = (name for name, pattern in patterns if matches(pattern.split("."), subject))
+            self._stream_names[subject] = next(found, None)
+        return self._stream_names[subject]
 
     def all_of(self, name: str) -> list[Message]:
         """Everything that a stream ever took."""

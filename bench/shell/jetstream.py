@@ -183,10 +183,10 @@ class JetStream:
             raise NotFoundError(code=404, description=f"no stream {name}") from None
 
     def _stream_of(self, subject: str) -> tuple[str, Stream]:
-        for name, stream in self._client.broker.streams.items():
-            if any(matches(p.split("."), subject) for p in stream.subjects):
-                return name, stream
-        raise NotFoundError(code=404, description=f"no stream for {subject}")
+        name = self._client.broker.stream_of(subject)
+        if name is None:
+            raise NotFoundError(code=404, description=f"no stream for {subject}")
+        return name, self._client.broker.streams[name]
 
 
 class Reader:
