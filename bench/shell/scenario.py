@@ -25,7 +25,7 @@ from .world import World
 SECOND_US = 1_000_000
 _READY_US = 3 * SECOND_US  # from the start on the fleet has so long to come up
 _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
-_SETTLE_S = 20.0  # grace, retention of a follower, a lease, a few checks
+_SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
 
 
 @dataclass
@@ -117,7 +117,7 @@ async def _play(seed: int, loop: SimulatedLoop, folder: Path, kinds: tuple[str, 
         await inflict(world, faults)
         run.healed_us = world.now_us
         await world.until(lambda: run.callers.over, _ANSWER_US)
-        await asyncio.sleep(_SETTLE_S)
+        await world.until(lambda: _is_quiet(run), _SETTLE_US)
         await world.kill("callers")
         await asyncio.sleep(1.0)
         run.after = _sizes(world)
@@ -162,6 +162,13 @@ def _read_stored(run: Run) -> None:
                 run.ended.setdefault(name, []).append(found)
             else:
                 run.accepted.setdefault(name, []).append(at_us)
+
+
+def _is_quiet(run: Run) -> bool:
+    """Whether all is as before the first request; if it is not, it has time to become so."""
+    sizes = _sizes(run.world)
+    del sizes["calls"]  # of the callers, who stay
+    return all(size <= run.before.get(name, 0) for name, size in sizes.items())
 
 
 def _sizes(world: World) -> dict[str, int]:
