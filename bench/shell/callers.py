@@ -1,95 +1,40 @@
-"""Callers: what they do, and what they were told.
+"""Callers: each speaks the public API through a gateway, as a client library does.
 
-Each speaks the public API through a gateway, as a client library does: it tries again through
-another gateway when the connection breaks, with its idempotency key. What it was told stands in its
-`Story`, which the checks compare with what was stored.
+When its connection breaks it tries again through the other gateway: with its idempotency key, or by
+watching the request that it was told of, from the cursor that it has seen.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.longrunning import operations_pb2 as lro
+from google.longrunning import operations_pb2_grpc
 
 from hocket.errors import (
     BrokerUnavailable,
-    HocketError,
     NotReady,
     Refused,
     RequestFailed,
     UnknownRequest,
     from_rpc_error,
 )
-from hocket.v1 import (
-    control_pb2,
-    control_pb2_grpc,
-    generation_pb2,
-    generation_pb2_grpc,
-    types_pb2,
-)
+from hocket.v1 import control_pb2, control_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 from .link import BROKEN
 from .loop import Process
-from .roles import MODEL, gateway_address
+from .roles import gateway_address
+from .stories import ENDINGS, GATEWAYS, Story, Told
 
 if TYPE_CHECKING:
     from .world import World
 
-GATEWAYS = 2
 _AGAIN_S = 0.3
 _ANSWER_S = 20.0
-Stub = Any
-
-
-@dataclass(frozen=True)
-class Told:
-    """Something that a caller heard."""
-
-    at_us: int
-    kind: str  # accepted, progress, degraded, finished, failed, cancelled, refused
-    request: str
-    detail: str = ""
-    cursor: int = 0
-
-
-@dataclass
-class Story:
-    """One caller."""
-
-    name: str
-    behaviour: str
-    wish: generation_pb2.GenerateRequest
-    starts_us: int
-    gateway: int
-    told: list[Told] = field(default_factory=list)
-    left_us: int | None = None  # it gave up then
-    over: bool = False  # it learned an end, or gave up
-    lost: bool = False  # its stream broke, and it had no way back
-    untyped: list[str] = field(default_factory=list)  # statuses that say nothing
-    dropped: list[str] = field(default_factory=list)  # by a gateway that lives, once accepted
-
-    @property
-    def key(self) -> str:
-        return self.wish.idempotency_key
-
-    @property
-    def request(self) -> str:
-        """Name of its request, as last told; "" while it knows none."""
-        return next((t.request for t in reversed(self.told) if t.request), "")
-
-    @property
-    def ending(self) -> Told | None:
-        return next((t for t in self.told if t.kind in ENDINGS), None)
-
-    def was_told(self, kind: str) -> bool:
-        return any(t.kind == kind for t in self.told)
-
-
-ENDINGS = ("finished", "failed", "cancelled")
+_OVER = (*ENDINGS, "refused")
 
 
 class Callers:
@@ -98,8 +43,7 @@ class Callers:
     def __init__(self, world: World, stories: list[Story]) -> None:
         self._world = world
         self.stories = stories
-        self._stubs: dict[int, Stub] = {}
-        self._controls: dict[str, Stub] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def run(self, world: World, process: Process) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -111,13 +55,15 @@ class Callers:
         return all(story.over for story in self.stories)
 
     async def _play(self, story: Story) -> None:
-        await self._sleep_until(story.starts_us)
+        await asyncio.sleep(max(0, story.starts_us - self._world.now_us) / 1e6)
         behaviours: dict[str, Callable[[Story], Coroutine[Any, Any, None]]] = {
             "wait": self._wait,
             "leave": self._leave,
             "move": self._move,
             "cancel": self._cancel,
             "forget": self._forget,
+            "watch": self._watch,
+            "delete": self._delete,
             "repeat": self._repeat,
         }
         await behaviours[story.behaviour](story)
@@ -127,12 +73,17 @@ class Callers:
 
     async def _wait(self, story: Story) -> None:
         """Wants its picture, whatever happens."""
-        while not await self._listen(story):
-            if not story.key:
-                story.lost = True
-                return
+        rng = story.draw()
+        over = await self._hear(story, self._generate(story))
+        while not over:
             story.gateway = (story.gateway + 1) % GATEWAYS
             await asyncio.sleep(_AGAIN_S)
+            if story.request and (not story.key or rng.random() < 0.5):
+                over = await self._hear(story, self._watched(story))
+            elif story.key:
+                over = await self._hear(story, self._generate(story))
+            else:
+                story.lost = over = True
 
     async def _leave(self, story: Story) -> None:
         """Gives up after some time."""
@@ -142,7 +93,7 @@ class Callers:
 
     async def _move(self, story: Story) -> None:
         """Calls again through the other gateway, with the same key, around the end of its call."""
-        rng = _draw(story)
+        rng = story.draw()
         first = asyncio.ensure_future(self._for_a_while(story))
         if rng.random() < 0.5:
             await first
@@ -155,16 +106,15 @@ class Callers:
     async def _cancel(self, story: Story) -> None:
         """Says Cancel once it was accepted, and waits for the end."""
         waiting = asyncio.ensure_future(self._wait(story))
-        rng = _draw(story)
         while not story.request and not waiting.done():  # noqa: ASYNC110  nobody tells
             await asyncio.sleep(0.01)
-        await asyncio.sleep(rng.random() * 0.4)
+        await asyncio.sleep(story.draw().random() * 0.4)
         while not waiting.done():
             request = generation_pb2.CancelRequest(request_id=story.request)
             try:
                 await self._stub(story.gateway).Cancel(request, timeout=_ANSWER_S)
             except grpc.aio.AioRpcError as error:
-                self._failed(story, error, telling=False)
+                self._failed(story, error)
                 await asyncio.sleep(_AGAIN_S)
             else:
                 break
@@ -176,17 +126,52 @@ class Callers:
             if told.kind == "accepted":
                 return
 
+    async def _watch(self, story: Story) -> None:
+        """Creates it, and watches it to its end."""
+        if not await self._create(story):
+            return
+        while not await self._hear(story, self._watched(story)):
+            story.gateway = (story.gateway + 1) % GATEWAYS
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _delete(self, story: Story) -> None:
+        """Creates it, waits for its end, has it forgotten."""
+        if not await self._create(story):
+            return
+        name = f"operations/{story.request}"
+        wait, delete = lro.WaitOperationRequest(name=name), lro.DeleteOperationRequest(name=name)
+        wait.timeout.FromSeconds(5)
+        ended = forgotten = False
+        while not forgotten:
+            operations = operations_pb2_grpc.OperationsStub(self._channel(story.gateway))
+            try:
+                if not ended:
+                    operation = await operations.WaitOperation(wait, timeout=_ANSWER_S)
+                    ended = operation.done
+                    if ended:
+                        self._note(story, _outcome(operation), cursor=1 << 62)
+                else:
+                    await operations.DeleteOperation(delete, timeout=_ANSWER_S)
+                    forgotten = True
+            except grpc.aio.AioRpcError as error:
+                if ended and isinstance(from_rpc_error(error), UnknownRequest):
+                    return  # an earlier try has done it
+                self._failed(story, error)
+                story.gateway = (story.gateway + 1) % GATEWAYS
+                await asyncio.sleep(_AGAIN_S)
+
     async def _repeat(self, story: Story) -> None:
         """Is a gateway that submits under a name of its own, cancels, and submits again."""
         submit = control_pb2.SubmitRequest(request_id=f"own-{story.name}", request=story.wish)
         submit.request.spec.seed = 1
         named = control_pb2.CancelRequestRequest(request_id=submit.request_id)
-        pause = _draw(story)
+        pause = story.draw()
         for step in ("Submit", "CancelRequest", "Submit", "Submit"):
             for _ in range(20):
-                stub = self._control()
+                address = self._world.leader_address()
                 try:
-                    if stub is not None:
+                    if address:
+                        stub = control_pb2_grpc.ControlServiceStub(self._channel(address))
                         message = submit if step == "Submit" else named
                         await getattr(stub, step)(message, timeout=5.0)
                         break
@@ -196,116 +181,127 @@ class Callers:
             await asyncio.sleep(pause.choice((0.0, 0.3, 1.5)))
         story.left_us = self._world.now_us
 
-    def _control(self) -> Stub | None:
-        address = self._world.leader_address()
-        if not address:
-            return None
-        if address not in self._controls:
-            channel = grpc.aio.insecure_channel(address)
-            self._controls[address] = control_pb2_grpc.ControlServiceStub(channel)
-        return self._controls[address]
-
     # ------------------------------------------------------------------------------------------
 
     async def _for_a_while(self, story: Story) -> None:
         """Listens for a time drawn for it."""
-        rng = _draw(story)
+        rng = story.draw()
         try:
             async with asyncio.timeout(rng.choice((0.002, 0.02, 0.2, 0.5, 2.0)) * rng.random()):
-                await self._listen(story)
+                await self._hear(story, self._generate(story))
         except TimeoutError:
             pass
 
-    async def _listen(self, story: Story) -> bool:
-        """One call; whether it learned the end, or a refusal."""
-        async for told in self._generate(story):
-            if told.kind in (*ENDINGS, "refused"):
+    async def _hear(self, story: Story, call: AsyncIterator[Told]) -> bool:
+        """One call; whether it told the end, or a refusal."""
+        async for told in call:
+            if told.kind in _OVER:
                 return True
         return False
 
+    async def _create(self, story: Story) -> bool:
+        """Whether there is an operation now."""
+        request = generation_pb2.CreateGenerationRequest(request=story.wish)
+        while True:
+            try:
+                answer = await self._stub(story.gateway).CreateGeneration(
+                    request, timeout=_ANSWER_S
+                )
+            except grpc.aio.AioRpcError as error:
+                if self._failed(story, error) is not None:
+                    return False
+                if not story.key:
+                    story.lost = True
+                    return False
+                story.gateway = (story.gateway + 1) % GATEWAYS
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                name = answer.name.removeprefix("operations/")
+                self._note(story, "accepted", name, cursor=1)
+                return True
+
     async def _generate(self, story: Story) -> AsyncIterator[Told]:
-        stub = self._stub(story.gateway)
-        call, accepted = stub.Generate(story.wish), False
+        call, chain, accepted = self._stub(story.gateway).Generate(story.wish), _chain(story), False
         try:
             async for response in call:
                 kind = response.WhichOneof("event")
-                accepted = True
                 if kind == "media":
                     continue
-                named = response.accepted.request_id if kind == "accepted" else story.request
+                accepted, name = True, response.accepted.request_id
                 step = response.progress.step if response.progress.node == "dit" else 0
-                told = Told(self._world.now_us, kind, named, str(step or ""))
-                story.told.append(told)
-                yield told
+                cursor = int(response.cursor or 0)
+                yield self._note(story, kind, name, str(step or ""), cursor=cursor, chain=chain)
         except grpc.aio.AioRpcError as error:
-            failed = self._failed(story, error, telling=True)
+            failed = self._failed(story, error)
             if failed is not None:
                 yield failed
             elif accepted and error.details() not in BROKEN:
                 story.dropped.append(f"{error.code().name}: {error.details()}")
 
-    def _failed(self, story: Story, error: grpc.aio.AioRpcError, *, telling: bool) -> Told | None:
+    async def _watched(self, story: Story) -> AsyncIterator[Told]:
+        cursor, chain = story.cursor, story.chain
+        request = generation_pb2.WatchGenerationRequest(
+            request_id=story.request, cursor=str(cursor or "")
+        )
+        try:
+            async for response in self._stub(story.gateway).WatchGeneration(request):
+                step = response.progress.step if response.progress.node == "dit" else 0
+                kind, cursor = response.WhichOneof("event"), int(response.cursor or 0)
+                yield self._note(story, kind, "", str(step or ""), cursor=cursor, chain=chain)
+        except grpc.aio.AioRpcError as error:
+            failed = self._failed(story, error)
+            if failed is not None:
+                yield failed
+            elif error.details() not in BROKEN:
+                story.dropped.append(f"{error.code().name}: {error.details()}")
+
+    def _note(
+        self,
+        story: Story,
+        kind: str,
+        name: str = "",
+        detail: str = "",
+        *,
+        cursor: int = 0,
+        chain: int = 0,
+    ) -> Told:
+        told = Told(self._world.now_us, kind, name or story.request, detail, cursor, chain)
+        story.told.append(told)
+        return told
+
+    def _failed(self, story: Story, error: grpc.aio.AioRpcError) -> Told | None:
         """What a status tells of the request; None for "try again"."""
-        typed = from_rpc_error(error)
-        told: Told | None = None
-        match typed:
+        match typed := from_rpc_error(error):
             case RequestFailed(reason="CANCELLED"):
-                told = Told(self._world.now_us, "cancelled", story.request, str(typed))
+                return self._note(story, "cancelled")
             case RequestFailed():
-                told = Told(self._world.now_us, "failed", story.request, typed.reason)
+                return self._note(story, "failed", detail=typed.reason)
             case Refused():
-                told = Told(self._world.now_us, "refused", "", typed.reason)
+                return self._note(story, "refused", detail=typed.reason)
             case NotReady() | BrokerUnavailable():
-                pass
-            case UnknownRequest() if not telling:
-                pass  # a cancel may come before its Submit, or behind the retention
-            case HocketError() if error.code() is grpc.StatusCode.UNAVAILABLE:
-                pass
+                return None
+            case _ if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                return None
             case _:
-                story.untyped.append(f"{error.code().name}: {error.details()}")
-        if told is not None and telling:
-            story.told.append(told)
-        return told if telling else None
+                story.odd.append(f"{error.code().name}: {error.details()}")
+                return None
 
-    def _stub(self, gateway: int) -> Stub:
-        if gateway not in self._stubs:
-            channel = grpc.aio.insecure_channel(gateway_address(gateway))
-            self._stubs[gateway] = generation_pb2_grpc.GenerationServiceStub(channel)
-        return self._stubs[gateway]
+    def _stub(self, gateway: int) -> Any:
+        return generation_pb2_grpc.GenerationServiceStub(self._channel(gateway))
 
-    async def _sleep_until(self, at_us: int) -> None:
-        await asyncio.sleep(max(0, at_us - self._world.now_us) / 1e6)
+    def _channel(self, where: int | str) -> grpc.aio.Channel:
+        address = gateway_address(where) if isinstance(where, int) else where
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address)
+        return self._channels[address]
 
 
-def draw_stories(rng: random.Random, count: int, start_us: int) -> list[Story]:
-    """Callers and their times, as the seed says."""
-    stories: list[Story] = []
-    while len(stories) < count:
-        number = len(stories)
-        behaviour = rng.choice(("wait", "wait", "leave", "move", "cancel", "forget", "repeat"))
-        starts_us = start_us + rng.randrange(6_000_000)
-        twins = 2 if behaviour == "wait" and rng.random() < 0.3 else 1
-        key = f"key-{number}" if behaviour == "move" or rng.random() < 0.8 else ""
-        steps = rng.randrange(2, 9)
-        deadline_us = rng.choice((0, 0, 2_000_000, 500_000))
-        for twin in range(twins):
-            wish = generation_pb2.GenerateRequest(
-                spec=types_pb2.GenerationSpec(
-                    model=MODEL,
-                    prompt="a fox",
-                    shape=types_pb2.Shape(width=64, height=64),
-                    steps=steps,
-                ),
-                slo=types_pb2.Slo(deadline_us=deadline_us),
-                idempotency_key=key or (f"twins-{number}" if twins > 1 else ""),
-                detached=behaviour == "forget",
-                progress_every=rng.choice((1, 1, 3)),
-            )
-            gateway = rng.randrange(GATEWAYS)
-            stories.append(Story(f"c{number}.{twin}", behaviour, wish, starts_us, gateway))
-            starts_us += rng.choice((0, 0, 1_000, 300_000))
-    return stories
+def _chain(story: Story) -> int:
+    story.chain += 1
+    return story.chain
 
 
-def _draw(story: Story) -> random.Random:
-    return random.Random(f"{story.name} {story.starts_us}")
+def _outcome(operation: lro.Operation) -> str:
+    if operation.HasField("response"):
+        return "finished"
+    return "cancelled" if operation.error.code == grpc.StatusCode.CANCELLED.value[0] else "failed"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hocket.v1 import journal_pb2, mesh_pb2
 
-from .callers import ENDINGS, Story, Told
+from .stories import ENDINGS, Story, Told
 
 if TYPE_CHECKING:
     from .scenario import Run
@@ -46,16 +46,16 @@ def answered(run: Run) -> Iterator[Problem]:
         if len(kinds) > 1:
             yield Problem("two endings", f"{story.name}: {endings}")
         if not story.over:
-            yield Problem("never answered", _short(story))
+            yield Problem("never answered", str(story))
         kinds_told = [t.kind for t in story.told if t.kind in ("refused", "accepted")]
         if kinds_told != sorted(kinds_told, reverse=True):
-            yield Problem("refused after accepted", _short(story))
+            yield Problem("refused after accepted", str(story))
         if story.lost and not run.faults:
-            yield Problem("lost without a fault", _short(story))
+            yield Problem("lost without a fault", str(story))
         if any(t.kind == "failed" for t in endings):
-            yield Problem("failed", _short(story))
+            yield Problem("failed", str(story))
         if story.behaviour != "cancel" and any(t.kind == "cancelled" for t in endings):
-            yield Problem("cancelled without a cancel", _short(story))
+            yield Problem("cancelled without a cancel", str(story))
 
 
 def one_request_a_key(run: Run) -> Iterator[Problem]:
@@ -78,23 +78,26 @@ def one_request_a_key(run: Run) -> Iterator[Problem]:
 
 
 def typed(run: Run) -> Iterator[Problem]:
-    """Each status said what the matter was."""
+    """Each status said what the matter was, and no gateway that lives dropped a caller."""
     for story in run.stories:
-        for status in story.untyped:
-            yield Problem("untyped status", f"{story.name}: {status}")
+        for status in story.odd:
+            yield Problem("odd status", f"{story}: {status}")
         ends = [f for f in run.faults if f.kind in ("kill", "terminate", "stop")]
         if story.dropped and not any(f.target.startswith("gateway") for f in ends):
-            yield Problem("dropped after accepted", f"{_short(story)}: {story.dropped}")
+            yield Problem("dropped after accepted", f"{story}: {story.dropped}")
 
 
 def in_order(run: Run) -> Iterator[Problem]:
-    """Nothing is told twice, and steps only rise."""
+    """Cursors rise, from one call to the one that goes on behind it too."""
     for story in run.stories:
-        if story.behaviour == "move":
-            continue  # two calls at a time
-        steps = [int(t.detail) for t in story.told if t.kind == "progress" and t.detail]
-        if run.calm and any(later < now for now, later in itertools.pairwise(steps)):
-            yield Problem("steps went back", f"{story.name}: {steps}")
+        for chain in {t.chain for t in story.told if t.chain}:
+            told = [t for t in story.told if t.chain == chain and t.cursor]
+            if any(later.cursor <= now.cursor for now, later in itertools.pairwise(told)):
+                shown = [(t.kind, t.cursor >> 32, t.cursor & 0xFFFFFFFF) for t in told]
+                yield Problem("told twice or out of order", f"{story.name}: {shown}")
+            steps = [int(t.detail) for t in told if t.kind == "progress" and t.detail]
+            if run.calm and any(later < now for now, later in itertools.pairwise(steps)):
+                yield Problem("steps went back", f"{story.name}: {steps}")
 
 
 def stored(run: Run) -> Iterator[Problem]:
@@ -111,11 +114,11 @@ def stored(run: Run) -> Iterator[Problem]:
     for story in run.stories:
         for told in story.told:
             if told.kind == "accepted" and told.request not in accepted:
-                yield Problem("told accepted, not stored", _short(story))
+                yield Problem("told accepted, not stored", str(story))
             if told.kind in ENDINGS and told.request:
                 outcomes = [e.outcome for e in ended.get(told.request, ())]
                 if told.kind not in outcomes:
-                    yield Problem("told an end that is not stored", f"{_short(story)} {outcomes}")
+                    yield Problem("told an end that is not stored", f"{story} {outcomes}")
 
 
 def one_leader(run: Run) -> Iterator[Problem]:
@@ -206,15 +209,6 @@ def outcome_of(ended: journal_pb2.EndedRequest | mesh_pb2.RequestEvent) -> str:
 
 def _is_end(told: Told, request: str) -> bool:
     return told.request == request and told.kind in ENDINGS
-
-
-def _short(story: Story) -> str:
-    told = " ".join(
-        f"{t.kind}{'(' + t.detail + ')' if t.kind in ('failed', 'refused') else ''}"
-        for t in story.told
-        if t.kind != "progress"
-    )
-    return f"{story.name} {story.behaviour} {story.request[-6:]} heard: {told or 'nothing'}"
 
 
 def _who(run: Run, request: str) -> str:

@@ -15,11 +15,12 @@ from hocket.v1 import journal_pb2, mesh_pb2
 
 from . import roles
 from .broker import Message
-from .callers import Callers, Story, draw_stories
+from .callers import Callers
 from .faults import Fault, draw_faults, inflict
 from .invariants import Entry, Problem, check, outcome_of
 from .loop import Process, SimulatedLoop
 from .runtime import installed
+from .stories import Story, draw_stories
 from .world import World
 
 SECOND_US = 1_000_000
