@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 from google.protobuf import proto
 
-from control.journal import read
+from control.journal import joined, read
 from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile
@@ -60,7 +60,7 @@ def replay(entries: Iterable[JournalEntry], term: int | None = None) -> Replay:
     entries = list(entries)
     wanted = term if term is not None else max((e.term for e in entries), default=0)
     mine = sorted((e for e in entries if e.term == wanted), key=lambda e: e.sequence)
-    started = next((e for e in mine if e.HasField("leader_started")), None)
+    started = joined(e.leader_started for e in mine if e.HasField("leader_started"))
     if started is None:
         raise JournalIncomplete(wanted, "no record of the leader's settings")
     gaps = [b.sequence for a, b in itertools.pairwise(mine) if b.sequence != a.sequence + 1]
@@ -68,11 +68,11 @@ def replay(entries: Iterable[JournalEntry], term: int | None = None) -> Replay:
         raise JournalIncomplete(wanted, f"entries are missing before number {gaps[0]}")
     found = Replay(wanted)
     scheduler = Scheduler(
-        msgspec.json.decode(started.leader_started.settings_json, type=Settings),
-        Profile.from_csv(started.leader_started.profile_csv),
+        msgspec.json.decode(started.settings_json, type=Settings),
+        Profile.from_csv(started.profile_csv),
     )
-    if started.leader_started.latencies_json:
-        learned = msgspec.json.decode(started.leader_started.latencies_json, type=LatencySnapshot)
+    if started.latencies_json:
+        learned = msgspec.json.decode(started.latencies_json, type=LatencySnapshot)
         scheduler.restore_latencies(learned)
     decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
     for entry in mine:

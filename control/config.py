@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
@@ -17,6 +17,7 @@ from hocket.errors import WrongConfig
 _ASSETS = Path(__file__).parent / "assets" / "profiles"
 
 Micros = Annotated[int, msgspec.Meta(ge=0)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class ControlSettings(Common, frozen=True, kw_only=True):
@@ -36,6 +37,13 @@ class ControlSettings(Common, frozen=True, kw_only=True):
     lease_us: Annotated[int, msgspec.Meta(ge=100_000)] = 2_000_000
     requests_open_max: Annotated[int, msgspec.Meta(ge=1)] = 10_000
     follower_grace_us: Micros = 10_000_000  # for a caller whose connection broke to come back
+    address: str = ""  # host:port that gateways reach this replica by; empty: as `listen` says
+    leader_ttl_us: Annotated[int, msgspec.Meta(ge=1_000_000)] = 3_000_000  # then a standby leads
+    retention_s: Annotated[int, msgspec.Meta(ge=1)] = 86_400  # ended requests are known so long …
+    ended_max: Annotated[int, msgspec.Meta(ge=1)] = 10_000  # … and no more than so many
+    promises_bytes_max: Bytes = 0  # reserved on the broker; 0: up to 256 MiB, as it has room
+    diary_bytes_max: Bytes = 0  # likewise
+    stream_replicas: Literal[1, 3, 5] = 1  # copies of all that, in a cluster of brokers
 
 
 def scheduler_settings(settings: ControlSettings, term: int) -> Settings:

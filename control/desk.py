@@ -14,12 +14,13 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from grpc_health.v1.health import aio
 from opentelemetry.trace import Tracer
 
 from control.admission import Admission, AdmissionSettings
 from control.cluster_view import ClusterView
 from control.driver import Driver, Outlet
-from control.intake import Intake, Superseded
+from control.intake import Intake
 from control.leases import Leases
 from control.planning import Inline, Planning
 from control.publisher import Diary, Publisher
@@ -141,7 +142,9 @@ class Desk:
             troubles,
         )
 
-    def intake(self, step_down: Callable[[Superseded], None]) -> Intake:
+    def intake(
+        self, superseded: Callable[[int], None], health: aio.HealthServicer | None = None
+    ) -> Intake:
         """The ear for what workers say."""
         return Intake(
             self.wiring.promises.term,
@@ -152,8 +155,9 @@ class Desk:
             self.publisher,
             self.view,
             self.records,
-            step_down,
+            superseded,
             self.admission.wake,
+            health or aio.HealthServicer(),
             troubles=self.troubles,
         )
 

@@ -2,7 +2,7 @@
 
 Heartbeats are also where control and workers are reconciled, since core NATS delivers at most once:
 latents of ended requests are released, assignments that never arrived are found, and a worker that
-follows a later leader makes this one step down.
+follows a later leader ends this one's term.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from control.scheduler.stragglers import Slow
 from control.scheduler.values import Assignment, WorkerLost, WorkerUp
 from hocket import telemetry
 from hocket.bus import Bus, Subjects
-from hocket.errors import HocketError
 from hocket.v1 import control_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
@@ -39,20 +38,6 @@ _ETA_KEPT_US = 200_000  # an estimate asks about every open request: not at each
 CHECK_EVERY_US = 200_000
 _LOOP_PASSES = 10  # until every message that a flush brought has been handled
 _TOLD_MAX = 1024  # incarnations and payloads whose refusal was logged
-
-
-@dataclass
-class Superseded(HocketError):
-    """Workers follow a later term than the one this replica leads."""
-
-    term: int
-    heard: int
-
-    def __str__(self) -> str:
-        return (
-            f"workers follow term {self.heard}, this replica leads term {self.term}: another one "
-            "took over, or the broker came back without its store; start this replica again"
-        )
 
 
 @dataclass
@@ -67,7 +52,7 @@ class Intake:
     publisher: Publisher
     view: ClusterView
     records: Records
-    step_down: Callable[[Superseded], None]
+    superseded: Callable[[int], None]  # by a term that a worker follows
     workers_came: Callable[[], None]
     health: health.aio.HealthServicer = field(default_factory=health.aio.HealthServicer)
     troubles: Counter[str] = field(default_factory=Counter)
@@ -82,7 +67,7 @@ class Intake:
             self._turned_away("refused heartbeats", beat.worker[:64], wrong)
             return
         if beat.term > self.term:
-            self.step_down(Superseded(self.term, beat.term))
+            self.superseded(beat.term)
             return
         refused = self.leases.refused(beat)
         if refused is not None:
@@ -107,9 +92,9 @@ class Intake:
         now_us = self.driver.stamp()
         self.leases.look(now_us, CHECK_EVERY_US)
         expiry_us = self.leases.next_expiry_us()
-        if expiry_us is not None and expiry_us <= now_us:
-            # Heartbeats may wait unread: this process was held up, not the workers.
-            await self.bus.flush()
+        # Heartbeats may wait unread: this process was held up, not the workers. If the broker does
+        # not answer either, nobody's lease ends now.
+        if expiry_us is not None and expiry_us <= now_us and await self.bus.flush():
             for _ in range(_LOOP_PASSES):
                 await asyncio.sleep(0)
             await self._changed(self.leases.expire(now_us))

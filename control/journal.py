@@ -1,26 +1,26 @@
-"""The journal: a JetStream stream with everything needed to lead on after a crash and to replay
-every decision.
+"""The diary: observed facts and plans, from which every decision of a leader can be replayed.
 
-What a client was promised is acknowledged by the broker's disk before the promise leaves
-(`append`); observations and plans are written without waiting (`note`): they serve replay, and
-losing the last of them loses no request.
+It may go: oldest entries go first, a broker that is away loses some, one without room for it has
+none, and no leader ends by that. What was promised stands elsewhere, see `promises`. Entries of
+older versions' journals (`accepted`, `ended`) are read as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import logging
+import zlib
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
-import nats.errors
-from nats.js.api import DeliverPolicy, RetentionPolicy, StreamConfig
-from nats.js.errors import KeyWrongLastSequenceError, NotFoundError
-
+from control.promises import open_bounded
 from hocket.bus import Bus, Subjects
-from hocket.errors import BrokerUnavailable
+from hocket.errors import BrokerUnavailable, WrongConfig
+from hocket.stores import Log, LogShape
 from hocket.v1 import journal_pb2
 
-_BYTES_MAX = 1 << 30  # oldest entries go first
-_READ_WAIT_S = 5.0
+log = logging.getLogger(__name__)
+
+_PIECE_BYTES = 256 << 10  # far below what a broker's message may have
 
 
 @dataclass(frozen=True)
@@ -32,98 +32,84 @@ class Stored:
 
 
 class Journal:
-    """Writes entries of one term, in order."""
+    """Writes the diary of one term, in order."""
 
     def __init__(self, bus: Bus, subjects: Subjects, term: int) -> None:
         self._bus = bus
         self._subjects = subjects
-        self.term = term
         self._sequence = 0
+        self.term = term
 
     @classmethod
-    async def open(cls, bus: Bus, subjects: Subjects) -> Journal:
-        """Creates the stream where needed and takes the next term (a KV revision)."""
-        await bus.jetstream.add_stream(
-            StreamConfig(
-                name=subjects.journal_stream,
-                subjects=[subjects.journal("*")],
-                retention=RetentionPolicy.LIMITS,
-                max_bytes=_BYTES_MAX,
-            )
-        )
-        return cls(bus, subjects, await _take_term(bus, subjects))
-
-    async def raise_term(self, above: int) -> None:
-        """Sees to it that the next leader's term is higher than `above`."""
-        store = await self._bus.jetstream.key_value(self._subjects.leader_bucket)
-        revision = self.term
-        while revision < above:
-            revision = await store.put("leader", b"")
-
-    async def append(self, entry: journal_pb2.JournalEntry, message_id: str) -> None:
-        """Returns once the broker has stored the entry; a repeated `message_id` is stored once.
-
-        Raises BrokerUnavailable when it does not say so in time; then nothing was promised.
+    async def open(
+        cls, bus: Bus, subjects: Subjects, term: int = 1, bytes_max: int = 0, replicas: int = 1
+    ) -> Journal:
+        """Makes the stream where needed; 0 bytes: what the broker has room for. Without room, or
+        an answer, what is noted goes nowhere, which is said in the log.
         """
         try:
-            await self._bus.jetstream.publish(
-                self._subject(entry),
-                self._numbered(entry).SerializeToString(),
-                headers={"Nats-Msg-Id": message_id},
+            await open_bounded(
+                bus,
+                lambda size: LogShape(
+                    name=subjects.journal_stream,
+                    subjects=(subjects.journal("*"),),
+                    bytes_max=size,
+                    oldest_go=True,
+                    replicas=replicas,
+                ),
+                bytes_max,
+                "diary_bytes_max",
             )
-        except nats.errors.Error as error:
-            raise BrokerUnavailable(url="JetStream", cause=str(error) or "no answer") from error
+        except (BrokerUnavailable, WrongConfig) as error:
+            log.warning("no diary is kept: %s", error)
+        return cls(bus, subjects, term)
 
     async def note(self, entry: journal_pb2.JournalEntry) -> None:
         """Hands the entry to the broker without waiting for its disk."""
-        await self._bus.publish(self._subject(entry), self._numbered(entry))
-
-    def _numbered(self, entry: journal_pb2.JournalEntry) -> journal_pb2.JournalEntry:
         self._sequence += 1
         entry.term, entry.sequence = self.term, self._sequence
-        return entry
+        await self._bus.publish(self._subject(entry), entry)
+
+    async def note_start(self, stamped_us: int, started: journal_pb2.LeaderStarted) -> None:
+        """Notes all that the plans of this term rest on beside the facts, in as many entries as it
+        takes.
+        """
+        for piece in pieces(started):
+            await self.note(journal_pb2.JournalEntry(stamped_us=stamped_us, leader_started=piece))
 
     def _subject(self, entry: journal_pb2.JournalEntry) -> str:
         return self._subjects.journal(entry.WhichOneof("entry") or "none")
 
 
+def pieces(started: journal_pb2.LeaderStarted) -> list[journal_pb2.LeaderStarted]:
+    """The same as messages that the broker takes."""
+    if started.ByteSize() <= _PIECE_BYTES:
+        return [started]
+    packed = zlib.compress(started.SerializeToString())
+    parts = [packed[at : at + _PIECE_BYTES] for at in range(0, len(packed), _PIECE_BYTES)]
+    return [
+        journal_pb2.LeaderStarted(piece=part, piece_index=index, pieces=len(parts))
+        for index, part in enumerate(parts)
+    ]
+
+
+def joined(found: Iterable[journal_pb2.LeaderStarted]) -> journal_pb2.LeaderStarted | None:
+    """What `pieces` took apart; None where some are missing."""
+    found = list(found)
+    if not found or not found[0].pieces:
+        return found[0] if found else None
+    by_index = {piece.piece_index: piece.piece for piece in found}
+    if len(by_index) != found[0].pieces:
+        return None
+    packed = b"".join(by_index[index] for index in sorted(by_index))
+    return journal_pb2.LeaderStarted.FromString(zlib.decompress(packed))
+
+
 async def read(bus: Bus, subjects: Subjects, kind: str = "*") -> AsyncIterator[Stored]:
-    """Stored entries of one kind ("*": all), oldest first, up to the newest at the call."""
-    subject = subjects.journal(kind)
-    try:
-        info = await bus.jetstream.stream_info(subjects.journal_stream, subjects_filter=subject)
-    except NotFoundError:
-        return
-    if not info.state.subjects:
-        return
-    feed = await bus.jetstream.subscribe(
-        subject,
-        stream=subjects.journal_stream,
-        ordered_consumer=True,
-        deliver_policy=DeliverPolicy.ALL,
-    )
-    try:
-        while True:
-            message = await feed.next_msg(timeout=_READ_WAIT_S)
-            meta = message.metadata
-            yield Stored(
-                entry=journal_pb2.JournalEntry.FromString(message.data),
-                unix_us=int(meta.timestamp.timestamp() * 1e6),
-            )
-            if meta.num_pending == 0:
-                return
-    finally:
-        await feed.unsubscribe()
+    """Stored entries of one kind ("*": all), oldest first, up to the newest at the call.
 
-
-async def _take_term(bus: Bus, subjects: Subjects) -> int:
-    store = await bus.jetstream.create_key_value(bucket=subjects.leader_bucket)
-    while True:
-        try:
-            held = (await store.get("leader")).revision
-        except NotFoundError:
-            held = 0
-        try:
-            return await store.update("leader", b"", last=held)
-        except KeyWrongLastSequenceError:
-            continue  # somebody else took that term
+    Raises BrokerUnavailable when it breaks off.
+    """
+    diary = Log(bus, subjects.journal_stream)
+    async for entry in diary.read(subjects.journal(kind), history=True):
+        yield Stored(journal_pb2.JournalEntry.FromString(entry.data), entry.unix_us)

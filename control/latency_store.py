@@ -1,30 +1,31 @@
 """Where the latency model outlives its process: one value in a NATS KV bucket.
 
 Written at most every few seconds while something was learned, and at a clean stop; read by the next
-leader before its first fact. What it reads goes into its journal entry, so that a replay starts
-from the same. Content of another version, or damaged, is left out with a warning: the model then
-begins with its profile, as on the first day.
+leader before its first fact. What it reads goes into its diary, so that a replay starts from the
+same. Compressed, since what is learned of many families is longer than a message may be. Content of
+another version, or damaged, is left out with a warning: the model then begins with its profile, as
+on the first day. No trouble here ends a leader.
 """
 
 from __future__ import annotations
 
 import logging
+import zlib
 
 import msgspec
-import nats.errors
-from nats.js.errors import NotFoundError
-from nats.js.kv import KeyValue
 
 from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
+from hocket.errors import BrokerUnavailable
+from hocket.stores import Cell, EntryTooLarge, LogFull, NoRoom, OutcomeUnknown
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
 SAVE_EVERY_US = 2_000_000
-_KEY = "latencies"
+LATENCIES = "latencies"  # the key
 
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,27 +38,37 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
 class LatencyStore:
     """Keeps one scheduler's latencies."""
 
-    def __init__(self, store: KeyValue) -> None:
-        self._store = store
+    def __init__(self, cell: Cell) -> None:
+        self._cell = cell
         self._saved = 0  # the scheduler's count of what it learned, at the last write
+        self._failing = False
 
     @classmethod
-    async def open(cls, bus: Bus, subjects: Subjects) -> LatencyStore:
-        """Creates the bucket where needed."""
-        return cls(await bus.jetstream.create_key_value(bucket=subjects.latency_bucket))
+    async def open(cls, bus: Bus, subjects: Subjects, replicas: int = 1) -> LatencyStore:
+        """Makes the bucket where needed."""
+        try:
+            cell = await Cell.open(bus, subjects.latency_bucket, LATENCIES, replicas=replicas)
+        except (BrokerUnavailable, NoRoom) as error:
+            log.warning("latencies are not kept: %s", error)
+            cell = Cell(bus, subjects.latency_bucket, LATENCIES)
+        return cls(cell)
 
     async def load(self) -> LatencySnapshot | None:
         """What an earlier leader had learned; None where there is nothing that can be read."""
         try:
-            content = (await self._store.get(_KEY)).value or b""
-        except NotFoundError:
+            found = await self._cell.get()
+        except BrokerUnavailable as error:
+            log.warning("what an earlier leader had learned cannot be had: %s", error)
+            return None
+        if found is None:
             return None
         try:
+            content = unpacked(found[0])
             version = msgspec.json.decode(content, type=_Versioned).version
             if version == VERSION:
                 return msgspec.json.decode(content, type=Stored).snapshot
             problem = f"version {version}, this is {VERSION}"
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, zlib.error) as error:
             problem = str(error)
         log.warning("what an earlier leader had learned of latencies is left out: %s", problem)
         return None
@@ -67,19 +78,38 @@ class LatencyStore:
         learned = scheduler.learned
         if learned == self._saved:
             return
-        content = msgspec.json.encode(Stored(version=VERSION, snapshot=scheduler.latencies()))
+        snapshot = scheduler.latencies()
         try:
-            await self._store.put(_KEY, content)
-        except (nats.errors.Error, OSError) as error:
-            log.warning("latencies were not stored: %s", str(error) or "no answer")
+            await self._write(packed(Stored(version=VERSION, snapshot=snapshot)))
+        except (BrokerUnavailable, OutcomeUnknown, LogFull, EntryTooLarge) as error:
+            if not self._failing:
+                log.warning("latencies were not stored: %s", error)
+            self._failing = True
             return
-        self._saved = learned
+        self._saved, self._failing = learned, False
+
+    async def _write(self, content: bytes) -> None:
+        found = await self._cell.get()
+        if found is None:
+            await self._cell.create(content)
+        else:  # where another leader has written meanwhile, its model is the newer one
+            await self._cell.update(content, found[1])
 
     async def keep(self, scheduler: Scheduler, clock: Clock) -> None:
         """Writes every few seconds, until cancelled."""
         while True:
             await clock.sleep_until(clock.now_us() + SAVE_EVERY_US)
             await self.save(scheduler)
+
+
+def packed(stored: Stored) -> bytes:
+    """As the bucket holds it."""
+    return zlib.compress(msgspec.json.encode(stored))
+
+
+def unpacked(content: bytes) -> bytes:
+    """The JSON; older versions did not compress it. Raises zlib.error."""
+    return content if content.startswith(b"{") else zlib.decompress(content)
 
 
 class _Versioned(msgspec.Struct):

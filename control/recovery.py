@@ -1,8 +1,11 @@
-"""What a new leader does first: take up every accepted request that had not ended.
+"""What a new leader does first: take up every promised request that had not ended, and every wish
+about a worker.
 
-Their latents may still lie on workers, whose heartbeats say so: then they go on from there. Where
-nobody holds one, they start again from the encode node, which gives the same picture, since
-everything is drawn from the seed.
+All of it comes from the promises stream. Their latents may still lie on workers, whose heartbeats
+say so: then they go on from there. Where nobody holds one, they start again from the encode node,
+which gives the same picture, since everything is drawn from the seed. Ages are differences of the
+broker's own stamps (the new leader's Fence minus the request's): two hosts' clocks are never
+compared.
 """
 
 from __future__ import annotations
@@ -10,56 +13,43 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from control import journal, translate
+from control import translate
 from control.driver import Driver
+from control.leases import Leases
+from control.promises import Promises
 from control.requests.records import Records
-from control.scheduler.values import Arrived
-from hocket.bus import Bus, Subjects
-from hocket.clock import Clock, unix_ns
-from hocket.v1 import journal_pb2
+from control.scheduler.values import Arrived, DrainRequested
+from control.standby import Book
 
 log = logging.getLogger(__name__)
 
 
-async def recover(
-    bus: Bus,
-    subjects: Subjects,
+def recover(
+    book: Book,
+    promises: Promises,
     driver: Driver,
     records: Records,
-    clock: Clock,
+    leases: Leases,
     expect_followers: Callable[[str], None],
 ) -> int:
-    """Restores records from the journal and posts an arrival for each open one; returns their
-    number.
+    """Restores records, and posts an arrival for each open one, wishes, and workers that live;
+    returns the number of open ones.
     """
-    found: dict[str, tuple[journal_pb2.Promise, int]] = {}
-    async for stored in journal.read(bus, subjects, "accepted"):
-        accepted = stored.entry.accepted
-        promise = journal_pb2.Promise(
-            term=stored.entry.term,
-            submit=accepted.submit,
-            answer=accepted.answer,
-            traceparent=accepted.traceparent,
-            accepted_unix_us=stored.unix_us,
-        )
-        found[accepted.submit.request_id] = promise, stored.unix_us
-    async for stored in journal.read(bus, subjects, "ended"):
-        ended = stored.entry.ended
-        if ended.request_id in found:
-            promise, _ = found[ended.request_id]
-            promise.ended.CopyFrom(ended)
-            found[ended.request_id] = promise, stored.unix_us
-    taken_up = 0
-    for promise, stored_us in found.values():
-        age_us = max(0, unix_ns() // 1000 - promise.accepted_unix_us)
-        record = records.restore(promise, clock.now_us() - age_us, stored_us)
-        if not record.is_open:
-            continue
-        request = translate.to_request(record.id, record.submit.request, record.accepted_us)
-        driver.post(Arrived(at_us=driver.stamp(), request=request))
-        if not record.detached:
-            expect_followers(record.id)
-        taken_up += 1
-    if taken_up:
-        log.info("took up %d accepted requests of an earlier term", taken_up)
-    return taken_up
+    for kept in (*book.ended.values(), *book.open.values()):
+        unix_us = kept.promise.accepted_unix_us or kept.unix_us
+        accepted_us = min(driver.stamp(), promises.at_us(unix_us))
+        record = records.restore(kept.promise, accepted_us, kept.unix_us)
+        if not kept.promise.HasField("ended"):
+            request = translate.to_request(record.id, record.submit.request, accepted_us)
+            driver.post(Arrived(at_us=driver.stamp(), request=request))
+            if not record.detached:
+                expect_followers(record.id)
+    promises.restore(book.ended)
+    for worker in sorted(book.draining):
+        leases.drain(worker, True)
+        driver.post(DrainRequested(at_us=driver.stamp(), worker=worker))
+    for up in leases.restate(driver.stamp()):
+        driver.post(up)
+    if book.open:
+        log.info("took up %d accepted requests of an earlier term", len(book.open))
+    return len(book.open)

@@ -1,193 +1,299 @@
-"""Wires one control replica together: broker, journal, leases, driver, ControlService, health."""
+"""One control replica: its door, its ears, and its two roles.
+
+    standing by ── the leader's key is free ──▶ Fence, recovery ──▶ leading
+         ◀─────────────────── deposed ───────────────────────────────┘
+
+The door is open in both roles; what outlives a role is made once. Nothing here ends because the
+broker stands still or is away.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import NoReturn, TypeVar
 
 import grpc
-import msgspec
-from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from control.admission import AdmissionSettings
-from control.config import ControlSettings, profile_csv, scheduler_settings
-from control.desk import Desk, Wiring
-from control.intake import CHECK_EVERY_US, SERVICE, Intake, Superseded
-from control.journal import Journal
-from control.latency_store import LatencyStore
+from control.config import ControlSettings
+from control.doorway import Doorway
+from control.intake import CHECK_EVERY_US, SERVICE
+from control.leadership import Leadership
 from control.leases import Leases
-from control.planning import PlannerThread
-from control.recovery import recover
-from control.scheduler.cells import LatencySnapshot
-from control.scheduler.core import Scheduler
-from control.scheduler.profile import Profile, ProfileError
-from control.scheduler.settings import SettingError, Settings
-from control.servicer import ControlServicer
+from control.promises import Deposed, Promises, open_stream
+from control.replicas import LEADER, STANDBY, Replicas
+from control.standby import Standby
+from control.term import Parts, Term
 from hocket import endpoints
 from hocket.bus import Bus, Subjects
 from hocket.channels import SERVER_OPTIONS
-from hocket.clock import Clock, unix_ns
-from hocket.errors import WrongConfig
+from hocket.clock import Clock
+from hocket.errors import BrokerUnavailable, HocketError
+from hocket.leader import LEADER_KEY, LeaderWatch
+from hocket.stores import Cell, Log
 from hocket.telemetry import Telemetry
-from hocket.v1 import control_pb2_grpc, journal_pb2, mesh_pb2
+from hocket.v1 import control_pb2_grpc, mesh_pb2
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_GRACE_S = 2.0
+_GRACE_S = 0.5  # for answers under way; streams have ended by then
+_OPEN_WAIT_S = 20.0  # for a broker whose JetStream is not ready
+_AGAIN_S = 0.2
+_DOOR = "control"  # where the leader of a state folder is announced
 
 
 async def serve(
     settings: ControlSettings, clock: Clock, told: Telemetry, stop: asyncio.Event
 ) -> None:
-    """Runs a control replica until `stop` is set."""
+    """Runs a control replica until `stop` is set. Raises what ended it: a HocketError, or a bug."""
     bus = await Bus.connect(settings.nats_url, "control")
     try:
-        await _lead(settings, clock, told, stop, bus)
+        replica = await Replica.open(settings, clock, told, bus)
+        async with asyncio.TaskGroup() as tasks:
+            work = [tasks.create_task(bus.failed()), tasks.create_task(replica.run())]
+            await stop.wait()
+            for task in work:
+                task.cancel()
+    except BaseExceptionGroup as group:
+        raise _cause(group) from group
     finally:
         await bus.close()
 
 
-async def _lead(
-    settings: ControlSettings, clock: Clock, told: Telemetry, stop: asyncio.Event, bus: Bus
-) -> None:
-    subjects = Subjects(settings.cluster)
-    journal = await Journal.open(bus, subjects)
-    csv = profile_csv(settings)
-    library = scheduler_settings(settings, journal.term)
-    scheduler = build_scheduler(library, csv)
-    store = await LatencyStore.open(bus, subjects)
-    learned = await store.load()
-    if learned is not None:
-        scheduler.restore_latencies(learned)
-    leases = Leases(settings.lease_us)
-    desk = Desk.build(
-        Wiring(
-            bus=bus,
-            subjects=subjects,
-            diary=journal,
-            promises=_JournalPromises(journal),
-            scheduler=scheduler,
-            leases=leases,
-            clock=clock,
-            tracer=told.tracer,
-            policy=settings.policy,
-            planning=PlannerThread(),
-            follower_grace_us=settings.follower_grace_us,
-            admission=AdmissionSettings(
-                open_max=settings.requests_open_max, settle_us=settings.lease_us
-            ),
+class Replica:
+    """What one process has all along."""
+
+    def __init__(
+        self,
+        settings: ControlSettings,
+        clock: Clock,
+        told: Telemetry,
+        bus: Bus,
+        stream: Log,
+        cell: Cell,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._told = told
+        self._bus = bus
+        self._subjects = Subjects(settings.cluster)
+        self._stream = stream
+        self._cell = cell
+        self._leases = Leases(settings.lease_us)
+        self._health = health.aio.HealthServicer()
+        self._incarnation = secrets.token_hex(8)
+        self._leader = ""
+        self._known_term = 0  # of any leader that was heard of
+        self._term: Term | None = None
+        self._promises: Promises | None = None
+        self._doorway = Doorway(lambda: self._leader)
+
+    @classmethod
+    async def open(
+        cls, settings: ControlSettings, clock: Clock, told: Telemetry, bus: Bus
+    ) -> Replica:
+        """Makes what it needs on the broker. Raises WrongConfig, BrokerUnavailable."""
+        subjects, copies = Subjects(settings.cluster), settings.stream_replicas
+        ttl_s = settings.leader_ttl_us / 1e6
+        stream = await _patiently(
+            lambda: open_stream(bus, subjects, settings.promises_bytes_max, copies)
         )
-    )
-    driver = desk.driver
-    await recover(bus, subjects, driver, desk.records, clock, desk.attachments.expect_followers)
-    await journal.note(_started(clock.now_us(), library, csv, learned))
-    superseded: list[Superseded] = []
+        cell = await _patiently(
+            lambda: Cell.open(bus, subjects.leader_bucket, LEADER_KEY, ttl_s, copies)
+        )
+        return cls(settings, clock, told, bus, stream, cell)
 
-    def step_down(why: Superseded) -> None:
-        superseded.append(why)
-        stop.set()
-
-    intake = desk.intake(step_down)
-    server, port = await _listen(settings, told, desk.servicer, intake)
-    await bus.subscribe(subjects.heartbeat("*"), mesh_pb2.Heartbeat, intake.heartbeat)
-    await bus.subscribe(subjects.report("*"), mesh_pb2.StepReport, intake.report)
-    endpoints.announce(settings.state_dir, "control", f"{_host(settings.listen)}:{port}")
-    log.info("control leads term %d on port %d, policy %s", journal.term, port, settings.policy)
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            work = [
-                *(tasks.create_task(part) for part in desk.parts()),
-                tasks.create_task(_check(intake, clock)),
-                tasks.create_task(store.keep(scheduler, clock)),
-            ]
-            await stop.wait()
-            await intake.health.enter_graceful_shutdown()
+    async def run(self) -> NoReturn:
+        """Serves until cancelled."""
+        server, address = await self._listen()
+        replicas = Replicas(self._bus, self._subjects, self._clock, address, self._incarnation)
+        parts = Parts(
+            self._settings,
+            self._clock,
+            self._told,
+            self._bus,
+            self._subjects,
+            self._leases,
+            self._health,
+            replicas,
+        )
+        leadership = Leadership(
+            self._cell,
+            self._clock,
+            address,
+            self._incarnation,
+            ttl_us=self._settings.leader_ttl_us,
+        )
+        await self._hear()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(replicas.run())
+                tasks.create_task(self._watch_leader())
+                while True:
+                    await self._round(parts, leadership, address)
+        finally:
+            await self._health.enter_graceful_shutdown()
             await server.stop(_GRACE_S)
-            for task in work:
-                task.cancel()
-        if superseded:
-            await journal.raise_term(superseded[-1].heard)
-            raise superseded[-1]
-        await store.save(scheduler)
-    finally:
-        driver.close()
-        endpoints.withdraw(settings.state_dir, "control")
 
+    async def _round(self, parts: Parts, leadership: Leadership, address: str) -> None:
+        """Stands by, and leads until it is deposed."""
+        self._promises = None
+        won = False
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                standby = Standby(self._stream, self._subjects)
+                waiting = [
+                    tasks.create_task(standby.run()),
+                    tasks.create_task(self._end_old_leases()),
+                ]
+                revision = await leadership.win()
+                won = True
+                tasks.create_task(leadership.keep(self._is_ours))
+                promises = await self._take(max(revision, self._known_term + 1))
+                leadership.term = promises.term
+                book = await standby.complete(promises.fence.sequence)
+                for task in waiting:
+                    task.cancel()
+                await self._lead(await Term.begin(parts, promises, book), address)
+        except* Deposed as group:
+            for error in _leaves(group):
+                assert isinstance(error, Deposed)
+                self._known_term = max(self._known_term, error.term, error.by)
+                log.warning("%s; standing by", error)
+        finally:
+            if won:
+                await leadership.resign()
 
-class _JournalPromises:
-    """Promises in the old journal, until they have a stream of their own."""
+    async def _take(self, term: int) -> Promises:
+        settings = self._settings
+        self._promises = await Promises.take(
+            self._stream,
+            self._subjects,
+            term,
+            self._clock,
+            retention_s=settings.retention_s,
+            ended_max=settings.ended_max,
+        )
+        return self._promises
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
-        self.term = journal.term
+    async def _lead(self, term: Term, address: str) -> None:
+        self._term = term
+        term.parts.replicas.role = LEADER
+        self._doorway.open(term.servicer)
+        await term.intake.publish_health()
+        await term.parts.replicas.announce()
+        endpoints.announce(self._settings.state_dir, _DOOR, address)
+        log.info("control leads term %d at %s, policy %s", term.term, address, term.policy)
+        try:
+            await term.run()
+        finally:
+            self._term = None
+            term.parts.replicas.role = STANDBY
+            self._doorway.shut()
+            endpoints.withdraw(self._settings.state_dir, _DOOR)
+            await self._not_serving()
+            await term.close()
 
-    async def append(self, promise: journal_pb2.Promise) -> int:
-        entry = journal_pb2.JournalEntry(stamped_us=0)
-        if promise.HasField("ended"):
-            entry.ended.CopyFrom(promise.ended)
+    async def _is_ours(self) -> bool:
+        return self._promises is None or await self._promises.is_ours()
+
+    # ---------------------------------------------------------------------------- ears and door
+
+    async def _hear(self) -> None:
+        subjects = self._subjects
+        await self._bus.subscribe(subjects.heartbeat("*"), mesh_pb2.Heartbeat, self._heartbeat)
+        await self._bus.subscribe(subjects.report("*"), mesh_pb2.StepReport, self._report)
+
+    async def _heartbeat(self, beat: mesh_pb2.Heartbeat) -> None:
+        if self._term is not None:
+            await self._term.heartbeat(beat)
         else:
-            entry.accepted.CopyFrom(
-                journal_pb2.AcceptedRequest(
-                    submit=promise.submit, answer=promise.answer, traceparent=promise.traceparent
-                )
-            )
-        kind = entry.WhichOneof("entry")
-        await self._journal.append(entry, f"{self.term}-{kind}-{promise.submit.request_id}")
-        return unix_ns() // 1000
+            self._leases.heartbeat(beat, self._clock.now_us())
 
-    async def forget(self, request_id: str) -> None:
-        """The old journal forgets nothing."""
+    async def _report(self, report: mesh_pb2.StepReport) -> None:
+        if self._term is not None:
+            await self._term.report(report)
 
-    async def drain(self, worker: str, draining: bool) -> None:
-        """Nor does it keep wishes."""
+    async def _end_old_leases(self) -> NoReturn:
+        """What the leader's check does, for leases that nobody plans with."""
+        while True:
+            await self._clock.sleep_until(self._clock.now_us() + CHECK_EVERY_US)
+            now_us = self._clock.now_us()
+            self._leases.look(now_us, CHECK_EVERY_US)
+            if await self._bus.flush():
+                self._leases.expire(now_us)
+            self._leases.looked(self._clock.now_us())
 
+    async def _watch_leader(self) -> NoReturn:
+        watch = LeaderWatch(self._bus, self._settings.cluster)
+        try:
+            while True:
+                self._leader = await watch.next()
+        finally:
+            await watch.close()
 
-def _started(
-    at_us: int, settings: Settings, csv: str, learned: LatencySnapshot | None
-) -> journal_pb2.JournalEntry:
-    """All that the plans of this term rest on, beside the facts."""
-    return journal_pb2.JournalEntry(
-        stamped_us=at_us,
-        leader_started=journal_pb2.LeaderStarted(
-            settings_json=msgspec.json.encode(settings).decode(),
-            profile_csv=csv,
-            latencies_json="" if learned is None else msgspec.json.encode(learned).decode(),
-        ),
-    )
+    async def _listen(self) -> tuple[grpc.aio.Server, str]:
+        server = grpc.aio.server(
+            interceptors=self._told.server_interceptors(), options=SERVER_OPTIONS
+        )
+        control_pb2_grpc.add_ControlServiceServicer_to_server(self._doorway, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        port = server.add_insecure_port(self._settings.listen)
+        await self._not_serving()
+        await server.start()
+        address = self._settings.address or f"{_host(self._settings.listen)}:{port}"
+        log.info("control listens at %s", address)
+        return server, address
 
-
-async def _listen(
-    settings: ControlSettings, told: Telemetry, servicer: ControlServicer, intake: Intake
-) -> tuple[grpc.aio.Server, int]:
-    server = grpc.aio.server(interceptors=told.server_interceptors(), options=SERVER_OPTIONS)
-    control_pb2_grpc.add_ControlServiceServicer_to_server(servicer, server)
-    health_pb2_grpc.add_HealthServicer_to_server(intake.health, server)
-    reflection.enable_server_reflection(
-        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
-    port = server.add_insecure_port(settings.listen)
-    await intake.publish_health()
-    await server.start()
-    return server, port
-
-
-async def _check(intake: Intake, clock: Clock) -> None:
-    while True:
-        await clock.sleep_until(clock.now_us() + CHECK_EVERY_US)
-        await intake.check()
+    async def _not_serving(self) -> None:
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
-def build_scheduler(settings: Settings, csv: str) -> Scheduler:
-    """The scheduler of these settings and profile; raises WrongConfig."""
-    try:
-        return Scheduler(settings, Profile.from_csv(csv))
-    except SettingError as error:
-        raise WrongConfig(key=error.key, value=str(error.value), allowed=error.allowed) from error
-    except ProfileError as error:
-        raise WrongConfig(key="profiles", value=str(error), allowed="valid rows") from error
+async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
+    """Tries again while the broker is there and its JetStream is not ready."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_OPEN_WAIT_S):
+            while True:
+                try:
+                    return await work()
+                except BrokerUnavailable as error:
+                    log.info("%s; trying again", error)
+                    await asyncio.sleep(_AGAIN_S)
+    return await work()
 
 
 def _host(listen: str) -> str:
+    """Where others reach what listens there."""
     host = listen.rpartition(":")[0]
-    return "127.0.0.1" if host in ("0.0.0.0", "[::]", "") else host
+    if host not in ("0.0.0.0", "[::]", ""):
+        return host
+    try:
+        socket.getaddrinfo(name := socket.gethostname(), None)
+    except OSError:
+        return "127.0.0.1"
+    return name
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One typed error where nothing else happened; a bug is told whole."""
+    leaves = _leaves(group)
+    typed = [error for error in leaves if isinstance(error, HocketError)]
+    return typed[0] if len(typed) == len(leaves) else group

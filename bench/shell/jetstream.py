@@ -107,8 +107,10 @@ class JetStream:
             stream = self._stream(name)
             pattern = (subjects_filter or ">").split(".")
             subjects = {s: 1 for s in stream.newest if matches(pattern, s)}
-            state = SimpleNamespace(subjects=subjects, last_seq=stream.last)
-            return SimpleNamespace(state=state)
+            state = SimpleNamespace(
+                subjects=subjects, last_seq=stream.last, messages=len(stream.messages)
+            )
+            return SimpleNamespace(state=state, config=SimpleNamespace(max_bytes=-1))
 
         return await self._ask(info)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hocket.bus import Subjects
+from hocket.subjects import name_of
 from hocket.v1 import journal_pb2, mesh_pb2
 
 from . import roles
@@ -24,6 +25,7 @@ from .stories import Story, draw_stories
 from .world import World
 
 SECOND_US = 1_000_000
+_TASKS_TOGETHER = 12  # some come and go all the time: only more of them count
 _READY_US = 3 * SECOND_US  # from the start on the fleet has so long to come up
 _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
 _SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
@@ -102,7 +104,8 @@ async def _play(seed: int, loop: SimulatedLoop, folder: Path, kinds: tuple[str, 
     world.open_max = rng.choice((10_000, 10_000, 3))
     start_us = loop.now_us + _READY_US
     with installed(world):
-        world.add("control-0", roles.control(0))
+        for index in range(2):
+            world.add(f"control-{index}", roles.control(index))
         for index in range(2):
             world.add(f"gateway-{index}", roles.gateway(index))
         for index in range(rng.randrange(2, 5)):
@@ -141,27 +144,18 @@ def _read_stored(run: Run) -> None:
     """What the broker has stored of requests, all that ever was."""
     broker, subjects = run.world.broker, Subjects(roles.CLUSTER)
     zero_us = broker.unix_us - run.world.now_us
-    for message in broker.all_of(subjects.journal_stream):  # TEMPORARY
-        entry = journal_pb2.JournalEntry.FromString(message.data)
-        at_us = message.unix_us - zero_us
-        if entry.HasField("accepted"):
-            run.accepted.setdefault(entry.accepted.submit.request_id, []).append(at_us)
-        elif entry.HasField("ended"):
-            found = Entry(at_us, outcome_of(entry.ended))
-            run.ended.setdefault(entry.ended.request_id, []).append(found)
-    return
-    prefix = subjects.promise("")
+    prefix = subjects.promise("x").removesuffix("x")
     for message in broker.all_of(subjects.promises_stream):
         if message.subject == subjects.fence and message.data:
             run.terms.append(journal_pb2.Fence.FromString(message.data).term)
         elif message.subject.startswith(prefix) and message.data:
             promise = journal_pb2.Promise.FromString(message.data)
             run.terms.append(promise.term)
-            name, at_us = message.subject.removeprefix(prefix), message.unix_us - zero_us
+            name, at_us = name_of(message.subject.removeprefix(prefix)), message.unix_us - zero_us
             if promise.HasField("ended"):
                 found = Entry(at_us, outcome_of(promise.ended))
                 run.ended.setdefault(name, []).append(found)
-            else:
+            elif promise.HasField("submit"):  # else it says that the request is forgotten
                 run.accepted.setdefault(name, []).append(at_us)
 
 
@@ -180,9 +174,10 @@ def _sizes(world: World) -> dict[str, int]:
         "assignments on workers": sum(len(e.pending()) for e in world.executors.values()),
         "meetings of workers": len(world.emulated.meetings),
     }
-    for name, member in world.members.items():
-        if name != "callers" and member.process is not None:
-            sizes[f"tasks of {name}"] = len(member.process.tasks())
+    for kind in ("control", "gateway", "w"):
+        members = [m for name, m in world.members.items() if name.startswith(kind)]
+        tasks = sum(len(m.process.tasks()) for m in members if m.process is not None)
+        sizes[f"tasks of {kind}"] = tasks // _TASKS_TOGETHER
     calls = [c for c in world.network.channels for _ in c.calls]
     sizes["calls"] = len(calls)
     return sizes

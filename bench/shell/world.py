@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpuworker.emulated import EmulatedExecutor
-from hocket import endpoints
+from hocket.bus import Subjects
+from hocket.leader import read_key
 
 from . import roles
 from .broker import Broker
@@ -120,8 +121,10 @@ class World:
 
     def leader_address(self) -> str:
         """Where the leader serves, as far as it has said so; "" when it has not."""
-        found = endpoints.find(self.state_dir, "control")
-        return found.address if found is not None else ""
+        name = f"KV_{Subjects(roles.CLUSTER).leader_bucket}"
+        found = self.broker.all_of(name)
+        key = read_key(found[-1].data) if found else None
+        return key.address if key is not None else ""
 
     async def until(self, condition: Callable[[], bool], at_most_us: int) -> bool:
         """Waits for something, looked at ten times a second; whether it came."""

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from pathlib import Path
 
 import pytest
 
 from hocket.broker import free_port
 from hocket.bus import Bus, Feed, Subjects
-from hocket.errors import BrokerUnavailable, PeerSilent
+from hocket.errors import BrokerUnavailable, PeerSilent, Refused, UnknownRequest
 from hocket.v1.generation_pb2 import Progress
 from hocket.v1.mesh_pb2 import LatentReply, LatentRequest, RequestEvent
+from tests.brokers import running_broker
+from tests.waiting import until
+
+WAIT_S = 20.0
 
 
 def event(number: int) -> RequestEvent:
@@ -77,3 +83,102 @@ async def test_no_broker_is_told_with_its_url() -> None:
     with pytest.raises(BrokerUnavailable) as caught:
         await Bus.connect(url, "test", timeout_s=0.1)
     assert caught.value.url == url
+
+
+async def test_a_bug_in_a_handler_ends_whoever_awaits_it(bus: Bus, subjects: Subjects) -> None:
+    """It used to be one line in the log, and the fact was lost."""
+
+    async def broken(_: RequestEvent) -> None:
+        raise AssertionError("a bug")
+
+    await bus.subscribe(subjects.event("r"), RequestEvent, broken)
+    await bus.publish(subjects.event("r"), event(1))
+    with pytest.raises(AssertionError, match="a bug"):
+        async with asyncio.timeout(WAIT_S):
+            await bus.failed()
+
+
+async def test_a_typed_error_of_a_handler_is_counted_and_ends_nothing(
+    bus: Bus, subjects: Subjects, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: asyncio.Queue[int] = asyncio.Queue()
+
+    async def refusing(message: RequestEvent) -> None:
+        seen.put_nowait(message.sequence)
+        raise UnknownRequest("r")
+
+    await bus.subscribe(subjects.event("r"), RequestEvent, refusing)
+    with caplog.at_level(logging.WARNING):
+        for number in range(8):
+            await bus.publish(subjects.event("r"), event(number))
+        async with asyncio.timeout(WAIT_S):
+            assert [await seen.get() for _ in range(8)] == list(range(8))
+    await until(lambda: bus.refused == 8)
+    assert caplog.text.count("refused a message") == 1, "one line, not one each"
+
+
+async def test_a_server_that_raises_answers_all_the_same(bus: Bus, subjects: Subjects) -> None:
+    """The asker used to wait its whole time."""
+
+    async def refusing(asked: LatentRequest) -> LatentReply:
+        if asked.request_id == "bug":
+            raise ZeroDivisionError
+        raise UnknownRequest(asked.request_id)
+
+    await bus.serve(subjects.latent("w0"), LatentRequest, refusing)
+    for name, reason in (("r", "UNKNOWN_REQUEST"), ("bug", "INTERNAL")):
+        with pytest.raises(Refused) as refused:
+            asked = LatentRequest(request_id=name)
+            await bus.request(subjects.latent("w0"), asked, LatentReply, int(WAIT_S * 1e6))
+        assert refused.value.reason == reason
+    with pytest.raises(ZeroDivisionError):
+        await bus.failed()
+
+
+async def test_a_request_that_cannot_be_read_is_answered(bus: Bus, subjects: Subjects) -> None:
+    async def never(asked: LatentRequest) -> LatentReply:
+        raise AssertionError(asked)
+
+    await bus.serve(subjects.latent("w0"), LatentRequest, never)
+    raw = await bus.jetstream._nc.request(subjects.latent("w0"), b"\xff\xff", timeout=WAIT_S)
+    assert raw.headers == {"Hocket-Failure": "UNDECODABLE"} and bus.undecodable == 1
+
+
+async def test_a_broker_that_stands_still_is_waited_for(tmp_path: Path) -> None:
+    """A flush that was given up used to make the connection deaf: nats-py's reading ended when the
+    answer came after all.
+    """
+    subjects = Subjects("still")
+    with running_broker(tmp_path) as broker:
+        bus = await Bus.connect(broker.url, "test")
+        feed = await bus.follow(subjects.event("r"), RequestEvent)
+        assert await bus.flush()
+        broker.stand_still()
+        assert not await bus.flush(0.05) and not await bus.flush(0.05)
+        await bus.publish(subjects.event("r"), event(1))
+        broker.go_on()
+        async with asyncio.timeout(WAIT_S):
+            assert (await feed.next()).sequence == 1
+            assert await bus.flush(WAIT_S)
+            await bus.publish(subjects.event("r"), event(2))
+            assert (await feed.next()).sequence == 2
+        await bus.close()
+
+
+async def test_closing_does_not_wait_for_a_broker_that_stands_still(tmp_path: Path) -> None:
+    with running_broker(tmp_path) as broker:
+        bus = await Bus.connect(broker.url, "test")
+        broker.stand_still()
+        for number in range(2000):  # more than the kernel takes
+            message = RequestEvent(progress=Progress(node="n" * 10_000, step=number))
+            await bus.publish("x", message)
+        assert bus.drops, "more than is kept for a broker that takes nothing"
+        async with asyncio.timeout(WAIT_S):
+            await bus.close()
+
+
+async def test_of_several_brokers_one_that_answers_is_taken(nats_url: str) -> None:
+    gone = f"nats://127.0.0.1:{free_port()}"
+    bus = await Bus.connect(f"{gone}, {nats_url}", "test")
+    assert await bus.flush()
+    await bus.close()

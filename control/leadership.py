@@ -1,0 +1,128 @@
+"""Who of several control replicas leads: a key with a time to live on the broker.
+
+The leader renews it every second; when it has gone for good, a standby takes it. A broker that
+stands still lets the key expire and deposes nobody: the leader takes its key again, in the same
+term, if no other one has taken the promises stream over meanwhile (a standby gives it a moment for
+that). What a leader must not do after another one leads is refused by the broker anyway: see
+`promises`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import NoReturn
+
+import msgspec
+
+from control.promises import Deposed
+from hocket.clock import Clock
+from hocket.errors import BrokerUnavailable
+from hocket.leader import LeaderKey, read_key
+from hocket.stores import Cell, OutcomeUnknown
+
+log = logging.getLogger(__name__)
+
+_AGAIN_US = 200_000  # after a try whose outcome is not known
+
+
+class Leadership:
+    """One replica's side of it."""
+
+    def __init__(
+        self, cell: Cell, clock: Clock, address: str, incarnation: str, *, ttl_us: int
+    ) -> None:
+        self._cell = cell
+        self._clock = clock
+        self._address = address
+        self._incarnation = incarnation
+        self._renew_us = ttl_us // 3
+        self._courtesy_us = ttl_us // 6  # to an incumbent whose key expired
+        self._revision = 0
+        self.term = 0  # set it once the promises stream is taken over
+
+    async def win(self) -> int:
+        """Waits until the key can be had and takes it; returns its revision, which only rises."""
+        watch = await self._cell.watch()
+        self.term = 0
+        try:
+            first = True
+            while True:
+                value = await watch.next()
+                while watch.pending:
+                    value = await watch.next()
+                key = read_key(value)
+                mine = key is not None and key.incarnation == self._incarnation
+                if key is None or not key.address or mine:
+                    if key is None and not first:
+                        await self._pause(self._courtesy_us)
+                    if await self._claim():
+                        return self._revision
+                first = False
+        finally:
+            await watch.close()
+
+    async def keep(self, is_ours: Callable[[], Awaitable[bool]]) -> NoReturn:
+        """Renews until cancelled. `is_ours`: whether the promises stream still is.
+
+        Raises Deposed when another one leads.
+        """
+        while True:
+            await self._pause(self._renew_us)
+            try:
+                await self._renew(is_ours)
+            except (OutcomeUnknown, BrokerUnavailable) as error:
+                log.debug("the leader's key was not renewed: %s", error)
+
+    async def resign(self) -> None:
+        """Lets a standby lead at once. A broker that is away is not waited for."""
+        key = LeaderKey(address="", term=self.term)
+        try:
+            await self._cell.update(msgspec.json.encode(key), self._revision)
+        except OutcomeUnknown as error:
+            log.debug("the leader's key was not given back: %s", error)
+
+    async def _renew(self, is_ours: Callable[[], Awaitable[bool]]) -> None:
+        revision = await self._cell.update(self._value(), self._revision)
+        if revision is None:
+            found = await self._cell.get()
+            key = read_key(found[0]) if found is not None else None
+            if found is not None and key is not None and key.incarnation == self._incarnation:
+                self._revision = found[1]  # stored after all
+                return
+            if key is not None and key.address:
+                raise Deposed(self.term, key.term)
+            if not await is_ours():
+                raise Deposed(self.term, 0)
+            revision = await self._cell.create(self._value())
+            if revision is None:
+                return  # somebody else was quicker: seen at the next turn
+            log.warning("the leader's key had expired; leading on in term %d", self.term)
+        self._revision = revision
+
+    async def _claim(self) -> bool:
+        """Tries to take a key that seems to be free, until it is known whether that worked."""
+        while True:
+            try:
+                found = await self._cell.get()
+                key = read_key(found[0]) if found is not None else None
+                if found is None:
+                    revision = await self._cell.create(self._value())
+                elif key is None or not key.address or key.incarnation == self._incarnation:
+                    revision = await self._cell.update(self._value(), found[1])
+                else:
+                    return False
+            except (OutcomeUnknown, BrokerUnavailable):
+                await self._pause(_AGAIN_US)
+                continue
+            if revision is None:
+                return False
+            self._revision = revision
+            return True
+
+    def _value(self) -> bytes:
+        key = LeaderKey(address=self._address, term=self.term, incarnation=self._incarnation)
+        return msgspec.json.encode(key)
+
+    async def _pause(self, wait_us: int) -> None:
+        await self._clock.sleep_until(self._clock.now_us() + wait_us)

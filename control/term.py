@@ -1,0 +1,200 @@
+"""One leadership: everything that a leader needs, from its Fence to its end.
+
+Made anew for each term, so that nothing of an earlier one is left in it. What outlives terms (the
+bus, leases, health, the door) is handed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import NoReturn
+
+import msgspec
+from grpc_health.v1 import health
+
+from control.admission import AdmissionSettings
+from control.config import ControlSettings, profile_csv, scheduler_settings
+from control.desk import Desk, Wiring
+from control.intake import CHECK_EVERY_US
+from control.journal import Journal
+from control.latency_store import LatencyStore
+from control.leases import Leases
+from control.planning import PlannerThread
+from control.promises import TERM_MAX, Deposed, Promises
+from control.recovery import recover
+from control.replicas import Replicas
+from control.scheduler.cells import LatencySnapshot
+from control.scheduler.core import Scheduler
+from control.scheduler.profile import Profile, ProfileError
+from control.scheduler.settings import SettingError, Settings
+from control.standby import Book
+from hocket.bus import Bus, Subjects
+from hocket.clock import Clock
+from hocket.errors import WrongConfig
+from hocket.telemetry import Telemetry
+from hocket.v1 import journal_pb2, mesh_pb2
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one replica has all along."""
+
+    settings: ControlSettings
+    clock: Clock
+    told: Telemetry
+    bus: Bus
+    subjects: Subjects
+    leases: Leases  # kept warm while another one leads
+    health: health.aio.HealthServicer
+    replicas: Replicas
+
+
+class Term:
+    """Leads until it is cancelled or deposed."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        promises: Promises,
+        journal: Journal,
+        store: LatencyStore,
+        scheduler: Scheduler,
+    ) -> None:
+        self.parts = parts
+        self._promises = promises
+        self._store = store
+        self._scheduler = scheduler
+        self._deposed: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
+        settings = parts.settings
+        self._desk = Desk.build(
+            Wiring(
+                bus=parts.bus,
+                subjects=parts.subjects,
+                diary=journal,
+                promises=promises,
+                scheduler=scheduler,
+                leases=parts.leases,
+                clock=parts.clock,
+                tracer=parts.told.tracer,
+                policy=settings.policy,
+                planning=PlannerThread(),
+                follower_grace_us=settings.follower_grace_us,
+                ended_max=settings.ended_max,
+                admission=AdmissionSettings(
+                    open_max=settings.requests_open_max, settle_us=settings.lease_us
+                ),
+                replicas=parts.replicas.alive,
+            )
+        )
+        self.servicer = self._desk.servicer
+        self.intake = self._desk.intake(self._superseded, parts.health)
+
+    @classmethod
+    async def begin(cls, parts: Parts, promises: Promises, book: Book) -> Term:
+        """Builds it and takes up what `book` (complete up to the Fence) says was promised.
+
+        Raises WrongConfig.
+        """
+        settings, subjects = parts.settings, parts.subjects
+        csv = profile_csv(settings)
+        library = scheduler_settings(settings, promises.term)
+        scheduler = build_scheduler(library, csv)
+        store = await LatencyStore.open(parts.bus, subjects, settings.stream_replicas)
+        learned = await store.load()
+        if learned is not None:
+            scheduler.restore_latencies(learned)
+        journal = await Journal.open(
+            parts.bus,
+            subjects,
+            promises.term,
+            settings.diary_bytes_max,
+            settings.stream_replicas,
+        )
+        await journal.note_start(parts.clock.now_us(), _started(library, csv, learned))
+        term = cls(parts, promises, journal, store, scheduler)
+        book.prune(promises.fence.unix_us, settings.retention_s * 1_000_000, settings.ended_max)
+        desk = term._desk
+        recover(
+            book,
+            promises,
+            desk.driver,
+            desk.records,
+            parts.leases,
+            desk.attachments.expect_followers,
+        )
+        return term
+
+    @property
+    def term(self) -> int:
+        """The leader's fencing number."""
+        return self._promises.term
+
+    @property
+    def policy(self) -> str:
+        """Name of the planning policy."""
+        return self.parts.settings.policy
+
+    async def heartbeat(self, beat: mesh_pb2.Heartbeat) -> None:
+        """A worker said that it lives."""
+        await self.intake.heartbeat(beat)
+
+    async def report(self, report: mesh_pb2.StepReport) -> None:
+        """A worker said what became of steps."""
+        await self.intake.report(report)
+
+    async def run(self) -> NoReturn:
+        """Leads until cancelled. Raises Deposed, alone or in a group."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for part in self._desk.parts():
+                    tasks.create_task(part)
+                tasks.create_task(self._check())
+                tasks.create_task(self._store.keep(self._scheduler, self.parts.clock))
+                tasks.create_task(self._promises.keep_bounds())
+                await self._deposed
+            raise AssertionError("it ends by an exception")
+        finally:
+            self._deposed.cancel()
+
+    async def close(self) -> None:
+        """Keeps what was learned; nothing is promised any more."""
+        self._desk.driver.close()
+        await self._store.save(self._scheduler)
+
+    async def _check(self) -> NoReturn:
+        clock = self.parts.clock
+        while True:
+            await clock.sleep_until(clock.now_us() + CHECK_EVERY_US)
+            await self.intake.check()
+
+    def _superseded(self, heard: int) -> None:
+        """Workers follow a later term: the broker lost its store, or another one leads."""
+        if heard > TERM_MAX:
+            log.warning("a worker follows term %d, which no leader can have had", heard)
+        elif not self._deposed.done():
+            self._deposed.set_exception(Deposed(self.term, heard))
+
+
+def build_scheduler(settings: Settings, csv: str) -> Scheduler:
+    """The scheduler of these settings and profile; raises WrongConfig."""
+    try:
+        return Scheduler(settings, Profile.from_csv(csv))
+    except SettingError as error:
+        raise WrongConfig(key=error.key, value=str(error.value), allowed=error.allowed) from error
+    except ProfileError as error:
+        raise WrongConfig(key="profiles", value=str(error), allowed="valid rows") from error
+
+
+def _started(
+    settings: Settings, csv: str, learned: LatencySnapshot | None
+) -> journal_pb2.LeaderStarted:
+    """All that the plans of this term rest on, beside the facts."""
+    return journal_pb2.LeaderStarted(
+        settings_json=msgspec.json.encode(settings).decode(),
+        profile_csv=csv,
+        latencies_json="" if learned is None else msgspec.json.encode(learned).decode(),
+    )
