@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hocket.errors import BrokerUnavailable
 from hocket.v1 import journal_pb2, mesh_pb2
 
 from .stories import ENDINGS, Story, Told
@@ -164,6 +165,8 @@ def for_somebody(run: Run) -> Iterator[Problem]:
 def alive(run: Run) -> Iterator[Problem]:
     """No process ended by itself, and no task died of what nobody expected."""
     for death in run.world.deaths:
+        if isinstance(death.error, BrokerUnavailable):
+            continue  # it says so where the broker is away when it starts, and is started again
         yield Problem("died", f"{death.name} of {_named(death.error)}")
     for process in run.processes():
         for where, error in process.errors:
