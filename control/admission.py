@@ -30,6 +30,8 @@ from control.requests.verdicts import Newcomer, Verdict, judge
 from control.scheduler.values import Arrived, CancelRequested, Request
 from hocket import spans, telemetry
 from hocket.clock import Clock, unix_ns
+from hocket.errors import Refused
+from hocket.stores import EntryTooLarge
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
 
 Answered = Callable[[control_pb2.SubmitResponse, bool], None]  # the answer; is it an earlier one's
@@ -106,6 +108,7 @@ class Admission:
         self._offers: dict[str, _Offer] = {}  # by id, until answered
         self._waiting: deque[_Offer] = deque()
         self._under_way: dict[str, Request] = {}  # accepted, perhaps not yet at the scheduler
+        self._appending = 0
         self._wake = asyncio.Event()
 
     def offer(
@@ -256,7 +259,7 @@ class Admission:
             if request.id in verdicts.arrived or not self._is_unknown_yet(request.id):
                 self._under_way.pop(request.id, None)
         decided = []
-        depth = self._records.open_count + len(self._under_way)
+        depth = self._records.open_count + self._appending
         for offer, verdict in zip(offers, verdicts.of, strict=True):
             if verdict.refused:
                 failure = translate.to_unattainable(
@@ -336,11 +339,20 @@ class Admission:
     async def _promise(self, decided: _Decided) -> None:
         """The one act: stored, known, answered, and on its way to the scheduler."""
         offer, request = decided.offer, decided.request
-        unix_us = await self._promises.append(decided.promise)
+        self._appending += 1
+        try:
+            unix_us = await self._promises.append(decided.promise)
+        except (Refused, EntryTooLarge) as full:
+            self._under_way.pop(request.id, None)
+            self._refuse(offer, refusals.of(full))
+            return
+        finally:
+            self._appending -= 1
         self._records.promise(offer.record, decided.promise, decided.accepted_us, unix_us)
         accepted = decided.promise.answer
-        self._answer(offer, control_pb2.SubmitResponse(request_id=request.id, accepted=accepted))
+        # The arrival first: who hears the answer may have left meanwhile, which cancels it.
         self._driver.post(Arrived(at_us=self._driver.stamp(), request=request))
+        self._answer(offer, control_pb2.SubmitResponse(request_id=request.id, accepted=accepted))
         if offer.is_cancelled:
             self._driver.post(CancelRequested(at_us=self._driver.stamp(), request=request.id))
 

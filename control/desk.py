@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpc_health.v1.health import aio
+from grpc_health.v1 import health
 from opentelemetry.trace import Tracer
 
 from control.admission import Admission, AdmissionSettings
@@ -52,6 +52,7 @@ class Wiring:
     planning: Planning = field(default_factory=Inline)
     follower_grace_us: int = 10_000_000
     ended_max: int = 10_000
+    retention_us: int = 86_400_000_000  # ended requests are known so long
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     replicas: Callable[[], Sequence[control_pb2.ReplicaStatus]] = tuple
     outlet: Callable[[Publisher], Outlet] = lambda publisher: publisher  # what watches the driver
@@ -85,7 +86,7 @@ class Desk:
 
     @classmethod
     def build(cls, w: Wiring) -> Desk:
-        records, events = Records(w.promises.term, w.ended_max), _Events()
+        records, events = Records(w.promises.term, w.ended_max, w.retention_us), _Events()
         endings = Endings(w.promises, records, events.tell)
         publisher = Publisher(
             w.bus, w.subjects, w.diary, records, w.leases, endings, events.tell, w.tracer
@@ -143,9 +144,11 @@ class Desk:
         )
 
     def intake(
-        self, superseded: Callable[[int], None], health: aio.HealthServicer | None = None
+        self,
+        superseded: Callable[[int], None],
+        healthy: health.aio.HealthServicer | None = None,
     ) -> Intake:
-        """The ear for what workers say."""
+        """The ear for what workers say; `superseded` hears of later terms."""
         return Intake(
             self.wiring.promises.term,
             self.wiring.bus,
@@ -157,7 +160,7 @@ class Desk:
             self.records,
             superseded,
             self.admission.wake,
-            health or aio.HealthServicer(),
+            healthy or health.aio.HealthServicer(),
             troubles=self.troubles,
         )
 
@@ -177,6 +180,7 @@ def _told(troubles: Counter[str], bus: Bus, driver: Driver) -> Mapping[str, int]
         **troubles,
         "dropped messages": bus.drops,
         "undecodable messages": bus.undecodable,
+        "refused messages": bus.refused,
         "dropped facts": driver.drops.total(),
     }
     return {name: count for name, count in counts.items() if count}

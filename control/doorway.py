@@ -41,10 +41,11 @@ class Doorway(Servicer):
         answer = await self._asked(context, lambda led: led.Submit(request, context))
         return answer
 
-    async def Attach(  # type: ignore[override]  # it writes to its context, as grpc.aio allows
+    async def Attach(
         self, request_iterator: Any, context: Context
-    ) -> None:
-        await self._asked(context, lambda led: led.Attach(request_iterator, context))
+    ) -> AsyncIterator[control_pb2.AttachResponse]:
+        async for message in self._told(context, lambda led: led.Attach(request_iterator, context)):
+            yield message
 
     async def GetRequest(
         self, request: control_pb2.GetRequestRequest, context: Context

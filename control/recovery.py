@@ -17,7 +17,7 @@ from control import translate
 from control.driver import Driver
 from control.leases import Leases
 from control.promises import Promises
-from control.requests.records import Records
+from control.requests import Records
 from control.scheduler.values import Arrived, DrainRequested
 from control.standby import Book
 

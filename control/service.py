@@ -186,7 +186,7 @@ class Replica:
     async def _lead(self, term: Term, address: str) -> None:
         self._term = term
         term.parts.replicas.role = LEADER
-        self._doorway.open(term.servicer)
+        self._doorway.open(term.desk.servicer)
         await term.intake.publish_health()
         await term.parts.replicas.announce()
         endpoints.announce(self._settings.state_dir, _DOOR, address)

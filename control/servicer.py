@@ -6,6 +6,7 @@ the cluster.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import NoReturn, TypeAlias, TypeVar
 
@@ -71,12 +72,21 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             await _abort(context, InvalidRequest(violations))
         return await self._admission.submit(request, telemetry.traceparent())
 
-    async def Attach(  # type: ignore[override]  # it writes to its context, as grpc.aio allows
+    async def Attach(
         self,
         request_iterator: AsyncIterable[control_pb2.AttachRequest],
         context: Context[control_pb2.AttachRequest, control_pb2.AttachResponse],
-    ) -> None:
-        await self._attachments.attach(GrpcLine(request_iterator, context))
+    ) -> AsyncIterator[control_pb2.AttachResponse]:
+        line = GrpcLine(request_iterator)
+        served = asyncio.ensure_future(self._attachments.attach(line))
+        served.add_done_callback(lambda _: line.end())
+        try:
+            async for message in line.messages():
+                yield message
+            await served
+        finally:
+            served.cancel()
+            await asyncio.wait((served,))
 
     async def GetRequest(
         self,

@@ -69,29 +69,29 @@ class Term:
         self._store = store
         self._scheduler = scheduler
         self._deposed: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
-        settings = parts.settings
-        self._desk = Desk.build(
+        settings, leases, bus, clock = parts.settings, parts.leases, parts.bus, parts.clock
+        self.desk = Desk.build(
             Wiring(
-                bus=parts.bus,
+                bus=bus,
                 subjects=parts.subjects,
                 diary=journal,
                 promises=promises,
                 scheduler=scheduler,
-                leases=parts.leases,
-                clock=parts.clock,
+                leases=leases,
+                clock=clock,
                 tracer=parts.told.tracer,
                 policy=settings.policy,
                 planning=PlannerThread(),
                 follower_grace_us=settings.follower_grace_us,
                 ended_max=settings.ended_max,
+                retention_us=settings.retention_s * 1_000_000,
                 admission=AdmissionSettings(
                     open_max=settings.requests_open_max, settle_us=settings.lease_us
                 ),
                 replicas=parts.replicas.alive,
             )
         )
-        self.servicer = self._desk.servicer
-        self.intake = self._desk.intake(self._superseded, parts.health)
+        self.intake = self.desk.intake(self._superseded, parts.health)
 
     @classmethod
     async def begin(cls, parts: Parts, promises: Promises, book: Book) -> Term:
@@ -117,7 +117,7 @@ class Term:
         await journal.note_start(parts.clock.now_us(), _started(library, csv, learned))
         term = cls(parts, promises, journal, store, scheduler)
         book.prune(promises.fence.unix_us, settings.retention_s * 1_000_000, settings.ended_max)
-        desk = term._desk
+        desk = term.desk
         recover(
             book,
             promises,
@@ -150,7 +150,7 @@ class Term:
         """Leads until cancelled. Raises Deposed, alone or in a group."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                for part in self._desk.parts():
+                for part in self.desk.parts():
                     tasks.create_task(part)
                 tasks.create_task(self._check())
                 tasks.create_task(self._store.keep(self._scheduler, self.parts.clock))
@@ -162,7 +162,7 @@ class Term:
 
     async def close(self) -> None:
         """Keeps what was learned; nothing is promised any more."""
-        self._desk.driver.close()
+        await asyncio.to_thread(self.desk.driver.close)
         await self._store.save(self._scheduler)
 
     async def _check(self) -> NoReturn:

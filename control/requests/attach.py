@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -24,7 +24,7 @@ import grpc
 from control.admission import Admission
 from control.requests.followers import Followers
 from control.requests.outbox import Outbox
-from control.requests.records import Records
+from control.requests.records import ACCEPTED, Records
 from control.requests.telling import is_known
 from hocket.clock import Clock
 from hocket.v1 import control_pb2, mesh_pb2, types_pb2
@@ -208,11 +208,11 @@ class Attachments:
         if not follower or record is None or not answer.HasField("accepted"):
             return
         self._followers.follow(follower, record.id, attached)
-        missed = record.since(0)
         if repeated:
+            missed = record.since(0)
             attached.outbox.followed(control_pb2.Followed(follower=follower, missed=missed))
         else:
-            for event in missed:
+            for event in record.since(ACCEPTED):  # which the answer has told
                 attached.outbox.event(event)
         now_us = self._clock.now_us()
         if left is not None:
@@ -255,15 +255,13 @@ class Attachments:
 
 
 class GrpcLine:
-    """A gateway's Attach stream."""
+    """A gateway's Attach stream: `messages` are what its handler yields."""
 
-    def __init__(
-        self,
-        requests: AsyncIterable[control_pb2.AttachRequest],
-        context: grpc.aio.ServicerContext[control_pb2.AttachRequest, control_pb2.AttachResponse],
-    ) -> None:
+    def __init__(self, requests: AsyncIterable[control_pb2.AttachRequest]) -> None:
         self._requests = aiter(requests)
-        self._context = context
+        self._message: control_pb2.AttachResponse | None = None  # on its way out
+        self._changed = asyncio.Event()
+        self._is_over = False
 
     async def receive(self) -> control_pb2.AttachRequest | None:
         try:
@@ -272,10 +270,29 @@ class GrpcLine:
             raise LineBroken(str(error)) from error
 
     async def send(self, message: control_pb2.AttachResponse) -> None:
-        try:
-            await self._context.write(message)
-        except (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError) as error:
-            raise LineBroken(str(error)) from error
+        while self._message is not None:
+            await self._change()
+        self._message = message
+        self._changed.set()
+
+    def end(self) -> None:
+        """Nothing more will be sent."""
+        self._is_over = True
+        self._changed.set()
+
+    async def messages(self) -> AsyncIterator[control_pb2.AttachResponse]:
+        """What was sent, one by one, as fast as the stream takes it."""
+        while not self._is_over:
+            if self._message is None:
+                await self._change()
+                continue
+            message, self._message = self._message, None
+            self._changed.set()
+            yield message
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
 
 def _tenant(follow: control_pb2.Follow) -> str | None:

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from control.requests.records import Record, Records, ending_event, without_prompts
-from hocket.v1 import journal_pb2, mesh_pb2, types_pb2
+from control.requests.records import Record, Records, ending_event
+from hocket.v1 import journal_pb2, mesh_pb2
 
 _TOGETHER_MAX = 256  # appends under way
 
@@ -68,10 +68,10 @@ class Endings:
 
 
 def to_promise(record: Record, term: int, ended: journal_pb2.EndedRequest) -> journal_pb2.Promise:
-    """What is kept of a request that has ended; its prompts are not."""
+    """What is kept of a request that has ended."""
     promise = journal_pb2.Promise(
         term=term,
-        submit=without_prompts(record.submit),
+        submit=record.submit,
         answer=record.accepted,
         traceparent=record.traceparent,
         accepted_unix_us=record.accepted_unix_us,
@@ -80,11 +80,4 @@ def to_promise(record: Record, term: int, ended: journal_pb2.EndedRequest) -> jo
     )
     if record.degraded is not None:
         promise.degraded.CopyFrom(record.degraded)
-        _hide(promise.degraded.effective_spec)
-    _hide(promise.answer.effective_spec)
     return promise
-
-
-def _hide(spec: types_pb2.GenerationSpec) -> None:
-    for field in ("prompt", "negative_prompt"):
-        spec.ClearField(field)

@@ -1,7 +1,8 @@
 """Every request that control knows: the one owner of what it is, where it stands and what was told.
 
 Others ask for moves (`receive`, `promise`, `run`, `progress`, `end` …) and get events back; nobody
-else writes a record. Bounded: ended requests are kept, oldest dropped first.
+else writes a record. Bounded: of ended requests the newest are kept, and none for longer
+than the retention, with its key.
 
 Events are numbered so that a number says more than the order. `accepted` is 1 and a `degraded` that
 was promised with it 2; what follows is `term << 32 | count`; an ending has the last count there is.
@@ -82,9 +83,12 @@ class Record:
 class Records:
     """Requests by id, by (tenant, idempotency key) and in the order of their acceptance."""
 
-    def __init__(self, term: int = 0, ended_max: int = 10_000) -> None:
+    def __init__(
+        self, term: int = 0, ended_max: int = 10_000, retention_us: int = 86_400_000_000
+    ) -> None:
         self._term = term
         self._ended_max = ended_max
+        self._retention_us = retention_us
         self._all: dict[str, Record] = {}
         self._open: dict[str, Record] = {}
         self._received = 0
@@ -243,8 +247,7 @@ class Records:
         self._ended[request] = record
         if record.state is RequestState.CANCELLED:  # whoever asks again wants it made
             self._drop_key(record)
-        while len(self._ended) > self._ended_max:
-            self.forget(next(iter(self._ended)))
+        self._forget_old(unix_us)
         return event
 
     def forget(self, request: str) -> None:
@@ -252,6 +255,14 @@ class Records:
         self._forget(self._ended.pop(request))
 
     # ---------------------------------------------------------------------------- inside
+
+    def _forget_old(self, unix_us: int) -> None:
+        while self._ended:
+            oldest = next(iter(self._ended.values()))
+            is_kept = oldest.ended_unix_us + self._retention_us > unix_us
+            if is_kept and len(self._ended) <= self._ended_max:
+                return
+            self.forget(oldest.id)
 
     def _move(self, record: Record, target: RequestState) -> None:
         record.state = advanced(record.id, record.state, target)

@@ -1,8 +1,8 @@
 """What a caller asked for, as a digest: a repeated idempotency key must ask for the same.
 
 Taken over the caller's own request, before any default is filled in, so that an explicit seed
-counts and a drawn one does not. What a retry may change stays out of it: the time that is left, how often
-progress is told, whether anybody waits.
+counts and a drawn one does not. What a retry may change stays out of it: the time
+that is left, how often progress is told, whether anybody waits.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ _KINDS: tuple[type[Event], ...] = (
     DrainRequested,
     AssignmentFailed,
     StepsEnded,
-    CancelRequested,
     Arrived,
+    CancelRequested,
 )
 
 

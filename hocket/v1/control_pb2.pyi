@@ -260,7 +260,9 @@ class AttachResponse(_message.Message):
     """The leader's fencing number."""
     @_builtins.property
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttachedAnswer]:
-        """Answers to submits, each before any event of its request; the request's first events follow it."""
+        """Answers to submits, each before any event of its request. The follower that an answer makes of a new request has
+        heard `accepted` by it; a `degraded` follows as an event.
+        """
 
     @_builtins.property
     def followed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Followed]:

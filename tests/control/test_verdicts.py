@@ -1,0 +1,169 @@
+"""Verdicts over newcomers of one instant, and the cheapest variant that is on time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from control import translate
+from control.requests.degrade import ladders
+from control.requests.verdicts import Newcomer, judge
+from control.scheduler.values import Forecast, OnMiss, Request, Shape
+from hocket.v1 import generation_pb2, types_pb2
+from tests.control.stage import SHAPES, STEP_US, running
+
+NOW_US = 1_000
+
+
+class OneWorker:
+    """Serves in order, a step of a 64 x 64 picture in a microsecond; knows some requests."""
+
+    def __init__(self, *inside: str) -> None:
+        self.inside = inside
+        self.asked = 0
+
+    def forecast(self, requests: Sequence[Request], now_us: int) -> list[Forecast]:
+        self.asked += 1
+        found, end_us = [], now_us
+        for request in requests:
+            end_us += request.steps * request.shape.width * request.shape.height // 4096
+            found.append(Forecast(finish_us=end_us, finish_us_p95=2 * end_us))
+        return found
+
+    def job(self, request_id: str) -> object | None:
+        return object() if request_id in self.inside else None
+
+
+def asked(name: str, steps: int, by_us: int | None = None, *, reject: bool = False) -> Request:
+    return Request(
+        id=name,
+        model="m",
+        shape=Shape(width=64, height=64),
+        steps=steps,
+        deadline_us=None if by_us is None else NOW_US + by_us,
+        on_miss=OnMiss.REJECT if reject else OnMiss.BEST_EFFORT,
+    )
+
+
+def verdicts(*requests: Request, ahead: Sequence[Request] = (), inside: Sequence[str] = ()) -> str:
+    newcomers = [Newcomer(request) for request in requests]
+    found = judge(OneWorker(*inside), ahead, newcomers, NOW_US)
+    return "".join("r" if v.refused else "l" if v.late else "y" for v in found.of)
+
+
+def test_each_is_behind_those_before_it() -> None:
+    assert verdicts(asked("a", 10, 10), asked("b", 10, 20), asked("c", 10, 29)) == "yyl"
+
+
+def test_those_accepted_a_moment_ago_count_until_the_scheduler_has_them() -> None:
+    before = asked("z", 5)
+    assert verdicts(asked("a", 10, 10), ahead=[before]) == "l"
+    assert verdicts(asked("a", 10, 10), ahead=[before], inside=["z"]) == "y"
+    assert judge(OneWorker("z"), [before], [Newcomer(asked("a", 1))], 0).arrived == {"z"}
+
+
+def test_who_is_refused_leaves_its_place_to_the_others() -> None:
+    hopeless = [asked(f"h{i}", 50, 1, reject=True) for i in range(3)]
+    assert verdicts(*hopeless, asked("a", 10, 10, reject=True)) == "rrry"
+
+
+def test_a_batch_full_of_hopeless_ones_is_not_forecast_for_each() -> None:
+    scheduler = OneWorker()
+    crowd = [Newcomer(asked(f"h{i}", 50, 1, reject=True)) for i in range(200)]
+    assert all(v.refused for v in judge(scheduler, (), crowd, NOW_US).of)
+    assert scheduler.asked < 20
+
+
+@pytest.mark.parametrize(("by_us", "steps"), [(10, 10), (9, 9), (5, 5), (4, 4), (3, None)])
+def test_the_cheapest_variant_that_is_on_time(by_us: int, steps: int | None) -> None:
+    request = asked("a", 10, by_us)
+    ladder = tuple(asked("a", n, by_us) for n in range(9, 3, -1))
+    (found,) = judge(OneWorker(), (), [Newcomer(request, (ladder,))], NOW_US).of
+    if steps is None:
+        assert found.late and found.request == request, "nothing fits: best effort, as asked"
+    else:
+        assert not found.late and found.request.steps == steps
+
+
+def test_smaller_shapes_come_after_fewer_steps() -> None:
+    request = asked("a", 10, 3)
+    small = Shape(width=32, height=32)
+    steps = tuple(asked("a", n, 3) for n in range(9, 4, -1))
+    smaller = tuple(
+        Request(id="a", model="m", shape=small, steps=n, deadline_us=NOW_US + 3)
+        for n in range(10, 4, -1)
+    )
+    (found,) = judge(OneWorker(), (), [Newcomer(request, (steps, smaller))], NOW_US).of
+    assert found.request.shape == small and found.request.steps == 10
+    assert found.variant == (1, 0)
+
+
+MODEL = generation_pb2.ModelInfo(
+    name="m", steps_min=2, shapes=[*SHAPES, types_pb2.Shape(width=128, height=128)]
+)
+SPEC = types_pb2.GenerationSpec(model="m", steps=6, shape=SHAPES[0], prompt="a fox")
+
+
+def made(**limits: int) -> list[list[tuple[int, int]]]:
+    found = ladders(SPEC, types_pb2.DegradeLimits(**limits), MODEL)
+    assert all(v.prompt == "a fox" for ladder in found for v in ladder)
+    return [[(v.shape.width, v.steps) for v in ladder] for ladder in found]
+
+
+def test_limits_that_are_zero_allow_no_change() -> None:
+    assert made() == []
+    assert made(steps_min=4) == [[(64, 5), (64, 4)]]
+    assert made(width_min=16, height_min=16) == [[(32, 6)]]
+    assert made(width_min=16) == [], "its height may not change"
+    assert made(steps_min=1, width_min=33, height_min=33) == [[(64, n) for n in (5, 4, 3, 2)]]
+    assert made(steps_min=5, width_min=8, height_min=8) == [[(64, 5)], [(32, 6), (32, 5)]]
+
+
+async def test_a_degraded_request_says_so_and_is_run_as_it_says() -> None:
+    async with running() as stage:
+        gateway = stage.attach()
+        slo = types_pb2.Slo(
+            deadline_us=7 * STEP_US,
+            on_miss=types_pb2.ON_MISS_DEGRADE,
+            degrade=types_pb2.DegradeLimits(steps_min=2),
+        )
+        stage.submit(gateway, "r", steps=20, slo=slo)
+        await stage.until(lambda: gateway.answers)
+        accepted = gateway.answers[1].accepted
+        assert accepted.predicted_on_time and 2 <= accepted.effective_spec.steps < 20
+        await stage.settle()
+        degraded = gateway.events("r")[0]
+        assert degraded.degraded.effective_spec == accepted.effective_spec
+        assert degraded.sequence == 2 and degraded.degraded.predicted_latency_us
+        kept = stage.shelf.stored[0]
+        assert kept.degraded == degraded.degraded
+        assert kept.submit.request.spec.steps == accepted.effective_spec.steps
+        await stage.work()
+        assert gateway.events("r")[-1].finished.on_time
+        steps = [a.steps for a in stage.assigned() if a.node == "dit"]
+        assert sum(steps) == accepted.effective_spec.steps
+
+
+async def test_where_nothing_fits_it_is_run_as_asked() -> None:
+    async with running() as stage:
+        gateway = stage.attach()
+        slo = types_pb2.Slo(
+            deadline_us=1,
+            on_miss=types_pb2.ON_MISS_DEGRADE,
+            degrade=types_pb2.DegradeLimits(steps_min=2),
+        )
+        stage.submit(gateway, "r", steps=5, slo=slo)
+        await stage.until(lambda: gateway.answers)
+        accepted = gateway.answers[1].accepted
+        assert not accepted.predicted_on_time and accepted.effective_spec.steps == 5
+        await stage.settle()
+        assert "degraded" not in gateway.kinds("r")
+
+
+def test_variants_differ_in_steps_and_shape_only() -> None:
+    request = asked("a", 10, 10)
+    spec = types_pb2.GenerationSpec(steps=3, shape=types_pb2.Shape(width=8, height=16))
+    variant = translate.to_variant(request, spec)
+    assert (variant.steps, variant.shape) == (3, Shape(width=8, height=16))
+    assert (variant.id, variant.deadline_us) == (request.id, request.deadline_us)
