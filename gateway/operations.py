@@ -10,6 +10,7 @@ from google.longrunning import operations_pb2 as lro
 from google.longrunning.operations_pb2_grpc import OperationsServicer
 from google.protobuf.empty_pb2 import Empty
 
+from gateway.callers import Callers
 from gateway.calls import Calls
 from gateway.error_statuses import Context
 from gateway.limits import CallLimit
@@ -26,20 +27,22 @@ _WAIT_S_MAX = 24 * 3600
 class GenerationOperations(OperationsServicer):  # type: ignore[misc]  # ships without types
     """Gets, lists, waits for, cancels and deletes requests."""
 
-    def __init__(self, calls: Calls, limit: CallLimit) -> None:
+    def __init__(self, calls: Calls, limit: CallLimit, callers: Callers) -> None:
         self._calls = calls
         self._limit = limit
+        self._callers = callers
 
     async def GetOperation(
         self, request: lro.GetOperationRequest, context: Context
     ) -> lro.Operation:
-        return to_operation(await self._calls.control.get(_id(request.name), None))
+        return to_operation(await self._calls.control.get(_id(request.name), self._tenant(context)))
 
     async def ListOperations(
         self, request: lro.ListOperationsRequest, context: Context
     ) -> lro.ListOperationsResponse:
         answer = await self._calls.control.list(
             ListRequestsRequest(
+                tenant=self._tenant(context),
                 page_size=max(0, request.page_size),
                 page_token=request.page_token,
                 state=_state(request.filter),
@@ -56,16 +59,20 @@ class GenerationOperations(OperationsServicer):  # type: ignore[misc]  # ships w
         wait_us = request.timeout.ToMicroseconds() if request.HasField("timeout") else None
         if wait_us is not None:
             wait_us = max(0, min(wait_us, _WAIT_S_MAX * 1_000_000))
+        tenant = self._tenant(context)
         with self._limit.one():
-            return to_operation(await self._calls.wait(_id(request.name), wait_us))
+            return to_operation(await self._calls.wait(_id(request.name), wait_us, tenant))
 
     async def CancelOperation(self, request: lro.CancelOperationRequest, context: Context) -> Empty:
-        await self._calls.control.cancel(_id(request.name), None)
+        await self._calls.control.cancel(_id(request.name), self._tenant(context))
         return Empty()
 
     async def DeleteOperation(self, request: lro.DeleteOperationRequest, context: Context) -> Empty:
-        await self._calls.control.delete(_id(request.name), None)
+        await self._calls.control.delete(_id(request.name), self._tenant(context))
         return Empty()
+
+    def _tenant(self, context: Context) -> str | None:
+        return self._callers.tenant(context.invocation_metadata() or ())
 
 
 def to_operation(status: RequestStatus) -> lro.Operation:

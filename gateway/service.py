@@ -19,6 +19,7 @@ from google.longrunning.operations_pb2_grpc import add_OperationsServicer_to_ser
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from gateway.callers import Anybody
 from gateway.calls import Calls
 from gateway.cluster import Cluster
 from gateway.error_statuses import ErrorStatuses
@@ -139,9 +140,9 @@ def _server(
     interceptors = telemetry.server_interceptors(settings.caller_stall_s)
     # No bound on RPCs here: it would count cancels and health checks too.
     server = grpc.aio.server(interceptors=[*interceptors, ErrorStatuses()], options=SERVER_OPTIONS)
-    limit = CallLimit(settings.calls_max)
-    add_GenerationServiceServicer_to_server(GenerationServicer(calls, limit), server)
-    add_OperationsServicer_to_server(GenerationOperations(calls, limit), server)
+    limit, callers = CallLimit(settings.calls_max), Anybody()
+    add_GenerationServiceServicer_to_server(GenerationServicer(calls, limit, callers), server)
+    add_OperationsServicer_to_server(GenerationOperations(calls, limit, callers), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection(
         (SERVICE, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME), server

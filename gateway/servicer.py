@@ -11,6 +11,7 @@ from contextlib import aclosing
 
 from google.longrunning.operations_pb2 import Operation
 
+from gateway.callers import Callers, Metadata
 from gateway.calls import Calls
 from gateway.error_statuses import Context
 from gateway.limits import CallLimit
@@ -34,13 +35,15 @@ from hocket.v1.generation_pb2_grpc import GenerationServiceServicer
 class GenerationServicer(GenerationServiceServicer):
     """Serves any number of calls at once; keeps no state between them."""
 
-    def __init__(self, calls: Calls, limit: CallLimit) -> None:
+    def __init__(self, calls: Calls, limit: CallLimit, callers: Callers) -> None:
         self._calls = calls
         self._limit = limit
+        self._callers = callers
 
     async def Generate(
         self, request: GenerateRequest, context: Context
     ) -> AsyncIterator[GenerateResponse]:
+        request.tenant = self._callers.named(_said(context), request.tenant)
         with self._limit.one():
             async with aclosing(self._calls.generate(request)) as responses:
                 async for response in responses:
@@ -49,14 +52,17 @@ class GenerationServicer(GenerationServiceServicer):
     async def CreateGeneration(
         self, request: CreateGenerationRequest, context: Context
     ) -> Operation:
+        wanted = request.request
+        wanted.tenant = self._callers.named(_said(context), wanted.tenant)
         with self._limit.one():
-            return to_operation(await self._calls.create(request.request))
+            return to_operation(await self._calls.create(wanted))
 
     async def WatchGeneration(
         self, request: WatchGenerationRequest, context: Context
     ) -> AsyncIterator[WatchGenerationResponse]:
+        tenant = self._callers.tenant(_said(context))
         with self._limit.one():
-            watched = self._calls.watch(request.request_id, request.cursor)
+            watched = self._calls.watch(request.request_id, request.cursor, tenant)
             async with aclosing(watched) as responses:
                 async for response in responses:
                     yield response
@@ -64,15 +70,22 @@ class GenerationServicer(GenerationServiceServicer):
     async def GetMedia(
         self, request: GetMediaRequest, context: Context
     ) -> AsyncIterator[GetMediaResponse]:
+        tenant = self._callers.tenant(_said(context))
         with self._limit.one():
-            media = self._calls.media_of(request.request_id, request.offset)
+            media = self._calls.media_of(request.request_id, request.offset, tenant)
             async with aclosing(media) as chunks:
                 async for chunk in chunks:
                     yield GetMediaResponse(chunk=chunk)
 
     async def Cancel(self, request: CancelRequest, context: Context) -> CancelResponse:
-        was_running = await self._calls.control.cancel(request.request_id, None)
+        tenant = self._callers.tenant(_said(context))
+        was_running = await self._calls.control.cancel(request.request_id, tenant)
         return CancelResponse(was_running=was_running)
 
     async def ListModels(self, request: ListModelsRequest, context: Context) -> ListModelsResponse:
+        self._callers.tenant(_said(context))
         return ListModelsResponse(models=self._calls.control.models)
+
+
+def _said(context: Context) -> Metadata:
+    return context.invocation_metadata() or ()

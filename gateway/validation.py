@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from hocket import frame_counts, media_types
 from hocket.errors import InvalidRequest, Violation
 from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
-from hocket.v1.types_pb2 import GenerationSpec, OnMiss, Shape
+from hocket.v1.types_pb2 import Commitment, GenerationSpec, OnMiss, Shape
 
 PROMPT_CHARS_MAX = 2000
 DEADLINE_US_MAX = 24 * 3600 * 1_000_000
@@ -22,7 +22,7 @@ FPS_MAX = 120
 _TENANT = re.compile(r"[A-Za-z0-9._-]{0,64}")
 _KEY = re.compile(r"[A-Za-z0-9._:-]{0,128}")
 _FOUND_CHARS_MAX = 60
-_ON_MISS = {OnMiss.ON_MISS_BEST_EFFORT, OnMiss.ON_MISS_REJECT}
+_ON_MISS = {OnMiss.ON_MISS_BEST_EFFORT, OnMiss.ON_MISS_REJECT, OnMiss.ON_MISS_DEGRADE}
 
 
 def completed(request: GenerateRequest, models: Sequence[ModelInfo]) -> GenerateRequest:
@@ -44,6 +44,7 @@ def completed(request: GenerateRequest, models: Sequence[ModelInfo]) -> Generate
         _complete_media_type(whole.spec, violations)
         _complete_steps(whole.spec, model, violations)
         _complete_guidance(whole.spec, model, violations)
+    _check_degrade(whole, violations)
     if violations.found:
         raise InvalidRequest(tuple(violations.found))
     return whole
@@ -67,7 +68,10 @@ def _complete_terms(request: GenerateRequest, violations: _Violations) -> None:
         request.slo.on_miss = OnMiss.ON_MISS_BEST_EFFORT
     if request.slo.on_miss not in _ON_MISS:
         names = ", ".join(OnMiss.Name(value) for value in sorted(_ON_MISS))
-        violations.add("slo.on_miss", _on_miss(request), f"{names} (this version offers no other)")
+        violations.add("slo.on_miss", request.slo.on_miss, names)
+    if request.slo.commitment not in Commitment.values():
+        names = ", ".join(Commitment.keys())
+        violations.add("slo.commitment", request.slo.commitment, names)
     if abs(request.priority) > PRIORITY_MAX:
         violations.add("priority", request.priority, f"-{PRIORITY_MAX} to {PRIORITY_MAX}")
     if not _TENANT.fullmatch(request.tenant):
@@ -79,11 +83,6 @@ def _complete_terms(request: GenerateRequest, violations: _Violations) -> None:
             "at most 128 of A-Z a-z 0-9 . _ : -",
         )
     request.progress_every = max(1, request.progress_every)
-
-
-def _on_miss(request: GenerateRequest) -> str:
-    value = request.slo.on_miss
-    return OnMiss.Name(value) if value in OnMiss.values() else str(value)
 
 
 def _check_prompts(spec: GenerationSpec, violations: _Violations) -> None:
@@ -201,6 +200,21 @@ def _complete_guidance(spec: GenerationSpec, model: ModelInfo, violations: _Viol
         low = high = model.guidance_default
     if not (math.isfinite(scale) and low <= scale <= high):
         violations.add("spec.guidance_scale", scale, f"{low:g} to {high:g}")
+
+
+def _check_degrade(request: GenerateRequest, violations: _Violations) -> None:
+    limits, spec = request.slo.degrade, request.spec
+    asked = request.slo.on_miss == OnMiss.ON_MISS_DEGRADE
+    if asked and not (limits.steps_min or limits.width_min or limits.height_min):
+        allowed = "the fewest steps or the smallest size that will do"
+        violations.add("slo.degrade", "no limits with ON_MISS_DEGRADE", allowed)
+    for field, found, most in (
+        ("steps_min", limits.steps_min, spec.steps),
+        ("width_min", limits.width_min, spec.shape.width),
+        ("height_min", limits.height_min, spec.shape.height),
+    ):
+        if found > most:
+            violations.add(f"slo.degrade.{field}", found, f"0 to {most}, which is asked for")
 
 
 def _frames(shape: Shape) -> int:

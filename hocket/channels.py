@@ -1,12 +1,13 @@
 """Options that both ends of Hocket's own gRPC connections agree on.
 
-A peer whose host vanished without closing is noticed by keepalive pings; the server must be told to
-allow them.
+A peer whose host vanished without closing, or whose process stands still, is noticed by keepalive
+pings of either side; the server must be told to allow them.
 """
 
 from __future__ import annotations
 
 MESSAGE_BYTES_MAX = 4 << 20  # media travel in chunks far below this
+CALLS_WAITING_MAX = 65_536  # calls that no handler has picked up yet
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", 10_000),
@@ -19,9 +20,18 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
 ]
 SERVER_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.so_reuseport", 0),  # two servers on one port is a mistake, not a feature
+    # Of a burst, grpc's core cancels calls that no handler has picked up yet: at random from 1,000
+    # waiting ones on, all from 3,000 on, and what has waited 30 s. Refusing is the handlers' part:
+    # they say why, and when another try is worth it.
+    ("grpc.server.max_pending_requests", CALLS_WAITING_MAX),
+    ("grpc.server.max_pending_requests_hard_limit", CALLS_WAITING_MAX),
+    ("grpc.server_max_unrequested_time_in_server", 300),
 ]

@@ -8,19 +8,17 @@ error; `BadRequest` with the field violations; `RetryInfo` where another try is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import Message
+from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from hocket.status_details import attached, detail, packed
+
 DOMAIN = "hocket.dev"
 _KIND = "kind"  # metadata key of ErrorInfo
-_D = TypeVar("_D", bound=Message)
 
 
 @dataclass
@@ -284,16 +282,16 @@ def to_status(error: HocketError) -> grpc.Status:
 
 def to_rpc_status(error: HocketError) -> status_pb2.Status:
     """The same as a message: what google.longrunning.Operation carries."""
-    details = [_packed(_error_info(error))]
+    details = [packed(_error_info(error))]
     if isinstance(error, InvalidRequest):
         bad = error_details_pb2.BadRequest()
         for violation in error.violations:
             bad.field_violations.add(field=violation.field, description=violation.description)
-        details.append(_packed(bad))
+        details.append(packed(bad))
     if wait_us := getattr(error, "retry_after_us", 0):
         delay = duration_pb2.Duration()
         delay.FromMicroseconds(wait_us)
-        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+        details.append(packed(error_details_pb2.RetryInfo(retry_delay=delay)))
     code = code_pb2.Code.Value(status_code(error).name)
     message = BrokerAway().message if isinstance(error, BrokerUnavailable) else str(error)
     return status_pb2.Status(code=code, message=message, details=details)
@@ -301,7 +299,7 @@ def to_rpc_status(error: HocketError) -> status_pb2.Status:
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> HocketError:
     """The typed error that a failed call stands for."""
-    return _from_status(_attached_status(error), error.code(), error.details() or "")
+    return _from_status(attached(error), error.code(), error.details() or "")
 
 
 def from_rpc_status(status: status_pb2.Status) -> HocketError:
@@ -311,7 +309,7 @@ def from_rpc_status(status: status_pb2.Status) -> HocketError:
 
 
 def _from_status(status: status_pb2.Status, code: grpc.StatusCode, message: str) -> HocketError:
-    info = _detail(status.details, error_details_pb2.ErrorInfo)
+    info = detail(status.details, error_details_pb2.ErrorInfo)
     if info is not None and info.domain == DOMAIN:
         return _from_info(info, status, code)
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -325,7 +323,7 @@ def _from_info(
     facts = dict(info.metadata)
     match facts.pop(_KIND, ""):
         case "InvalidRequest":
-            bad = _detail(status.details, error_details_pb2.BadRequest)
+            bad = detail(status.details, error_details_pb2.BadRequest)
             found = bad.field_violations if bad is not None else ()
             return InvalidRequest(tuple(Violation(v.field, v.description) for v in found))
         case "Refused":
@@ -352,7 +350,7 @@ def _from_info(
 
 
 def _retry_us(status: status_pb2.Status) -> int:
-    retry = _detail(status.details, error_details_pb2.RetryInfo)
+    retry = detail(status.details, error_details_pb2.RetryInfo)
     return retry.retry_delay.ToMicroseconds() if retry is not None else 0
 
 
@@ -370,26 +368,6 @@ def _error_info(error: HocketError) -> error_details_pb2.ErrorInfo:
         case UnknownWorker(worker=worker, known=known):
             facts |= {"worker": worker, "known": ",".join(known)}
     return error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=facts)
-
-
-def _attached_status(error: grpc.aio.AioRpcError) -> status_pb2.Status:
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin" and isinstance(value, bytes):
-            return status_pb2.Status.FromString(value)
-    return status_pb2.Status(message=error.details() or "")
-
-
-def _detail(details: Iterable[any_pb2.Any], kind: type[_D]) -> _D | None:
-    for packed in details:
-        if packed.TypeName() == kind.DESCRIPTOR.full_name:
-            return kind.FromString(packed.value)
-    return None
-
-
-def _packed(message: Message) -> any_pb2.Any:
-    packed = any_pb2.Any()
-    packed.Pack(message)
-    return packed
 
 
 def _upper_snake(name: str) -> str:

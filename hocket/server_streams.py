@@ -13,13 +13,16 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeAlias
 
 import grpc
 
+from hocket.errors import RequestFailed, to_status
+
 log = logging.getLogger(__name__)
 
+_GOODBYE_S = 1.0
 # In quotes: the class takes parameters in grpc's type stubs only.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 
@@ -61,8 +64,20 @@ class StreamsInOneTask(grpc.aio.ServerInterceptor):
                         async with asyncio.timeout(self._stall_s):
                             await context.write(response)
                     except TimeoutError:
-                        log.info("a caller of %s took nothing for %g s", method, self._stall_s)
-                        # Not an abort: its status would wait behind what the caller does not take.
-                        raise asyncio.CancelledError from None
+                        break
+                else:
+                    return
+            log.warning("a caller of %s took nothing for %g s", method, self._stall_s)
+            await _end(context, f"nothing was taken for {self._stall_s:g} s")
 
         return write
+
+
+async def _end(context: Any, told: str) -> None:
+    status = to_status(RequestFailed("CALLER_TOO_SLOW", told))
+    with suppress(TimeoutError):
+        # It goes behind what the caller does not take. Whoever takes nothing at all is left to the
+        # keepalive of its connection: nothing of the call is held here any longer.
+        async with asyncio.timeout(_GOODBYE_S):
+            await context.abort(status.code, status.details, status.trailing_metadata)
+    raise asyncio.CancelledError

@@ -10,9 +10,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from hocket import endpoints
-from hocket.bus import Bus, Subjects
-from hocket.client import Event, request
+from gateway import wish
+from hocket.client import Event, HocketClient, request
 from hocket.errors import CallFailed, HocketError, InvalidRequest, NotReady, Refused, RequestFailed
 from hocket.span_file import read_spans
 from hocket.v1.control_pb2 import SubmitRequest, SubmitResponse
@@ -20,9 +19,9 @@ from hocket.v1.generation_pb2 import Accepted, Finished, MediaChunk, Progress
 from hocket.v1.mesh_pb2 import Cancelled, RequestEvent
 from hocket.v1.types_pb2 import Failure
 from tests.gateway.conftest import SERVING, Staging
-from tests.gateway.peer import Peer, accepted, done, running_peer, step
+from tests.gateway.peer import Peer, accepted, done, step
 
-PICTURE = bytes(range(256)) * 2400  # 600 KiB: three chunks
+PICTURE = bytes(range(256)) * 2400  # 600 KiB: five pieces in the store
 
 
 async def finish(peer: Peer, submit: SubmitRequest) -> SubmitResponse:
@@ -40,10 +39,10 @@ async def test_accepted_progress_media_finished_in_that_order(staged: Staging) -
     async with staged(finish) as stage:
         events = [event async for event in stage.client.generate("a red fox")]
     kinds = [type(event) for event in events]
-    assert kinds == [Accepted] + [Progress] * 4 + [MediaChunk] * 3 + [Finished]
+    assert kinds == [Accepted] + [Progress] * 4 + [MediaChunk] * 5 + [Finished]
     media = [event for event in events if isinstance(event, MediaChunk)]
     assert b"".join(chunk.data for chunk in media) == PICTURE
-    assert [chunk.offset for chunk in media] == [0, 256 << 10, 512 << 10]
+    assert [chunk.offset for chunk in media] == [n * (128 << 10) for n in range(5)]
     assert media[0].info.media_type == "image/png" and not media[1].HasField("info")
     first = events[0]
     assert isinstance(first, Accepted)
@@ -66,7 +65,8 @@ async def test_what_control_gets_is_complete(staged: Staging) -> None:
     assert submit.request.spec.model == "emoji"
     assert submit.request.spec.shape.width == 128
     assert submit.request.slo.deadline_us == 5_000_000
-    assert submit.request.idempotency_key == submit.request_id
+    assert submit.request.idempotency_key.startswith("client-")
+    assert submit.wish_sha256 == wish.digest(request("a red fox"))
 
 
 async def test_one_trace_from_the_client_to_control(staged: Staging) -> None:
@@ -152,22 +152,14 @@ async def test_a_lost_result_is_an_error(staged: Staging) -> None:
     assert caught.value.reason == "MEDIA_LOST"
 
 
-async def test_a_caller_that_goes_away_cancels(staged: Staging) -> None:
+async def test_a_caller_that_goes_away_is_expected_back(staged: Staging) -> None:
+    """A broken connection looks like a caller that gave up: control's grace tells them apart."""
     async with staged(accept_only) as stage:
-        async with aclosing(stage.client.generate("a red fox")) as events:
-            first = await anext(events)
-        assert isinstance(first, Accepted)
-        assert await stage.peer.cancels.get() == first.request_id
-
-
-async def test_a_detached_request_outlives_its_caller(staged: Staging) -> None:
-    async with staged(accept_only) as stage:
-        async with aclosing(stage.client.generate(request("a fox", detached=True))) as events:
-            detached = await anext(events)
-        async with aclosing(stage.client.generate("a red fox")) as events:
-            attached = await anext(events)
-        assert isinstance(detached, Accepted) and isinstance(attached, Accepted)
-        assert await stage.peer.cancels.get() == attached.request_id
+        async with aclosing(stage.client.generate(request("a fox", idempotency_key="k"))) as events:
+            await anext(events)
+            (follower,) = stage.peer.followers
+        leave = await stage.peer.leaves.get()
+        assert leave.follower == follower and leave.returns
         assert stage.peer.cancels.empty()
 
 
@@ -188,12 +180,12 @@ async def test_the_rpc_deadline_ends_the_call_and_the_slo_does_not(staged: Stagi
     assert picture == PICTURE
 
 
-async def test_an_rpc_deadline_cancels_what_was_accepted(staged: Staging) -> None:
+async def test_an_rpc_deadline_makes_the_follower_leave(staged: Staging) -> None:
     async with staged(accept_only) as stage:
         with pytest.raises(CallFailed) as caught:
             await stage.client.generate_media("a red fox", deadline_s=5, timeout_s=0.5)
         assert caught.value.code == "DEADLINE_EXCEEDED"
-        assert await stage.peer.cancels.get() == stage.peer.submits[0].request_id
+        assert (await stage.peer.leaves.get()).returns
 
 
 async def test_a_malformed_request_never_reaches_control(staged: Staging) -> None:
@@ -210,56 +202,6 @@ async def test_a_malformed_request_never_reaches_control(staged: Staging) -> Non
         "spec.guidance_scale",
         "priority",
     }
-
-
-async def test_a_key_attaches_to_the_earlier_request(staged: Staging) -> None:
-    """The earlier request finishes between Submit's answer and our subscription to its events."""
-    earlier = "0" * 26
-
-    async def repeat(peer: Peer, submit: SubmitRequest) -> SubmitResponse:
-        if len(peer.submits) == 1:
-            running = Accepted(request_id=earlier, predicted_latency_us=1)
-            return SubmitResponse(request_id=earlier, accepted=running)
-        media = await peer.store(earlier, PICTURE)
-        return SubmitResponse(request_id=earlier, already_finished=done(media).finished)
-
-    async with staged(repeat) as stage:
-        wanted = request("a red fox", tenant="acme", idempotency_key="order-7")
-        events = [event async for event in stage.client.generate(wanted)]
-        assert len(stage.peer.submits) == 2
-    assert isinstance(events[0], Accepted) and events[0].request_id == earlier
-    assert isinstance(events[-1], Finished)
-
-
-async def test_two_callers_of_one_request_cancel_it_together(staged: Staging) -> None:
-    earlier = "0" * 26
-
-    async def attach(peer: Peer, submit: SubmitRequest) -> SubmitResponse:
-        running = Accepted(request_id=earlier, predicted_latency_us=1)
-        return SubmitResponse(request_id=earlier, accepted=running)
-
-    wanted = request("a red fox", idempotency_key="order-7")
-    async with staged(attach) as stage, aclosing(stage.client.generate(wanted)) as staying:
-        await anext(staying)
-        async with aclosing(stage.client.generate(wanted)) as leaving:
-            await anext(leaving)
-        media = await stage.peer.store(earlier, PICTURE)
-        await stage.peer.tell(earlier, done(media))
-        rest = [event async for event in staying]
-        assert isinstance(rest[-1], Finished)
-        assert stage.peer.cancels.empty()
-
-
-async def test_a_lost_event_is_found_by_asking_again(staged: Staging) -> None:
-    async def forgetful(peer: Peer, submit: SubmitRequest) -> SubmitResponse:
-        if len(peer.submits) == 1:
-            return accepted(submit)  # and its events never arrive
-        media = await peer.store(submit.request_id, PICTURE)
-        return SubmitResponse(request_id=submit.request_id, already_finished=done(media).finished)
-
-    async with staged(forgetful, recheck_s=0.05) as stage:
-        picture, finished = await stage.client.generate_media("a red fox")
-    assert picture == PICTURE and finished.latency_us == 800_000
 
 
 async def test_health_follows_the_workers(staged: Staging) -> None:
@@ -284,7 +226,11 @@ async def test_reflection_lists_the_services(staged: Staging) -> None:
         async for answer in stub.ServerReflectionInfo(iter([asked])):
             names = {service.name for service in answer.list_services_response.service}
             break
-    assert {"hocket.v1.GenerationService", "grpc.health.v1.Health"} <= names
+    assert {
+        "hocket.v1.GenerationService",
+        "google.longrunning.Operations",
+        "grpc.health.v1.Health",
+    } <= names
 
 
 async def test_cancel_is_passed_on(staged: Staging) -> None:
@@ -293,52 +239,11 @@ async def test_cancel_is_passed_on(staged: Staging) -> None:
         assert await stage.peer.cancels.get() == "some-request"
 
 
-async def test_the_gateway_finds_control_again_at_another_address(
-    staged: Staging, bus: Bus, subjects: Subjects
-) -> None:
-    not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-    async with staged(finish, control="") as stage:
-        endpoints.announce(stage.state_dir, "control", stage.peer.address)
-        await stage.health("", SERVING)
-        await stage.peer.stop()
-        await stage.health("", not_serving)
-        async with running_peer(bus, subjects, finish) as other:
-            other.workers("w0")
-            endpoints.announce(stage.state_dir, "control", other.address)
-            await stage.health("", SERVING)
-            picture, _ = await stage.client.generate_media("a red fox")
-            assert picture == PICTURE and len(other.submits) == 1
-        endpoints.withdraw(stage.state_dir, "control")
-
-
-async def test_a_restart_of_control_does_not_lose_a_submit(
-    staged: Staging, bus: Bus, subjects: Subjects
-) -> None:
-    """Control dies inside Submit; the same Submit reaches the next one, which knows its key."""
-
-    async def die(peer: Peer, submit: SubmitRequest) -> SubmitResponse:
-        endpoints.announce(stage.state_dir, "control", other.address)
-        stopping.append(asyncio.ensure_future(peer.stop()))
-        await asyncio.Event().wait()
-        raise AssertionError("cancelled by the stop")
-
-    stopping: list[asyncio.Future[None]] = []
-    async with running_peer(bus, subjects, finish) as other:
-        other.workers("w0")
-        async with staged(die, control="") as stage:
-            endpoints.announce(stage.state_dir, "control", stage.peer.address)
-            await stage.health("", SERVING)
-            picture, _ = await stage.client.generate_media("a red fox")
-            first, again = stage.peer.submits[0], other.submits[0]
-            assert picture == PICTURE and again == first
-            await stopping[0]
-            endpoints.withdraw(stage.state_dir, "control")
-
-
 async def test_shutdown_flips_health_first_and_cancels_nothing(staged: Staging) -> None:
     """A request whose gateway goes away is picked up again through another one."""
     async with staged(accept_only, grace_s=0.2) as stage:
-        events = stage.client.generate("a red fox")
+        client = HocketClient(stage.address, patience_s=0.0)
+        events = client.generate("a red fox")
         assert isinstance(await anext(events), Accepted)
         async with grpc.aio.insecure_channel(stage.address) as channel:
             asked = health_pb2.HealthCheckRequest()
@@ -350,7 +255,9 @@ async def test_shutdown_flips_health_first_and_cancels_nothing(staged: Staging) 
             with pytest.raises(HocketError):
                 await anext(events)
             await stopped
-        assert stage.peer.cancels.empty()
+        await client.close()
+        leave = await stage.peer.leaves.get()
+        assert leave.returns and stage.peer.cancels.empty()
 
 
 async def test_a_backlog_costs_progress_and_nothing_else(staged: Staging) -> None:

@@ -205,10 +205,21 @@ def test_the_request_itself_is_left_alone() -> None:
         ("spec.inputs", "found pose", lambda r: r.spec.inputs.update(pose="object")),
         ("slo.deadline_us", "(24 h)", lambda r: _set(r.slo, deadline_us=86_400_000_001)),
         (
-            "slo.on_miss",
-            "found ON_MISS_DEGRADE; allowed: ON_MISS_BEST_EFFORT, ON_MISS_REJECT",
+            "slo.degrade",
+            "found no limits with ON_MISS_DEGRADE",
             lambda r: _set(r.slo, on_miss=OnMiss.ON_MISS_DEGRADE),
         ),
+        (
+            "slo.degrade.steps_min",
+            "found 21; allowed: 0 to 20",
+            lambda r: _set(r.slo.degrade, steps_min=21),
+        ),
+        (
+            "slo.degrade.height_min",
+            "found 129; allowed: 0 to 128",
+            lambda r: _set(r.slo.degrade, height_min=129),
+        ),
+        ("slo.commitment", "found 7", lambda r: _set(r.slo, commitment=7)),
         ("slo.on_miss", "found 9", lambda r: _set(r.slo, on_miss=9)),
         ("priority", "found -101; allowed: -100 to 100", lambda r: _set(r, priority=-101)),
         ("tenant", "at most 64", lambda r: _set(r, tenant="a b")),

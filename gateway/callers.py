@@ -1,0 +1,28 @@
+"""Whose call it is, as far as the servicers ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol, TypeAlias
+
+Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
+
+
+class Callers(Protocol):
+    """Looks a caller's tenant up; raises typed errors where it may not do what it asks."""
+
+    def tenant(self, metadata: Metadata) -> str | None:
+        """The caller's tenant; None: it sees everybody's requests."""
+
+    def named(self, metadata: Metadata, asked: str) -> str:
+        """The tenant that a request is for, where the request itself says `asked`."""
+
+
+class Anybody:
+    """Everybody may say who they are, and see everything."""
+
+    def tenant(self, metadata: Metadata) -> str | None:
+        return None
+
+    def named(self, metadata: Metadata, asked: str) -> str:
+        return asked
