@@ -28,7 +28,9 @@ def main(
     state_dir: Annotated[Path | None, typer.Option(help="Run state: traces.")] = None,
     count: Annotated[int | None, typer.Option(help="Workers to start, one process each.")] = None,
     first_index: Annotated[int | None, typer.Option(help="Number of the first one.")] = None,
-    name_prefix: Annotated[str | None, typer.Option(help="Names are PREFIX0, PREFIX1 …")] = None,
+    name_prefix: Annotated[
+        str | None, typer.Option(help="Names are PREFIX0, PREFIX1 …; else the host's, a dash, 0 …")
+    ] = None,
     executor: Annotated[str | None, typer.Option(help="torch or emulated.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     gpu: Annotated[str | None, typer.Option(help="What profiles call the device.")] = None,

@@ -10,6 +10,7 @@ import msgspec
 
 from hocket.config import Common
 
+NAME_PREFIX = r"^[a-z0-9][a-z0-9-]{0,40}$"
 _ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_MODEL = _ASSETS / "hocket-emoji"  # pictures
 EMBEDDED_MODELS = (EMBEDDED_MODEL, _ASSETS / "hocket-emoji-motion")
@@ -22,20 +23,25 @@ class WorkerSettings(Common, frozen=True, kw_only=True):
 
     count: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1  # workers started by this command
     first_index: Annotated[int, msgspec.Meta(ge=0)] = 0  # of the first worker's name
-    name_prefix: str = "w"
+    # Of the workers' names; none: the host's name. NATS subjects split at dots, so it has none.
+    name_prefix: Annotated[str, msgspec.Meta(pattern=NAME_PREFIX)] | None = None
     executor: Literal["torch", "emulated"] = "torch"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpu: str = ""  # what profiles call the device; "" derives it
     model: tuple[str, ...] = ()  # local folders or hub ids; none: the embedded ones
     profile: Path | None = None  # CSV that the emulated executor runs by
     host: str = socket.gethostname()
-    advertise: str = "127.0.0.1"  # address at which other workers reach this one
+    advertise: str = ""  # address at which other workers reach this one; "": as the broker does
     heartbeat_us: Annotated[int, msgspec.Meta(ge=10_000)] = 250_000
     batch_max: Annotated[int, msgspec.Meta(ge=1, le=32)] = 8  # jobs of one shape at a time
     memory_mib: Annotated[int, msgspec.Meta(ge=0)] = 0  # for weights, activations and latents
     latents_mib: Annotated[int, msgspec.Meta(ge=0)] = 0  # of it, for parked latents; 0: a quarter
     latents_host_mib: Annotated[int, msgspec.Meta(ge=0)] = 4096  # on the host, beside CUDA devices
     groups_max: Annotated[int, msgspec.Meta(ge=1)] = 64  # communicators kept
+    drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # for handing latents over at the end
+    restarts_max: Annotated[int, msgspec.Meta(ge=0)] = 10  # of one worker within ten minutes
+    media_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 0  # of all; 0: 4 GiB, or what there is
+    media_kept_s: Annotated[float, msgspec.Meta(gt=0)] = 24 * 3600.0  # finished media
     # "default": blocks go through torch.compile, which each kind of shape pays for once.
     compile: Literal["off", "default"] = "off"
     # Where a sequence is split: our own exchange, xfuser's on a GPU, or xfuser's where it is there.

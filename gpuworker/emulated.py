@@ -12,147 +12,24 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import NoReturn
 
 from PIL import Image
 
-from gpuworker.emulated_profile import Cell
-from gpuworker.executor import Listener, Media, RunNote, StepNote
+from gpuworker.emulated_host import EmulatedHost, Meeting
+from gpuworker.executor import (
+    CLOSE_PATIENCE_S,
+    Listener,
+    Media,
+    Room,
+    RunNote,
+    StepNote,
+    always_room,
+)
 from gpuworker.inbox import Inbox, StopMark
-from hocket.clock import Clock
-from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+from hocket.v1 import mesh_pb2, types_pb2
 
-
-@dataclass
-class Meeting:
-    """An assignment whose members are at it; it is dropped once all of them have left."""
-
-    members: frozenset[str]
-    came: set[str] = field(default_factory=set)
-    left: set[str] = field(default_factory=set)
-    started: bool = False
-    over: bool = False  # the first member has left
-
-
-@dataclass
-class EmulatedHost:
-    """What the emulated workers of one process share."""
-
-    clock: Clock
-    profile: dict[Cell, int]
-    copies: dict[str, dict[str, int]] = field(default_factory=dict)  # worker -> request -> steps
-    meetings: dict[tuple[int, int], Meeting] = field(default_factory=dict)  # by term, sequence
-    gone: set[str] = field(default_factory=set)  # workers that were closed
-    term: int = 0  # the newest one met with
-    waiting: dict[str, list[asyncio.Future[None]]] = field(default_factory=dict)  # by request
-
-    async def until(self, assignment: mesh_pb2.Assignment, condition: Callable[[], bool]) -> None:
-        """Returns once the condition holds; looked at whenever `tell` names one of the jobs."""
-        while not condition():
-            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            for member in assignment.batch:
-                self.waiting.setdefault(member.request_id, []).append(waiter)
-            await waiter
-
-    def have_passed(self, member: mesh_pb2.BatchMember) -> bool:
-        """Whether every named holder is beyond the named steps: that latent is no more."""
-        copies = [
-            (self.copies.get(h.worker, {}).get(member.request_id, -1), h.steps_done)
-            for h in member.holders
-        ]
-        return bool(copies) and all(have > named for have, named in copies)
-
-    def tell(self, request: str) -> None:
-        """Something has changed about a request."""
-        for waiter in self.waiting.pop(request, ()):
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def tell_all(self, assignment: mesh_pb2.Assignment) -> None:
-        """Something has changed about its jobs."""
-        for member in assignment.batch:
-            self.tell(member.request_id)
-
-    def enter(self, assignment: mesh_pb2.Assignment, worker: str) -> Meeting:
-        """A worker comes to an assignment, as the next of its members or as the first one."""
-        self.gone.discard(worker)
-        if assignment.term > self.term:
-            self.term = assignment.term
-            self._drop_left()
-        fresh = Meeting(frozenset(assignment.group.members))
-        meeting = self.meetings.setdefault((assignment.term, assignment.sequence), fresh)
-        meeting.came.add(worker)
-        self.tell_all(assignment)
-        return meeting
-
-    def leave(self, assignment: mesh_pb2.Assignment, worker: str) -> None:
-        """A worker is through with an assignment, or gives it up."""
-        key = (assignment.term, assignment.sequence)
-        meeting = self.meetings[key]
-        meeting.left.add(worker)
-        meeting.over = meeting.over or worker == assignment.group.members[0]
-        if self._all_left(key):
-            del self.meetings[key]
-        self.tell_all(assignment)
-
-    def close(self, worker: str) -> None:
-        """A worker is no more."""
-        self.gone.add(worker)
-        self.copies.pop(worker, None)
-        self._drop_left()
-
-    def holds(self, member: mesh_pb2.BatchMember) -> bool:
-        """Whether a named holder has exactly the named steps behind its copy."""
-        return any(
-            self.copies.get(holder.worker, {}).get(member.request_id) == holder.steps_done
-            for holder in member.holders
-        )
-
-    def _all_left(self, key: tuple[int, int]) -> bool:
-        """Nobody is at it and nobody will come: closed workers never do, and those that obey a
-        newer term have forgotten it.
-        """
-        meeting = self.meetings[key]
-        absent = meeting.members - meeting.left - self.gone
-        return meeting.came <= meeting.left and (not absent or key[0] < self.term)
-
-    def _drop_left(self) -> None:
-        for key in [key for key in self.meetings if self._all_left(key)]:
-            del self.meetings[key]
-
-    def step_time_us(self, assignment: mesh_pb2.Assignment) -> int:
-        if len(assignment.batch) > 1:  # of which the profile here says nothing
-            return assignment.predicted_step_time_us
-        spec = assignment.batch[0].spec
-        shape = (spec.shape.width, spec.shape.height, max(1, spec.shape.frames))
-        degree = len(assignment.group.members)
-        cell = (spec.model, assignment.node, *shape, degree)
-        return self.profile.get(cell, assignment.predicted_step_time_us)
-
-    def models(self, batch_max: int) -> tuple[generation_pb2.ModelInfo, ...]:
-        """The models of the profile, with every profiled shape and degree."""
-        infos = []
-        for name in sorted({cell[0] for cell in self.profile}):
-            dit = [c for c in self.profile if c[0] == name and c[1] == "dit"]
-            shapes = sorted({c[2:5] for c in dit})
-            video = any(frames > 1 for _, _, frames in shapes)
-            infos.append(
-                generation_pb2.ModelInfo(
-                    name=name,
-                    family="emulated",
-                    workflows=["txt2vid" if video else "txt2img"],
-                    shapes=[types_pb2.Shape(width=w, height=h, frames=f) for w, h, f in shapes],
-                    steps_min=1,
-                    steps_max=1000,
-                    steps_default=28,
-                    guidance_kind="embedded",
-                    guidance_max=100.0,
-                    guidance_default=3.5,
-                    degrees=sorted({c[5] for c in dit}),
-                    batch_max=batch_max,
-                )
-            )
-        return tuple(infos)
+__all__ = ["EmulatedExecutor", "EmulatedHost"]
 
 
 class EmulatedExecutor:
@@ -166,6 +43,7 @@ class EmulatedExecutor:
         *,
         media: bool = True,
         batch_max: int = 1,
+        groups_max: int = 64,
     ) -> None:
         self._worker = worker
         self._host = host
@@ -174,6 +52,9 @@ class EmulatedExecutor:
         self._arrived = asyncio.Event()
         self._at: mesh_pb2.Assignment | None = None  # in hand
         self._task: asyncio.Task[None] | None = None
+        self._room: Room = always_room
+        self._groups: dict[tuple[str, ...], int] = {}  # members -> epoch, the last used last
+        self._groups_max = groups_max
         self.models = host.models(batch_max)
         self.store_address = f"emulated/{worker}"
         self._gpu = gpu
@@ -187,8 +68,14 @@ class EmulatedExecutor:
     def memory(self) -> types_pb2.Memory:
         return types_pb2.Memory()
 
-    def start(self, listener: Listener) -> None:
+    def start(self, listener: Listener, room: Room = always_room) -> None:
+        self._room = room
         self._task = asyncio.get_running_loop().create_task(self._run(listener))
+
+    async def failed(self) -> NoReturn:
+        assert self._task is not None, "it was started"
+        await asyncio.shield(self._task)
+        raise AssertionError("an executor ends by an exception")
 
     def accept_term(self, term: int) -> bool:
         accepted = self._inbox.accept_term(term)
@@ -212,6 +99,25 @@ class EmulatedExecutor:
     def release(self, request: str) -> None:
         self._copies.pop(request, None)
 
+    def groups(self) -> tuple[types_pb2.Group, ...]:
+        return tuple(
+            types_pb2.Group(epoch=epoch, members=members) for members, epoch in self._groups.items()
+        )
+
+    def fetch(self, wanted: mesh_pb2.LatentFetch) -> None:
+        """Here a copy is there at once, or there is none."""
+        request, steps = wanted.request_id, wanted.steps_done
+        held = self._host.copies.get(wanted.holder.worker, {}).get(request)
+        if held == steps and self._copies.get(request, -1) < steps:
+            self._copies[request] = steps
+            self._host.tell(request)
+
+    def is_idle(self) -> bool:
+        return not (self._copies or self._inbox.pending())
+
+    async def tidy(self) -> None:
+        """Nothing is lent."""
+
     def held(self) -> tuple[mesh_pb2.HeldLatent, ...]:
         return tuple(
             mesh_pb2.HeldLatent(request_id=request, steps_done=steps)
@@ -229,7 +135,7 @@ class EmulatedExecutor:
             failure=types_pb2.Failure(reason="EMULATED", message="emulated workers hold no latents")
         )
 
-    async def close(self) -> None:
+    async def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -253,6 +159,7 @@ class EmulatedExecutor:
                 continue
             self._at = assignment
             meeting = self._host.enter(assignment, self._worker)
+            self._join(assignment.group)
             try:
                 if assignment.group.members[0] == self._worker:
                     await self._lead(assignment, meeting, listener)
@@ -262,6 +169,14 @@ class EmulatedExecutor:
                 self._host.leave(assignment, self._worker)
             self._at = None
             self._inbox.done(assignment)
+
+    def _join(self, group: types_pb2.Group) -> None:
+        """Groups stand here as they do on a torch worker: as many as there is room for."""
+        if len(group.members) > 1:
+            self._groups.pop(members := tuple(group.members), None)
+            self._groups[members] = group.epoch
+            if len(self._groups) > self._groups_max:
+                del self._groups[next(iter(self._groups))]
 
     async def _lead(
         self, assignment: mesh_pb2.Assignment, meeting: Meeting, listener: Listener
@@ -289,6 +204,7 @@ class EmulatedExecutor:
         made, going = 0, [m.request_id for m in members]
         while made < assignment.steps and (stay := self._inbox.staying(assignment, made)):
             going = [request for request in going if request in stay]
+            await self._room()
             await host.clock.sleep_until(began_us + (made + 1) * step_us)
             made += 1
             self._keep(assignment, made, going)
@@ -322,12 +238,14 @@ class EmulatedExecutor:
         """What a torch worker says whose peers or whose latent do not come."""
         missing = tuple(sorted(meeting.members - meeting.came))
         failure = types_pb2.Failure(reason="GROUP_LOST", message="waited in vain")
+        failed_job = mesh_pb2.FailedJob(batch=len(assignment.batch), suspects=missing)
         if not missing:
             stay = self._inbox.staying(assignment)
             lacking = [m for m in assignment.batch if m.request_id in stay]
             member = next((m for m in lacking if not self._host.holds(m)), assignment.batch[0])
             failure.reason = "LATENT_MISSING"
-            failure.metadata["request"] = member.request_id
+            failed_job.request_id = member.request_id
+            failed_job.tried.extend(holder.worker for holder in member.holders)
         return RunNote(
             assignment=assignment,
             behind={
@@ -337,7 +255,7 @@ class EmulatedExecutor:
             },
             last=True,
             failure=failure,
-            suspects=missing,
+            failed_job=failed_job,
         )
 
     async def _follow(self, assignment: mesh_pb2.Assignment, meeting: Meeting) -> None:

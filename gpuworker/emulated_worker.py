@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import sys
 from pathlib import Path
 
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
 from gpuworker.emulated import EmulatedExecutor, EmulatedHost
 from gpuworker.emulated_profile import Cell, profile_cells
+from gpuworker.mesh.ending import ended_with
+from gpuworker.mesh.naming import worker_name
+from gpuworker.mesh.stopping import StopSignals, run_until
 from hocket import telemetry
 from hocket.bus import Bus
 from hocket.clock import SystemClock
@@ -19,12 +20,7 @@ from hocket.errors import WrongConfig
 
 def run(settings: WorkerSettings) -> int:
     """Runs `settings.count` emulated workers in this process until SIGTERM or SIGINT."""
-    try:
-        asyncio.run(_serve(settings))
-    except WrongConfig as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return ended_with("emulated", lambda: asyncio.run(_serve(settings)))
 
 
 def read_profile(path: Path | None) -> dict[Cell, int]:
@@ -46,27 +42,25 @@ def read_profile(path: Path | None) -> dict[Cell, int]:
 async def _serve(settings: WorkerSettings) -> None:
     profile = read_profile(settings.profile)
     told = telemetry.setup("gpuworker", "emulated", settings.state_dir, settings.log_level)
-    stop = asyncio.Event()
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(sign, stop.set)
+    signals = StopSignals()
+    signals.listen()
     clock = SystemClock()
     host = EmulatedHost(clock=clock, profile=profile)
     bus = await Bus.connect(settings.nats_url, "emulated")
-    executors = []
+    executors, agents = [], []
     try:
-        async with asyncio.TaskGroup() as tasks:
-            agents = []
-            for index in range(settings.first_index, settings.first_index + settings.count):
-                name = f"{settings.name_prefix}{index}"
-                executor = EmulatedExecutor(
-                    name, host, settings.gpu or "emulated", batch_max=settings.batch_max
-                )
-                executors.append(executor)
-                agent = Agent(name, settings, bus, executor, clock, told.tracer)
-                agents.append(tasks.create_task(agent.run()))
-            await stop.wait()
-            for running in agents:
-                running.cancel()
+        for index in range(settings.first_index, settings.first_index + settings.count):
+            name = worker_name(settings, index)
+            executor = EmulatedExecutor(
+                name,
+                host,
+                settings.gpu or "emulated",
+                batch_max=settings.batch_max,
+                groups_max=settings.groups_max,
+            )
+            executors.append(executor)
+            agents.append(Agent(name, settings, bus, executor, clock, told.tracer))
+        await run_until(agents, signals)
     finally:
         for executor in executors:
             await executor.close()

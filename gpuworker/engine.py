@@ -23,12 +23,14 @@ from contextlib import suppress
 import torch
 
 from gpuworker import media
+from gpuworker.broken_device import DeviceBroken, is_broken
 from gpuworker.decode import Decodes
 from gpuworker.executor import Listener, Media, RunNote, Stopwatch
-from gpuworker.groups import Group, GroupCache, GroupLost
+from gpuworker.groups import Group, GroupLost, GroupSpent
 from gpuworker.inbox import Inbox
-from gpuworker.latents import LatentMissing, LatentShelf
+from gpuworker.latents import CalledOff, LatentMissing, LatentShelf
 from gpuworker.memory import Memory, OutOfMemory, ran_out
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.models.card import ModelCard
 from gpuworker.pace import Ended, Pace
 from gpuworker.run import GO, Run
@@ -45,6 +47,7 @@ log = logging.getLogger(__name__)
 _REPORT_EVERY_NS = 50_000_000
 _GROUP_SPAN_AT_LEAST_NS = 500_000  # joining a cached group is no news
 _FORM_TIMEOUT_S = 10.0
+DEVICE_BROKEN = "DEVICE_BROKEN"
 
 
 class _Truncated(Exception):
@@ -76,7 +79,7 @@ class Engine:
         self._decodes = Decodes()
 
     def run(self, listener: Listener) -> None:
-        """Runs assignments until the inbox is closed."""
+        """Runs assignments until the inbox is closed. Raises `DeviceBroken`, once that is told."""
         torch.set_grad_enabled(False)
         self._pace.enter()
         while (assignment := self._inbox.take()) is not None:
@@ -86,20 +89,23 @@ class Engine:
             if run.leads(self._worker) or note.failure is not None:
                 listener(note)
             self._inbox.done(assignment)
+            if note.failure is not None and note.failure.reason == DEVICE_BROKEN:
+                raise DeviceBroken(note.failure.message)
 
     def _run(self, run: Run, listener: Listener) -> RunNote:
         try:
             with self._memory.at_work(run.assignment, run.sides):
                 run.group = self._join(run)
                 return self._work(run, listener)
-        except (_Truncated, StoreClosed):
+        except (_Truncated, CalledOff, StoreClosed):
             return self._failed(run, "TRUNCATED", "called off before it began")
+        except GroupSpent as spent:
+            return self._failed(run, "GROUP_SPENT", str(spent), spent=spent.spent)
         except GroupLost as lost:
-            # Forming, it names who was missing; inside a collective nobody knows who failed.
-            suspects = lost.suspects if run.group is None else self._others(run)
-            return self._failed(run, "GROUP_LOST", str(lost), suspects)
+            return self._lost(run, lost)
         except LatentMissing as missing:
-            self._abort(run)
+            if not missing.agreed:
+                self._abort(run)
             return self._missing(run, missing, last=True)
         except OutOfMemory as error:
             self._abort(run)
@@ -107,7 +113,20 @@ class Engine:
         except Exception as error:
             log.exception("assignment %d failed", run.assignment.sequence)
             self._abort(run)
-            return self._failed(run, "MODEL_ERROR", f"{type(error).__name__}: {error}")
+            told = f"{type(error).__name__}: {error}"
+            if is_broken(error):  # nothing that is on the device can be had any more
+                return self._failed(run, DEVICE_BROKEN, told, suspects=(self._worker,), held=False)
+            return self._failed(run, "MODEL_ERROR", told)
+
+    def _lost(self, run: Run, lost: GroupLost) -> RunNote:
+        """Forming, it names who was missing; inside a collective nobody knows who failed, unless
+        one has only given the group up, and says so.
+        """
+        if run.group is None:
+            return self._failed(run, "GROUP_LOST", str(lost), lost.suspects)
+        if spent := self._groups.spent_by(run.group):
+            return self._failed(run, "GROUP_SPENT", str(lost), spent=spent)
+        return self._failed(run, "GROUP_LOST", str(lost), self._others(run))
 
     def _work(self, run: Run, listener: Listener) -> RunNote:
         match run.assignment.node:
@@ -156,6 +175,7 @@ class Engine:
                 seen += self._land_all(run, launched)
             if not run.obey(word, made):
                 break
+            self._take_off(run, listener)
             began = self._pace.start(run.group)
             fresh = card.step([states[m.request_id] for m in run.members], team)
             states = {m.request_id: s for m, s in zip(run.members, fresh, strict=True)}
@@ -192,7 +212,7 @@ class Engine:
 
     def _decode(self, run: Run, listener: Listener) -> RunNote:
         """Each job is told of as soon as its file is made: others may take long, or fail."""
-        states, card = self._gather(run, listener), self._card(run)
+        states, card = self._gather(run, listener, told_later=False), self._card(run)
         told = False
         for member in tuple(run.members):
             if not self._stays(run, member):
@@ -224,7 +244,7 @@ class Engine:
         self, run: Run, member: mesh_pb2.BatchMember, error: Exception, listener: Listener
     ) -> None:
         """One job of a batch fails by itself. Raises the error where others may be to blame."""
-        if run.alone() or ran_out(error):
+        if run.alone() or ran_out(error) or is_broken(error):
             raise error
         log.exception("%s in assignment %d", member.request_id, run.assignment.sequence)
         run.leave(member)
@@ -276,20 +296,43 @@ class Engine:
     # ------------------------------------------------------------------------------------------
     # latents
 
-    def _gather(self, run: Run, listener: Listener) -> dict[str, LatentState]:
-        """The latents to start from. A job whose latent nobody has leaves a batch on one worker; a
-        group gives the batch up.
+    def _gather(
+        self, run: Run, listener: Listener, *, told_later: bool = True
+    ) -> dict[str, LatentState]:
+        """The latents to start from. A job whose latent nobody has leaves a batch, and so does one
+        that is called off meanwhile; the members of a group agree on it. What one member alone
+        lacks it tells the others by the next word.
         """
         states: dict[str, LatentState] = {}
         for member in tuple(run.members):
             try:
                 states[member.request_id] = self._sources.obtain(run, member)
             except LatentMissing as missing:
-                if run.group is not None or len(run.members) == 1:
+                if not missing.agreed and told_later:
+                    run.lack(member)
+                else:
+                    self._give_out(run, member, missing, listener)
+            except CalledOff:
+                if len(run.members) == 1:
                     raise
                 run.leave(member)
-                listener(self._missing(run, missing, last=False))
         return states
+
+    def _take_off(self, run: Run, listener: Listener) -> None:
+        """Jobs of which a member lacks the latent do not begin, on any member."""
+        for member, worker in run.took_off():
+            missing = LatentMissing(member.request_id, member.first_step, (worker,))
+            self._give_out(run, member, missing, listener)
+
+    def _give_out(
+        self, run: Run, member: mesh_pb2.BatchMember, missing: LatentMissing, listener: Listener
+    ) -> None:
+        """A job that cannot begin leaves its batch; the only one ends it, with that error."""
+        if len(run.members) == 1 or not missing.agreed:
+            raise missing
+        run.leave(member)
+        if run.leads(self._worker):
+            listener(self._missing(run, missing, last=False))
 
     # ------------------------------------------------------------------------------------------
     # notes
@@ -298,14 +341,13 @@ class Engine:
         return self._cards[run.assignment.batch[0].spec.model]
 
     def _missing(self, run: Run, missing: LatentMissing, *, last: bool) -> RunNote:
-        tried = ",".join(missing.tried)
         return self._failed(
             run,
             "LATENT_MISSING",
             str(missing),
             named=missing.request,
             last=last,
-            metadata={"tried": tried},
+            tried=missing.tried,
         )
 
     def _failed(
@@ -313,21 +355,24 @@ class Engine:
         run: Run,
         reason: str,
         message: str,
-        suspects: tuple[str, ...] = (),
+        suspects: Sequence[str] = (),
         *,
         named: str = "",
         last: bool = True,
+        tried: Sequence[str] = (),
+        spent: Sequence[str] = (),
         metadata: Mapping[str, str] | None = None,
+        held: bool = True,
     ) -> RunNote:
-        """What failed, `named` by whose fault where that is known."""
+        """What failed, `named` by whose fault where that is known; `held`: latents are left."""
         size = len(run.members) + (not last)
-        told_of = {"batch": str(size), **(metadata or {})}
-        failure = types_pb2.Failure(reason=reason, message=message, metadata=told_of)
+        failure = types_pb2.Failure(reason=reason, message=message, metadata=metadata)
         told = [m.request_id for m in run.assignment.batch] if last else [named]
-        if named:
-            failure.metadata["request"] = named
-        held = {request: self._shelf.steps_done(request) for request in told}
-        return run.failed(held, failure, suspects, last=last)
+        left = {request: self._shelf.steps_done(request) for request in told if held}
+        failed_job = mesh_pb2.FailedJob(
+            request_id=named, batch=size, suspects=suspects, tried=tried, spent=spent
+        )
+        return run.failed(left, failure, failed_job, last=last)
 
 
 def _encoded(card: ModelCard, spec: types_pb2.GenerationSpec) -> LatentState:

@@ -6,12 +6,14 @@ never talks to the broker; the agent never runs a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 from hocket.clock import steady_ns, unix_ns
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+
+CLOSE_PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class RunNote:
     sides: tuple[SideNote, ...] = ()
     last: bool = False
     failure: types_pb2.Failure | None = None
-    suspects: tuple[str, ...] = ()
+    failed_job: mesh_pb2.FailedJob | None = None  # whose fault it was, where something is known
     media: Mapping[str, Media] = field(default_factory=dict)  # by request
     resolved: Mapping[str, str] = field(default_factory=dict)  # prompts that are not as asked for
 
@@ -91,6 +93,11 @@ class RunNote:
 
 
 Listener = Callable[[RunNote], None]
+Room = Callable[[], Awaitable[None]]  # returns when the listener has room for a note
+
+
+async def always_room() -> None:
+    """Of a listener that takes everything."""
 
 
 class Executor(Protocol):
@@ -107,8 +114,13 @@ class Executor(Protocol):
     models: tuple[generation_pb2.ModelInfo, ...]
     store_address: str
 
-    def start(self, listener: Listener) -> None:
-        """Begins to take assignments. `listener` is called from any thread and must not block."""
+    def start(self, listener: Listener, room: Room = always_room) -> None:
+        """Begins to take assignments. `listener` is called from any thread; outside of the loop's
+        own it may block, in which `room` is waited for instead.
+        """
+
+    async def failed(self) -> NoReturn:
+        """Waits for ever, or raises what has ended the executor: the process must end with it."""
 
     def accept_term(self, term: int) -> bool:
         """False for a message of an older term than one already seen."""
@@ -128,6 +140,18 @@ class Executor(Protocol):
     def held(self) -> tuple[mesh_pb2.HeldLatent, ...]:
         """Latents in this worker's memory."""
 
+    def groups(self) -> tuple[types_pb2.Group, ...]:
+        """Groups of more than one member that stand here."""
+
+    def fetch(self, wanted: mesh_pb2.LatentFetch) -> None:
+        """Copies a latent to this worker, beside its steps; a repeated wish is ignored."""
+
+    def is_idle(self) -> bool:
+        """Whether there is nothing in hand, nothing held, and nothing that others fetch."""
+
+    async def tidy(self) -> None:
+        """Frees what others have fetched; to be called with each heartbeat."""
+
     def progress(self) -> tuple[int, int]:
         """(term, highest assignment sequence received), for the heartbeat."""
 
@@ -137,5 +161,5 @@ class Executor(Protocol):
     async def offer_latent(self, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
         """Makes a latent ready to be fetched, waiting for its step to end if need be."""
 
-    async def close(self) -> None:
-        """Stops after the step in hand and frees everything."""
+    async def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
+        """Stops after the step in hand, for which it waits so long, and frees everything."""

@@ -1,10 +1,15 @@
 """Groups on demand: communicators that only their members make, named by (epoch, ordered members).
 
 There is no world and no default process group. The members of a group meet in the first member's
-store (rendezvous.py) under the group's name. House rules:
+store (rendezvous.py) under the group's name; mesh/group_cache.py makes and keeps them. Rules:
 
-- A name is used once: old addresses stay in the store, and a member that still has a group must
-  never meet another that makes it anew. After a loss or an eviction control raises the epoch.
+- A name is used once: a member that still has a group must never meet another that makes it anew.
+  After a loss or an eviction control raises the epoch.
+- Caches evict each by itself, so that one member may still have what another has not. Who has given
+  a group up leaves a mark in the first member's store, and then closes it: its peers fail at once,
+  look for the mark, and all of them say `GroupSpent`, which is nobody's fault.
+- What forming leaves in the first member's store is deleted as soon as all members have a step of
+  that group behind them, or the group goes.
 - Every wait has an end. Forming runs on a thread that the caller can leave, because a connect to a
   stopped host cannot be interrupted and gloo's constructor neither; collectives have a time-out.
 - gloo closes its sockets when its last reference goes, and peers then fail within milliseconds:
@@ -17,25 +22,20 @@ On CUDA a group is an NCCL communicator for tensors and a gloo one for words; on
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
 from traceback import clear_frames
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, PrefixStore
+from torch._C._distributed_c10d import AllgatherOptions
 
-from gpuworker.channels import cuda_channel, host_channel
 from gpuworker.own_time import Waited
-from gpuworker.rendezvous import Abandoned, Cancel, Rendezvous, run_bounded, wait_until
+from gpuworker.rendezvous import Abandoned, run_bounded
 from hocket.clock import SystemClock
 
 DEFAULT_TIMEOUT_S = 30.0
-_SPENT_MAX = 4096  # member lists whose last epoch is remembered
 _LENGTH_BYTES = 8
 _HEAD_BYTES = 64 << 10  # the length and as much of a blob go first
 _SETTLE_POLL_S = 0.0002
@@ -56,6 +56,25 @@ class GroupLost(Exception):
         self.members, self.epoch, self.cause, self.suspects = members, epoch, cause, suspects
 
 
+class GroupSpent(GroupLost):
+    """Nobody failed: `spent` members have given up the group of this name (evicted it)."""
+
+    def __init__(self, members: Members, epoch: int, cause: str, spent: Members) -> None:
+        super().__init__(members, epoch, cause)
+        self.spent = spent
+
+
+class BlobWithheld(Exception):
+    """The source of a blob has none to hand out; every member is told, and the group stands.
+
+    Fields: `excuse`, the source's words.
+    """
+
+    def __init__(self, excuse: bytes) -> None:
+        super().__init__(repr(excuse[:80]))
+        self.excuse = excuse
+
+
 class Group:
     """The communicator of an ordered worker list. One thread uses it; `abort` may come from any.
 
@@ -70,8 +89,10 @@ class Group:
         device: torch.device,
         channels: Any = None,
         meet: Callable[[str, int, int], Any] | None = None,
+        address: str = "",
     ) -> None:
         self.epoch, self.members = epoch, members
+        self.address = address  # of the store where it was made
         self.rank, self.size, self.device = rank, len(members), device
         self.timeout_s = DEFAULT_TIMEOUT_S
         self._channels: tuple[Any, Any] | None = channels  # of device and host
@@ -79,6 +100,7 @@ class Group:
         self._parts: dict[tuple[int, ...], Any] = {}
         self._waited: Waited | None = None  # of the step that is being made
         self._lost: str | None = None
+        self.has_met = False  # every member has been heard: all of them are through with forming
 
     @property
     def lost(self) -> bool:
@@ -93,6 +115,7 @@ class Group:
         out = flat.new_empty(sum(receive))
         counts = (list(receive), list(send))
         self._run(flat, lambda pg, end: pg.alltoall_base(out, flat, *counts, timeout=end))
+        self.has_met = self.has_met or flat.device.type == "cpu"  # elsewhere it is under way
         return out
 
     def all_gather(self, shard: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
@@ -107,6 +130,7 @@ class Group:
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=self.timeout_s)
         self._run(shard, lambda pg, _: pg._allgather_base(out, padded, options))
+        self.has_met = self.has_met or shard.device.type == "cpu"
         rows = [out[rank * longest :][:length] for rank, length in enumerate(lengths)]
         return torch.cat(rows).movedim(0, dim).contiguous()
 
@@ -140,15 +164,26 @@ class Group:
         """The step is made: what comes until the next one is not its."""
         self._waited = None
 
-    def broadcast_blob(self, blob: bytes | None, src: int = 0) -> bytes:
-        """Hands the bytes of `src` to every member; the others pass None. Small ones in one go."""
-        assert blob is not None or self.rank != src, "the source has the blob"
+    def broadcast_blob(
+        self, blob: bytes | None, src: int = 0, *, excuse: bytes | None = None
+    ) -> bytes:
+        """Hands the bytes of `src` to every member; the others pass None. Small ones in one go.
+
+        A source that has none passes an excuse (short); every member raises `BlobWithheld` then.
+        """
+        assert self.rank != src or (blob is None) != (excuse is None), "the source has the blob"
         head = bytearray(_HEAD_BYTES)
-        if blob is not None:
-            head[:_LENGTH_BYTES] = len(blob).to_bytes(_LENGTH_BYTES, "little")
+        if excuse is not None:
+            excuse = excuse[: _HEAD_BYTES - _LENGTH_BYTES]
+            head[:_LENGTH_BYTES] = (-1 - len(excuse)).to_bytes(_LENGTH_BYTES, "little", signed=True)
+            head[_LENGTH_BYTES : _LENGTH_BYTES + len(excuse)] = excuse
+        elif blob is not None:
+            head[:_LENGTH_BYTES] = len(blob).to_bytes(_LENGTH_BYTES, "little", signed=True)
             head[_LENGTH_BYTES : _LENGTH_BYTES + len(blob)] = blob[: _HEAD_BYTES - _LENGTH_BYTES]
         self.broadcast(torch.frombuffer(head, dtype=torch.uint8), src)
-        length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+        length = int.from_bytes(head[:_LENGTH_BYTES], "little", signed=True)
+        if length < 0:
+            raise BlobWithheld(bytes(head[_LENGTH_BYTES : _LENGTH_BYTES - 1 - length]))
         began = bytes(head[_LENGTH_BYTES : _LENGTH_BYTES + length])
         if len(began) == length:
             return began
@@ -222,123 +257,3 @@ class Group:
         """Gives the group up for an error of its channels; what to raise then."""
         self.abort(str(error))
         return GroupLost(self.members, self.epoch, self._lost or "")
-
-
-class GroupCache:
-    """This worker's groups; beyond `capacity` the least recently used one is evicted.
-
-    `get`, `acknowledge` and `close` belong to the compute thread; `abort` and `names` to any.
-    """
-
-    def __init__(
-        self, rendezvous: Rendezvous, me: str, device: torch.device, capacity: int = 16
-    ) -> None:
-        self._rendezvous, self._me, self._device = rendezvous, me, device
-        self._capacity = capacity
-        self._lock = threading.Lock()
-        self._groups: OrderedDict[Members, Group] = OrderedDict()
-        self._spent: OrderedDict[Members, int] = OrderedDict()
-        self._evicted: list[Group] = []
-        self._gloo = dist.ProcessGroupGloo.create_device(hostname=rendezvous.host)
-
-    def get(
-        self,
-        epoch: int,
-        members: Sequence[str],
-        address: str,
-        timeout_s: float,
-        cancel: Cancel | None = None,
-    ) -> Group:
-        """The group of `members` at `epoch`: cached, or formed now, which needs all to call.
-
-        `address` is the rendezvous of the first member. Raises `GroupLost`: a member did not come
-        within `timeout_s`, `cancel` was set, or the name was used up here.
-        """
-        names = tuple(members)
-        assert self._me in names and len(set(names)) == len(names), names
-        if len(names) == 1:
-            return Group(epoch, names, 0, self._device)
-        cached = self._cached(epoch, names)
-        if cached is not None:
-            return cached
-        group = self._form(epoch, names, address, timeout_s, cancel)
-        with self._lock:
-            self._groups[names] = group
-            if len(self._groups) > self._capacity:
-                self._evicted.append(self._groups.popitem(last=False)[1])
-        return group
-
-    def names(self) -> tuple[tuple[int, Members], ...]:
-        """(epoch, members) of the groups that work, least recently used first."""
-        with self._lock:
-            return tuple((g.epoch, g.members) for g in self._groups.values() if not g.lost)
-
-    def acknowledge(self) -> None:
-        """To be called when a step has ended on every member: lets evicted groups go."""
-        with self._lock:
-            while self._evicted:
-                self._evicted.pop().abort("evicted")
-
-    def abort(self) -> None:
-        """Gives all groups up; each is lost from here on."""
-        with self._lock:
-            for group in (*self._groups.values(), *self._evicted):
-                group.abort()
-
-    def close(self) -> None:
-        """The end: gives all groups up."""
-        self.abort()
-
-    def _cached(self, epoch: int, members: Members) -> Group | None:
-        """The working group of this very name; None when it may be formed. Raises `GroupLost`."""
-        with self._lock:
-            group = self._groups.get(members)
-            if group is not None and group.epoch == epoch and not group.lost:
-                self._groups.move_to_end(members)
-                return group
-            last = self._spent.pop(members, -1)
-            self._spent[members] = max(epoch, last)
-            if len(self._spent) > _SPENT_MAX:
-                self._spent.popitem(last=False)
-            if epoch <= last:
-                raise GroupLost(members, epoch, f"epoch {last} was in use here; raise it")
-            self._groups.pop(members, None)
-        if group is not None:
-            group.abort(f"replaced by epoch {epoch}")
-        return None
-
-    def _form(
-        self, epoch: int, members: Members, address: str, timeout_s: float, cancel: Cancel | None
-    ) -> Group:
-        rank = members.index(self._me)
-        suspects = {members[0]} if rank else set()  # until its store has answered
-
-        def work(abandoned: threading.Event) -> Group:
-            store = PrefixStore(f"{epoch}/{'/'.join(members)}", self._rendezvous.client(address))
-            store.set(f"here/{rank}", "")
-            suspects.update(set(members) - {self._me})
-            for peer, name in enumerate(members):
-                wait_until(partial(store.check, [f"here/{peer}"]), abandoned)
-                suspects.discard(name)
-            timeout = timedelta(seconds=timeout_s)
-            host = host_channel(store, rank, len(members), timeout, self._gloo)
-            meet = partial(self._device_channel, store, timeout)
-            cuda = self._device.type == "cuda"
-            device = meet("", rank, len(members)) if cuda else host
-            return Group(epoch, members, rank, self._device, (device, host), meet)
-
-        try:
-            return run_bounded(work, timeout_s, cancel)
-        except (RuntimeError, OSError, Abandoned) as error:
-            self._rendezvous.forget(address)
-            blamed = () if str(error) == "cancelled" else tuple(sorted(suspects))
-            raise GroupLost(members, epoch, f"not formed: {error}", blamed) from error
-
-    def _device_channel(
-        self, store: Any, timeout: timedelta, name: str, rank: int, size: int
-    ) -> Any:
-        """A channel for tensors on this worker's device, of all members or of some (`name`)."""
-        store = PrefixStore(name, store) if name else store
-        if self._device.type == "cuda":
-            return cuda_channel(store, rank, size, timeout, self._device)
-        return host_channel(store, rank, size, timeout, self._gloo)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from hocket.v1 import mesh_pb2
 
+_WAITING_MAX = 4096  # assignments; control finds out that more have not arrived
 _STOP_MARKS_MAX = 4096  # requests whose truncations are remembered; the oldest are forgotten first
 
 
@@ -37,7 +38,7 @@ class Inbox:
         self._pending: set[tuple[int, int]] = set()  # (term, sequence) received and not over
         self.term = 0
         self.sequence = 0  # highest one received in this term
-        self.refused = 0  # messages of an older term
+        self.refused = 0  # messages of an older term, and assignments beyond what can wait
 
     def accept_term(self, term: int) -> bool:
         """False for a message of an older term; a newer term forgets what the older one had
@@ -58,6 +59,9 @@ class Inbox:
         with self._changed:
             if assignment.sequence <= self.sequence:
                 return  # delivered twice
+            if len(self._waiting) >= _WAITING_MAX:
+                self.refused += 1
+                return
             self.sequence = assignment.sequence
             self._waiting.append(assignment)
             self._pending.add((self.term, assignment.sequence))

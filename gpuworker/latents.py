@@ -3,7 +3,8 @@ has ended.
 
 A holder offers a latent on request: the bytes go under a key into this worker's rendezvous store,
 from which the asking worker fetches them. Asking may come before the step has ended; then the
-answer waits for it.
+answer waits for it. What is offered counts in the latents' share, and goes as soon as whoever asked
+has it, when another latent of the request is offered, or after two minutes.
 
 Parked latents beyond the device's share are spilled, least recently used first, by a thread of its
 own: into host memory where the device has a memory of its own, from there, or else at once, into
@@ -26,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 
+from gpuworker.mesh.offers import Offers
 from gpuworker.state import LatentState, StateCorrupt
 from hocket.v1 import mesh_pb2, types_pb2
 
@@ -41,9 +43,18 @@ class LatentMissing(Exception):
     request: str
     steps_done: int
     tried: tuple[str, ...]
+    agreed: bool = True  # every member of the group knows it
 
     def __str__(self) -> str:
         return f"no latent of {self.request} after step {self.steps_done}; tried {self.tried}"
+
+
+class CalledOff(Exception):
+    """A job was truncated while its latent was looked for. Fields: `request`."""
+
+    def __init__(self, request: str) -> None:
+        super().__init__(f"{request} was called off")
+        self.request = request
 
 
 class Shares(NamedTuple):
@@ -87,15 +98,15 @@ class LatentShelf:
         put: Callable[[str, bytes], None],
         drop: Callable[[str], None],
         shares: Shares | None = None,
+        fetched: Callable[[str], int] = lambda key: 0,
     ) -> None:
-        self._put_bytes = put
-        self._drop_bytes = drop
+        """`put` and `drop` offer bytes under a key; `fetched` tells how often they were fetched."""
+        self._offers = Offers(put, drop, fetched)
         self._shares = shares or Shares()
         lock = threading.RLock()
         self._changed = threading.Condition(lock)  # who waits for a step
         self._over = threading.Condition(lock)  # the spilling thread: woken only for work
         self._entries: dict[str, _Entry] = {}  # least recently used first
-        self._offered: dict[str, set[str]] = {}  # keys in the store, by request
         self._released: dict[str, None] = {}  # a step in hand may end after its request's release
         self._in_hand: frozenset[str] = frozenset()
         self._stuck: set[str] = set()  # could not be spilled
@@ -114,6 +125,17 @@ class LatentShelf:
             if request not in self._released:
                 self._replace(request, _Entry.of(state))
             self._tell()
+
+    def add(self, request: str, state: LatentState) -> bool:
+        """Keeps a copy from elsewhere, unless the request has ended or a newer one is here."""
+        with self._changed:
+            entry = self._entries.get(request)
+            behind = entry is not None and entry.steps_done >= state.steps_done
+            if behind or request in self._released:
+                return False
+            self._replace(request, _Entry.of(state))
+            self._tell()
+        return True
 
     def get(self, request: str, steps_done: int) -> LatentState | None:
         """The request's latent if it has exactly that many steps behind it; a spilled one comes
@@ -160,13 +182,11 @@ class LatentShelf:
     def release(self, request: str) -> None:
         with self._changed:
             self._replace(request, None)
-            keys = self._offered.pop(request, set())
             self._released[request] = None
             while len(self._released) > _RELEASED_MAX:
                 del self._released[next(iter(self._released))]
             self._tell()
-        for key in keys:
-            self._drop_bytes(key)
+        self._offers.withdraw(request)
 
     def held(self) -> tuple[mesh_pb2.HeldLatent, ...]:
         with self._changed:
@@ -199,21 +219,28 @@ class LatentShelf:
             blob = self._blob(asked.request_id, entry)
         if blob is None:
             have = "none" if entry is None else f"one after step {entry.steps_done}"
-            return mesh_pb2.LatentReply(
-                failure=types_pb2.Failure(
-                    reason="LATENT_MISSING",
-                    message=f"asked for a latent after step {asked.steps_done}, have {have}",
-                )
+            failure = types_pb2.Failure(
+                reason="LATENT_MISSING",
+                message=f"asked for a latent after step {asked.steps_done}, have {have}",
             )
+            return mesh_pb2.LatentReply(failure=failure)
         key = f"latent/{asked.request_id}/{asked.attempt}/{asked.steps_done}"
-        self._put_bytes(key, blob)
+        self._offers.lend(asked.request_id, key, blob)
         with self._changed:
             kept = asked.request_id in self._entries
-            if kept:
-                self._offered.setdefault(asked.request_id, set()).add(key)
+            self._tell()
         if not kept:
-            self._drop_bytes(key)
+            self._offers.withdraw(asked.request_id)
         return mesh_pb2.LatentReply(key=key, size_bytes=len(blob))
+
+    def tidy(self) -> None:
+        """Drops what was offered and has been fetched."""
+        self._offers.tidy()
+
+    @property
+    def offered_bytes(self) -> int:
+        """Of the copies that wait to be fetched."""
+        return self._offers.size_bytes
 
     def close(self) -> None:
         with self._changed:
@@ -282,7 +309,8 @@ class LatentShelf:
             (Place.HOST, self._shares.host_bytes),
             (Place.DEVICE, device_bytes),
         ):
-            if self._bytes_in(place) <= share_bytes:
+            lent = self.offered_bytes if place is self._host_place() else 0
+            if self._bytes_in(place) + lent <= share_bytes:
                 continue
             for request, entry in self._entries.items():
                 parked = request not in self._in_hand and request not in self._stuck
@@ -290,6 +318,10 @@ class LatentShelf:
                     return request, entry, self._below(entry)
         self._pressed = False
         return None
+
+    def _host_place(self) -> Place:
+        """Whose share host memory is: of a CPU, the device's."""
+        return Place.HOST if self._shares.host_bytes else Place.DEVICE
 
     def _below(self, entry: _Entry) -> Place:
         own_memory = entry.place is Place.DEVICE and entry.device.type != "cpu"

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from gpuworker.groups import GroupCache
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.rendezvous import Rendezvous
 from hocket.clock import steady_ns
 

@@ -139,7 +139,7 @@ class Memory:
             activations_bytes=max((p.peak_bytes - p.size_bytes for p in parts), default=0),
             latents_budget_bytes=self._latents_budget_bytes,
             latents_bytes=self._shelf.bytes_in(Place.DEVICE),
-            latents_host_bytes=self._shelf.bytes_in(Place.HOST),
+            latents_host_bytes=self._shelf.bytes_in(Place.HOST) + self._shelf.offered_bytes,
             latents_file_bytes=self._shelf.bytes_in(Place.FILE),
             parts=parts,
             loads=self._weights.loads,

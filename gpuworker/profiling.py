@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from gpuworker import media
-from gpuworker.groups import Group, GroupCache
+from gpuworker.groups import Group
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.models.card import CardFacts, ModelCard
 from gpuworker.models.loading import LoadError
 from gpuworker.pace import pace_of

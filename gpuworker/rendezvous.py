@@ -83,6 +83,18 @@ class Rendezvous:
             chunks = int(self._store.get(f"blob/{key}"))
             for name in (f"blob/{key}", *(f"blob/{key}/{number}" for number in range(chunks))):
                 self._store.delete_key(name)
+        self._store.delete_key(f"got/{key}")
+
+    def fetched(self, key: str) -> int:
+        """How often an offered blob has been fetched, to its last byte."""
+        got = f"got/{key}"
+        return int(self._store.get(got)) if self._store.check([got]) else 0
+
+    def drop_all(self, prefix: str) -> None:
+        """Takes back whatever stands here under keys that begin so."""
+        for key in self._store.list_keys():
+            if key.startswith(prefix):
+                self._store.delete_key(key)
 
     def fetch(
         self, address: str, key: str, timeout_s: float, cancel: Cancel | None = None
@@ -93,7 +105,10 @@ class Rendezvous:
             store = self.client(address)
             wait_until(partial(store.check, [f"blob/{key}"]), abandoned)
             chunks = int(store.get(f"blob/{key}"))
-            return b"".join(store.get(f"blob/{key}/{number}") for number in range(chunks))
+            blob = b"".join(store.get(f"blob/{key}/{number}") for number in range(chunks))
+            if not abandoned.is_set():
+                store.add(f"got/{key}", 1)  # so that the holder can let it go
+            return blob
 
         try:
             return run_bounded(work, timeout_s, cancel)

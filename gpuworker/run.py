@@ -32,6 +32,8 @@ class Run:
     sides: list[SideNote] = field(default_factory=list)
     steps: list[StepNote] = field(default_factory=list)
     unreported: Stopwatch = field(default_factory=Stopwatch)
+    lacking: dict[str, str] = field(default_factory=dict)  # request -> member without its latent
+    _lacks: int = 0  # jobs of which this member has no latent, as a mask over the batch
     _left: dict[str, int] = field(default_factory=dict)  # steps behind those who left since a note
     _ended: list[StepNote] = field(default_factory=list)  # the last ones, newest first
     _own: dict[int, dict[int, int]] = field(default_factory=dict)  # step -> rank -> own time
@@ -55,7 +57,11 @@ class Run:
     def own(self) -> list[int]:
         """What the other members are told: steps that have ended here, and how much of the last of
         them was this member's own, newest first (0: there was none, or it is not known).
+
+        Before the first step, instead: minus a mask of the jobs whose latent this member lacks.
         """
+        if self._lacks:
+            return [-self._lacks, *[0] * TOLD_STEPS]
         own_us = [note.own_us or 0 for note in self._ended]
         steps = self._ended[0].step + 1 if self._ended else 0
         return [steps, *own_us, *[0] * (TOLD_STEPS - len(own_us))]
@@ -63,9 +69,21 @@ class Run:
     def heard(self, told: Iterable[Sequence[int]]) -> None:
         """What `own` is on each member, in their order."""
         for rank, (steps, *own_us) in enumerate(told):
+            for place, job in enumerate(self.assignment.batch if steps < 0 else ()):
+                if -steps >> place & 1:
+                    self.lacking[job.request_id] = self.assignment.group.members[rank]
             for back, each in enumerate(own_us, 1):
                 if each:
                     self._own.setdefault(steps - back, {})[rank] = each
+
+    def lack(self, member: mesh_pb2.BatchMember) -> None:
+        """This member has no latent of a job, though the plan says that every member does."""
+        self._lacks |= 1 << list(self.assignment.batch).index(member)
+
+    def took_off(self) -> list[tuple[mesh_pb2.BatchMember, str]]:
+        """Jobs in it that cannot begin, with a member that lacks the latent: told to all by now."""
+        lacking, self.lacking, self._lacks = self.lacking, {}, 0
+        return [(m, lacking[m.request_id]) for m in self.members if m.request_id in lacking]
 
     def word(self, staying: Collection[str]) -> int:
         """The control word by which those go on."""
@@ -107,19 +125,19 @@ class Run:
         self,
         held: Mapping[str, int | None],
         failure: types_pb2.Failure,
-        suspects: Sequence[str] = (),
+        failed_job: mesh_pb2.FailedJob,
         *,
         last: bool = True,
     ) -> RunNote:
-        """It, or the one job that the failure names, was given up; `held` by this worker are the
-        latents with so many steps behind them.
+        """It, or the one job that is named, was given up; `held` by this worker are the latents
+        with so many steps behind them.
         """
         return RunNote(
             assignment=self.assignment,
             behind={request: steps for request, steps in held.items() if steps is not None},
             last=last,
             failure=failure,
-            suspects=tuple(suspects),
+            failed_job=failed_job,
         )
 
     def _told(

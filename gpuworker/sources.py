@@ -1,6 +1,8 @@
 """Where a job's latent comes from: held here, broadcast by a member, or fetched from a holder.
 
-Who broadcasts follows from the plan alone, so that all members of a group agree without a word.
+Who broadcasts follows from the plan alone, so that all members of a group agree without a word. A
+source that has no latent to hand out says so in its place: then all members know why, the group
+stands, and nobody is suspected.
 """
 
 from __future__ import annotations
@@ -8,20 +10,26 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 from gpuworker.executor import Stopwatch
+from gpuworker.groups import BlobWithheld
 from gpuworker.inbox import Inbox
-from gpuworker.latents import LatentMissing, LatentShelf
-from gpuworker.rendezvous import BlobLost, Rendezvous
+from gpuworker.latents import CalledOff, LatentMissing, LatentShelf
+from gpuworker.rendezvous import BlobLost, Cancel, Rendezvous
 from gpuworker.run import Run
-from gpuworker.state import LatentState
+from gpuworker.state import LatentState, StateCorrupt
 from hocket import spans
-from hocket.v1 import mesh_pb2
+from hocket.v1 import mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)
 
-# Asks a holder (worker name) for a latent and returns the store key, or raises LatentMissing.
-Ask = Callable[[str, mesh_pb2.LatentRequest], mesh_pb2.LatentReply]
+# Asks a holder (worker name) for a latent and returns the store key; the third argument is looked
+# at while it waits.
+Ask = Callable[[str, mesh_pb2.LatentRequest, Cancel], mesh_pb2.LatentReply]
+
+_CALLED_OFF = b"called off"
+_MISSING = b"missing"
 
 
 class Sources:
@@ -39,6 +47,9 @@ class Sources:
     def obtain(self, run: Run, member: mesh_pb2.BatchMember) -> LatentState:
         """The latent to start from: held here, broadcast by a member, or fetched from a holder
         outside.
+
+        Raises `LatentMissing`, or `CalledOff`: the job was truncated meanwhile. In a group all
+        members raise alike, but for a missing latent that is not `agreed`.
         """
         steps_done = member.first_step
         own = self._shelf.get(member.request_id, steps_done)
@@ -50,13 +61,11 @@ class Sources:
         source = _source(run.assignment, member)
         if source is None:  # the plan knows that every member holds it
             if own is None:
-                raise LatentMissing(member.request_id, steps_done, (self._worker,))
+                tried = (self._worker,)
+                raise LatentMissing(member.request_id, steps_done, tried, agreed=False)
             return own
         began = Stopwatch()
-        if run.group.rank == source and own is None:
-            own = self._fetch(run, member)
-        blob = own.to_bytes() if own is not None and run.group.rank == source else None
-        content = run.group.broadcast_blob(blob, source)
+        content = self._broadcast(run, member, source, own)
         if own is None:
             own = LatentState.from_bytes(content, run.group.device)
         self._shelf.put(member.request_id, own)
@@ -72,42 +81,78 @@ class Sources:
             )
         return own
 
+    def _broadcast(
+        self, run: Run, member: mesh_pb2.BatchMember, source: int, own: LatentState | None
+    ) -> bytes:
+        """The latent's bytes, from that member."""
+        assert run.group is not None
+        blob: bytes | None = None
+        excuse: bytes | None = None
+        if run.group.rank == source:
+            try:
+                blob = (own or self._fetch(run, member)).to_bytes()
+            except LatentMissing as missing:
+                excuse = b"\n".join((_MISSING, *(name.encode() for name in missing.tried)))
+            except CalledOff:
+                excuse = _CALLED_OFF
+        try:
+            return run.group.broadcast_blob(blob, source, excuse=excuse)
+        except BlobWithheld as withheld:
+            _raise_alike(member, withheld.excuse)
+
     def _fetch(self, run: Run, member: mesh_pb2.BatchMember) -> LatentState:
+        off = Off(self._inbox, run.assignment, member.request_id)
         tried, began = [], Stopwatch()
+        timeout_us = run.assignment.collective_timeout_us
         for holder in member.holders:
+            tried.append(holder.worker)
             if holder.worker == self._worker:
                 continue
-            tried.append(holder.worker)
-            reply = self._ask(
-                holder.worker,
-                mesh_pb2.LatentRequest(
-                    request_id=member.request_id,
-                    steps_done=member.first_step,
-                    attempt=member.attempt,
-                    wait_us=run.assignment.collective_timeout_us // 2,
-                ),
+            asked = mesh_pb2.LatentRequest(
+                request_id=member.request_id,
+                steps_done=member.first_step,
+                attempt=member.attempt,
+                wait_us=timeout_us // 2,
             )
-            if reply.HasField("failure"):
-                log.warning("%s gave no latent: %s", holder.worker, reply.failure.message)
-                continue
             try:
-                blob = self._rendezvous.fetch(
-                    holder.store_address,
-                    reply.key,
-                    run.assignment.collective_timeout_us / 1e6,
-                    Off(self._inbox, run.assignment, member.request_id),
-                )
-            except BlobLost as lost:
-                log.warning("the latent of %s was lost: %s", member.request_id, lost)
-                break
+                blob = fetch_from(self._rendezvous, self._ask, holder, asked, timeout_us / 1e6, off)
+                state = LatentState.from_bytes(blob)
+            except (BlobLost, StateCorrupt) as lost:
+                log.warning("%s gave no latent: %s", holder.worker, lost)
+                if off.is_set():
+                    raise CalledOff(member.request_id) from lost
+                continue
             run.sides.append(
                 began.side(
                     spans.TRANSFER,
                     {spans.BYTES: len(blob), spans.FROM: holder.worker, spans.TO: self._worker},
                 )
             )
-            return LatentState.from_bytes(blob)
+            return state
         raise LatentMissing(member.request_id, member.first_step, tuple(tried))
+
+
+def fetch_from(
+    rendezvous: Rendezvous,
+    ask: Ask,
+    holder: types_pb2.LatentHolder,
+    asked: mesh_pb2.LatentRequest,
+    timeout_s: float,
+    cancel: Cancel,
+) -> bytes:
+    """Asks a holder for a latent and fetches what it offers. Raises `BlobLost`."""
+    reply = ask(holder.worker, asked, cancel)
+    if reply.HasField("failure"):
+        raise BlobLost(holder.worker, asked.request_id, reply.failure.message)
+    return rendezvous.fetch(holder.store_address, reply.key, timeout_s, cancel)
+
+
+def _raise_alike(member: mesh_pb2.BatchMember, excuse: bytes) -> NoReturn:
+    """On every member of a group what the source of a latent has met with."""
+    if excuse == _CALLED_OFF:
+        raise CalledOff(member.request_id)
+    tried = tuple(name.decode() for name in excuse.split(b"\n")[1:])
+    raise LatentMissing(member.request_id, member.first_step, tried)
 
 
 class Off(threading.Event):

@@ -9,31 +9,35 @@ import resource
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillWaiting
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from gpuworker.engine import Engine
 from gpuworker.exchange import ParallelAttention
-from gpuworker.executor import Listener
-from gpuworker.groups import GroupCache
+from gpuworker.executor import CLOSE_PATIENCE_S, Listener, Room, always_room
 from gpuworker.inbox import Inbox, StopMark
 from gpuworker.latents import LatentShelf, Shares
 from gpuworker.memory import Memory
+from gpuworker.mesh.copies import Copies
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
 from gpuworker.models.loading import LoadError, load_card
 from gpuworker.pace import pace_of
-from gpuworker.rendezvous import Rendezvous
+from gpuworker.rendezvous import Cancel, Rendezvous
 from gpuworker.sources import Sources
 from gpuworker.weights import WeightStore
 from hocket.bus import Bus, Subjects
-from hocket.errors import PeerSilent
+from hocket.errors import HocketError
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)
 
 _OFFERING_THREADS = 16
+_ASK_POLL_S = 0.02  # whether an asking was called off
 _ASK_MARGIN_US = 500_000  # the answer's way back, beyond the holder's own waiting time
 
 
@@ -66,7 +70,8 @@ class TorchExecutor:
         self._inbox = Inbox()
         self._rendezvous = Rendezvous(advertise)
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
-        self._shelf = LatentShelf(self._rendezvous.put, self._rendezvous.drop, shares)
+        store = self._rendezvous
+        self._shelf = LatentShelf(store.put, store.drop, shares, store.fetched)
         self._memory = Memory(cards, device, weights, self._shelf, shares.device_bytes)
         self._engine = Engine(
             worker,
@@ -78,8 +83,10 @@ class TorchExecutor:
             pace_of(device),
             self._memory,
         )
+        self._copies = Copies(worker, self._shelf, self._rendezvous, self._ask)
         self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
         self._thread: threading.Thread | None = None
+        self._ended: asyncio.Future[NoReturn] = self._loop.create_future()
         facts = [replace(c.facts, degrees=(1,)) if alone else c.facts for c in cards.values()]
         self.models = tuple(model_info(each, batch_max) for each in facts)
         self.store_address = self._rendezvous.address
@@ -104,11 +111,16 @@ class TorchExecutor:
     def memory(self) -> types_pb2.Memory:
         return self._memory.facts()
 
-    def start(self, listener: Listener) -> None:
+    def start(self, listener: Listener, room: Room = always_room) -> None:
+        """The compute thread blocks in a listener that has no room."""
         self._thread = threading.Thread(
-            target=self._engine.run, args=(listener,), name="compute", daemon=True
+            target=self._compute, args=(listener,), name="compute", daemon=True
         )
         self._thread.start()
+
+    async def failed(self) -> NoReturn:
+        await asyncio.shield(self._ended)
+        raise AssertionError("an executor ends by an exception")
 
     def accept_term(self, term: int) -> bool:
         accepted = self._inbox.accept_term(term)
@@ -126,10 +138,27 @@ class TorchExecutor:
     def truncate(self, truncate: mesh_pb2.Truncate) -> None:
         self._inbox.truncate(truncate.request_id, StopMark(truncate.attempt, truncate.stop_at_step))
         if truncate.release:
-            self._shelf.release(truncate.request_id)
+            self.release(truncate.request_id)
 
     def release(self, request: str) -> None:
+        self._copies.release(request)
         self._shelf.release(request)
+
+    def fetch(self, wanted: mesh_pb2.LatentFetch) -> None:
+        self._copies.want(wanted)
+
+    def groups(self) -> tuple[types_pb2.Group, ...]:
+        return tuple(
+            types_pb2.Group(epoch=epoch, members=members) for epoch, members in self._groups.names()
+        )
+
+    def is_idle(self) -> bool:
+        lent = self._shelf.offered_bytes or self._copies.under_way
+        return not (lent or self._shelf.held() or self._inbox.pending())
+
+    async def tidy(self) -> None:
+        if self._shelf.offered_bytes:
+            await self._loop.run_in_executor(self._offering, self._shelf.tidy)
 
     def held(self) -> tuple[mesh_pb2.HeldLatent, ...]:
         return self._shelf.held()
@@ -145,18 +174,33 @@ class TorchExecutor:
             self._offering, self._shelf.offer, asked
         )
 
-    async def close(self) -> None:
+    async def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
+        self._ended.cancel()
         self._inbox.close()
+        self._copies.close()
         self._groups.abort()
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, 10.0)
+            await asyncio.to_thread(self._thread.join, patience_s)
         await asyncio.to_thread(self._memory.close)
         self._offering.shutdown(wait=False, cancel_futures=True)
         self._groups.close()
         self._rendezvous.close()
 
-    def _ask(self, holder: str, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
-        """Called from the compute thread: asks another worker's agent through this one's."""
+    def _compute(self, listener: Listener) -> None:
+        """The compute thread. Whatever ends it but `close` ends the process, see `failed`."""
+        try:
+            self._engine.run(listener)
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._end, error)
+
+    def _end(self, error: BaseException) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+    def _ask(
+        self, holder: str, asked: mesh_pb2.LatentRequest, cancel: Cancel
+    ) -> mesh_pb2.LatentReply:
+        """Called from other threads: asks another worker's agent through this one's."""
         answer = asyncio.run_coroutine_threadsafe(
             self._bus.request(
                 self._subjects.latent(holder),
@@ -166,12 +210,17 @@ class TorchExecutor:
             ),
             self._loop,
         )
-        try:
-            return answer.result()
-        except PeerSilent as silent:
-            return mesh_pb2.LatentReply(
-                failure=types_pb2.Failure(reason=silent.reason, message=str(silent))
-            )
+        while True:
+            try:
+                return answer.result(_ASK_POLL_S)
+            except StillWaiting:
+                if not answer.done() and not cancel.is_set():
+                    continue
+                answer.cancel()
+                failure = types_pb2.Failure(reason="CANCELLED", message="called off")
+            except HocketError as error:
+                failure = types_pb2.Failure(reason=error.reason, message=str(error))
+            return mesh_pb2.LatentReply(failure=failure)
 
 
 def load_cards(

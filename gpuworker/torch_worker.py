@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +14,9 @@ import torch
 from gpuworker.agent import Agent
 from gpuworker.config import EMBEDDED_MODELS, WorkerSettings
 from gpuworker.latents import Shares
+from gpuworker.mesh.ending import ended_with
+from gpuworker.mesh.naming import advertised_address, worker_name
+from gpuworker.mesh.stopping import StopSignals, run_until
 from gpuworker.models.loading import LoadError, folder_bytes
 from gpuworker.pool import run_pool
 from gpuworker.torch_executor import TorchExecutor, load_cards, pick_device
@@ -23,7 +25,7 @@ from gpuworker.xfuser_attention import XfuserMissing, chosen_attention
 from hocket import endpoints, telemetry
 from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
-from hocket.errors import HocketError, WrongConfig
+from hocket.errors import WrongConfig
 
 _RESERVED = 0.15  # of a CUDA device: activations of what fits whole, the context, fragmentation
 _THREAD_SWITCH_S = 0.0005  # heartbeats and reports must not wait long for the compute thread's GIL
@@ -36,25 +38,24 @@ def run(settings: WorkerSettings) -> int:
     set_native_environment()
     if settings.count == 1:
         return run_one(settings, settings.first_index)
-    return run_pool(settings.count, settings.first_index, functools.partial(run_one, settings))
+    one = functools.partial(run_one, settings)
+    return run_pool(settings.count, settings.first_index, one, settings.restarts_max)
 
 
-def run_one(settings: WorkerSettings, index: int) -> int:
-    """Runs one worker until SIGTERM or SIGINT."""
+def run_one(settings: WorkerSettings, index: int, restarts: int = 0) -> int:
+    """Runs one worker until SIGTERM or SIGINT; `restarts`: how often it was started again."""
     sys.setswitchinterval(_THREAD_SWITCH_S)
-    try:
-        asyncio.run(_serve(settings, index))
-    except (HocketError, LoadError, BudgetTooSmall, XfuserMissing) as error:
-        print(f"worker {settings.name_prefix}{index}: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return ended_with(
+        worker_name(settings, index),
+        lambda: asyncio.run(_serve(settings, index, restarts)),
+        wrong=(LoadError, BudgetTooSmall, XfuserMissing),
+    )
 
 
-async def _serve(settings: WorkerSettings, index: int) -> None:
-    name = f"{settings.name_prefix}{index}"
-    stop = asyncio.Event()
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(sign, stop.set)
+async def _serve(settings: WorkerSettings, index: int, restarts: int) -> None:
+    name = worker_name(settings, index)
+    signals = StopSignals()
+    signals.listen()
     told = telemetry.setup("gpuworker", name, settings.state_dir, settings.log_level)
     try:
         device = pick_device(settings.device, index)
@@ -79,18 +80,18 @@ async def _serve(settings: WorkerSettings, index: int) -> None:
             Subjects(settings.cluster),
             weights=weights,
             shares=shares,
-            advertise=settings.advertise,
+            advertise=advertised_address(settings),
             groups_max=settings.groups_max,
             batch_max=settings.batch_max,
             alone=alone,
         )
-        agent = Agent(name, settings, bus, executor, SystemClock(), told.tracer)
+        agent = Agent(name, settings, bus, executor, SystemClock(), told.tracer, restarts)
         endpoints.announce(settings.state_dir, name, executor.store_address)
         try:
-            await run_until(agent, stop)
+            await run_until([agent], signals)
         finally:
             endpoints.withdraw(settings.state_dir, name)
-            await executor.close()
+            await executor.close(signals.patience_s)
             await bus.close()
     finally:
         told.close()
@@ -114,14 +115,6 @@ def budgets(settings: WorkerSettings, device: torch.device, folder: Path) -> tup
     host_bytes = settings.latents_host_mib << 20 if device.type == "cuda" else 0
     weights_bytes = budget_bytes - latents_bytes if budget_bytes else 0
     return Shares(latents_bytes, host_bytes, folder), weights_bytes
-
-
-async def run_until(agent: Agent, stop: asyncio.Event) -> None:
-    """Runs an agent until `stop` is set."""
-    async with asyncio.TaskGroup() as tasks:
-        serving = tasks.create_task(agent.run())
-        await stop.wait()
-        serving.cancel()
 
 
 def gpu_name(kind: str, index: int) -> str:

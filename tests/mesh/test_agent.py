@@ -80,7 +80,7 @@ async def test_each_file_of_a_batch_is_stored_and_told_by_itself(
     (done,) = stored.results
     assert done.media.object_name == done.request_id and not stored.HasField("failure")
     assert failed.failure.reason == "MEDIA_NOT_STORED"
-    other = failed.failure.metadata["request"]
+    other = failed.failed_job.request_id
     assert {done.request_id, other} == {"r", "s"}
     assert [r.request_id for r in failed.results] == [other]
     assert (first.last, second.last) == (False, True)

@@ -11,13 +11,14 @@ import torch
 
 from gpuworker.engine import Engine
 from gpuworker.executor import RunNote
-from gpuworker.groups import GroupCache
 from gpuworker.inbox import Inbox, StopMark
 from gpuworker.latents import LatentShelf
 from gpuworker.memory import Memory
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.models.card import ModelCard
 from gpuworker.models.loading import load_card
 from gpuworker.pace import Pace
+from gpuworker.rendezvous import Cancel
 from gpuworker.sources import Sources
 from gpuworker.state import LatentState
 from gpuworker.weights import WeightStore
@@ -49,19 +50,26 @@ class Told:
     behind: dict[str, int]
     last: bool
     reason: str
-    metadata: dict[str, str]
+    request: str  # that a failure names
+    suspects: tuple[str, ...]
+    tried: tuple[str, ...]
+    spent: tuple[str, ...]
     media: tuple[str, ...]
     members_us: tuple[tuple[int, ...], ...]  # by step
 
     @classmethod
     def of(cls, note: RunNote) -> Told:
         failure = note.failure or types_pb2.Failure()
+        job = note.failed_job or mesh_pb2.FailedJob()
         return cls(
             note.assignment.sequence,
             dict(note.behind),
             note.last,
             failure.reason,
-            dict(failure.metadata),
+            job.request_id,
+            tuple(job.suspects),
+            tuple(job.tried),
+            tuple(job.spent),
             tuple(note.media),
             tuple(step.members_us for step in note.steps),
         )
@@ -169,7 +177,7 @@ class _Watcher:
         return self._decode(state)
 
 
-def _nobody(holder: str, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
+def _nobody(holder: str, asked: mesh_pb2.LatentRequest, _: Cancel) -> mesh_pb2.LatentReply:
     return mesh_pb2.LatentReply(
         failure=types_pb2.Failure(reason="LATENT_MISSING", message=f"{holder} has none")
     )

@@ -155,10 +155,69 @@ def test_a_job_whose_latent_is_nowhere_is_named_and_left_behind(
     notes, states = pool.one(worker, run_engine, order)
     failed, *_, done = of(notes, 3)
     assert (failed.reason, failed.last) == ("LATENT_MISSING", False)
-    assert failed.metadata["request"] == "b" and not failed.behind
+    assert failed.request == "b" and not failed.behind
     assert done.last and done.behind == {"a": steps, "c": steps}
     for mate in "ac":
         assert same(states[mate], latents_alone(pool, flux, solo, mate))
+
+
+@pytest.mark.parametrize("lacking", ["source", "member"])
+def test_a_latent_that_a_group_misses_is_nobody_s_loss(
+    pool: Pool, flux: Reference, steps: int, lacking: str
+) -> None:
+    """All members say LATENT_MISSING and who was asked; the same group runs the next assignment.
+
+    The plan believes the latent of `z` on the first member alone, which broadcasts it, or on both,
+    of which nobody broadcasts, while the second has none.
+    """
+    workers = tuple(pool.names[:2])
+    epoch, address = pool.next_epoch(), pool.address(workers[0])
+    both = lacking == "member"
+    lost = mesh_pb2.Assignment.FromString(
+        assignment(flux, 2, "dit", workers, ("z",), address=address, epoch=epoch)
+    )
+    if both:
+        lost.batch[0].holders.append(types_pb2.LatentHolder(worker=workers[1], steps_done=0))
+    more = assignment(flux, 3, "dit", workers, count=steps, address=address, epoch=epoch)
+    for worker in workers:
+        encoded = ALL + (("z",) if both and worker == workers[0] else ())
+        mine = (assignment(flux, 1, "text", (worker,), encoded), lost.SerializeToString(), more)
+        pool.start(worker, run_engine, Order(flux.folder, mine))
+    results = [pool.result(worker) for worker in workers]
+    told = [of(notes, 2) for notes, _ in results]
+    done = of(results[0][0], 3)[-1]
+    assert done.last and done.behind == dict.fromkeys(ALL, steps), "the group stands"
+    blamed = workers[1] if both else workers[0]
+    for (failed,) in told:
+        assert (failed.reason, failed.request, failed.last) == ("LATENT_MISSING", "z", True)
+        assert (failed.tried, failed.suspects) == ((blamed,), ())
+
+
+@pytest.mark.parametrize("lacking", ["source", "member"])
+def test_the_others_of_a_group_s_batch_go_on_without_what_is_missing(
+    pool: Pool, flux: Reference, solo: dict[str, bytes], steps: int, lacking: str
+) -> None:
+    workers = tuple(pool.names[:2])
+    epoch, address = pool.next_epoch(), pool.address(workers[0])
+    both = lacking == "member"
+    dit = mesh_pb2.Assignment.FromString(
+        assignment(flux, 2, "dit", workers, count=steps, address=address, epoch=epoch)
+    )
+    if both:
+        for member in dit.batch:
+            member.holders.append(types_pb2.LatentHolder(worker=workers[1], steps_done=0))
+    for worker in workers:
+        lacks = worker == (workers[1] if both else workers[0])
+        encoded = ("a", "c") if lacks else ALL
+        mine = (assignment(flux, 1, "text", (worker,), encoded), dit.SerializeToString())
+        pool.start(worker, run_engine, Order(flux.folder, mine))
+    (notes, first), (quiet, second) = (pool.result(worker) for worker in workers)
+    missing, *_, done = of(notes, 2)
+    assert (missing.reason, missing.request, missing.last) == ("LATENT_MISSING", "b", False)
+    assert done.last and done.behind == {"a": steps, "c": steps} and not of(quiet, 2)
+    for mate in "ac":
+        assert first[mate] == second[mate]
+        assert same(first[mate], latents_alone(pool, flux, solo, mate))
 
 
 def test_a_job_that_cannot_be_decoded_is_named_and_left_behind(pool: Pool, flux: Reference) -> None:
@@ -167,7 +226,7 @@ def test_a_job_that_cannot_be_decoded_is_named_and_left_behind(pool: Pool, flux:
     notes, _ = pool.one(worker, run_engine, order)
     a, b, c = of(notes, 3)
     assert a.media == ("a",) and not a.last
-    assert (b.reason, b.metadata["request"], b.last) == ("MODEL_ERROR", "b", False)
+    assert (b.reason, b.request, b.last) == ("MODEL_ERROR", "b", False)
     assert c.media == ("c",) and c.last
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
-from gpuworker.groups import GroupCache, GroupLost
+from gpuworker.groups import GroupLost
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.rendezvous import Rendezvous
 from tests.worker import worker_tasks as tasks
 from tests.worker.worker_jobs import meet
@@ -77,15 +79,53 @@ def test_the_cache_is_bounded_and_never_remakes_a_name(pool: Pool) -> None:
         assert pool.each(meeting.members, tasks.rank_sum, meeting) == [1, 1]
         drain(pool, meeting.members)
     assert [epoch for epoch, _ in pool.one(first, tasks.cached)] == [m.epoch for m in pairs[1:]]
-    # Evicted but not closed: the peer sees no difference until a step has been acknowledged.
-    pool.one(first, tasks.acknowledge)
-    assert "in use" in pool.one(first, tasks.join, pairs[0]).cause
-    peer = pool.one(others[0], tasks.rank_sum, pairs[0])
-    drain(pool, [others[0]])
-    assert isinstance(peer, tasks.Loss), "the peer must not wait for a group that is gone"
+    # Evicted but not closed: the peer sees no difference until a step has been acknowledged, or
+    # until the group is asked for.
+    members = pairs[0].members
+    losses = pool.each(members, tasks.rank_sum, replace(pairs[0], timeout_s=NEVER_S))
+    assert pool.note(others[0]) == "joined"
+    assert "in use" in losses[0].cause
+    assert [loss.spent for loss in losses] == [(first,), (first,)], "both say who gave it up"
+    assert not any(loss.suspects for loss in losses), "nobody failed"
     again = meet(pool, (first, others[0]))
     assert pool.each(again.members, tasks.rank_sum, again) == [1, 1]
     drain(pool, again.members)
+    pool.each(pool.names, tasks.fresh_cache, 16)
+
+
+def test_a_peer_learns_who_gave_a_group_up_long_ago(pool: Pool) -> None:
+    """Whoever evicted it: also where the peer hosts the store, and where the group was closed."""
+    first, second, *others = pool.names
+    pool.each(pool.names, tasks.fresh_cache, 1)
+    pair = meet(pool, (second, first), timeout_s=NEVER_S)
+    assert pool.each(pair.members, tasks.rank_sum, pair) == [1, 1]
+    other = meet(pool, (first, others[0]))
+    assert pool.each(other.members, tasks.rank_sum, other) == [1, 1]
+    drain(pool, [first, second, *other.members])
+    pool.one(first, tasks.acknowledge)
+    lone = pool.one(second, tasks.rank_sum, pair)
+    assert pool.note(second) == "joined"
+    assert (lone.spent, lone.suspects) == ((first,), ())
+    # A member that has forgotten everything does not wait for one that will not come.
+    pool.one(first, tasks.rank_sum, pair)
+    pool.one(second, tasks.fresh_cache, 16)
+    forgetful = pool.one(second, tasks.join, pair, NEVER_S)
+    assert forgetful.spent == (first,)
+    pool.each(pool.names, tasks.fresh_cache, 16)
+
+
+def test_forming_leaves_nothing_in_the_store(pool: Pool) -> None:
+    first, *others = pool.names
+    pool.each(pool.names, tasks.fresh_cache, 2)
+    counts = []
+    for turn in range(10):
+        meeting = meet(pool, (first, others[turn % 3], others[(turn + 1) % 3]))
+        assert pool.each(meeting.members, tasks.rank_sum, meeting) == [3, 3, 3]
+        drain(pool, meeting.members)
+        for name in meeting.members:
+            pool.one(name, tasks.acknowledge)
+        counts.append(pool.one(first, tasks.store_keys))
+    assert len(set(counts[6:])) == 1, counts  # one mark stays for each of the three member lists
     pool.each(pool.names, tasks.fresh_cache, 16)
 
 

@@ -13,10 +13,10 @@ import torch
 
 from gpuworker.engine import Engine
 from gpuworker.executor import RunNote, StepNote
-from gpuworker.groups import GroupCache
 from gpuworker.inbox import Inbox, StopMark
 from gpuworker.latents import LatentShelf
 from gpuworker.memory import Memory
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.models.card import ModelCard
 from gpuworker.models.loading import load_card
 from gpuworker.pace import Ended, Pace
@@ -101,7 +101,7 @@ class Desk:
         return notes
 
 
-def _nobody(holder: str, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
+def _nobody(holder: str, asked: mesh_pb2.LatentRequest, _: object) -> mesh_pb2.LatentReply:
     raise AssertionError("no latent is elsewhere")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gpuworker.groups import GroupCache
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.models.card import ModelCard
 from gpuworker.models.loading import load_card
 from gpuworker.rendezvous import Rendezvous

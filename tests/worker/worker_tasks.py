@@ -7,13 +7,14 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gpuworker.exchange import AttentionInputs, ulysses
-from gpuworker.groups import Group, GroupCache, GroupLost
+from gpuworker.groups import Group, GroupLost, GroupSpent
+from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.rendezvous import BlobLost
 from gpuworker.state import LatentState
 from gpuworker.team import Communicator, Layout, Team
@@ -45,10 +46,12 @@ class Loss:
     cause: str
     suspects: tuple[str, ...]
     members: tuple[str, ...] = ()
+    spent: tuple[str, ...] = ()  # members that have only given the group up
 
     @classmethod
     def of(cls, lost: GroupLost) -> Loss:
-        return cls(lost.cause, lost.suspects, lost.members)
+        spent = lost.spent if isinstance(lost, GroupSpent) else ()
+        return cls(lost.cause, lost.suspects, lost.members, spent)
 
 
 @dataclass(frozen=True)
@@ -221,10 +224,18 @@ def rank_sum(member: Member, meeting: Meeting) -> int | Loss:
     try:
         group = meeting.join(member)
         member.notes.send("joined")
+    except GroupLost as lost:
+        return Loss.of(lost)
+    try:
         ranks = group.all_gather(torch.tensor([group.rank]), 0, [1] * group.size)
         return int(ranks.sum())
     except GroupLost as lost:
-        return Loss.of(lost)
+        return replace(Loss.of(lost), spent=member.groups.spent_by(group))
+
+
+def store_keys(member: Member) -> int:
+    """How many keys stand in this member's store."""
+    return len(member.rendezvous.client(member.rendezvous.address).list_keys())
 
 
 def part_sums(member: Member, meeting: Meeting, parts: tuple[tuple[int, ...], ...]) -> list[int]:
