@@ -53,7 +53,8 @@ class Deposed(HocketError):
     by: int  # term that owns the stream, or that workers follow; 0: nobody's
 
     def __str__(self) -> str:
-        return f"term {self.term} is over: term {self.by} leads"
+        who = f"term {self.by}" if self.by else "another replica"
+        return f"term {self.term} is over: {who} leads"
 
 
 async def open_stream(bus: Bus, subjects: Subjects, bytes_max: int = 0, replicas: int = 1) -> Log:

@@ -157,11 +157,10 @@ class Replica:
                 won = True
                 tasks.create_task(leadership.keep(self._is_ours))
                 promises = await self._take(max(revision, self._known_term + 1))
-                leadership.term = promises.term
                 book = await standby.complete(promises.fence.sequence)
                 for task in waiting:
                     task.cancel()
-                await self._lead(await Term.begin(parts, promises, book), address)
+                await self._lead(await Term.begin(parts, promises, book), address, leadership)
         except* Deposed as group:
             for error in _leaves(group):
                 assert isinstance(error, Deposed)
@@ -183,15 +182,16 @@ class Replica:
         )
         return self._promises
 
-    async def _lead(self, term: Term, address: str) -> None:
+    async def _lead(self, term: Term, address: str, leadership: Leadership) -> None:
         self._term = term
         term.parts.replicas.role = LEADER
         self._doorway.open(term.desk.servicer)
-        await term.intake.publish_health()
-        await term.parts.replicas.announce()
-        endpoints.announce(self._settings.state_dir, _DOOR, address)
-        log.info("control leads term %d at %s, policy %s", term.term, address, term.policy)
         try:
+            await term.intake.publish_health()
+            await term.parts.replicas.announce()
+            await leadership.tell(term.term, self._is_ours)
+            endpoints.announce(self._settings.state_dir, _DOOR, address)
+            log.info("control leads term %d at %s, policy %s", term.term, address, term.policy)
             await term.run()
         finally:
             self._term = None
