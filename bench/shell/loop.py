@@ -162,6 +162,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
     def __init__(self, start_us: int = 1_000_000_000) -> None:
         super().__init__()
+        self.start_us = start_us
         self._now = start_us / 1e6
         self._now_us = start_us
         self._queue: deque[_Handle] = deque()

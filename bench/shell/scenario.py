@@ -69,6 +69,7 @@ class Verdict:
 
     seed: int
     faults: tuple[str, ...]
+    kinds: tuple[str, ...]  # of the faults
     problems: tuple[Problem, ...]
     requests: int
     callbacks: int
@@ -91,10 +92,11 @@ def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
     return Verdict(
         seed=seed,
         faults=tuple(str(fault) for fault in run.faults),
+        kinds=tuple(fault.kind for fault in run.faults),
         problems=problems,
         requests=len(run.accepted),
         callbacks=loop.callbacks,
-        simulated_s=loop.now_us / 1e6,
+        simulated_s=(loop.now_us - loop.start_us) / 1e6,
     )
 
 
