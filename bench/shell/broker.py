@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from .loop import SimulatedLoop
 from .wire import Weather, Wire
@@ -116,6 +117,7 @@ class Broker:
         self._interests: dict[int, Interest] = {}
         self._exact: dict[str, dict[int, Interest]] = {}
         self._wild: dict[int, Interest] = {}
+        self._wild_found: dict[str, list[Interest]] = {}  # by subject
         self._stream_names: dict[str, str | None] = {}
         self._ids = 0
         self._stalled = False
@@ -177,6 +179,7 @@ class Broker:
         self._interests[self._ids] = interest
         if "*" in interest.pattern or ">" in interest.pattern:
             self._wild[self._ids] = interest
+            self._wild_found.clear()
         else:
             self._exact.setdefault(".".join(interest.pattern), {})[self._ids] = interest
         return self._ids
@@ -185,7 +188,9 @@ class Broker:
         interest = self._interests.pop(number, None)
         if interest is None:
             return
-        if self._wild.pop(number, None) is None:
+        if self._wild.pop(number, None) is not None:
+            self._wild_found.clear()
+        else:
             subject = ".".join(interest.pattern)
             self._exact[subject].pop(number, None)
             if not self._exact[subject]:
@@ -204,11 +209,17 @@ class Broker:
         inbox = subject.startswith(INBOX)
         found = list(self._exact.get(subject.rpartition(".")[0] if inbox else subject, {}).values())
         if self._wild and not inbox:
-            found += [i for i in self._wild.values() if matches(i.pattern, subject)]
+            found += self._wild_of(subject)
         for interest in found:
             for _ in range(self._copies(message)):
-                interest.connection.down.send(lambda i=interest: i.deliver(message))
+                interest.connection.down.send(partial(interest.deliver, message))
         return len(found)
+
+    def _wild_of(self, subject: str) -> list[Interest]:
+        if subject not in self._wild_found:
+            found = [i for i in self._wild.values() if matches(i.pattern, subject)]
+            self._wild_found[subject] = found
+        return self._wild_found[subject]
 
     def deliver(self, message: Message, subject: str) -> bool:
         """Hands a consumer's message to whoever listens on its delivery subject, under the subject
@@ -218,7 +229,7 @@ class Broker:
         if found and self._copies(message):
             named = replace(message, subject=subject)
             for interest in found:
-                interest.connection.down.send(lambda i=interest: i.deliver(named))
+                interest.connection.down.send(partial(interest.deliver, named))
         return bool(found)
 
     def _copies(self, message: Message) -> int:

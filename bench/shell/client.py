@@ -65,7 +65,8 @@ class Subscription:
     def push(self, message: Message) -> None:
         self._client.stats["in_msgs"] += 1
         if len(self._backlog) >= self._pending_max:
-            error = nats.errors.SlowConsumerError(self.subject, "", self.number, self)
+            this: Any = self
+            error = nats.errors.SlowConsumerError(self.subject, "", self.number, this)
             self._client.tell_error(error)
             return
         self._backlog.append(Received(self._client, message))

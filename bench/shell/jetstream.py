@@ -237,9 +237,7 @@ class Bucket:
                 guard = None if last is None else (subject, last)
                 return broker.append(stream, subject, value, guard=guard).sequence
             except WrongLast as error:
-                raise KeyWrongLastSequenceError(
-                    code=400, err_code=_WRONG_LAST, description=str(error)
-                ) from error
+                raise KeyWrongLastSequenceError(description=str(error)) from error
 
         revision: int = await self._client.ask(write, 5.0, stores=True)
         return revision

@@ -14,7 +14,6 @@ import asyncio
 import heapq
 import itertools
 import logging
-import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Executor
@@ -47,11 +46,8 @@ class Process:
         self.dead = False
         self.errors: list[tuple[str, BaseException]] = []  # of tasks that nobody looked at
         self._held: list[_Handle] = []
-        self._tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
-        self._order = itertools.count()
-        self._numbers: weakref.WeakKeyDictionary[asyncio.Task[Any], int] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._tasks: list[asyncio.Task[Any]] = []  # in the order of their making, some over
+        self._tasks_max = 64  # beyond it those that are over are dropped
         self.at_death: list[Callable[[], None]] = []  # what cuts its links; called once
         self.on_terminate: Callable[[], object] = _nothing  # SIGTERM
         self.context = copy_context()
@@ -102,12 +98,13 @@ class Process:
 
     def tasks(self) -> list[asyncio.Task[Any]]:
         """Its tasks that are not over, oldest first."""
-        running = [t for t in self._tasks if not t.done()]
-        return sorted(running, key=lambda task: self._numbers[task])
+        self._tasks = [t for t in self._tasks if not t.done()]
+        return list(self._tasks)
 
     def adopt(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.add(task)
-        self._numbers[task] = next(self._order)
+        self._tasks.append(task)
+        if len(self._tasks) > self._tasks_max:
+            self._tasks_max = 2 * len(self.tasks()) + 64
 
     def hold(self, handle: _Handle) -> None:
         self._held.append(handle)
@@ -320,7 +317,7 @@ def _make_task(
     work: Coroutine[Any, Any, T] | Generator[Any, None, T],
     context: Context | None = None,
 ) -> asyncio.Task[T]:
-    task: asyncio.Task[T] = asyncio.Task(work, loop=loop, context=context)  # type: ignore[arg-type]
+    task: asyncio.Task[T] = asyncio.Task(work, loop=loop, context=context)
     owner = context.get(_current) if context is not None else _current.get()
     if owner is not None:
         owner.adopt(task)
