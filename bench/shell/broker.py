@@ -270,6 +270,10 @@ class Broker:
         """Everything that a stream ever took."""
         return self.streams[name].appended if name in self.streams else []
 
+    def all_messages(self) -> list[Message]:
+        """Everything that all streams ever took."""
+        return [message for stream in self.streams.values() for message in stream.appended]
+
     def append(
         self,
         stream: Stream,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -76,61 +76,6 @@ class Network:
             for c in self.channels
             if c.door is not None and {c.process.name, c.door.process.name} == names
         ]
-
-
-class Server:
-    """What `grpc.aio.server` returns."""
-
-    def __init__(self, network: Network, process: Process, interceptors: Sequence[Any]) -> None:
-        self._network, self._process = network, process
-        self._interceptors = interceptors
-        self._handlers: list[Any] = []
-        self._addresses: list[str] = []
-        self._doors: list[Door] = []
-        self._stopped = asyncio.Event()
-
-    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
-        self._handlers += handlers
-
-    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
-        """They are among the generic ones."""
-
-    def add_insecure_port(self, address: str) -> int:
-        host, _, port = address.rpartition(":")
-        number = int(port) or self._network.port()
-        if f"{host}:{number}" in self._network.doors:
-            raise RuntimeError(f"Failed to bind to address {address}")
-        self._addresses.append(f"{host}:{number}")
-        return number
-
-    def add_secure_port(self, address: str, credentials: object) -> int:
-        return self.add_insecure_port(address)
-
-    async def start(self) -> None:
-        for address in self._addresses:
-            door = Door(address, self._process, self._interceptors, self._handlers)
-            self._doors.append(door)
-            self._network.listen(door)
-
-    async def stop(self, grace: float | None) -> None:
-        """New calls are refused; running ones have `grace` seconds to end."""
-        for door in self._doors:
-            self._network.doors.pop(door.address, None)
-        channels = [c for c in self._network.channels if c.door in self._doors]
-        try:
-            async with asyncio.timeout(grace or 0):
-                for channel in channels:
-                    while channel.calls:
-                        await channel.calls[0].code()
-        except TimeoutError:
-            pass
-        for door in self._doors:
-            self._network.close(door)
-        self._stopped.set()
-
-    async def wait_for_termination(self, timeout: float | None = None) -> bool:
-        await self._stopped.wait()
-        return True
 
 
 class Channel:

@@ -15,13 +15,14 @@ import heapq
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Executor
 from contextvars import Context, ContextVar, copy_context
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Tell = Callable[[], None]
 
 _SWEEPS = 50  # so often the tasks of a killed process are cancelled before they count as immortal
 _CALLBACKS_AN_INSTANT = 500_000  # more than that without time going on: the run never ends
@@ -169,7 +170,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.callbacks = 0  # run so far
         self.thread_us: Callable[[], int] = int  # what work in a thread takes; 0
         self._threads_us: dict[int, int] = {}  # by executor: its last piece of work ends then
-        self.on_step: Callable[[asyncio.Task[Any]], None] | None = None
+        self.watched: Callable[[Process, Coroutine[Any, Any, Any]], Tell | None] | None = None
         self.set_task_factory(_make_task)
         self.set_exception_handler(_on_exception)
         self.unowned: list[tuple[str, BaseException]] = []  # failures outside of any process
@@ -317,11 +318,41 @@ def _make_task(
     work: Coroutine[Any, Any, T] | Generator[Any, None, T],
     context: Context | None = None,
 ) -> asyncio.Task[T]:
-    task: asyncio.Task[T] = asyncio.Task(work, loop=loop, context=context)
     owner = context.get(_current) if context is not None else _current.get()
+    assert isinstance(loop, SimulatedLoop)
+    if loop.watched is not None and owner is not None and isinstance(work, Coroutine):
+        tell = loop.watched(owner, work)
+        if tell is not None:
+            work = stepped(work, tell)
+    task: asyncio.Task[T] = asyncio.Task(work, loop=loop, context=context)
     if owner is not None:
         owner.adopt(task)
     return task
+
+
+async def stepped(work: Coroutine[Any, Any, T], tell: Tell) -> T:
+    """Does the work, and tells of each await at which it has to wait."""
+    return await _Stepped(work, tell)
+
+
+class _Stepped(Awaitable[T]):
+    def __init__(self, work: Coroutine[Any, Any, T], tell: Tell) -> None:
+        self._work, self._tell = work, tell
+
+    def __await__(self) -> Generator[Any, None, T]:
+        error: BaseException | None = None
+        while True:
+            try:
+                waits = self._work.send(None) if error is None else self._work.throw(error)
+            except StopIteration as done:
+                result: T = done.value
+                return result
+            self._tell()
+            error = None
+            try:
+                yield waits
+            except BaseException as raised:
+                error = raised
 
 
 def _on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

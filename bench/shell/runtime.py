@@ -20,8 +20,9 @@ from hocket import bus, clock
 
 from .client import Client
 from .jetstream import JetStream
-from .link import Channel, Server
+from .link import Channel
 from .loop import Process, current_process
+from .served import Server
 
 if TYPE_CHECKING:
     from .world import World

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 import tempfile
@@ -21,12 +22,14 @@ from .faults import Fault, draw_faults, inflict
 from .invariants import Entry, Problem, check, outcome_of
 from .loop import Process, SimulatedLoop
 from .runtime import installed
-from .stories import Story, draw_stories
+from .stories import GATEWAYS, Story, draw_stories
 from .world import World
 
 SECOND_US = 1_000_000
 _TASKS_TOGETHER = 12  # some come and go all the time: only more of them count
-_READY_US = 3 * SECOND_US  # from the start on the fleet has so long to come up
+START_US = 1000 * SECOND_US
+BEGIN_US = START_US + 3 * SECOND_US  # the fleet has come up, the first callers come
+CONTROLS = 2
 _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
 _SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
 
@@ -54,6 +57,12 @@ class Run:
     def ends(self, request: str) -> list[Entry]:
         return self.ended.get(request, [])
 
+    def digest(self) -> str:
+        """The same for two runs that told and stored the same at the same times."""
+        told = [(story.name, t) for story in self.stories for t in story.told]
+        stored = [(m.subject, m.unix_us) for m in self.world.broker.all_messages()]
+        return hashlib.sha256(repr((told, stored)).encode()).hexdigest()
+
     def processes(self) -> list[Process]:
         living = [m.process for m in self.world.members.values() if m.process is not None]
         return [*self.world.past, *living]
@@ -74,16 +83,42 @@ class Verdict:
     requests: int
     callbacks: int
     simulated_s: float
+    digest: str  # of all that was told and stored
+
+
+@dataclass
+class Script:
+    """What shall happen."""
+
+    stories: list[Story]
+    faults: list[Fault]
+    policy: str
+    workers: int
+    open_max: int = 10_000
+    begin: Callable[[Run], None] = lambda run: None  # called before the first request
 
 
 def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
     """Runs one seed. `kinds` restricts the faults."""
+    rng = random.Random(seed)
+    policy = rng.choice(("edf", "fixed-1"))
+    open_max = rng.choice((10_000, 10_000, 3))
+    workers = rng.randrange(2, 5)
+    names = [f"control-{i}" for i in range(CONTROLS)] + [f"gateway-{i}" for i in range(GATEWAYS)]
+    names += [f"w{i}" for i in range(workers)]
+    stories = draw_stories(rng, rng.randrange(4, 11), BEGIN_US)
+    faults = draw_faults(rng, names, BEGIN_US, kinds)
+    return perform(seed, Script(stories, faults, policy, workers, open_max))
+
+
+def perform(seed: int, script: Script) -> Verdict:
+    """Runs a script; the seed is for everything else that is left to chance."""
     logging.getLogger().setLevel(logging.CRITICAL)
-    loop = SimulatedLoop()
+    loop = SimulatedLoop(START_US)
     asyncio.set_event_loop(loop)
     try:
         with tempfile.TemporaryDirectory(prefix="shell-", dir=_fast_folder()) as folder:
-            run = loop.run_until_complete(_play(seed, loop, Path(folder), kinds))
+            run = loop.run_until_complete(_perform(seed, loop, Path(folder), script))
             problems = tuple(check(run))
             loop.run_until_complete(run.world.shut_down())
     finally:
@@ -97,30 +132,26 @@ def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
         requests=len(run.accepted),
         callbacks=loop.callbacks,
         simulated_s=(loop.now_us - loop.start_us) / 1e6,
+        digest=run.digest(),
     )
 
 
-async def _play(seed: int, loop: SimulatedLoop, folder: Path, kinds: tuple[str, ...]) -> Run:
-    rng = random.Random(seed)
-    world = World(seed, loop, folder, policy=rng.choice(("edf", "fixed-1")))
-    world.open_max = rng.choice((10_000, 10_000, 3))
-    start_us = loop.now_us + _READY_US
+async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script) -> Run:
+    world = World(seed, loop, folder, policy=script.policy, open_max=script.open_max)
     with installed(world):
-        for index in range(2):
+        for index in range(CONTROLS):
             world.add(f"control-{index}", roles.control(index))
-        for index in range(2):
+        for index in range(GATEWAYS):
             world.add(f"gateway-{index}", roles.gateway(index))
-        for index in range(rng.randrange(2, 5)):
+        for index in range(script.workers):
             world.add(f"w{index}", roles.worker(index))
-        hit = list(world.members)
-        stories = draw_stories(rng, rng.randrange(4, 11), start_us)
-        faults = draw_faults(rng, hit, start_us, kinds)
-        run = Run(world, stories, faults, Callers(world, stories))
+        run = Run(world, script.stories, script.faults, Callers(world, script.stories))
         world.broker.taps.append(_reports(run))
-        await asyncio.sleep((_READY_US - 100_000) / 1e6)
+        await asyncio.sleep((BEGIN_US - START_US - 100_000) / 1e6)
         run.before = _sizes(world)
+        script.begin(run)
         world.add("callers", run.callers.run).wanted = False
-        await inflict(world, faults)
+        await inflict(world, script.faults)
         run.healed_us = world.now_us
         await world.until(lambda: run.callers.over, _ANSWER_US)
         await world.until(lambda: _is_quiet(run), _SETTLE_US)
