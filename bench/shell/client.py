@@ -258,9 +258,8 @@ class Client:
     def forget(self, subscription: Subscription) -> None:
         if subscription in self.subscriptions:
             self.subscriptions.remove(subscription)
-            number = subscription.number
-            if self.connection is not None:
-                self._send(lambda c: self.broker.unsubscribe(number), 0)
+            if self.connection is not None:  # its number is known once it has come there
+                self._send(lambda c: self.broker.unsubscribe(subscription.number), 0)
 
     # what the world does to it
 

@@ -225,8 +225,11 @@ class Call:
             raise asyncio.InvalidStateError("RPC already finished.")
         await self._room.acquire()
         data, server = self._serialize(message), self.server
-        assert server is not None
-        self.channel.up.send(lambda: server.take(data))
+        if server is None:  # broken; the process has not heard of it yet
+            await self.code()
+            self._raise_unless_ok()
+        else:
+            self.channel.up.send(lambda: server.take(data))
 
     async def done_writing(self) -> None:
         await self.wait_for_connection()

@@ -45,6 +45,7 @@ class Process:
         self.loop = loop
         self.stopped = False
         self.dead = False
+        self._cancelled = False
         self.errors: list[tuple[str, BaseException]] = []  # of tasks that nobody looked at
         self._held: list[_Handle] = []
         self._tasks: list[asyncio.Task[Any]] = []  # in the order of their making, some over
@@ -76,13 +77,19 @@ class Process:
         """SIGKILL: links are cut first, so that nothing of the clean-up is seen by others. Returns
         how many tasks refused to end.
         """
-        if self.dead:
+        if self._cancelled:
             return 0
-        self.dead = True
-        for cut in self.at_death:
-            cut()
+        self._cancelled = True
+        self.cut_off()
         self.resume()
         return await self.cancel_all()
+
+    def cut_off(self) -> None:
+        """The first half of `kill`, at once: nothing that it does is seen by others any more."""
+        if not self.dead:
+            self.dead = True
+            for cut in self.at_death:
+                cut()
 
     async def cancel_all(self) -> int:
         """Cancels every task; returns how many refused to end."""

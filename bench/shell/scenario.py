@@ -30,6 +30,7 @@ _TASKS_TOGETHER = 12  # some come and go all the time: only more of them count
 START_US = 1000 * SECOND_US
 BEGIN_US = START_US + 3 * SECOND_US  # the fleet has come up, the first callers come
 CONTROLS = 2
+_LEADER_US = 6 * SECOND_US  # by then somebody leads again
 _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
 _SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
 
@@ -52,7 +53,7 @@ class Run:
 
     @property
     def calm(self) -> bool:
-        return not self.faults
+        return not self.faults and self.world.loop.watched is None
 
     def ends(self, request: str) -> list[Entry]:
         return self.ended.get(request, [])
@@ -205,6 +206,8 @@ def _open_promises(world: World) -> int:
 
 def _is_quiet(run: Run) -> bool:
     """Whether all is as before the first request; if it is not, it has time to become so."""
+    if not run.calm and run.world.now_us < run.healed_us + _LEADER_US:
+        return False  # there may be no leader yet
     sizes = _sizes(run.world)
     del sizes["calls"]  # of the callers, who stay
     return all(size <= run.before.get(name, 0) for name, size in sizes.items())

@@ -138,6 +138,7 @@ class ServerCall:
     ) -> None:
         self._caller, self._door, self._process = caller, door, door.process
         self._method, self._down, self._ends_us = method, down, ends_us
+        self.channel: Any = getattr(caller, "channel", None)
         self._handler: Any = None
         self._requests: deque[bytes | None] = deque()  # None: no more will come
         self._arrived: asyncio.Event | None = None

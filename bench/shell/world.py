@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from contextvars import Context
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gpuworker.emulated import EmulatedExecutor
 from hocket.bus import Subjects
@@ -93,7 +95,7 @@ class World:
     async def kill(self, name: str) -> None:
         """kill -9; `start` gives it a new life."""
         process = self.members[name].process
-        if process is not None and not process.dead:
+        if process is not None:
             self.immortal += await process.kill()
 
     def terminate(self, name: str) -> None:
@@ -157,7 +159,12 @@ class World:
     def _bury(self, process: Process) -> None:
         """What a process left running ends with it."""
         if not process.dead:
-            burial: Awaitable[int] = process.kill()
-            self._burials.add(asyncio.ensure_future(burial))
+            self.outside(process.kill())
 
-    _burials: set[asyncio.Future[int]] = field(default_factory=set)
+    def outside(self, work: Coroutine[Any, Any, object]) -> None:
+        """Does something outside of every process."""
+        task = self.loop.create_task(work, context=Context())
+        self._outside.add(task)
+        task.add_done_callback(self._outside.discard)
+
+    _outside: set[asyncio.Task[object]] = field(default_factory=set)
