@@ -8,7 +8,6 @@ what must hold always.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,9 @@ from hocket.v1 import generation_pb2, types_pb2
 from .faults import Fault
 from .loop import Process, Tell
 from .roles import MODEL
-from .scenario import BEGIN_US, Run, Script, Verdict, perform
+from .scenario import BEGIN_US, Script, Verdict, perform
 from .stories import Story
+from .world import World
 
 SECOND_US = 1_000_000
 _AWAY_S = 1.0  # a process that was stopped goes on then
@@ -81,14 +81,18 @@ class Trap:
 
     def __init__(self, place: Place, deed: str, number: int) -> None:
         self._place, self._deed, self._left = place, deed, number
-        self._run: Run | None = None
-        self._deeds: set[asyncio.Task[None]] = set()
+        self._world: World | None = None
+        self._counts = False
         self.sprung = False
 
-    def set(self, run: Run) -> None:
+    def prepare(self, world: World) -> None:
+        """Sees every coroutine that is started from now on."""
+        self._world = world
+        world.loop.watched = self._watch
+
+    def set(self, world: World) -> None:
         """From now on it counts."""
-        self._run = run
-        run.world.loop.watched = self._watch
+        self._counts = True
 
     def _watch(self, process: Process, work: Coroutine[Any, Any, Any]) -> Tell | None:
         place = self._place
@@ -103,7 +107,7 @@ class Trap:
         return lambda: self._waits(process, call)
 
     def _waits(self, process: Process, call: Any) -> None:
-        if self.sprung:
+        if self.sprung or not self._counts:
             return
         if self._left:
             self._left -= 1
@@ -118,8 +122,8 @@ class Trap:
 
     def _kill(self, process: Process) -> None:
         """Nothing of what it says from now on is heard; its tasks end, its supervisor comes."""
-        assert self._run is not None
-        world = self._run.world
+        world = self._world
+        assert world is not None
         process.cut_off()
         world.outside(world.kill(process.name))
 
@@ -152,4 +156,4 @@ def _script(course: str, trap: Trap) -> Script:
         for name in ("control-0", "control-1"):
             at_us = BEGIN_US + (150_000 if name == "control-0" else 6 * SECOND_US)
             faults.append(Fault(at_us, "kill", name, SECOND_US))
-    return Script(stories, faults, "fixed-1", 2, begin=trap.set)
+    return Script(stories, faults, "fixed-1", 2, prepare=trap.prepare, begin=trap.set)

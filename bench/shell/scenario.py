@@ -96,7 +96,8 @@ class Script:
     policy: str
     workers: int
     open_max: int = 10_000
-    begin: Callable[[Run], None] = lambda run: None  # called before the first request
+    prepare: Callable[[World], None] = lambda world: None  # called before anything is started
+    begin: Callable[[World], None] = lambda world: None  # called before the first request
 
 
 def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
@@ -139,6 +140,7 @@ def perform(seed: int, script: Script) -> Verdict:
 
 async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script) -> Run:
     world = World(seed, loop, folder, policy=script.policy, open_max=script.open_max)
+    script.prepare(world)
     with installed(world):
         for index in range(CONTROLS):
             world.add(f"control-{index}", roles.control(index))
@@ -150,7 +152,7 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
         world.broker.taps.append(_reports(run))
         await asyncio.sleep((BEGIN_US - START_US - 100_000) / 1e6)
         run.before = _sizes(world)
-        script.begin(run)
+        script.begin(world)
         world.add("callers", run.callers.run).wanted = False
         await inflict(world, script.faults)
         run.healed_us = world.now_us
