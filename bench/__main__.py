@@ -23,6 +23,7 @@ from bench.latency_command import latency_command
 from bench.live_command import live_command
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
 from bench.report import report_command, timeline_command
+from bench.shell.command import shell_command
 from bench.sim_command import sim_command, solver_command, trace_command
 from bench.soak_command import soak_command
 from hocket.errors import HocketError
@@ -144,6 +145,7 @@ app.command("live")(live_command)
 app.command("solver")(solver_command)
 app.command("trace")(trace_command)
 app.command("soak")(soak_command)
+app.command("shell")(shell_command)
 app.command("latency")(latency_command)
 app.command("report")(report_command)
 app.command("timeline")(timeline_command)

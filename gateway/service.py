@@ -36,6 +36,7 @@ from hocket.bus import Bus, Subjects
 from hocket.channels import SERVER_OPTIONS
 from hocket.clock import SystemClock
 from hocket.errors import WrongConfig
+from hocket.leader import LeaderWatch
 from hocket.telemetry import Telemetry
 from hocket.v1 import generation_pb2
 from hocket.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -78,11 +79,17 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
         doors = Doors(telemetry.client_interceptors())
         stack.push_async_callback(doors.close)
         cluster = Cluster(doors, on_change)
-        line = _line(settings, doors, cluster)
+        leader = LeaderWatch(bus, settings.cluster)
+        stack.push_async_callback(leader.close)
+        line = _line(settings, doors, cluster, leader)
         calls = _calls(settings, telemetry, bus, cluster, line)
         server, address = _server(settings, telemetry, calls, checks)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        standing = [tasks.create_task(cluster.watch()), tasks.create_task(line.run())]
+        standing = [
+            tasks.create_task(cluster.watch()),
+            tasks.create_task(line.run()),
+            tasks.create_task(_watch_leader(leader)),
+        ]
         await server.start()
         try:
             yield address
@@ -96,14 +103,15 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
                 task.cancel()
 
 
-def _line(settings: GatewaySettings, doors: Doors, cluster: Cluster) -> Line:
-    def announced() -> tuple[str, ...]:
-        found = endpoints.find(settings.state_dir, "control")
-        return (found.address,) if found is not None else ()
-
-    where = Addresses(lambda: listed(settings.control), announced)
+def _line(settings: GatewaySettings, doors: Doors, cluster: Cluster, leader: LeaderWatch) -> Line:
+    where = Addresses(lambda: listed(settings.control), lambda: listed(leader.address))
     name = f"gateway-{os.getpid()}-{secrets.token_hex(4)}"
     return Line(name, where, doors.dial, SystemClock(), cluster.leader_is)
+
+
+async def _watch_leader(leader: LeaderWatch) -> None:
+    async for address in leader:
+        log.info("the leader is %s", address or "not known")
 
 
 def _calls(

@@ -160,7 +160,7 @@ class Loop:
         if self._checker:
             self._checker.planned(plan)
         for end in plan.ended:
-            result.log.rejected(end.request, end.at_us, end.reason)
+            result.log.ended(end)
             result.ended.append(end)
             if self._checker:
                 self._checker.ended(end)

@@ -14,6 +14,8 @@ first) done. The flight is then of those who stay.
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -76,11 +78,39 @@ class Board:
     flights: dict[int, Flight] = field(default_factory=dict)
     retired: dict[int, Assignment] = field(default_factory=dict)
     _retired_of: dict[str, list[int]] = field(default_factory=dict)  # by request
+    _of_worker: dict[str, deque[int]] = field(default_factory=dict)  # sequences, some of them over
+    _of_request: dict[str, deque[int]] = field(default_factory=dict)
 
     def add(self, flight: Flight) -> None:
         sequence = flight.assignment.sequence
         assert not self.flights or sequence > next(reversed(self.flights)), "one order"
         self.flights[sequence] = flight
+        for name in flight.assignment.workers:
+            self._join(self._of_worker, name, sequence)
+        for member in flight.assignment.batch:
+            self._join(self._of_request, member.request, sequence)
+
+    def ahead_of(self, flight: Flight) -> Flight | None:
+        """One that has to be over before this one begins: on a worker of it, or of a job of it."""
+        a = flight.assignment
+        lines = [self._of_worker[name] for name in a.workers]
+        lines += [self._of_request[m.request] for m in a.batch if m.request in self._of_request]
+        for line in lines:
+            first = next((s for s in line if s in self.flights), a.sequence)
+            if first < a.sequence:
+                return self.flights[first]
+        return None
+
+    def forget_workers(self, names: Iterable[str]) -> None:
+        """They are gone for good, and nothing is outstanding on them."""
+        for name in names:
+            self._of_worker.pop(name, None)
+
+    def _join(self, lines: dict[str, deque[int]], name: str, sequence: int) -> None:
+        line = lines.setdefault(name, deque())
+        while line and line[0] not in self.flights:
+            line.popleft()
+        line.append(sequence)
 
     def end(self, sequence: int) -> Flight:
         """Takes off an assignment that is over."""
@@ -105,6 +135,7 @@ class Board:
 
     def forget(self, request: str) -> None:
         """A request ended: drops called-off assignments that nobody else inside had a part in."""
+        self._of_request.pop(request, None)
         for sequence in self._retired_of.pop(request, ()):
             retired = self.retired.get(sequence)
             if retired is not None and not any(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 from .lifecycle import WORKER_MOVES, WorkerState, moved
-from .values import ModelFacts, WorkerUp
+from .values import GroupHeld, ModelFacts, WorkerUp
 
 EPOCHS_MAX = 65_536  # groups whose epoch is remembered
 ANSWERS_MAX = 16_384  # about the workers as they are, by model or group
@@ -28,6 +28,10 @@ class Worker:
     state: WorkerState = WorkerState.UP
     draining: bool = False
     avoided: bool = False  # slow, and others can serve
+    quarantined: bool = False  # failed too often, and others can serve
+    stopping: bool = False  # it was told to stop
+    hung: set[int] = field(default_factory=set)  # overdue sequences that it still has in hand
+    lost_us: int = 0  # when its lease ended
     suspected: bool = False  # of being slow, with others; a call of its own would tell
     shares_cores: bool = False  # with its peers: is not compared with them
     memory_mib: int = 0  # for weights; 0: everything it can run is there
@@ -39,7 +43,14 @@ class Worker:
     @property
     def usable(self) -> bool:
         """Gets new assignments."""
-        return self.state is WorkerState.UP and not self.draining and not self.avoided
+        return self.state is WorkerState.UP and not (
+            self.draining or self.stopping or self.quarantined or self.avoided
+        )
+
+    @property
+    def leaving(self) -> bool:
+        """Lives, and gets nothing new: what it holds should have copies elsewhere."""
+        return self.state is WorkerState.UP and (self.draining or self.stopping)
 
     def can(self, model: str, degree: int = 1) -> bool:
         """Has the model and, for more than one worker, can split its denoiser that way."""
@@ -64,6 +75,32 @@ class Worker:
             self.avoided = avoided
             self.changed()
 
+    def quarantine(self, quarantined: bool) -> None:
+        """As `avoid`, for failures."""
+        if quarantined is not self.quarantined:
+            self.quarantined = quarantined
+            self.changed()
+
+    def stop(self, stopping: bool) -> None:
+        """As `drain`, by the worker's own word."""
+        if stopping is not self.stopping:
+            self.stopping = stopping
+            self.changed()
+
+    def hang(self, sequence: int) -> None:
+        """An assignment is overdue here: nothing more goes out to it while it is in hand."""
+        if self.state is WorkerState.UP:
+            self.move(WorkerState.SUSPECT)
+        if self.state is WorkerState.SUSPECT:
+            self.hung.add(sequence)
+
+    def revive(self, sequence: int) -> None:
+        """It said something of an overdue assignment: it does not hang there any more."""
+        if sequence in self.hung:
+            self.hung.discard(sequence)
+            if not self.hung and self.state is WorkerState.SUSPECT:
+                self.move(WorkerState.UP)
+
 
 @dataclass(slots=True)
 class _Answers:
@@ -71,6 +108,7 @@ class _Answers:
 
     ordered: list[Worker]
     usable: list[Worker]
+    leaving: list[Worker]
     rank: dict[str, int]  # in cluster order
     able: dict[tuple[str, int], tuple[Worker, ...]] = field(default_factory=dict)
     names: dict[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
@@ -96,6 +134,7 @@ class Cluster:
     epoch_base: int
     workers: dict[str, Worker] = field(default_factory=dict)
     _epochs: dict[tuple[str, ...], int] = field(default_factory=dict)
+    _asked: dict[tuple[str, ...], int] = field(default_factory=dict)  # epoch last asked for
     _formed: dict[tuple[str, ...], int] = field(default_factory=dict)  # epoch that ran a step
     _sized: dict[int, list[tuple[str, ...]]] = field(default_factory=dict)  # groups by size
     version: int = 0
@@ -113,6 +152,10 @@ class Cluster:
     def usable(self) -> list[Worker]:
         """Those that may get new work, in cluster order. To be read only."""
         return self._now().usable
+
+    def leaving(self) -> list[Worker]:
+        """Those that live and get nothing new any more, in cluster order. To be read only."""
+        return self._now().leaving
 
     def able(self, model: str, degree: int = 1) -> tuple[Worker, ...]:
         """The usable workers that can run the model that wide, in cluster order."""
@@ -163,7 +206,9 @@ class Cluster:
         if now is None:
             ordered = sorted(self.workers.values(), key=lambda w: (w.host, w.island, w.name))
             rank = {w.name: i for i, w in enumerate(ordered)}
-            now = self._answers = _Answers(ordered, [w for w in ordered if w.usable], rank)
+            usable = [w for w in ordered if w.usable]
+            leaving = [w for w in ordered if w.leaving]
+            now = self._answers = _Answers(ordered, usable, leaving, rank)
         return now
 
     def living(self, name: str) -> bool:
@@ -184,23 +229,37 @@ class Cluster:
         worker.host, worker.gpu, worker.models = fact.host, fact.gpu, models
         worker.memory_mib, worker.island = fact.memory_mib, fact.island
         worker.shares_cores = fact.shares_cores
+        if worker.incarnation != fact.incarnation:
+            worker.hung.clear()
+        worker.hung.intersection_update(fact.pending)
         worker.incarnation = fact.incarnation
         if before != (fact.host, fact.gpu, fact.island, models):
             self.changed()
-        worker.move(WorkerState.UP)
+        worker.stop(fact.stopping)
+        if not worker.hung:
+            worker.move(WorkerState.UP)
+        elif worker.state is WorkerState.LOST:
+            worker.move(WorkerState.UP)
+            worker.move(WorkerState.SUSPECT)
         return worker
 
-    def forget_lost(self, needed: Container[str]) -> None:
-        """Drops lost workers, but those needed, and the groups that they were in."""
+    def forget_lost(self, needed: Container[str], before_us: int | None = None) -> list[str]:
+        """Drops workers that are lost (since before then), but those needed, and the groups that
+        they were in; their names.
+        """
         gone = {
-            w.name
+            w.name: None
             for w in self.workers.values()
             if w.state is WorkerState.LOST and w.name not in needed
+            if before_us is None or w.lost_us < before_us
         }
+        if not gone:
+            return []
         for name in gone:
             del self.workers[name]
         self.changed()
-        self._forget_groups([g for g in self._epochs if not gone.isdisjoint(g)])
+        self._forget_groups([g for g in self._epochs if not gone.keys().isdisjoint(g)])
+        return list(gone)
 
     def epoch(self, members: tuple[str, ...]) -> int:
         """The group's epoch; asking makes the group known."""
@@ -210,6 +269,7 @@ class Cluster:
                 self._thin_groups()
             epoch = self._epochs[members] = self.epoch_base
             self._sized.setdefault(len(members), []).append(members)
+        self._asked[members] = epoch
         return epoch
 
     def formed(self, members: tuple[str, ...], epoch: int) -> None:
@@ -224,8 +284,24 @@ class Cluster:
             self._epochs[members] += 1
 
     def warm(self, members: tuple[str, ...]) -> bool:
-        """Was asked for before: its members probably still have the communicator."""
-        return members in self._epochs
+        """Its members have the communicator, or are about to: it was asked for at its epoch, which
+        goes up as soon as a member tells, or a failure says, that it is gone.
+        """
+        epoch = self._epochs.get(members)
+        return epoch is not None and self._asked.get(members) == epoch
+
+    def told_groups(
+        self, worker: str, groups: Iterable[GroupHeld], busy: Container[tuple[str, ...]]
+    ) -> None:
+        """Which groups stand on a worker, as it says: the others that it was in, and in which
+        nothing is outstanding, are formed anew when they are next asked for.
+        """
+        stand = {group.members: group.epoch for group in groups}
+        for members, epoch in self._formed.items():
+            if worker not in members or members in busy or self._epochs[members] != epoch:
+                continue
+            if stand.get(members, -1) < epoch:
+                self._epochs[members] += 1
 
     def warm_groups(self, degree: int) -> list[tuple[str, ...]]:
         """Known groups of one size, in the order in which they came up. To be read only."""
@@ -253,6 +329,7 @@ class Cluster:
         for group in groups:
             self.epoch_base = max(self.epoch_base, self._epochs.pop(group) + 1)
             self._formed.pop(group, None)
+            self._asked.pop(group, None)
         self._sized = {}
         for group in self._epochs:
             self._sized.setdefault(len(group), []).append(group)

@@ -24,22 +24,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from . import denoise, facts, prediction
+from . import denoise, facts, failures, prediction
 from .board import Flight
 from .cells import LatencySnapshot
 from .cluster import Cluster
-from .drift import Shift
 from .latency import LatencyModel, Prediction
-from .ledger import Ledger
-from .lifecycle import JobState
+from .ledger import Ledger, Notice
+from .lifecycle import JobState, WorkerState
 from .loads import LoadTable
 from .moving import Moving
 from .planners import make_planner
 from .profile import Profile
 from .residency import Residency
+from .resilience import evacuation
+from .resilience.quarantine import Quarantined
 from .scene import Start
 from .settings import Settings
-from .stragglers import Slow, Slowness
+from .stragglers import Slowness
 from .tracker import Tracked
 from .values import (
     DIT,
@@ -90,9 +91,11 @@ class Scheduler:
     def plan(self, now_us: int) -> Plan:
         """Decides what goes out now. To be called when `due`, or from `wake_us` on."""
         ledger = self._ledger
+        self._estimates.forget()
+        ended = list(failures.overdue(ledger, now_us))
+        ledger.quarantine.settle(ledger.cluster, ledger.board.flights, now_us)
         ledger.due = False
         self._planned_us = now_us
-        self._estimates.forget()
         assignments: list[Assignment] = []
 
         def issue(start: Start, begin_us: int) -> Assignment:
@@ -100,13 +103,14 @@ class Scheduler:
             return assignments[-1]
 
         planned = self._planner.plan(ledger, now_us, issue)
-        ended = [
+        ended += [
             ledger.end(ledger.tracked[request], Outcome.REJECTED, now_us, reason)
             for request, reason in planned.rejects.items()
         ]
         truncations, ledger.truncations = ledger.truncations, []
         released, ledger.released = ledger.released, []
         loads, self._loads = self._loads, []
+        ledger.quarantine.settle(ledger.cluster, ledger.board.flights, now_us)  # trials are given
         return Plan(
             round=planned.round,
             now_us=now_us,
@@ -116,6 +120,7 @@ class Scheduler:
             released=tuple(released),
             loads=tuple(loads),
             ended=tuple(ended),
+            fetches=ledger.evacuation.plan(ledger, now_us),
         )
 
     # -------------------------------------------------------------------------------- questions
@@ -126,7 +131,13 @@ class Scheduler:
 
     def wake_us(self) -> int | None:
         """When to plan if no fact comes before; None: no need."""
-        return self._planner.wake_us(self._ledger, self._planned_us)
+        ledger = self._ledger
+        times = (
+            self._planner.wake_us(ledger, self._planned_us),
+            ledger.overdue.next_us(ledger.board, ledger.cluster),
+            ledger.evacuation.next_us(),
+        )
+        return min((us for us in times if us is not None), default=None)
 
     def predict_finish_us(self, request: Request, now_us: int) -> int:
         """When a newcomer would finish under the present load (an estimate, from mean times)."""
@@ -186,9 +197,33 @@ class Scheduler:
         factors = self._ledger.stragglers.factors()
         return {w: Slowness(f, workers[w].avoided) for w, f in factors.items() if w in workers}
 
-    def take_notices(self) -> tuple[Slow | Shift, ...]:
-        """Who turned out to be slow or fine, and what got slower or faster for good, since the last
-        call; the newest, where nobody asked for long.
+    def draining(self) -> tuple[str, ...]:
+        """Names that are to get no work by an operator's wish, whether or not they live."""
+        return tuple(sorted(self._ledger.drained))
+
+    def quarantined(self) -> dict[str, Quarantined]:
+        """Workers that get no work since they failed too often, by name."""
+        return self._ledger.quarantine.kept_out()
+
+    def safe_to_release(self, worker: str) -> tuple[str, ...]:
+        """Requests whose latest latent a worker holds and a staying one, too: it may drop them."""
+        return evacuation.safe(self._ledger, worker)
+
+    def latents_alone(self, worker: str) -> tuple[str, ...]:
+        """Requests whose latest latent would be lost with a worker."""
+        return evacuation.alone(self._ledger, worker)
+
+    def awaits(self, worker: str) -> bool:
+        """What a worker's next heartbeat says is news, though nothing in it changed: it is under
+        suspicion, or a latent is to be copied to it.
+        """
+        known = self._ledger.cluster.workers.get(worker)
+        suspect = known is not None and known.state is WorkerState.SUSPECT
+        return suspect or self._ledger.evacuation.awaits(worker)
+
+    def take_notices(self) -> tuple[Notice, ...]:
+        """Who turned out to be slow or fine, or fails too often, and what got slower or faster for
+        good, since the last call; the newest, where nobody asked for long.
         """
         taken = tuple(self._ledger.notices)
         self._ledger.notices.clear()
@@ -234,6 +269,8 @@ class Scheduler:
         )
         ledger.next_sequence += 1
         ledger.board.add(Flight(assignment, now_us, setup_us))
+        ledger.overdue.issued(assignment, first.request.model, now_us)
+        ledger.quarantine.issued(assignment, first.request.model)
         for tracked in members:
             job = tracked.jobs[start.node]
             job.outstanding.append(assignment.sequence)

@@ -16,6 +16,7 @@ from .lifecycle import JobState
 from .placement import Demand, Placement
 from .policies import Candidate, Choice, Policy
 from .policies.base import steps_in
+from .resilience import elsewhere
 from .rounds import Window, WindowKind
 from .tracker import Tracked
 from .values import DIT, TEXT, VAE, Holder, Request
@@ -152,6 +153,7 @@ def candidate(
     if open_.keys().isdisjoint(ledger.cluster.able_names(request.model)):
         return None
     rates = ledger.rates(request)
+    degrees = elsewhere.degrees(ledger, tracked.id, rates.degrees)
     return Candidate(
         request=request.id,
         order=tracked.order,
@@ -160,7 +162,7 @@ def candidate(
         available_us=where.available_us,
         waiting_since_us=tracked.progressed_us,
         steps_left=request.steps - where.first_step,
-        degrees=rates.degrees,
+        degrees=degrees,
         mean_us=rates.mean_us,
         safe_us=rates.safe_us,
         group=where.group,
@@ -211,6 +213,7 @@ def _bind(
     demand = Demand(choice.degree, step_us, ready_us, c.group, c.holders)
     workers = ledger.cluster.workers
     able = [n for n in workers if workers[n].can(tracked.request.model, choice.degree)]
+    able = list(elsewhere.open_to(ledger, tracked.id, able, choice.degree))
     members = placement.find(demand, able)
     if members is None:
         return None

@@ -25,6 +25,7 @@ from .values import (
     JobProgress,
     Layout,
     Member,
+    NothingHeard,
     Outcome,
     StepsEnded,
     WorkerLost,
@@ -34,6 +35,7 @@ from .values import (
 _KINDS: tuple[type[Event], ...] = (
     WorkerUp,
     WorkerLost,
+    NothingHeard,
     DrainRequested,
     AssignmentFailed,
     StepsEnded,
@@ -64,6 +66,8 @@ def _fact_order(fact: Event) -> tuple[int, int, int, str]:
             return (fact.at_us, rank, fact.sequence, fact.worker)
         case WorkerUp() | WorkerLost() | DrainRequested():
             return (fact.at_us, rank, 0, fact.worker)
+        case NothingHeard():
+            return (fact.at_us, rank, 0, "")
 
 
 def _steps_told(fact: StepsEnded) -> str:
@@ -73,9 +77,17 @@ def _steps_told(fact: StepsEnded) -> str:
 def apply(ledger: Ledger, fact: Event) -> tuple[Ended, ...]:
     """Enters one fact; returns the requests that it ended."""
     ended = _enter(ledger, fact)
-    if ledger.stragglers.settle(ledger.cluster, fact.at_us):
-        ledger.due = ledger.due or bool(ledger.tracked)
+    settle(ledger, fact.at_us)
     return ended
+
+
+def settle(ledger: Ledger, at_us: int) -> None:
+    """Decides anew which workers get no work, where something speaks for it."""
+    changed = ledger.quarantine.settle(ledger.cluster, ledger.board.flights, at_us)
+    ledger.notices.extend(ledger.quarantine.notices)
+    ledger.quarantine.notices.clear()
+    if ledger.stragglers.settle(ledger.cluster, at_us) or changed:
+        ledger.due = ledger.due or bool(ledger.tracked)
 
 
 def _enter(ledger: Ledger, fact: Event) -> tuple[Ended, ...]:
@@ -89,6 +101,9 @@ def _enter(ledger: Ledger, fact: Event) -> tuple[Ended, ...]:
             return _worker_up(ledger, fact)
         case WorkerLost():
             return failures.worker_lost(ledger, fact.worker, fact.at_us)
+        case NothingHeard():
+            ledger.overdue.deaf(fact.at_us)
+            return ()
         case DrainRequested():
             return _drain(ledger, fact)
         case StepsEnded():
@@ -124,8 +139,9 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
     worker = ledger.cluster.lease(fact)
     if known is None or restarted:
         worker.freed_us = fact.at_us
-        worker.drain(False)
+        worker.drain(worker.name in ledger.drained)
         ledger.stragglers.forget(worker.name)
+        ledger.quarantine.forget(worker.name)
     flights = ledger.board.flights.values()
     idle = all(fact.worker not in flight.assignment.workers for flight in flights)
     ledger.residency.told(worker, fact.weights, idle=idle)
@@ -133,8 +149,13 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
     worker.unclaimed = {
         held.request: held.steps_done for held in fact.latents if held.request not in ledger.tracked
     }
+    if fact.groups is not None:
+        busy = {flight.assignment.workers for flight in flights}
+        ledger.cluster.told_groups(worker.name, fact.groups, busy)
     if known is None:
-        ledger.forget_workers()
+        ledger.forget_workers(fact.at_us)
+    if ledger.evacuation.came(ledger, worker.name) or worker.leaving:
+        ledger.due = ledger.due or ledger.evacuation.due(ledger)
     if news:
         for tracked in list(ledger.tracked.values()):
             latents.profit(ledger, tracked.id)
@@ -143,10 +164,10 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
 
 
 def _drain(ledger: Ledger, fact: DrainRequested) -> tuple[Ended, ...]:
-    worker = ledger.cluster.workers.get(fact.worker)
-    if worker is not None:
-        worker.drain(fact.draining)
-        ledger.due = ledger.due or (not fact.draining and bool(ledger.tracked))
+    ledger.drain(fact.worker, fact.draining)
+    if fact.worker in ledger.cluster.workers:
+        again = not fact.draining and bool(ledger.tracked)
+        ledger.due = ledger.due or again or ledger.evacuation.due(ledger)
     return ()
 
 
@@ -169,6 +190,9 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
     if assignment.node == DIT or over:
         flight.reported_us = fact.at_us
     ledger.cluster.formed(assignment.workers, assignment.epoch)
+    if news:
+        model = ledger.tracked[assignment.batch[0].request].request.model
+        ledger.quarantine.succeeded(assignment.workers, (model, assignment.node))
     if over:
         ledger.board.end(fact.sequence)
         for name in assignment.workers:
@@ -204,6 +228,7 @@ def _tell_jobs(
             flight.steps_done = max(flight.steps_done, steps)
             if steps > steps_before:
                 tracked.stepped(member.first_step + steps, assignment.workers, fact.at_us)
+                ledger.quarantine.got_on(tracked.id, DIT, tracked.steps_done)
                 ledger.progress(tracked.id)
         if over:
             ended += _job_over(ledger, tracked, flight, fact.at_us)
@@ -267,6 +292,8 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
     ledger.touched[tracked.id] = None
     if ledger.stages_wait and assignment.node != DIT:
         ledger.due = True
+    if assignment.node != DIT:
+        ledger.quarantine.got_on(tracked.id, assignment.node, tracked.request.steps + 1)
     if assignment.node == VAE:
         job.move(JobState.DONE)
         return (ledger.end(tracked, Outcome.DONE, at_us),)

@@ -7,7 +7,9 @@ counted on.
 
 Whose fault was it? A job that ran alone, or that the report names, gets a strike; those in a batch
 with it get none. Of a batch whose failure names nobody, all go on one by one at that node, where
-the culprit will be found; a batch that was too large for the memory goes on in halves.
+the culprit will be found; a batch that was too large for the memory goes on in halves. The worker
+that gave up, or those that it accuses, get strikes as well (resilience/quarantine.py), and the job
+goes elsewhere first; a job's strikes on workers that turn out bad do not count.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from . import latents
 from .latents import restart
 from .ledger import Ledger
 from .lifecycle import WorkerState
+from .resilience.overdue import HUNG
+from .resilience.quarantine import place
 from .tracker import Tracked
 from .values import (
     DIT,
@@ -33,12 +37,17 @@ from .values import (
 # The reporter asked the named holders in vain: they do not have what we believed they had.
 LATENT_MISSING = "LATENT_MISSING"
 GROUP_LOST = "GROUP_LOST"  # a member of the group, or its connection: no job's fault
+# A member had given up the communicator of that name: the group is formed anew. Nobody's fault.
+GROUP_SPENT = "GROUP_SPENT"
 OUT_OF_MEMORY = "OUT_OF_MEMORY"
 # A message was lost on its way (the broker restarted, say): nobody's fault, and no strike, unless
 # it is always this one that gets lost.
 MESSAGE_LOST = "MESSAGE_LOST"
 MESSAGES_LOST_MAX = 20  # in a row at one place
 BLAMED_FACTOR = 4  # failures that a worker is blamed for end a request at this many failures_max
+NOBODYS = (MESSAGE_LOST, GROUP_SPENT)
+# Reasons that say nothing of the worker that reports them.
+NOT_THE_REPORTER = (*NOBODYS, GROUP_LOST, LATENT_MISSING, OUT_OF_MEMORY)
 
 
 def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
@@ -47,6 +56,7 @@ def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
     if worker is None or worker.state is WorkerState.LOST:
         return ()
     worker.move(WorkerState.LOST)
+    worker.lost_us = at_us
     ledger.cluster.raise_epochs((name,))
     for tracked in list(ledger.tracked.values()):
         held = tracked.holders.pop(name, None)
@@ -64,6 +74,8 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
     assignment = flight.assignment if flight else ledger.board.retired.get(fact.sequence)
     if assignment is None or fact.worker not in assignment.workers:
         return ()
+    if fact.reason != HUNG:
+        ledger.cluster.workers[fact.worker].revive(fact.sequence)
     requests = {m.request for m in (*assignment.batch, *(flight.left if flight else ()))}
     copies = [p for p in fact.jobs if p.request in requests]
     for progress in copies:  # what a worker says of its own copy is exact
@@ -72,13 +84,17 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
         for progress in copies:
             latents.profit(ledger, progress.request)
         return ()
+    _blame(ledger, assignment, fact)
     if fact.goes_on:
         return _one_failed(ledger, assignment, fact, copies)
     for name in fact.suspects:
         worker = ledger.cluster.workers.get(name)
         if worker is not None and worker.state is WorkerState.UP:
             worker.move(WorkerState.SUSPECT)
-    ledger.cluster.raise_epochs(fact.suspects, assignment.workers)
+        if worker is not None and fact.reason == HUNG:
+            worker.hang(fact.sequence)
+    if fact.reason != LATENT_MISSING:  # nothing broke: the group stands
+        ledger.cluster.raise_epochs(fact.suspects, assignment.workers)
     concerned = [
         t for t in ledger.tracked.values() if _concerned(ledger, t, assignment, fact.suspects)
     ]
@@ -93,7 +109,7 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
             restart(ledger, tracked, fact.at_us)
         elif fact.request == tracked.id or (together == 1 and not fact.request):
             ended += _own_failure(ledger, tracked, member, assignment.node, fact, copies)
-        elif fact.suspects or fact.reason in (GROUP_LOST, MESSAGE_LOST):
+        elif fact.suspects or fact.reason in (GROUP_LOST, *NOBODYS):
             ended += _strike(ledger, tracked, assignment.node, fact)
         else:
             if not fact.request:
@@ -103,11 +119,69 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
     return tuple(ended)
 
 
+def overdue(ledger: Ledger, now_us: int) -> tuple[Ended, ...]:
+    """Assignments that nobody has heard of for too long: as if their workers had accused each
+    other.
+    """
+    ended: list[Ended] = []
+    while (flight := ledger.overdue.find(ledger.board, ledger.cluster, now_us)) is not None:
+        a = flight.assignment
+        fact = AssignmentFailed(
+            at_us=now_us,
+            sequence=a.sequence,
+            worker=a.workers[0],
+            jobs=(),
+            reason=HUNG,
+            suspects=a.workers,
+        )
+        ended += assignment_failed(ledger, fact)
+    return tuple(ended)
+
+
 def late_report(ledger: Ledger, fact: StepsEnded) -> None:
     """Steps of called-off work that ended after all: their latents count if they come in time."""
     assignment = ledger.board.retired.get(fact.sequence)
     if assignment is not None:
+        _not_hung(ledger, assignment)
         late_copies(ledger, assignment.workers, assignment.batch, fact.jobs)
+
+
+def _not_hung(ledger: Ledger, assignment: Assignment) -> None:
+    """It was taken for hung, and goes on: a call of its kind takes longer than was thought."""
+    workers = [ledger.cluster.workers.get(name) for name in assignment.workers]
+    hung = [w for w in workers if w is not None and assignment.sequence in w.hung]
+    for worker in hung:
+        worker.revive(assignment.sequence)
+    tracked = next((t for m in assignment.batch if (t := ledger.tracked.get(m.request))), None)
+    if hung and tracked is not None:
+        ledger.overdue.mistaken(assignment, tracked.request.model)
+        ledger.due = True
+
+
+def _blame(ledger: Ledger, assignment: Assignment, fact: AssignmentFailed) -> None:
+    """Strikes for those who may have been at fault; the jobs go elsewhere first."""
+    blamed = _blamed(assignment, fact)
+    named = [m for m in assignment.batch if m.request == fact.request]
+    members = [m for m in named or assignment.batch if m.request in ledger.tracked]
+    for i, member in enumerate(members):
+        tracked = ledger.tracked[member.request]
+        at = place(assignment.node, tracked.steps_done)
+        part = (tracked.request.model, assignment.node)
+        for name in blamed:
+            if i == 0:  # one failure, one strike
+                others = len(blamed) > 1
+                ledger.quarantine.strike(name, part, member.request, at, fact.at_us, others)
+            else:
+                ledger.quarantine.shun(name, member.request, at)
+    if blamed and members:
+        ledger.quarantine.settle(ledger.cluster, ledger.board.flights, fact.at_us)
+
+
+def _blamed(assignment: Assignment, fact: AssignmentFailed) -> tuple[str, ...]:
+    """Workers that a failure speaks against."""
+    if fact.suspects:
+        return tuple(name for name in fact.suspects if name in assignment.workers)
+    return () if fact.reason in NOT_THE_REPORTER else (fact.worker,)
 
 
 def late_copies(
@@ -207,18 +281,27 @@ def _concerned(
 
 
 def _struck_out(ledger: Ledger, tracked: Tracked, node: str, fact: AssignmentFailed) -> bool:
-    """Counts a failure by whose fault it was; true at the last one allowed at this place."""
-    failures_max = ledger.settings.failures_max
+    """Counts a failure by whose fault it was; true at the last one allowed at this place. Those
+    on workers that are kept out count for a blamed worker's, no more for the job's own.
+    """
+    blamed_max = ledger.settings.failures_max * BLAMED_FACTOR
     limits = {
         "message": MESSAGES_LOST_MAX,
-        "worker": failures_max * BLAMED_FACTOR,
-        "own": failures_max,
+        "worker": blamed_max,
+        "own": ledger.settings.failures_max,
     }
     kind = "worker" if fact.suspects else "own"
-    if fact.reason == MESSAGE_LOST:
+    if fact.reason in NOBODYS:
         kind = "message"
     else:
         tracked.failures.pop((node, tracked.steps_done, "message"), None)
-    place = (node, tracked.steps_done, kind)
-    tracked.failures[place] = tracked.failures.get(place, 0) + 1
-    return tracked.failures[place] >= limits[kind]
+    failed = tracked.failures.setdefault((node, tracked.steps_done, kind), [])
+    failed.append(() if fact.reason in NOT_THE_REPORTER else fact.suspects or (fact.worker,))
+    forgiven = sum(bool(b) and all(map(ledger.quarantine.bad, b)) for b in failed)
+    if len(failed) >= max(limits[kind], blamed_max):
+        return True
+    model = tracked.request.model
+    return len(failed) - forgiven >= limits[kind] and (
+        kind != "own"
+        or ledger.quarantine.may_end(tracked.id, (model, node), ledger.cluster.able_names(model))
+    )

@@ -11,20 +11,28 @@ from .board import Board
 from .cluster import Cluster
 from .drift import Shift
 from .latency import LatencyModel, Prediction
-from .lifecycle import JobState
+from .lifecycle import JobState, WorkerState
 from .memory_limits import MemoryLimits
 from .moving import Moving
 from .residency import Residency
+from .resilience.evacuation import Evacuation
+from .resilience.overdue import Overdue
+from .resilience.quarantine import Quarantine, Quarantined
 from .settings import Settings
 from .stragglers import Slow, Stragglers
 from .tracker import Tracked
 from .values import DIT, VAE, Ended, Outcome, Request, Shape, Truncation
 
-WORKERS_MAX = 4096  # beyond these, lost workers are forgotten
+WORKERS_MAX = 4096  # beyond these, all lost workers are forgotten …
+FORGOTTEN_AFTER_US = 3_600_000_000  # … below, those lost for so long
+DRAINED_MAX = 65_536  # names that operators want drained
 RATES_MAX = 4096  # models and shapes whose call times are kept at hand
 PROGRESSED_MAX = 4096
 NOTICES_MAX = 256  # untold ones about slow workers and drift
 TOUCHED_MAX = 65_536  # changed requests beyond those inside
+
+
+Notice = Slow | Shift | Quarantined
 
 
 class Rates(NamedTuple):
@@ -49,7 +57,11 @@ class Ledger:
     moving: Moving
     residency: Residency
     stragglers: Stragglers = field(init=False)
-    notices: deque[Slow | Shift] = field(default_factory=lambda: deque(maxlen=NOTICES_MAX))
+    quarantine: Quarantine = field(init=False)
+    overdue: Overdue = field(init=False)
+    evacuation: Evacuation = field(default_factory=Evacuation)
+    drained: dict[str, None] = field(default_factory=dict)  # names: operators' wishes
+    notices: deque[Notice] = field(default_factory=lambda: deque(maxlen=NOTICES_MAX))
     board: Board = field(default_factory=Board)
     tracked: dict[str, Tracked] = field(default_factory=dict)  # in order of arrival
     arrivals: int = 0
@@ -69,6 +81,8 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.stragglers = Stragglers(self.settings)
+        self.quarantine = Quarantine(self.settings)
+        self.overdue = Overdue(self.settings)
 
     def predict(
         self, request: Request, node: str, degree: int, gpus: Iterable[str], batch: int = 1
@@ -207,15 +221,32 @@ class Ledger:
         if len(self.touched) > TOUCHED_MAX + 2 * len(self.tracked):
             self.touched = {r: None for r in self.touched if r in self.tracked}
 
+    def drain(self, name: str, draining: bool) -> None:
+        """Enters an operator's wish, by a worker's name, whether or not there is one."""
+        self.drained.pop(name, None)
+        if draining:
+            while len(self.drained) >= DRAINED_MAX:
+                absent = (n for n in self.drained if n not in self.cluster.workers)
+                del self.drained[next(absent, next(iter(self.drained)))]
+            self.drained[name] = None
+        worker = self.cluster.workers.get(name)
+        if worker is not None:
+            worker.drain(draining)
+
     def next_parting_us(self, after_us: int) -> int | None:
         """When the next worker leaves a step that was called off: no report tells of it."""
         for name in [n for n, us in self.parting.items() if us <= after_us]:
             del self.parting[name]
         return min(self.parting.values(), default=None)
 
-    def forget_workers(self) -> None:
-        """Keeps the list of workers bounded: drops lost ones that nothing here refers to."""
-        if len(self.cluster.workers) <= WORKERS_MAX:
+    def forget_workers(self, now_us: int) -> None:
+        """Keeps the list of workers bounded: drops lost ones that nothing here refers to, those
+        lost long ago or, where there are too many, all.
+        """
+        many = len(self.cluster.workers) > WORKERS_MAX
+        before_us = None if many else now_us - FORGOTTEN_AFTER_US
+        lost = (w for w in self.cluster.workers.values() if w.state is WorkerState.LOST)
+        if not any(before_us is None or w.lost_us < before_us for w in lost):
             return
         needed: set[str] = set()
         for flight in self.board.flights.values():
@@ -223,7 +254,13 @@ class Ledger:
             needed.update(h.worker for m in flight.assignment.batch for h in m.holders)
         for tracked in self.tracked.values():
             needed.update(tracked.holders, tracked.group)
-        self.cluster.forget_lost(needed)
+        gone = self.cluster.forget_lost(needed, before_us)
+        self.board.forget_workers(gone)
+        self.residency.forget(gone)
+        for name in gone:
+            self.stragglers.forget(name)
+            self.quarantine.forget(name)
+            self.parting.pop(name, None)
 
     def end(self, tracked: Tracked, outcome: Outcome, at_us: int, reason: str = "") -> Ended:
         """Takes a request off the books; its latents are dropped with the next plan."""
@@ -232,6 +269,7 @@ class Ledger:
             if job.state is not JobState.DONE:
                 job.move(JobState.DROPPED)
         del self.tracked[tracked.id]
+        self.quarantine.ended(tracked.id)
         self.progress(tracked.id)
         self._touch(tracked.id)
         self.board.forget(tracked.id)

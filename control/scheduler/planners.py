@@ -16,6 +16,7 @@ from .lifecycle import JobState
 from .policies import make_policy
 from .policies.base import EventPolicy, Policy
 from .policies.hocket.planner import Hocket
+from .resilience import elsewhere
 from .rounds import RoundGrid
 from .scene import Scene
 from .settings import Settings
@@ -172,12 +173,16 @@ class EventPlanner:
             ledger.residency.evict(ledger.cluster.workers[worker], keep)
         if not self._policy.PRELOADS:
             self._preload(ledger)
-        for start in decision.starts:
+        idle = [seat.name for seat in scene.seats if seat.idle]
+        for start in elsewhere.moved(ledger, decision.starts, idle):
             issue(start, scene.begin_us(start))
         return Planned(self._number, now_us, decision.rejects)
 
     def _preload(self, ledger: Ledger) -> None:
         """A worker that joins has had time to load what fits."""
+        known = ledger.cluster.workers
+        if len(self._preloaded) > len(known):
+            self._preloaded = {w: i for w, i in self._preloaded.items() if w in known}
         for worker in ledger.cluster.usable():
             if self._preloaded.get(worker.name) != worker.incarnation:
                 self._preloaded[worker.name] = worker.incarnation

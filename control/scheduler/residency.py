@@ -10,7 +10,7 @@ and adds those of the base's node `controlnet-adapter` to denoising.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .cluster import Worker
@@ -134,6 +134,13 @@ class Residency:
             self._held[worker.name] = {(p.model, p.node): p.mib for p in facts if p.resident}
             self._untold[worker.name].clear()
             self._dropped[worker.name].clear()
+
+    def forget(self, workers: Iterable[str]) -> None:
+        """They are gone for good."""
+        for name in workers:
+            for known in (self._held, self._untold, self._dropped, self._incarnation):
+                known.pop(name, None)
+            self._tells.discard(name)
 
     def _weights(self, worker: Worker, part: Part) -> Weights:
         return self.table.weights(part[0], worker.gpu, part[1])

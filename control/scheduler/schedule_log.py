@@ -224,13 +224,19 @@ class ScheduleLog:
             case _:
                 pass
         for end in ended:
-            at_us = end.at_us - self.start_us
-            line: Line = DoneLine(request=end.request, finish_us=at_us)
-            if end.outcome is Outcome.CANCELLED:
-                line = CancelledLine(request=end.request, at_us=at_us, reason=end.reason)
-            elif end.outcome is Outcome.FAILED:
-                line = FailedLine(request=end.request, at_us=at_us, reason=end.reason)
-            self._outcomes[end.request] = line
+            self.ended(end)
+
+    def ended(self, end: Ended) -> None:
+        """A request ended, by a fact or by a plan."""
+        at_us = end.at_us - self.start_us
+        line: Line = DoneLine(request=end.request, finish_us=at_us)
+        if end.outcome is Outcome.CANCELLED:
+            line = CancelledLine(request=end.request, at_us=at_us, reason=end.reason)
+        elif end.outcome is Outcome.FAILED:
+            line = FailedLine(request=end.request, at_us=at_us, reason=end.reason)
+        elif end.outcome is Outcome.REJECTED:
+            line = RejectedLine(request=end.request, at_us=at_us, reason=end.reason)
+        self._outcomes[end.request] = line
 
     def rejected(self, request: str, at_us: int, reason: str) -> None:
         """A request was turned away (absolute time)."""

@@ -48,6 +48,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     straggler_factor: float = 1.2  # a worker so much slower than its peers is slow; 0: none is
     straggler_avoid: float = 1.5  # from here on it costs its groups more than it gives: avoided
     straggler_retry_us: int = 10_000_000  # it is tried again after so long, then twice that …
+    quarantine_failures: int = 3  # of different requests in a row keep a worker out; 0: never
+    quarantine_retry_us: int = 5_000_000  # it is tried again after so long, then twice that …
+    hung_after_factor: float = 8.0  # of its predicted span an assignment may take; 0: for ever
+    hung_min_us: int = 5_000_000  # … but never less than this
     stages_ahead: int = 8  # encode and decode jobs that a worker is given at a time
 
     def __post_init__(self) -> None:
@@ -68,6 +72,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ("group_cold_us", 0, 3_600_000_000),
             ("straggler_avoid", 1.0, 100.0),
             ("straggler_retry_us", 1, 3_600_000_000),
+            ("quarantine_failures", 0, 1_000),
+            ("quarantine_retry_us", 1, 3_600_000_000),
+            ("hung_after_factor", 0.0, 1_000.0),
+            ("hung_min_us", 1, 3_600_000_000),
         ):
             value = getattr(self, key)
             if isinstance(value, bool) or not low <= value <= high:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .cluster import Worker
 from .ledger import Ledger
 from .lifecycle import JobState
+from .resilience import elsewhere
 from .tracker import Job, Tracked
 from .values import DIT, TEXT, VAE
 
@@ -64,6 +65,9 @@ class Room:
         if model not in self._able:
             self._able[model] = [w for w in self._open if w.can(model)]
         able = self._able[model]
+        out = elsewhere.barred(self._ledger, tracked.id)
+        if out:
+            able = [w for w in able if w.name not in out]
         if not able:
             self.short = self.short or any(w.can(model) for w in self._usable)
             return None

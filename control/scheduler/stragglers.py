@@ -286,7 +286,9 @@ def _others_serve(cluster: Cluster, worker: Worker, avoided: dict[str, None]) ->
         able = [
             w.name
             for w in cluster.workers.values()
-            if w.state is WorkerState.UP and not w.draining and w.can(model)
+            if w.state is WorkerState.UP
+            and w.can(model)
+            and not (w.draining or w.stopping or w.quarantined)
         ]
         gone = sum(name in avoided for name in able) + (worker.name in able)
         if 2 * gone > len(able):

@@ -47,7 +47,8 @@ class Tracked:
     steps_run: int = 0  # ended, whether or not their result survived
     degree_changes: int = 0
     moves: int = 0
-    failures: dict[tuple[str, int, str], int] = field(default_factory=dict)  # node, steps, kind
+    # By node, steps and kind: of each failure, who may have been to blame.
+    failures: dict[tuple[str, int, str], list[tuple[str, ...]]] = field(default_factory=dict)
     alone: str = ""  # node at which it runs in no batch: one that it was in failed there
 
     def __post_init__(self) -> None:

@@ -119,6 +119,13 @@ class PartFacts(_Value, frozen=True):
     resident: bool = False  # on the device now
 
 
+class GroupHeld(_Value, frozen=True):
+    """A group whose communicator stands on a worker, as it says."""
+
+    epoch: int
+    members: tuple[str, ...]
+
+
 class WorkerUp(_Value, frozen=True, tag_field="kind", tag="worker_up"):
     """A worker's lease lives. Repeated for a known incarnation, it clears a suspicion."""
 
@@ -133,6 +140,9 @@ class WorkerUp(_Value, frozen=True, tag_field="kind", tag="worker_up"):
     weights: tuple[PartFacts, ...] = ()  # where its memory is bounded; those used last at the end
     island: str = ""  # workers of one host with the same island are linked closely; "": one island
     shares_cores: bool = False  # with its peers: how slow it is says nothing of it
+    stopping: bool = False  # it was told to stop: as drained, until it is gone
+    pending: tuple[int, ...] = ()  # sequences that it has in hand, of this scheduler
+    groups: tuple[GroupHeld, ...] | None = None  # that stand there; None: it does not say
 
 
 class WorkerLost(_Value, frozen=True, tag_field="kind", tag="worker_lost"):
@@ -143,8 +153,17 @@ class WorkerLost(_Value, frozen=True, tag_field="kind", tag="worker_lost"):
     reason: str = "lease"
 
 
+class NothingHeard(_Value, frozen=True, tag_field="kind", tag="nothing_heard"):
+    """No worker was heard of for a while: no assignment counts as overdue for that time."""
+
+    at_us: int
+
+
 class DrainRequested(_Value, frozen=True, tag_field="kind", tag="drain_requested"):
-    """Stop (or, with `draining` false, resume) giving work to a worker."""
+    """Stop (or, with `draining` false, resume) giving work to a worker of this name.
+
+    The wish outlives the worker; it may come before the worker does.
+    """
 
     at_us: int
     worker: str
@@ -199,6 +218,7 @@ Event = (
     | CancelRequested
     | WorkerUp
     | WorkerLost
+    | NothingHeard
     | DrainRequested
     | StepsEnded
     | AssignmentFailed
@@ -293,6 +313,16 @@ class Load(_Value, frozen=True):
     evict: tuple[tuple[str, str], ...] = ()  # (model, node) that make room first
 
 
+class Fetch(_Value, frozen=True):
+    """A worker copies a latent to itself, beside its steps: whoever has it is about to leave."""
+
+    request: str
+    attempt: int
+    steps_done: int
+    holder: str
+    worker: str  # copies it
+
+
 class Plan(_Value, frozen=True):
     """All decisions of one call, as one value."""
 
@@ -303,7 +333,8 @@ class Plan(_Value, frozen=True):
     truncations: tuple[Truncation, ...] = ()
     released: tuple[str, ...] = ()  # requests whose latents may be dropped
     loads: tuple[Load, ...] = ()
-    ended: tuple[Ended, ...] = ()  # requests that the policy turned away
+    ended: tuple[Ended, ...] = ()  # turned away by the policy, or failed by an overdue assignment
+    fetches: tuple[Fetch, ...] = ()
 
     @property
     def digest(self) -> str:

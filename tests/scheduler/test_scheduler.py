@@ -20,7 +20,8 @@ def test_an_arrival_into_an_idle_cluster_does_not_wait():
     encode = only(world.plan())
     assert (encode.node, encode.steps, encode.start_us) == ("text", 1, 123_456)
     assert encode.batch[0].holders == ()
-    assert not world.scheduler.due(world.now_us) and world.scheduler.wake_us() is None
+    hung_us = world.now_us + world.settings.hung_min_us
+    assert not world.scheduler.due(world.now_us) and world.scheduler.wake_us() == hung_us
     world.over(encode)
     assert world.scheduler.due(world.now_us)
     plan = world.plan()

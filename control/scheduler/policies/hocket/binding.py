@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ... import denoise
 from ...ledger import Ledger
+from ...resilience import elsewhere
 from ...tracker import Tracked
 from .pods import Pod
 
@@ -44,7 +45,13 @@ class Binder:
         """Workers for each wish; the free ones suffice for all together."""
         bound: list[tuple[Wish, tuple[str, ...]]] = []
         rest: list[Wish] = []
+        failed = [wish for wish in wishes if self._barred(wish)]
+        for wish in failed:  # before the others take what it may have
+            if (workers := self._elsewhere(wish)) is not None:
+                bound.append((wish, self._take(workers)))
         for wish in wishes:
+            if wish in failed:
+                continue
             where = denoise.workers_before(self._ledger, wish.first)
             if len(where) == wish.width and all(w in self._free for w in where):
                 bound.append((wish, self._take(where)))
@@ -53,6 +60,23 @@ class Binder:
         for wish in sorted(rest, key=lambda w: -w.width):
             bound.append((wish, self._take(self._choose(wish))))
         return bound
+
+    def _barred(self, wish: Wish) -> frozenset[str]:
+        """Workers on which one of its jobs failed, where the pod has others."""
+        out = elsewhere.barred_of(self._ledger, [t.id for t in wish.members])
+        return elsewhere.NOBODY if out.issuperset(self._order) else out
+
+    def _elsewhere(self, wish: Wish) -> tuple[str, ...] | None:
+        """As wide as it can; None: it waits for one of the other workers."""
+        out, free = self._barred(wish), self._free
+        self._free = {w: None for w in free if w not in out}
+        request = wish.first.request
+        room = min(wish.width, len(self._free))
+        widths = (1, *self._ledger.degrees(request)) if wish.width > 1 else (1,)
+        wish.width = max((k for k in widths if k <= room), default=0)
+        chosen = self._choose(wish) if wish.width else None
+        self._free = free
+        return chosen
 
     def _take(self, workers: tuple[str, ...]) -> tuple[str, ...]:
         for worker in workers:

@@ -317,13 +317,15 @@ class Hocket:
         return False
 
     def _may_leave(self, ledger: Ledger, entry: Entry, pod: Pod) -> bool:
-        tracked = entry.tracked
-        return not tracked.outstanding and pod.fits(ledger, tracked.request)
+        return not entry.tracked.outstanding and pod.serves(ledger, entry)
 
     def _preload(self, ledger: Ledger) -> None:
         """A worker that joins has had time to load what fits."""
         if not self._read["preload"]:
             return
+        known = ledger.cluster.workers
+        if len(self._preloaded) > len(known):
+            self._preloaded = {w: i for w, i in self._preloaded.items() if w in known}
         for pod in self._pods.pods:
             for worker in pod.workers:
                 if self._preloaded.get(worker.name) == worker.incarnation:

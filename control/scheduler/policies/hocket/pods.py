@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ...cluster import Worker
 from ...ledger import Ledger
+from ...resilience import elsewhere
 from ...tracker import Tracked
 from ...values import Request
 
@@ -77,6 +78,13 @@ class Pod:
         degrees = tuple(d for d in (1, *facts.degrees) if d <= len(self.workers))
         return not ledger.memory.hopeless(request, self.gpus, degrees)
 
+    def serves(self, ledger: Ledger, entry: Entry) -> bool:
+        """Fits the request, and has a worker on which it did not just fail."""
+        out = elsewhere.barred(ledger, entry.id)
+        return self.fits(ledger, entry.tracked.request) and not (
+            out and out.issuperset(w.name for w in self.workers)
+        )
+
     def running(self, ledger: Ledger, worker: str) -> list[int]:
         """Sequences that the worker has in hand, oldest first."""
         flights = ledger.board.flights
@@ -132,11 +140,10 @@ class Pods:
         self.where[entry.id] = pod
 
     def _leave_small(self, ledger: Ledger, entry: Entry, pod: Pod) -> set[int]:
-        """Another kind of workers for a request whose steps do not fit these."""
-        request = entry.tracked.request
-        if entry.tracked.outstanding or pod.fits(ledger, request):
+        """Other workers for a request whose steps do not fit these, or that failed on them."""
+        if entry.tracked.outstanding or pod.serves(ledger, entry):
             return set()
-        roomier = [p for p in self.pods if p is not pod and p.fits(ledger, request)]
+        roomier = [p for p in self.pods if p is not pod and p.serves(ledger, entry)]
         if not roomier:
             return set()
         to = min(roomier, key=lambda p: (p.work_us // len(p.workers), p.index))

@@ -1,0 +1,1 @@
+"""The live shell (control, gateway, worker agents) in simulated time over a broker that breaks."""

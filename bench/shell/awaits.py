@@ -1,0 +1,159 @@
+"""Something happens at every await: a crash, a stop, a broken connection, exactly there.
+
+One scripted course (submit and follow to the end; submit and cancel; a change of leaders) is run
+over and over; in the k-th run the process that runs a chosen coroutine is killed (or stopped, or
+the call is broken off) at the k-th place where that coroutine has to wait. What must hold then is
+what must hold always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from hocket.v1 import generation_pb2, types_pb2
+
+from .faults import Fault
+from .loop import Process, Tell
+from .roles import MODEL
+from .scenario import BEGIN_US, Script, Verdict, perform
+from .stories import Story
+from .world import World
+
+SECOND_US = 1_000_000
+_AWAY_S = 1.0  # a process that was stopped goes on then
+COURSES = ("follow", "cancel", "takeover")
+DEEDS = ("kill", "stop", "break")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A coroutine in a kind of process."""
+
+    process: str  # how its name begins
+    coroutine: str  # its qualified name; a "." at the end: any method of the class
+
+    def __str__(self) -> str:
+        return f"{self.process}: {self.coroutine}"
+
+
+# Whatever takes part in a request's life. A call is served by `ServerCall._serve`.
+PLACES = (
+    Place("gateway", "ServerCall._serve"),
+    Place("gateway", "Line."),
+    Place("control", "ServerCall._serve"),
+    Place("control", "Admission."),
+    Place("control", "Endings."),
+    Place("control", "Attachments."),
+    Place("control", "Driver.run"),
+    Place("control", "Replica."),
+    Place("control", "Leadership."),
+    Place("w", "Agent."),
+)
+
+
+def courses(
+    places: tuple[Place, ...] = PLACES, deeds: tuple[str, ...] = DEEDS, every: int = 1
+) -> Iterator[tuple[str, Verdict]]:
+    """All of it, or of the awaits each `every`-th; each run with what it was."""
+    for course in COURSES:
+        for place in places:
+            for deed in deeds:
+                if deed == "break" and "_serve" not in place.coroutine:
+                    continue
+                yield from _all_awaits(course, place, deed, every)
+
+
+def _all_awaits(course: str, place: Place, deed: str, every: int) -> Iterator[tuple[str, Verdict]]:
+    number = 0
+    while True:
+        trap = Trap(place, deed, number)
+        verdict = perform(number, _script(course, trap))
+        if not trap.sprung:
+            return
+        yield f"{course}, {deed} at await {number} of {place}", verdict
+        number += every
+
+
+class Trap:
+    """Waits for an await, and does its deed there once."""
+
+    def __init__(self, place: Place, deed: str, number: int) -> None:
+        self._place, self._deed, self._left = place, deed, number
+        self._world: World | None = None
+        self._counts = False
+        self.sprung = False
+
+    def prepare(self, world: World) -> None:
+        """Sees every coroutine that is started from now on."""
+        self._world = world
+        world.loop.watched = self._watch
+
+    def set(self, world: World) -> None:
+        """From now on it counts."""
+        self._counts = True
+
+    def _watch(self, process: Process, work: Coroutine[Any, Any, Any]) -> Tell | None:
+        place = self._place
+        name = getattr(work, "__qualname__", "")
+        whole = name == place.coroutine or (
+            place.coroutine.endswith(".") and name.startswith(place.coroutine)
+        )
+        if not process.name.startswith(place.process) or not whole:
+            return None
+        owner = getattr(work, "cr_frame", None)
+        call = owner.f_locals.get("self") if owner is not None else None
+        return lambda: self._waits(process, call)
+
+    def _waits(self, process: Process, call: Any) -> None:
+        if self.sprung or not self._counts:
+            return
+        if self._left:
+            self._left -= 1
+            return
+        self.sprung = True
+        deeds: dict[str, Callable[[], None]] = {
+            "kill": lambda: self._kill(process),
+            "stop": lambda: self._stop(process),
+            "break": lambda: self._break(call),
+        }
+        deeds[self._deed]()
+
+    def _kill(self, process: Process) -> None:
+        """Nothing of what it says from now on is heard; its tasks end, its supervisor comes."""
+        world = self._world
+        assert world is not None
+        process.cut_off()
+        world.outside(world.kill(process.name))
+
+    def _stop(self, process: Process) -> None:
+        process.stop()
+        loop = process.loop
+        loop.at_us(loop.now_us + round(_AWAY_S * 1e6), process.resume)
+
+    def _break(self, call: Any) -> None:
+        call.channel.break_off()
+
+
+def _script(course: str, trap: Trap) -> Script:
+    behaviours = {"follow": "wait", "cancel": "cancel", "takeover": "wait"}
+    stories = []
+    for number in range(2):
+        wish = generation_pb2.GenerateRequest(
+            spec=types_pb2.GenerationSpec(
+                model=MODEL,
+                prompt="a fox",
+                shape=types_pb2.Shape(width=64, height=64),
+                steps=4,
+            ),
+            idempotency_key=f"key-{number}",
+        )
+        starts_us = BEGIN_US + number * 100_000
+        stories.append(Story(f"c{number}", behaviours[course], wish, starts_us, number))
+    faults = []
+    if course == "takeover":
+        for name in ("control-0", "control-1"):
+            at_us = BEGIN_US + (150_000 if name == "control-0" else 6 * SECOND_US)
+            faults.append(Fault(at_us, "kill", name, SECOND_US))
+    return Script(stories, faults, "fixed-1", 2, prepare=trap.prepare, begin=trap.set)

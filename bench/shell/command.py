@@ -1,0 +1,140 @@
+"""`python -m bench shell`: thousands of seeds of the live shell in simulated time."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bench.shell.faults import KINDS
+from bench.shell.scenario import Verdict, play
+from bench.sim.experiment import parse_seeds
+from bench.sim_command import explained
+from hocket.clock import steady_ns
+
+console = Console(width=None if sys.stdout.isatty() else 150)
+_SHOWN_MAX = 20  # seeds with problems
+_TOGETHER = 10  # seeds of one piece of work
+
+
+@explained
+def shell_command(
+    seeds: Annotated[str, typer.Option(help="Seeds: 0-9999, or 3,5.")] = "0-999",
+    jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+    kinds: Annotated[
+        str, typer.Option(help=f"Only these faults, of: {', '.join(KINDS)}; default: all.")
+    ] = "",
+) -> None:
+    """Control, gateways and workers in simulated time, over a broker and links that break."""
+    chosen = tuple(kind.strip() for kind in kinds.split(",") if kind.strip())
+    if unknown := [kind for kind in chosen if kind not in KINDS]:
+        raise typer.BadParameter(f"no fault is called {unknown[0]!r}")
+    numbers = list(parse_seeds(seeds))
+    began_ns, found = steady_ns(), Findings()
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("seeds", total=len(numbers))
+        for verdict in verdicts(numbers, jobs, chosen):
+            found.take(verdict)
+            wrong = f", {found.bad} with problems" if found.bad else ""
+            progress.update(task, advance=1, description=f"seeds{wrong}")
+    found.show((steady_ns() - began_ns) / 1e9)
+    if found.bad:
+        raise typer.Exit(1)
+
+
+class Findings:
+    """What all seeds came to."""
+
+    def __init__(self) -> None:
+        self.seeds = self.bad = self.requests = 0
+        self.simulated_s = 0.0
+        self._kinds: Counter[str] = Counter()
+        self._faults: Counter[str] = Counter()
+        self._first: dict[str, int] = {}
+        self._shown: list[Verdict] = []
+
+    def take(self, verdict: Verdict) -> None:
+        self.seeds += 1
+        self.requests += verdict.requests
+        self.simulated_s += verdict.simulated_s
+        self._faults.update(verdict.kinds)
+        if verdict.problems:
+            self.bad += 1
+            kinds = {problem.kind for problem in verdict.problems}
+            self._kinds.update(kinds)
+            for kind in kinds:
+                self._first[kind] = min(verdict.seed, self._first.get(kind, verdict.seed))
+            self._shown = sorted([*self._shown, verdict], key=lambda v: v.seed)[:_SHOWN_MAX]
+
+    def show(self, took_s: float) -> None:
+        hours = self.simulated_s / 3600
+        faults = sum(self._faults.values())
+        console.print(
+            f"{self.seeds} seeds in {took_s:.0f} s: {hours:.1f} simulated hours, "
+            f"{self.requests} requests, {faults} faults of {len(self._faults)} kinds, "
+            f"{self.bad} seeds with problems",
+            highlight=False,
+        )
+        for verdict in self._shown:
+            console.print(
+                f"[red]seed {verdict.seed}[/]: python -m bench shell --seeds {verdict.seed}"
+            )
+            for fault in verdict.faults:
+                console.print(f"    {fault}", markup=False)
+            for problem in verdict.problems:
+                console.print(f"    {problem}", style="red", markup=False, soft_wrap=True)
+        if self._kinds:
+            table = Table("problem", "seeds", "first seed")
+            for kind, count in self._kinds.most_common():
+                table.add_row(kind, str(count), str(self._first[kind]))
+            console.print(table)
+
+
+def verdicts(seeds: Iterable[int], jobs: int, kinds: tuple[str, ...]) -> Iterator[Verdict]:
+    """Of each seed, as they come."""
+    if jobs == 1:
+        for piece in _pieces(seeds):
+            yield from play_all(piece, kinds)
+        return
+    pieces = _pieces(seeds)
+    with ProcessPoolExecutor(jobs) as pool:
+        running: set[Future[list[Verdict]]] = set()
+        for piece in pieces:
+            running.add(pool.submit(play_all, piece, kinds))
+            if len(running) > 2 * jobs:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield from future.result()
+        for future in running:
+            yield from future.result()
+
+
+def play_all(seeds: list[int], kinds: tuple[str, ...]) -> list[Verdict]:
+    """Several seeds; garbage is collected behind them, not a hundred times within each."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        return [play(seed, kinds) for seed in seeds]
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+def _pieces(seeds: Iterable[int]) -> Iterator[list[int]]:
+    piece: list[int] = []
+    for seed in seeds:
+        piece.append(seed)
+        if len(piece) == _TOGETHER:
+            yield piece
+            piece = []
+    if piece:
+        yield piece

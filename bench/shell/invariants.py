@@ -1,0 +1,226 @@
+"""What must hold when the faults are over and things had time to settle.
+
+Each check returns what it found wrong, as `Problem`s of a kind, so that many runs can be counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hocket.errors import BrokerUnavailable
+from hocket.v1 import journal_pb2, mesh_pb2
+
+from .stories import ENDINGS, Story, Told
+
+if TYPE_CHECKING:
+    from .scenario import Run
+
+SECOND_US = 1_000_000
+GRACE_US = 10 * SECOND_US  # a request without followers is kept so long
+SLACK_US = 5 * SECOND_US  # for noticing, deciding and stopping
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that must not be."""
+
+    kind: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}"
+
+
+def check(run: Run) -> list[Problem]:
+    """All that is wrong with a run that is over."""
+    return [problem for look in CHECKS for problem in look(run)]
+
+
+def answered(run: Run) -> Iterator[Problem]:
+    """Whoever stayed learned exactly one end, or a refusal before anything was accepted."""
+    for story in run.stories:
+        endings = [t for t in story.told if t.kind in ENDINGS]
+        kinds = {(t.request, t.kind) for t in endings}
+        if len(kinds) > 1:
+            yield Problem("two endings", f"{story.name}: {endings}")
+        if not story.over:
+            yield Problem("never answered", str(story))
+        kinds_told = [t.kind for t in story.told if t.kind in ("refused", "accepted")]
+        if kinds_told != sorted(kinds_told, reverse=True):
+            yield Problem("refused after accepted", str(story))
+        if story.lost and not run.faults:
+            yield Problem("lost without a fault", str(story))
+        if any(t.kind == "failed" for t in endings):
+            yield Problem("failed", str(story))
+        if story.behaviour != "cancel" and any(t.kind == "cancelled" for t in endings):
+            yield Problem("cancelled without a cancel", str(story))
+
+
+def one_request_a_key(run: Run) -> Iterator[Problem]:
+    """Callers with one key hear of one request, and of one end of it."""
+    by_key: dict[str, list[Story]] = {}
+    for story in run.stories:
+        if story.key:
+            by_key.setdefault(story.key, []).append(story)
+    for key, stories in by_key.items():
+        requests = {t.request for s in stories for t in s.told if t.request}
+        made = {r for r in requests if not any(e.outcome == "cancelled" for e in run.ends(r))}
+        if len(made) > 1:
+            yield Problem("one key, several requests", f"{key}: {sorted(requests)}")
+        moved = all(s.behaviour == "move" for s in stories)
+        if len(requests) > 1 and run.calm and moved:
+            yield Problem("lost while its caller moved", f"{key}: {sorted(requests)}")
+        for request in requests:
+            endings = {t.kind for s in stories for t in s.told if _is_end(t, request)}
+            if len(endings) > 1:
+                yield Problem("followers told different ends", f"{key}: {sorted(endings)}")
+
+
+def typed(run: Run) -> Iterator[Problem]:
+    """Each status said what the matter was, and no gateway that lives dropped a caller."""
+    for story in run.stories:
+        for status in story.odd:
+            yield Problem("odd status", f"{story}: {status}")
+        ends = [f for f in run.faults if f.kind in ("kill", "terminate", "stop")]
+        if story.dropped and not any(f.target.startswith("gateway") for f in ends):
+            yield Problem("dropped after accepted", f"{story}: {story.dropped}")
+
+
+def in_order(run: Run) -> Iterator[Problem]:
+    """Cursors rise, from one call to the one that goes on behind it too."""
+    for story in run.stories:
+        for chain in {t.chain for t in story.told if t.chain}:
+            told = [t for t in story.told if t.chain == chain and t.cursor]
+            if any(later.cursor <= now.cursor for now, later in itertools.pairwise(told)):
+                shown = [(t.kind, t.cursor >> 32, t.cursor & 0xFFFFFFFF) for t in told]
+                yield Problem("told twice or out of order", f"{story.name}: {shown}")
+            steps = [int(t.detail) for t in told if t.kind == "progress" and t.detail]
+            if run.calm and any(later < now for now, later in itertools.pairwise(steps)):
+                yield Problem("steps went back", f"{story.name}: {steps}")
+
+
+def stored(run: Run) -> Iterator[Problem]:
+    """What was told stands in the journal, once, and nothing stands there that never ended."""
+    accepted, ended = run.accepted, run.ended
+    for request, times in accepted.items():
+        if len(times) > 1:
+            yield Problem("accepted twice", request)
+        if request not in ended:
+            yield Problem("accepted, never ended", f"{request}: {_who(run, request)}")
+    for request, entries in ended.items():
+        if len(entries) > 1:
+            yield Problem("ended twice", f"{request}: {[e.outcome for e in entries]}")
+    for story in run.stories:
+        for told in story.told:
+            if told.kind == "accepted" and told.request not in accepted:
+                yield Problem("told accepted, not stored", str(story))
+            if told.kind in ENDINGS and told.request:
+                outcomes = [e.outcome for e in ended.get(told.request, ())]
+                if told.kind not in outcomes:
+                    yield Problem("told an end that is not stored", f"{story} {outcomes}")
+
+
+def one_leader(run: Run) -> Iterator[Problem]:
+    """Once a term has written, no earlier one does."""
+    for before, after in itertools.pairwise(run.terms):
+        if after < before:
+            yield Problem("terms interleaved", f"{after} behind {before}")
+
+
+def within_room(run: Run) -> Iterator[Problem]:
+    """Never more requests open at a time than control takes."""
+    comes = [(times[0], 1) for times in run.accepted.values()]
+    goes = [(e[0].at_us, -1) for r, e in run.ended.items() if r in run.accepted]
+    inside = most = 0
+    for _, change in sorted(comes + goes):
+        inside += change
+        most = max(most, inside)
+    if most > run.world.open_max:
+        yield Problem("more than there is room for", f"{most} of {run.world.open_max}")
+
+
+def for_somebody(run: Run) -> Iterator[Problem]:
+    """A request without followers ends soon, and what has ended is not worked on."""
+    followers: dict[str, list[Story]] = {}
+    for story in run.stories:
+        for name in {t.request for t in story.told if t.request}:
+            followers.setdefault(name, []).append(story)
+    for request in run.accepted:
+        stories = followers.get(request, [])
+        ends = run.ended.get(request)
+        if not ends or any(s.behaviour == "forget" for s in stories):
+            continue
+        if all(s.left_us is not None for s in stories):
+            alone_us = max([run.healed_us, *(s.left_us or 0 for s in stories)])
+            if ends[0].at_us > alone_us + GRACE_US + SLACK_US and ends[0].outcome == "finished":
+                yield Problem("made for nobody", request)
+    for request, worked_us in run.worked_us.items():
+        ends = run.ended.get(request)
+        if ends and worked_us > max(ends[0].at_us, run.healed_us) + SLACK_US:
+            yield Problem("work behind the end", request)
+
+
+def alive(run: Run) -> Iterator[Problem]:
+    """No process ended by itself, and no task died of what nobody expected."""
+    for death in run.world.deaths:
+        if isinstance(death.error, BrokerUnavailable):
+            continue  # it says so where the broker is away when it starts, and is started again
+        yield Problem("died", f"{death.name} of {_named(death.error)}")
+    for process in run.processes():
+        for where, error in process.errors:
+            yield Problem("unexpected error", f"{process.name} {where}: {_named(error)}")
+    for where, error in run.world.loop.unowned:
+        yield Problem("unexpected error", f"{where}: {_named(error)}")
+
+
+def nothing_left(run: Run) -> Iterator[Problem]:
+    """All that grows with requests is back where it was before the first one."""
+    for name, (before, after) in run.counts().items():
+        if after > before:
+            yield Problem("left over", f"{name}: {before} before, {after} after")
+
+
+CHECKS: tuple[Callable[[Run], Iterator[Problem]], ...] = (
+    answered,
+    one_request_a_key,
+    typed,
+    in_order,
+    stored,
+    one_leader,
+    within_room,
+    for_somebody,
+    alive,
+    nothing_left,
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An end as it stands in the journal."""
+
+    at_us: int
+    outcome: str
+
+
+def outcome_of(ended: journal_pb2.EndedRequest | mesh_pb2.RequestEvent) -> str:
+    if ended.HasField("finished"):
+        return "finished"
+    return "failed" if ended.HasField("failed") else "cancelled"
+
+
+def _is_end(told: Told, request: str) -> bool:
+    return told.request == request and told.kind in ENDINGS
+
+
+def _who(run: Run, request: str) -> str:
+    names = [s.name for s in run.stories if any(t.request == request for t in s.told)]
+    return ", ".join(names) or "known to nobody"
+
+
+def _named(error: BaseException | None) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,160 @@
+"""What runs in the simulated processes: the services' own start functions, as their commands call
+them. Only the worker is put together here, as `gpuworker.emulated_worker` does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import grpc
+from opentelemetry.trace import NoOpTracer, Tracer
+
+from control import service as control_service
+from control.config import ControlSettings
+from gateway import service as gateway_service
+from gateway.settings import GatewaySettings
+from gpuworker.agent import Agent
+from gpuworker.config import WorkerSettings
+from gpuworker.emulated import EmulatedExecutor, EmulatedHost
+from hocket.bus import Bus
+from hocket.telemetry import Telemetry
+
+from .loop import Process, SimulatedClock
+
+if TYPE_CHECKING:
+    from .world import World
+
+CLUSTER = "sim"
+GPU = "toy-gpu"
+MODEL = "toy"
+STEP_US = 50_000
+_STAGE_US = 20_000
+_URL = "nats://simulated:4222"
+Role = Callable[["World", Process], Coroutine[Any, Any, None]]
+
+PROFILE = "model,gpu,node,width,height,frames,degree,batch,call_us,source\n" + "".join(
+    f"{MODEL},{GPU},{node},64,64,1,{degree},1,{call_us},simulated\n"
+    for node, degree, call_us in (
+        ("text", 1, _STAGE_US),
+        ("dit", 1, STEP_US),
+        ("dit", 2, STEP_US * 3 // 5),
+        ("vae", 1, _STAGE_US),
+    )
+)
+CELLS = {
+    (MODEL, "text", 64, 64, 1, 1): _STAGE_US,
+    (MODEL, "dit", 64, 64, 1, 1): STEP_US,
+    (MODEL, "dit", 64, 64, 1, 2): STEP_US * 3 // 5,
+    (MODEL, "vae", 64, 64, 1, 1): _STAGE_US,
+}
+
+
+@dataclass(frozen=True)
+class _Untold:
+    """Telemetry that goes nowhere."""
+
+    tracer: Tracer
+
+    def server_interceptors(self, *_: object, **__: object) -> list[grpc.aio.ServerInterceptor]:
+        return []
+
+    def client_interceptors(self) -> list[grpc.aio.ClientInterceptor]:
+        return []
+
+
+_TOLD = cast(Telemetry, _Untold(NoOpTracer()))
+
+
+def clock_of(world: World, process: Process) -> SimulatedClock:
+    """Each process's clock has an origin of its own: no two can be compared."""
+    origin_us = sum(process.name.encode()) * 1_000_003 % 500_000_000
+    return SimulatedClock(world.loop, origin_us)
+
+
+def control(index: int) -> Role:
+    """A control replica."""
+
+    async def run(world: World, process: Process) -> None:
+        settings = ControlSettings(
+            cluster=CLUSTER,
+            nats_url=_URL,
+            state_dir=world.state_dir,
+            listen=f"control-{index}:0",
+            policy=world.policy,
+            requests_open_max=world.open_max,
+            profiles=(profile_file(world.state_dir),),
+        )
+        stop = asyncio.Event()
+        process.on_terminate = stop.set
+        await control_service.serve(settings, clock_of(world, process), _TOLD, stop)
+
+    return run
+
+
+def gateway_address(index: int) -> str:
+    return f"gateway-{index}:7433"
+
+
+def gateway(index: int) -> Role:
+    """A gateway."""
+
+    async def run(world: World, process: Process) -> None:
+        settings = GatewaySettings(
+            cluster=CLUSTER,
+            nats_url=_URL,
+            state_dir=world.state_dir,
+            listen=gateway_address(index),
+        )
+        stop = asyncio.Event()
+        process.on_terminate = stop.set
+        async with gateway_service.running(settings, _TOLD):
+            await stop.wait()
+
+    return run
+
+
+def worker(index: int) -> Role:
+    """A worker with an emulated executor."""
+
+    async def run(world: World, process: Process) -> None:
+        settings = WorkerSettings(
+            cluster=CLUSTER,
+            nats_url=_URL,
+            state_dir=world.state_dir,
+            host=f"host-{index % 2}",
+            heartbeat_us=500_000,
+        )
+        name = f"w{index}"
+        host = world.emulated
+        executor = EmulatedExecutor(name, host, GPU)
+        world.executors[name] = executor
+        process.at_death.append(lambda: host.close(name))
+        bus = await Bus.connect(_URL, name)
+        agent = Agent(name, settings, bus, executor, clock_of(world, process), _TOLD.tracer)
+        running = asyncio.get_running_loop().create_task(agent.run())
+        process.on_terminate = running.cancel
+        try:
+            await running
+        except asyncio.CancelledError:
+            if not running.cancelled():
+                raise
+        finally:
+            await executor.close()
+            await bus.close()
+
+    return run
+
+
+def emulated_host(world: World) -> EmulatedHost:
+    return EmulatedHost(clock=SimulatedClock(world.loop), profile=CELLS)
+
+
+def profile_file(folder: Path) -> Path:
+    path = folder / "toy.csv"
+    if not path.exists():
+        path.write_text(PROFILE)
+    return path

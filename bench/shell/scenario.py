@@ -1,0 +1,236 @@
+"""One seed from start to verdict."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hocket.bus import Subjects
+from hocket.subjects import name_of
+from hocket.v1 import journal_pb2, mesh_pb2
+
+from . import roles
+from .broker import Message
+from .callers import Callers
+from .faults import Fault, draw_faults, inflict
+from .invariants import Entry, Problem, check, outcome_of
+from .loop import Process, SimulatedLoop
+from .runtime import installed
+from .stories import GATEWAYS, Story, draw_stories
+from .world import World
+
+SECOND_US = 1_000_000
+_TASKS_TOGETHER = 12  # some come and go all the time: only more of them count
+START_US = 1000 * SECOND_US
+BEGIN_US = START_US + 3 * SECOND_US  # the fleet has come up, the first callers come
+CONTROLS = 2
+_LEADER_US = 6 * SECOND_US  # by then somebody leads again
+_ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
+_SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
+
+
+@dataclass
+class Run:
+    """What happened."""
+
+    world: World
+    stories: list[Story]
+    faults: list[Fault]
+    callers: Callers
+    healed_us: int = 0
+    accepted: dict[str, list[int]] = field(default_factory=dict)  # when, by request
+    ended: dict[str, list[Entry]] = field(default_factory=dict)
+    terms: list[int] = field(default_factory=list)  # of what was stored, in order
+    worked_us: dict[str, int] = field(default_factory=dict)  # last report, by request
+    before: dict[str, int] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def calm(self) -> bool:
+        return not self.faults and self.world.loop.watched is None
+
+    def ends(self, request: str) -> list[Entry]:
+        return self.ended.get(request, [])
+
+    def digest(self) -> str:
+        """The same for two runs that told and stored the same at the same times."""
+        told = [(story.name, t) for story in self.stories for t in story.told]
+        stored = [(m.subject, m.unix_us) for m in self.world.broker.all_messages()]
+        return hashlib.sha256(repr((told, stored)).encode()).hexdigest()
+
+    def processes(self) -> list[Process]:
+        living = [m.process for m in self.world.members.values() if m.process is not None]
+        return [*self.world.past, *living]
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Sizes before the first request and after the last."""
+        return {name: (self.before.get(name, 0), size) for name, size in self.after.items()}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A seed's result."""
+
+    seed: int
+    faults: tuple[str, ...]
+    kinds: tuple[str, ...]  # of the faults
+    problems: tuple[Problem, ...]
+    requests: int
+    callbacks: int
+    simulated_s: float
+    digest: str  # of all that was told and stored
+
+
+@dataclass
+class Script:
+    """What shall happen."""
+
+    stories: list[Story]
+    faults: list[Fault]
+    policy: str
+    workers: int
+    open_max: int = 10_000
+    prepare: Callable[[World], None] = lambda world: None  # called before anything is started
+    begin: Callable[[World], None] = lambda world: None  # called before the first request
+
+
+def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
+    """Runs one seed. `kinds` restricts the faults."""
+    rng = random.Random(seed)
+    policy = rng.choice(("edf", "fixed-1"))
+    open_max = rng.choice((10_000, 10_000, 3))
+    workers = rng.randrange(2, 5)
+    names = [f"control-{i}" for i in range(CONTROLS)] + [f"gateway-{i}" for i in range(GATEWAYS)]
+    names += [f"w{i}" for i in range(workers)]
+    stories = draw_stories(rng, rng.randrange(4, 11), BEGIN_US)
+    faults = draw_faults(rng, names, BEGIN_US, kinds)
+    return perform(seed, Script(stories, faults, policy, workers, open_max))
+
+
+def perform(seed: int, script: Script) -> Verdict:
+    """Runs a script; the seed is for everything else that is left to chance."""
+    logging.getLogger().setLevel(logging.CRITICAL)
+    loop = SimulatedLoop(START_US)
+    asyncio.set_event_loop(loop)
+    try:
+        with tempfile.TemporaryDirectory(prefix="shell-", dir=_fast_folder()) as folder:
+            run = loop.run_until_complete(_perform(seed, loop, Path(folder), script))
+            problems = tuple(check(run))
+            loop.run_until_complete(run.world.shut_down())
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+    return Verdict(
+        seed=seed,
+        faults=tuple(str(fault) for fault in run.faults),
+        kinds=tuple(fault.kind for fault in run.faults),
+        problems=problems,
+        requests=len(run.accepted),
+        callbacks=loop.callbacks,
+        simulated_s=(loop.now_us - loop.start_us) / 1e6,
+        digest=run.digest(),
+    )
+
+
+async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script) -> Run:
+    world = World(seed, loop, folder, policy=script.policy, open_max=script.open_max)
+    script.prepare(world)
+    with installed(world):
+        for index in range(CONTROLS):
+            world.add(f"control-{index}", roles.control(index))
+        for index in range(GATEWAYS):
+            world.add(f"gateway-{index}", roles.gateway(index))
+        for index in range(script.workers):
+            world.add(f"w{index}", roles.worker(index))
+        run = Run(world, script.stories, script.faults, Callers(world, script.stories))
+        world.broker.taps.append(_reports(run))
+        await asyncio.sleep((BEGIN_US - START_US - 100_000) / 1e6)
+        run.before = _sizes(world)
+        script.begin(world)
+        world.add("callers", run.callers.run).wanted = False
+        await inflict(world, script.faults)
+        run.healed_us = world.now_us
+        await world.until(lambda: run.callers.over, _ANSWER_US)
+        await world.until(lambda: _is_quiet(run), _SETTLE_US)
+        await world.kill("callers")
+        await asyncio.sleep(1.0)
+        run.after = _sizes(world)
+        _read_stored(run)
+    return run
+
+
+def _reports(run: Run) -> Callable[[Message], None]:
+    prefix = Subjects(roles.CLUSTER).report("")
+
+    def tap(message: Message) -> None:
+        if message.subject.startswith(prefix):
+            report = mesh_pb2.StepReport.FromString(message.data)
+            if report.step_time_us and report.node != "vae":  # a result may be stored for long
+                for result in report.results:
+                    run.worked_us[result.request_id] = run.world.now_us
+
+    return tap
+
+
+def _read_stored(run: Run) -> None:
+    """What the broker has stored of requests, all that ever was."""
+    broker, subjects = run.world.broker, Subjects(roles.CLUSTER)
+    zero_us = broker.unix_us - run.world.now_us
+    prefix = subjects.promise("x").removesuffix("x")
+    for message in broker.all_of(subjects.promises_stream):
+        if message.subject == subjects.fence and message.data:
+            run.terms.append(journal_pb2.Fence.FromString(message.data).term)
+        elif message.subject.startswith(prefix) and message.data:
+            promise = journal_pb2.Promise.FromString(message.data)
+            run.terms.append(promise.term)
+            name, at_us = name_of(message.subject.removeprefix(prefix)), message.unix_us - zero_us
+            if promise.HasField("ended"):
+                found = Entry(at_us, outcome_of(promise.ended))
+                run.ended.setdefault(name, []).append(found)
+            elif promise.HasField("submit"):  # else it says that the request is forgotten
+                run.accepted.setdefault(name, []).append(at_us)
+
+
+def _open_promises(world: World) -> int:
+    subjects = Subjects(roles.CLUSTER)
+    stream = world.broker.streams.get(subjects.promises_stream)
+    pattern = subjects.promise("x").removesuffix("x") + "*"
+    found = stream.matching(pattern) if stream is not None else []
+    promises = (journal_pb2.Promise.FromString(message.data) for message in found)
+    return sum(p.HasField("submit") and not p.HasField("ended") for p in promises)
+
+
+def _is_quiet(run: Run) -> bool:
+    """Whether all is as before the first request; if it is not, it has time to become so."""
+    if not run.calm and run.world.now_us < run.healed_us + _LEADER_US:
+        return False  # there may be no leader yet
+    sizes = _sizes(run.world)
+    del sizes["calls"]  # of the callers, who stay
+    return all(size <= run.before.get(name, 0) for name, size in sizes.items())
+
+
+def _sizes(world: World) -> dict[str, int]:
+    """Everything that grows with requests, by name."""
+    sizes = {
+        "subscriptions at the broker": world.broker.subscriptions,
+        "latents on workers": sum(len(e.held()) for e in world.executors.values()),
+        "assignments on workers": sum(len(e.pending()) for e in world.executors.values()),
+        "open promises": _open_promises(world),
+    }
+    for kind in ("control", "gateway", "w"):
+        members = [m for name, m in world.members.items() if name.startswith(kind)]
+        tasks = sum(len(m.process.tasks()) for m in members if m.process is not None)
+        sizes[f"tasks of {kind}"] = tasks // _TASKS_TOGETHER
+    calls = [c for c in world.network.channels for _ in c.calls]
+    sizes["calls"] = len(calls)
+    return sizes
+
+
+def _fast_folder() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None

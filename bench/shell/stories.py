@@ -1,0 +1,104 @@
+"""What callers want, and what they were told."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from hocket.v1 import generation_pb2, types_pb2
+
+from .roles import MODEL
+
+GATEWAYS = 2
+ENDINGS = ("finished", "failed", "cancelled")
+BEHAVIOURS = ("wait", "wait", "leave", "move", "cancel", "forget", "watch", "delete", "repeat")
+
+
+@dataclass(frozen=True)
+class Told:
+    """Something that a caller heard."""
+
+    at_us: int
+    kind: str  # accepted, progress, degraded, finished, failed, cancelled, refused
+    request: str
+    detail: str = ""
+    cursor: int = 0
+    chain: int = 0  # calls that went on where an earlier one had broken off share a number
+
+
+@dataclass
+class Story:
+    """One caller."""
+
+    name: str
+    behaviour: str
+    wish: generation_pb2.GenerateRequest
+    starts_us: int
+    gateway: int
+    told: list[Told] = field(default_factory=list)
+    chain: int = 0
+    left_us: int | None = None  # it gave up then
+    over: bool = False  # it learned an end, or gave up
+    lost: bool = False  # its stream broke before it knew a name, and it had no key
+    odd: list[str] = field(default_factory=list)  # statuses that it cannot understand
+    dropped: list[str] = field(default_factory=list)  # by a gateway that lives, once accepted
+
+    @property
+    def key(self) -> str:
+        return self.wish.idempotency_key
+
+    @property
+    def request(self) -> str:
+        """Name of its request, as last told; "" while it knows none."""
+        return next((t.request for t in reversed(self.told) if t.request), "")
+
+    @property
+    def cursor(self) -> int:
+        return max((t.cursor for t in self.told), default=0)
+
+    @property
+    def ending(self) -> Told | None:
+        return next((t for t in self.told if t.kind in ENDINGS), None)
+
+    def draw(self) -> random.Random:
+        """Its own chance: what it does depends on no other caller."""
+        return random.Random(f"{self.name} {self.starts_us}")
+
+    def __str__(self) -> str:
+        told = " ".join(
+            f"{t.kind}{'(' + t.detail + ')' if t.kind in ('failed', 'refused') else ''}"
+            for t in self.told
+            if t.kind != "progress"
+        )
+        heard = told or "nothing"
+        return f"{self.name} ({self.behaviour}) of …{self.request[-6:]} heard {heard}"
+
+
+def draw_stories(rng: random.Random, count: int, start_us: int) -> list[Story]:
+    """Callers and their times, as the seed says."""
+    stories: list[Story] = []
+    while len(stories) < count:
+        number = len(stories)
+        behaviour = rng.choice(BEHAVIOURS)
+        starts_us = start_us + rng.randrange(6_000_000)
+        twins = 2 if behaviour == "wait" and rng.random() < 0.3 else 1
+        keyed = behaviour in ("move", "delete") or twins > 1 or rng.random() < 0.7
+        wish = generation_pb2.GenerateRequest(
+            spec=types_pb2.GenerationSpec(
+                model=MODEL,
+                prompt="a fox",
+                shape=types_pb2.Shape(width=64, height=64),
+                steps=rng.randrange(2, 9),
+            ),
+            slo=types_pb2.Slo(deadline_us=rng.choice((0, 0, 2_000_000, 500_000))),
+            idempotency_key=f"key-{number}" if keyed else "",
+            detached=behaviour == "forget",
+        )
+        for twin in range(twins):
+            own = generation_pb2.GenerateRequest()
+            own.CopyFrom(wish)
+            own.progress_every = rng.choice((1, 1, 3))
+            gateway = rng.randrange(GATEWAYS)
+            stories.append(Story(f"c{number}.{twin}", behaviour, own, starts_us, gateway))
+            starts_us += rng.choice((0, 0, 1_000, 300_000))
+    return stories

@@ -1,0 +1,170 @@
+"""A simulated fleet: processes with names that are started, stopped, killed and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpuworker.emulated import EmulatedExecutor
+from hocket.bus import Subjects
+from hocket.leader import read_key
+
+from . import roles
+from .broker import Broker
+from .client import Client
+from .link import Network
+from .loop import Process, SimulatedLoop
+from .roles import Role
+from .wire import Weather
+
+SECOND_US = 1_000_000
+_RESTART_US = SECOND_US  # a supervisor starts again what ended so long ago
+
+
+@dataclass
+class Member:
+    """A process of the fleet over all its lives."""
+
+    name: str
+    role: Role
+    process: Process | None = None
+    task: asyncio.Task[None] | None = None
+    wanted: bool = True  # its supervisor starts it again
+    starts: int = 0
+
+
+@dataclass(frozen=True)
+class Death:
+    """A process that ended without having been told to."""
+
+    at_us: int
+    name: str
+    error: BaseException | None
+
+
+@dataclass
+class World:
+    """All of it. Make it inside the loop that it runs on."""
+
+    seed: int
+    loop: SimulatedLoop
+    state_dir: Path
+    policy: str = "edf"
+    open_max: int = 10_000  # requests that control takes at a time
+    rng: random.Random = field(init=False)
+    weather: Weather = field(default_factory=Weather)
+    clients: list[Client] = field(default_factory=list)
+    executors: dict[str, EmulatedExecutor] = field(default_factory=dict)
+    members: dict[str, Member] = field(default_factory=dict)
+    deaths: list[Death] = field(default_factory=list)
+    immortal: int = 0  # tasks of killed processes that refused to end
+    past: list[Process] = field(default_factory=list)  # processes that are over
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        net = random.Random(self.seed + 1)
+        self.broker = Broker(self.loop, net, self.weather)
+        self.network = Network(self.loop, net, self.weather)
+        self.loop.thread_us = lambda: net.randrange(2_000)
+        self.emulated = roles.emulated_host(self)
+
+    @property
+    def now_us(self) -> int:
+        return self.loop.now_us
+
+    def add(self, name: str, role: Role) -> Member:
+        member = self.members[name] = Member(name, role)
+        self.start(name)
+        return member
+
+    def start(self, name: str) -> None:
+        """Starts a process, unless it runs."""
+        member = self.members[name]
+        if member.process is not None:
+            return
+        member.starts += 1
+        process = member.process = self.loop.process(name)
+        member.task = process.start(member.role(self, process), name)
+        member.task.add_done_callback(lambda task: self._ended(member, process, task))
+
+    async def kill(self, name: str) -> None:
+        """kill -9; `start` gives it a new life."""
+        process = self.members[name].process
+        if process is not None:
+            self.immortal += await process.kill()
+
+    def terminate(self, name: str) -> None:
+        """SIGTERM."""
+        process = self.members[name].process
+        if process is not None:
+            process.call(process.on_terminate)
+
+    def stop(self, name: str) -> None:
+        """SIGSTOP."""
+        process = self.members[name].process
+        if process is not None:
+            process.stop()
+
+    def go_on(self, name: str) -> None:
+        """SIGCONT."""
+        process = self.members[name].process
+        if process is not None:
+            process.resume()
+
+    def clients_of(self, name: str) -> list[Client]:
+        """Its living connections to the broker."""
+        process = self.members[name].process
+        return [c for c in self.clients if c.process is process and not c.is_closed]
+
+    def leader_address(self) -> str:
+        """Where the leader serves, as far as it has said so; "" when it has not."""
+        name = f"KV_{Subjects(roles.CLUSTER).leader_bucket}"
+        found = self.broker.all_of(name)
+        key = read_key(found[-1].data) if found else None
+        return key.address if key is not None else ""
+
+    async def until(self, condition: Callable[[], bool], at_most_us: int) -> bool:
+        """Waits for something, looked at ten times a second; whether it came."""
+        end_us = self.now_us + at_most_us
+        while not condition() and self.now_us < end_us:  # noqa: ASYNC110  nobody tells
+            await asyncio.sleep(0.1)
+        return condition()
+
+    async def shut_down(self) -> None:
+        """Kills whatever still runs."""
+        for member in self.members.values():
+            member.wanted = False
+        for name in self.members:
+            await self.kill(name)
+
+    def _ended(self, member: Member, process: Process, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if not process.dead and (member.wanted or error is not None):
+            self.deaths.append(Death(self.now_us, member.name, error))
+        if member.process is process:
+            member.process = None
+        self.past.append(process)
+        self.loop.at_us(self.now_us + _RESTART_US, self._restart, member, process)
+
+    def _restart(self, member: Member, process: Process) -> None:
+        self._bury(process)
+        if member.wanted:
+            self.start(member.name)
+
+    def _bury(self, process: Process) -> None:
+        """What a process left running ends with it."""
+        if not process.dead:
+            self.outside(process.kill())
+
+    def outside(self, work: Coroutine[Any, Any, object]) -> None:
+        """Does something outside of every process."""
+        task = self.loop.create_task(work, context=Context())
+        self._outside.add(task)
+        task.add_done_callback(self._outside.discard)
+
+    _outside: set[asyncio.Task[object]] = field(default_factory=set)

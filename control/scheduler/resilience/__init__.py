@@ -1,0 +1,1 @@
+"""What the scheduler does about workers that fail, hang, or leave."""

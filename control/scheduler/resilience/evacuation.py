@@ -1,0 +1,172 @@
+"""Copies of latents that only leaving workers hold: on others before they go.
+
+A worker leaves when it is drained or was told to stop. What it denoises moves on with its next
+steps; what is parked there would be lost with it. So for each parked request whose latest latent
+no staying worker has, one is asked to fetch it, beside its steps; a few at a time. The copy is
+entered like any other, when its worker tells of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..cluster import Cluster, Worker
+from ..tracker import Tracked
+from ..values import Fetch
+
+if TYPE_CHECKING:
+    from ..ledger import Ledger
+
+PLAN_MAX = 16  # fetches in one plan
+WORKER_MAX = 2  # under way to one worker
+AGAIN_US = 5_000_000  # a fetch that nobody told of by then is tried elsewhere
+TRIES_MAX = 4
+
+
+class _Sent(NamedTuple):
+    fetch: Fetch
+    at_us: int
+    tries: int
+
+
+@dataclass(slots=True)
+class Evacuation:
+    """The fetches under way, by request."""
+
+    _sent: dict[str, _Sent] = field(default_factory=dict)
+
+    def plan(self, ledger: Ledger, now_us: int) -> tuple[Fetch, ...]:
+        """Fetches that go out now."""
+        wanted = _wanted(ledger)
+        self._sent = {r: s for r, s in self._sent.items() if r in wanted and _same(s, wanted[r])}
+        if not wanted:
+            return ()
+        under_way: dict[str, int] = {}
+        for sent in self._sent.values():
+            if now_us < sent.at_us + AGAIN_US:
+                under_way[sent.fetch.worker] = under_way.get(sent.fetch.worker, 0) + 1
+        copies = _copies(ledger.tracked.values())
+        found: list[Fetch] = []
+        for tracked in wanted.values():
+            before = self._sent.get(tracked.id)
+            if before is not None and now_us < before.at_us + AGAIN_US:
+                continue
+            tries = 1 if before is None else before.tries + 1
+            to = _destination(ledger, tracked, under_way, copies, before)
+            if to is None or tries > TRIES_MAX:
+                continue
+            fetch = _fetch(ledger, tracked, to)
+            self._sent[tracked.id] = _Sent(fetch, now_us, tries)
+            under_way[to] = under_way.get(to, 0) + 1
+            copies[to] = copies.get(to, 0) + 1
+            found.append(fetch)
+            if len(found) >= PLAN_MAX:
+                break
+        return tuple(found)
+
+    def next_us(self) -> int | None:
+        """When the oldest fetch under way is tried elsewhere."""
+        open_ = (s for s in self._sent.values() if s.tries < TRIES_MAX)
+        return min((s.at_us + AGAIN_US for s in open_), default=None)
+
+    def awaits(self, worker: str) -> bool:
+        """A fetch to it is under way: what it holds is news."""
+        return any(s.fetch.worker == worker for s in self._sent.values())
+
+    def came(self, ledger: Ledger, worker: str) -> bool:
+        """A worker has told what it holds: whether something that was awaited is there."""
+        there = [
+            r
+            for r, s in self._sent.items()
+            if s.fetch.worker == worker
+            and (r not in ledger.tracked or worker in ledger.tracked[r].holders)
+        ]
+        for request in there:
+            del self._sent[request]
+        return bool(there)
+
+    def due(self, ledger: Ledger) -> bool:
+        """Something that a leaving worker holds has no other copy, and no fetch under way."""
+        return any(r not in self._sent for r in _wanted(ledger))
+
+
+def alone(ledger: Ledger, worker: str) -> tuple[str, ...]:
+    """Requests whose latest latent a worker holds, and no other living one that stays."""
+    return tuple(r for r, safe in _latest_on(ledger, worker) if not safe)
+
+
+def safe(ledger: Ledger, worker: str) -> tuple[str, ...]:
+    """Requests whose latest latent a worker holds, and another living one that stays, too."""
+    return tuple(r for r, safe in _latest_on(ledger, worker) if safe)
+
+
+def _latest_on(ledger: Ledger, worker: str) -> Iterable[tuple[str, bool]]:
+    for tracked in ledger.tracked.values():
+        if tracked.holders.get(worker) == tracked.steps_done:
+            others = (h.worker for h in tracked.latest() if h.worker != worker)
+            yield tracked.id, any(_stays(ledger.cluster, name) for name in others)
+
+
+def _stays(cluster: Cluster, name: str) -> bool:
+    return cluster.living(name) and not cluster.workers[name].leaving
+
+
+def _wanted(ledger: Ledger) -> dict[str, Tracked]:
+    """Parked requests of whose latest latent only leaving workers have a copy."""
+    cluster = ledger.cluster
+    found: dict[str, Tracked] = {}
+    if not cluster.leaving():
+        return found
+    for tracked in ledger.tracked.values():
+        if not tracked.holders or tracked.outstanding:
+            continue
+        living = [h.worker for h in tracked.latest() if cluster.living(h.worker)]
+        if living and all(cluster.workers[w].leaving for w in living):
+            found[tracked.id] = tracked
+    return found
+
+
+def _same(sent: _Sent, tracked: Tracked) -> bool:
+    """The fetch is of the latent that it still goes on from."""
+    wanted = (tracked.attempt, tracked.steps_done)
+    return (sent.fetch.attempt, sent.fetch.steps_done) == wanted
+
+
+def _copies(requests: Iterable[Tracked]) -> dict[str, int]:
+    """Latents on each worker: what its memory for them is used for."""
+    copies: dict[str, int] = {}
+    for tracked in requests:
+        for name in tracked.holders:
+            copies[name] = copies.get(name, 0) + 1
+    return copies
+
+
+def _destination(
+    ledger: Ledger,
+    tracked: Tracked,
+    under_way: dict[str, int],
+    copies: dict[str, int],
+    before: _Sent | None,
+) -> str | None:
+    """The usable worker with the fewest copies; another one than the last time, if it can be."""
+
+    def load(worker: Worker) -> tuple[bool, int]:
+        again = before is not None and before.fetch.worker == worker.name
+        return again, copies.get(worker.name, 0)
+
+    able = ledger.cluster.able(tracked.request.model)
+    open_ = [w for w in able if under_way.get(w.name, 0) < WORKER_MAX]
+    return min(open_, key=load).name if open_ else None
+
+
+def _fetch(ledger: Ledger, tracked: Tracked, to: str) -> Fetch:
+    holders = (h.worker for h in tracked.latest() if ledger.cluster.living(h.worker))
+    return Fetch(
+        request=tracked.id,
+        attempt=tracked.attempt,
+        steps_done=tracked.steps_done,
+        holder=next(holders),
+        worker=to,
+    )

@@ -1,0 +1,193 @@
+"""The simulated world itself: time, processes, wires, the broker's rules."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
+
+import pytest
+
+from bench.shell.broker import Broker, Stream, WrongLast
+from bench.shell.client import Client, Received
+from bench.shell.jetstream import JetStream
+from bench.shell.loop import Deadlock, Process, SimulatedClock, SimulatedLoop
+from bench.shell.wire import Weather, Wire
+from hocket.bus import Bus
+from hocket.stores import Cell, Guard, Log, LogMoved, LogShape, OutcomeUnknown
+
+T = TypeVar("T")
+
+
+def run(work: Callable[[SimulatedLoop], Coroutine[Any, Any, T]]) -> T:
+    loop = SimulatedLoop()
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(work(loop))
+    finally:
+        asyncio.set_event_loop(None)
+        loop.close()
+
+
+def test_time_jumps_to_the_next_timer() -> None:
+    async def sleeps(loop: SimulatedLoop) -> int:
+        began_us = loop.now_us
+        await asyncio.gather(asyncio.sleep(3600.0), asyncio.sleep(1.5))
+        return loop.now_us - began_us
+
+    assert run(sleeps) == 3_600_000_000
+
+
+def test_who_waits_for_nothing_is_found() -> None:
+    async def waits(loop: SimulatedLoop) -> None:
+        await loop.create_future()
+
+    with pytest.raises(Deadlock):
+        run(waits)
+
+
+def test_a_stopped_process_runs_nothing_until_it_goes_on() -> None:
+    async def course(loop: SimulatedLoop) -> list[int]:
+        process, seen = loop.process("p"), list[int]()
+
+        async def ticks() -> None:
+            clock = SimulatedClock(loop)
+            for _ in range(4):
+                await clock.sleep_until(clock.now_us() + 1_000_000)
+                seen.append(loop.now_us - loop.start_us)
+
+        process.start(ticks())
+        await asyncio.sleep(1.5)
+        process.stop()
+        await asyncio.sleep(5.0)
+        process.resume()
+        await asyncio.sleep(3.0)
+        return seen
+
+    assert run(course) == [1_000_000, 6_500_000, 7_500_000, 8_500_000]
+
+
+def test_a_killed_process_says_nothing_more() -> None:
+    async def course(loop: SimulatedLoop) -> tuple[int, list[bytes], int]:
+        broker = Broker(loop, random.Random(0), Weather())
+        one, other = loop.process("one"), loop.process("other")
+        heard: list[bytes] = []
+        here, there = Client(broker, one, "one"), Client(broker, other, "other")
+
+        async def hear(message: Received) -> None:
+            heard.append(message.data)
+
+        async def listens() -> None:
+            await here.connect()
+            await here.subscribe("news", cb=hear)
+
+        async def speaks() -> None:
+            await there.connect()
+            try:
+                await there.publish("news", b"first")
+                await asyncio.sleep(100.0)
+            finally:
+                await there.publish("news", b"last words")
+
+        await one.start(listens())
+        await asyncio.sleep(0.1)
+        other.start(speaks())
+        await asyncio.sleep(0.1)
+        left = await other.kill()
+        await asyncio.sleep(0.1)
+        return left, heard, len(broker.connections)
+
+    assert run(course) == (0, [b"first"], 1)
+
+
+def test_a_wire_keeps_its_order_in_bad_weather() -> None:
+    async def course(loop: SimulatedLoop) -> list[int]:
+        weather = Weather(slow=0.5, slow_us=1_000_000)
+        wire, got = Wire(loop, random.Random(3), weather), list[int]()
+        for number in range(50):
+            wire.send(partial(got.append, number))
+        await asyncio.sleep(60.0)
+        return got
+
+    assert run(course) == list(range(50))
+
+
+def test_a_stream_keeps_its_rules() -> None:
+    async def course(loop: SimulatedLoop) -> list[object]:
+        broker = Broker(loop, random.Random(0), Weather())
+        stream = broker.stream("s", lambda: Stream(("a.*",), one_a_subject=True, marks=True))
+        broker.append(stream, "a.x", b"1")
+        broker.append(stream, "a.x", b"2", ttl_us=1_000_000)
+        with pytest.raises(WrongLast):
+            broker.append(stream, "a.y", b"3", guard=("a.x", 1))
+        broker.append(stream, "a.y", b"3", guard=("a.x", 2))
+        stored = [(m.subject, m.data, m.sequence) for m in stream.messages.values()]
+        await asyncio.sleep(2.0)
+        newest = stream.get("a.x")
+        return [stored, newest.data if newest is not None else None]
+
+    assert run(course) == [[("a.x", b"2", 2), ("a.y", b"3", 3)], b""]
+
+
+async def _bus(loop: SimulatedLoop, broker: Broker) -> tuple[Process, Bus]:
+    process = loop.process("p")
+
+    async def connects() -> Bus:
+        client = Client(broker, process, "p")
+        client.jetstream_of = JetStream
+        untyped: Any = client
+        bus = Bus(untyped)
+        await client.connect()
+        return bus
+
+    return process, await process.start(connects())
+
+
+def test_the_stores_run_on_it_as_they_do_on_the_real_one() -> None:
+    async def course(loop: SimulatedLoop) -> list[object]:
+        broker = Broker(loop, random.Random(0), Weather())
+        process, bus = await _bus(loop, broker)
+
+        async def uses() -> list[object]:
+            log = await Log.open(bus, LogShape("s", ("a.>",), newest_only=True))
+            first = await log.append("a.fence", b"one")
+            await log.append("a.r1", b"open", guard=Guard("a.fence", first))
+            second = await log.append("a.fence", b"two", guard=Guard("a.fence", first))
+            with pytest.raises(LogMoved):
+                await log.append("a.r2", b"late", guard=Guard("a.fence", first))
+            again = await log.append("a.r3", b"once", message_id="m1")
+            repeated = await log.append("a.r3", b"once", message_id="m1")
+            read = [(e.subject, e.data) async for e in log.read("a.>")]
+            cell = await Cell.open(bus, "b", "leader", ttl_s=3.0)
+            revision = await cell.create(b"me")
+            refused = await cell.create(b"you")
+            await asyncio.sleep(5.0)
+            return [second, again == repeated, read, revision, refused, await cell.get()]
+
+        return await process.start(uses())
+
+    second, same, read, revision, refused, left = run(course)
+    assert (second, same, revision, refused, left) == (3, True, 1, None, None)
+    assert read == [("a.r1", b"open"), ("a.fence", b"two"), ("a.r3", b"once")]
+
+
+def test_an_answer_that_is_lost_leaves_the_outcome_unknown() -> None:
+    async def course(loop: SimulatedLoop) -> tuple[str, int]:
+        weather = Weather()
+        broker = Broker(loop, random.Random(0), weather)
+        process, bus = await _bus(loop, broker)
+
+        async def uses() -> str:
+            log = await Log.open(bus, LogShape("s", ("a",)))
+            weather.lost_answer = 1.0
+            try:
+                await log.append("a", b"one")
+            except OutcomeUnknown as error:
+                return type(error).__name__
+            return "stored"
+
+        return await process.start(uses()), len(broker.all_of("s"))
+
+    assert run(course) == ("OutcomeUnknown", 1)
