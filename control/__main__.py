@@ -52,6 +52,9 @@ def main(
     retention_s: Annotated[
         int | None, typer.Option(help="Ended requests are kept so long.")
     ] = None,
+    tls_dir: Annotated[
+        Path | None, typer.Option(help="This role's folder of `hocket certs`.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with a \\[control] table.")] = None,
 ) -> None:
@@ -69,6 +72,7 @@ def main(
         "lease_us": lease_us,
         "address": address,
         "retention_s": retention_s,
+        "tls_dir": tls_dir,
         "log_level": log_level,
     }
     settings = load_or_exit(ControlSettings, options, config)

@@ -25,7 +25,8 @@ from control.publisher import Publisher
 from control.requests.records import Record, Records
 from control.scheduler.core import Scheduler
 from control.scheduler.drift import Shift
-from control.scheduler.stragglers import Slow
+from control.scheduler.ledger import Notice
+from control.scheduler.resilience.quarantine import Quarantined
 from control.scheduler.values import Assignment, WorkerLost, WorkerUp
 from hocket import telemetry
 from hocket.bus import Bus, Subjects
@@ -116,13 +117,19 @@ class Intake:
             self.driver.post(lost)
         self.leases.looked(self.driver.stamp())
 
-    async def _tell(self, notices: tuple[Slow | Shift, ...]) -> None:
+    async def _tell(self, notices: tuple[Notice, ...]) -> None:
         """Slow workers and drift, as log lines and to whoever watches the cluster."""
         for notice in notices:
             if isinstance(notice, Shift):
                 what = "%s of %s on %s takes %.2f times what it took"
                 model, gpu, node = notice.family
                 log.warning(what, node, model, gpu, notice.factor)
+            elif isinstance(notice, Quarantined):
+                if notice.strikes:
+                    what = "worker %s is kept out: %d failures in a row; it is tried again later"
+                    log.warning(what, notice.worker, notice.strikes)
+                else:
+                    log.info("worker %s gets work again", notice.worker)
             elif notice.factor > 1.0:
                 what = "worker %s is slow: its steps take %.2f times as long as its peers'"
                 log.warning(what, notice.worker, notice.factor)
@@ -203,7 +210,7 @@ class Intake:
             self.workers_came()
 
 
-def _taken(scheduler: Scheduler) -> tuple[tuple[Slow | Shift, ...], tuple[Assignment, ...]]:
+def _taken(scheduler: Scheduler) -> tuple[tuple[Notice, ...], tuple[Assignment, ...]]:
     return scheduler.take_notices(), scheduler.outstanding()
 
 

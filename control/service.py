@@ -28,6 +28,7 @@ from control.leadership import Leadership
 from control.leases import Leases
 from control.promises import Deposed, Promises, open_stream
 from control.replicas import LEADER, STANDBY, Replicas
+from control.roles import RoleCheck
 from control.standby import Standby
 from control.term import Parts, Term
 from hocket import endpoints
@@ -36,6 +37,7 @@ from hocket.channels import SERVER_OPTIONS
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable, HocketError
 from hocket.leader import LEADER_KEY, LeaderWatch
+from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
 from hocket.stores import Cell, Log
 from hocket.telemetry import Telemetry
 from hocket.v1 import control_pb2_grpc, mesh_pb2
@@ -53,7 +55,8 @@ async def serve(
     settings: ControlSettings, clock: Clock, told: Telemetry, stop: asyncio.Event
 ) -> None:
     """Runs a control replica until `stop` is set. Raises what ended it: a HocketError, or a bug."""
-    bus = await Bus.connect(settings.nats_url, "control")
+    access = broker_access(Identity.load(settings.tls_dir), "control")
+    bus = await Bus.connect(settings.nats_url, "control", access=access)
     try:
         replica = await Replica.open(settings, clock, told, bus)
         async with asyncio.TaskGroup() as tasks:
@@ -235,15 +238,18 @@ class Replica:
             await watch.close()
 
     async def _listen(self) -> tuple[grpc.aio.Server, str]:
+        identity = Identity.load(self._settings.tls_dir)
+        guards = [RoleCheck()] if identity is not None else []
         server = grpc.aio.server(
-            interceptors=self._told.server_interceptors(), options=SERVER_OPTIONS
+            interceptors=[*self._told.server_interceptors(), *guards], options=SERVER_OPTIONS
         )
         control_pb2_grpc.add_ControlServiceServicer_to_server(self._doorway, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        port = server.add_insecure_port(self._settings.listen)
+        port = add_port(server, self._settings.listen, identity, mutual=True)
+        tell_if_open(self._settings.listen, identity, "control")
         await self._not_serving()
         await server.start()
         address = self._settings.address or f"{_host(self._settings.listen)}:{port}"

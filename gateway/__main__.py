@@ -23,9 +23,15 @@ def main(
     state_dir: Annotated[Path | None, typer.Option(help="Run state: endpoints, traces.")] = None,
     listen: Annotated[str | None, typer.Option(help="host:port; port 0 picks one.")] = None,
     control: Annotated[
-        str | None, typer.Option(help="ControlService; default: as the state folder says.")
+        str | None, typer.Option(help="host:port of control replicas; default: as the broker says.")
     ] = None,
     grace_s: Annotated[float | None, typer.Option(help="Time for calls to end at a stop.")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of `hocket keys`: callers need one.")
+    ] = None,
+    tls_dir: Annotated[
+        Path | None, typer.Option(help="This role's folder of `hocket certs`.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with a [gateway] table.")] = None,
 ) -> None:
@@ -40,6 +46,8 @@ def main(
         "listen": listen,
         "control": control,
         "grace_s": grace_s,
+        "api_keys": api_keys,
+        "tls_dir": tls_dir,
         "log_level": log_level,
     }
     settings = load_or_exit(GatewaySettings, options, config)

@@ -11,6 +11,7 @@ import grpc
 from gateway.line import LinkBroken
 from hocket.channels import CHANNEL_OPTIONS
 from hocket.errors import NotLeader, from_rpc_error
+from hocket.security.identity import Identity, open_channel
 from hocket.v1.control_pb2 import AttachRequest, AttachResponse
 from hocket.v1.control_pb2_grpc import ControlServiceStub
 
@@ -21,9 +22,14 @@ if TYPE_CHECKING:
 class Doors:
     """Channels to control replicas: to one at a time, since one of them leads."""
 
-    def __init__(self, interceptors: Sequence[grpc.aio.ClientInterceptor]) -> None:
+    def __init__(
+        self,
+        interceptors: Sequence[grpc.aio.ClientInterceptor],
+        identity: Identity | None = None,
+    ) -> None:
         """`interceptors` are for single questions; the line goes without."""
         self._interceptors = interceptors
+        self._identity = identity
         self._address = ""
         self._channels: list[grpc.aio.Channel] = []
 
@@ -48,7 +54,7 @@ class Doors:
         await self.close()
         self._address = address
         self._channels = [  # of one connection: grpc shares it among channels of equal options
-            grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)
+            open_channel(address, CHANNEL_OPTIONS, self._identity, "control", interceptors)
             for interceptors in (self._interceptors, ())
         ]
 

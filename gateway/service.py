@@ -19,7 +19,7 @@ from google.longrunning.operations_pb2_grpc import add_OperationsServicer_to_ser
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from gateway.callers import Anybody
+from gateway.access import Access
 from gateway.calls import Calls
 from gateway.cluster import Cluster
 from gateway.error_statuses import ErrorStatuses
@@ -35,8 +35,8 @@ from hocket import endpoints
 from hocket.bus import Bus, Subjects
 from hocket.channels import SERVER_OPTIONS
 from hocket.clock import SystemClock
-from hocket.errors import WrongConfig
 from hocket.leader import LeaderWatch
+from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
 from hocket.telemetry import Telemetry
 from hocket.v1 import generation_pb2
 from hocket.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
@@ -68,7 +68,9 @@ async def serve(settings: GatewaySettings, telemetry: Telemetry) -> None:
 async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncIterator[str]:
     """A gateway that serves while the block runs; gives the address it is bound to."""
     async with AsyncExitStack() as stack:
-        bus = await Bus.connect(settings.nats_url, f"gateway-{os.getpid()}")
+        identity = Identity.load(settings.tls_dir)
+        access = broker_access(identity, "gateway")
+        bus = await Bus.connect(settings.nats_url, f"gateway-{os.getpid()}", access=access)
         stack.push_async_callback(bus.close)
         checks = health.aio.HealthServicer()
         await _set_health(checks, False)
@@ -76,16 +78,17 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
         async def on_change(ready: bool) -> None:
             await _set_health(checks, ready)
 
-        doors = Doors(telemetry.client_interceptors())
+        doors = Doors(telemetry.client_interceptors(), identity)
         stack.push_async_callback(doors.close)
         cluster = Cluster(doors, on_change)
         leader = LeaderWatch(bus, settings.cluster)
         stack.push_async_callback(leader.close)
         line = _line(settings, doors, cluster, leader)
         calls = _calls(settings, telemetry, bus, cluster, line)
-        server, address = _server(settings, telemetry, calls, checks)
+        server, address = _server(settings, telemetry, calls, checks, identity)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         standing = [
+            tasks.create_task(bus.failed()),
             tasks.create_task(cluster.watch()),
             tasks.create_task(line.run()),
             tasks.create_task(_watch_leader(leader)),
@@ -136,21 +139,20 @@ def _server(
     telemetry: Telemetry,
     calls: Calls,
     checks: health.aio.HealthServicer,
+    identity: Identity | None,
 ) -> tuple[grpc.aio.Server, str]:
     interceptors = telemetry.server_interceptors(settings.caller_stall_s)
     # No bound on RPCs here: it would count cancels and health checks too.
     server = grpc.aio.server(interceptors=[*interceptors, ErrorStatuses()], options=SERVER_OPTIONS)
-    limit, callers = CallLimit(settings.calls_max), Anybody()
+    limit, callers = CallLimit(settings.calls_max), Access(settings.api_keys, SystemClock())
     add_GenerationServiceServicer_to_server(GenerationServicer(calls, limit, callers), server)
     add_OperationsServicer_to_server(GenerationOperations(calls, limit, callers), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection(
         (SERVICE, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME), server
     )
-    try:
-        port = server.add_insecure_port(settings.listen)
-    except RuntimeError:
-        raise WrongConfig("--listen", settings.listen, 'a free "host:port"') from None
+    port = add_port(server, settings.listen, identity, mutual=settings.client_certs)
+    tell_if_open(settings.listen, identity, "the gateway")
     return server, f"{settings.listen.rpartition(':')[0]}:{port}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from msgspec import Meta
@@ -18,6 +19,8 @@ class GatewaySettings(Common, frozen=True, kw_only=True):
 
     listen: str = "127.0.0.1:0"  # "host:port"; port 0 picks a free one
     control: str = ""  # "host:port,…" of control replicas; empty: as the cluster says
+    api_keys: Path | None = None  # file of `hocket keys`; none: callers say themselves who they are
+    client_certs: bool = False  # with tls_dir: callers show a certificate of the cluster's CA, too
     calls_max: Annotated[int, Meta(ge=1, le=100_000)] = 4096  # streams and waits served at once
     caller_stall_s: Seconds = 60.0  # a caller that takes nothing for so long is ended
     media_timeout_s: Seconds = 60.0  # how long the broker may be away before a fetch is given up

@@ -47,6 +47,9 @@ def main(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Host name told to the planner.")] = None,
     advertise: Annotated[str | None, typer.Option(help="Address for other workers.")] = None,
+    tls_dir: Annotated[
+        Path | None, typer.Option(help="This role's folder of `hocket certs`.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with [gpuworker].")] = None,
 ) -> None:

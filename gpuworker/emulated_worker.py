@@ -16,6 +16,7 @@ from hocket import telemetry
 from hocket.bus import Bus
 from hocket.clock import SystemClock
 from hocket.errors import WrongConfig
+from hocket.security.identity import Identity, broker_access
 
 
 def run(settings: WorkerSettings) -> int:
@@ -46,7 +47,8 @@ async def _serve(settings: WorkerSettings) -> None:
     signals.listen()
     clock = SystemClock()
     host = EmulatedHost(clock=clock, profile=profile)
-    bus = await Bus.connect(settings.nats_url, "emulated")
+    access = broker_access(Identity.load(settings.tls_dir), "worker")
+    bus = await Bus.connect(settings.nats_url, "emulated", access=access)
     executors, agents = [], []
     try:
         for index in range(settings.first_index, settings.first_index + settings.count):

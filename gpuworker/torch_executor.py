@@ -29,9 +29,11 @@ from gpuworker.models.loading import LoadError, load_card
 from gpuworker.pace import pace_of
 from gpuworker.rendezvous import Cancel, Rendezvous
 from gpuworker.sources import Sources
+from gpuworker.tunnel import Tunnel
 from gpuworker.weights import WeightStore
 from hocket.bus import Bus, Subjects
 from hocket.errors import HocketError
+from hocket.security.identity import Identity
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)
@@ -59,8 +61,11 @@ class TorchExecutor:
         groups_max: int,
         batch_max: int = 1,
         alone: bool = False,
+        identity: Identity | None = None,
     ) -> None:
-        """`alone`: no groups, because NCCL takes no two workers on one GPU."""
+        """`alone`: no groups, because NCCL takes no two workers on one GPU. With an identity, other
+        workers reach this one's store by mutual TLS only.
+        """
         self._bus = bus
         self._subjects = subjects
         self._cards = cards
@@ -68,7 +73,8 @@ class TorchExecutor:
         self._gpu = gpu
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox()
-        self._rendezvous = Rendezvous(advertise)
+        tunnel = Tunnel(identity) if identity is not None else None
+        self._rendezvous = Rendezvous(advertise, tunnel)
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
         store = self._rendezvous
         self._shelf = LatentShelf(store.put, store.drop, shares, store.fetched)

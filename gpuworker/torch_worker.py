@@ -26,6 +26,7 @@ from hocket import endpoints, telemetry
 from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
 from hocket.errors import WrongConfig
+from hocket.security.identity import Identity, broker_access
 
 _RESERVED = 0.15  # of a CUDA device: activations of what fits whole, the context, fragmentation
 _THREAD_SWITCH_S = 0.0005  # heartbeats and reports must not wait long for the compute thread's GIL
@@ -70,7 +71,9 @@ async def _serve(settings: WorkerSettings, index: int, restarts: int) -> None:
             compiled=settings.compile != "off",
             attention=chosen_attention(wanted, device),
         )
-        bus = await Bus.connect(settings.nats_url, name)
+        identity = Identity.load(settings.tls_dir)
+        access = broker_access(identity, "worker")
+        bus = await Bus.connect(settings.nats_url, name, access=access)
         executor = TorchExecutor(
             name,
             cards,
@@ -84,6 +87,7 @@ async def _serve(settings: WorkerSettings, index: int, restarts: int) -> None:
             groups_max=settings.groups_max,
             batch_max=settings.batch_max,
             alone=alone,
+            identity=identity,
         )
         agent = Agent(name, settings, bus, executor, SystemClock(), told.tracer, restarts)
         endpoints.announce(settings.state_dir, name, executor.store_address)

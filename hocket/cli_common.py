@@ -15,6 +15,7 @@ from rich.console import Console
 
 from hocket import endpoints
 from hocket.channels import CHANNEL_OPTIONS
+from hocket.client import HocketClient
 from hocket.config import Common, load_or_exit
 from hocket.errors import (
     HocketError,
@@ -24,10 +25,13 @@ from hocket.errors import (
     WrongConfig,
     from_rpc_error,
 )
+from hocket.security.identity import Identity, open_channel
 from hocket.v1.control_pb2 import WatchClusterRequest
 from hocket.v1.control_pb2_grpc import ControlServiceStub
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
     from hocket.v1.control_pb2_grpc import ControlServiceAsyncStub  # exists for types only
 
 T = TypeVar("T")
@@ -57,6 +61,8 @@ class CommandSettings(Common, frozen=True, kw_only=True):
 
     address: str = ""  # of a gateway; empty: one that the state folder names
     control: str = ""  # of control; empty: the one that leads
+    api_key: str = ""  # HOCKET_API_KEY, where gateways ask for one
+    tls_ca: Path | None = None  # checks gateways; with tls_dir that folder's own
 
 
 def settings(
@@ -67,6 +73,17 @@ def settings(
     return load_or_exit(CommandSettings, options)
 
 
+def client_of(found: CommandSettings, provider: TracerProvider | None = None) -> HocketClient:
+    """A client of the gateway that the settings name, with what it is to be shown."""
+    return HocketClient(
+        gateway_address(found),
+        tracer_provider=provider,
+        api_key=found.api_key,
+        tls_ca=found.tls_ca,
+        tls_dir=found.tls_dir,
+    )
+
+
 def gateway_address(found: CommandSettings) -> str:
     """Where the gateway listens; raises NoMesh with what to do when there is none."""
     return found.address or _announced(found.state_dir, "gateway", "--address")
@@ -75,8 +92,9 @@ def gateway_address(found: CommandSettings) -> str:
 @asynccontextmanager
 async def control_of(found: CommandSettings) -> AsyncIterator[ControlServiceAsyncStub]:
     """A stub of the replica that leads, while the block runs; its statuses become typed errors."""
-    address = found.control or await _leading(found.state_dir)
-    async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    address = found.control or await _leading(found)
+    identity = Identity.load(found.tls_dir)
+    async with open_channel(address, CHANNEL_OPTIONS, identity, "control") as channel:
         try:
             yield ControlServiceStub(channel)
         except grpc.aio.AioRpcError as error:
@@ -123,14 +141,15 @@ def pixels(option: str, text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-async def _leading(state_dir: Path) -> str:
+async def _leading(found: CommandSettings) -> str:
     """Address of the control replica that answers; of several only the leader does."""
-    only = _announced(state_dir, "control", "--control")
-    known = endpoints.living(state_dir, "control")
+    only = _announced(found.state_dir, "control", "--control")
+    known = endpoints.living(found.state_dir, "control")
+    identity = Identity.load(found.tls_dir)
     if len(known) < 2:
         return only
     for one in known:
-        async with grpc.aio.insecure_channel(one.address, options=CHANNEL_OPTIONS) as channel:
+        async with open_channel(one.address, CHANNEL_OPTIONS, identity, "control") as channel:
             stub: ControlServiceAsyncStub = ControlServiceStub(channel)
             try:
                 async for _ in stub.WatchCluster(WatchClusterRequest(), timeout=_LEADS_S):

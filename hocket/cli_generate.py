@@ -20,8 +20,8 @@ from hocket.cli_common import (
     Address,
     CommandSettings,
     StateDir,
+    client_of,
     console,
-    gateway_address,
     pixels,
     run,
     seconds,
@@ -126,7 +126,7 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
     found = settings(state_dir, address)
 
     async def work() -> Sequence[ModelInfo]:
-        async with HocketClient(gateway_address(found)) as client:
+        async with client_of(found) as client:
             return await client.models()
 
     # Folded rather than cut: two models' names may begin alike.
@@ -213,10 +213,9 @@ def target(output: Path | None, request_id: str, media: MediaInfo) -> Path:
 async def _generate(
     found: CommandSettings, wanted: GenerateRequest, size: str, shown: _Shown | None
 ) -> None:
-    address = gateway_address(found)
     told = telemetry.setup("client", "cli", found.state_dir, "error")
     try:
-        async with HocketClient(address, tracer_provider=told.provider) as client:
+        async with client_of(found, told.provider) as client:
             if size:
                 await _set_size(client, wanted, size)
             if shown is None:

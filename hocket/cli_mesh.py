@@ -13,13 +13,12 @@ from hocket.cli_common import (
     Address,
     Control,
     StateDir,
+    client_of,
     console,
     control_of,
-    gateway_address,
     run,
     settings,
 )
-from hocket.client import HocketClient
 from hocket.errors import MeshStopped, UnknownRequest
 from hocket.interruptions import interruptions, stretches
 from hocket.span_file import SpanRecord, read_spans
@@ -75,7 +74,7 @@ def cancel(
     found = settings(state_dir, address)
 
     async def work() -> bool:
-        async with HocketClient(gateway_address(found)) as client:
+        async with client_of(found) as client:
             return await client.cancel(request_id)
 
     console.print(f"{request_id} {'is cancelled' if run(work()) else 'had ended before'}")

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from hocket.cli_common import Address, StateDir, console, gateway_address, run, settings
+from hocket.cli_common import Address, StateDir, client_of, console, run, settings
 from hocket.cli_generate import cheaper, describe, greeting, target, write
-from hocket.client import Generation, HocketClient, WatchEvent
+from hocket.client import Generation, WatchEvent
 from hocket.errors import NotFinished, RequestFailed
 from hocket.v1.generation_pb2 import (
     Accepted,
@@ -37,7 +37,7 @@ def watch(
     found = settings(state_dir, address)
 
     async def work() -> None:
-        client = HocketClient(gateway_address(found))
+        client = client_of(found)
         async with client, aclosing(client.watch(request, cursor)) as told:
             async for event, _ in told:
                 console.print(_line(event, request))
@@ -56,7 +56,7 @@ def result(
     found = settings(state_dir, address)
 
     async def work() -> Path:
-        async with HocketClient(gateway_address(found)) as client:
+        async with client_of(found) as client:
             made = await (client.wait(request) if wait else client.get(request))
             if made.error is not None:
                 raise made.error
@@ -79,7 +79,7 @@ def ls(
 
     async def work() -> list[Generation]:
         rows: list[Generation] = []
-        client = HocketClient(gateway_address(found))
+        client = client_of(found)
         async with client, aclosing(client.list()) as listed:
             async for made in listed:
                 rows.append(made)

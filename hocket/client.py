@@ -30,6 +30,7 @@ import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Unpack
 
@@ -42,6 +43,7 @@ from hocket.errors import CallFailed, HocketError, RequestFailed
 from hocket.gateways import Deadline, Gateways
 from hocket.generation import PREFIX, Generation, to_generation
 from hocket.request_options import Options, request
+from hocket.security.caller import Credentials
 from hocket.v1.generation_pb2 import (
     Accepted,
     CancelledGeneration,
@@ -96,13 +98,21 @@ class HocketClient:
         *,
         tracer_provider: TracerProvider | None = None,
         patience_s: float = _PATIENCE_S,
+        api_key: str = "",
+        tls_ca: str | Path | None = None,
+        tls_dir: str | Path | None = None,
     ) -> None:
         """`address` is "host:port", or several with commas. Nothing is sent until the first call.
 
         `tracer_provider` defaults to OpenTelemetry's global one. `patience_s`: how long a lost
-        connection is looked for before a call fails.
+        connection is looked for before a call fails. `api_key`: the tenant's, where gateways ask
+        for one. `tls_ca`: file by which the gateway's certificate is checked; `tls_dir`: a folder
+        of `hocket certs`, where gateways ask for a certificate, too.
         """
-        self._gateways = Gateways(address, tracer_provider, patience_s)
+        shown = Credentials(
+            api_key, Path(tls_ca) if tls_ca else None, Path(tls_dir) if tls_dir else None
+        )
+        self._gateways = Gateways(address, tracer_provider, patience_s, shown)
 
     async def __aenter__(self) -> HocketClient:
         return self

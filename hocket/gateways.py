@@ -18,6 +18,7 @@ from opentelemetry.trace import TracerProvider
 from hocket.channels import CHANNEL_OPTIONS
 from hocket.clock import SystemClock
 from hocket.errors import CallFailed, GatewayUnreachable, HocketError, from_rpc_error
+from hocket.security.caller import Credentials
 from hocket.telemetry import client_interceptors
 from hocket.v1.generation_pb2_grpc import GenerationServiceStub
 
@@ -49,10 +50,15 @@ class Gateways:
     """Channels to one or several gateways."""
 
     def __init__(
-        self, addresses: str, tracer_provider: TracerProvider | None, patience_s: float
+        self,
+        addresses: str,
+        tracer_provider: TracerProvider | None,
+        patience_s: float,
+        credentials: Credentials | None = None,
     ) -> None:
         """`addresses` is "host:port" or several with commas; `patience_s`: how long a connection
         that was lost is looked for."""
+        self._credentials = credentials or Credentials()
         self._addresses = [part.strip() for part in addresses.split(",") if part.strip()]
         assert self._addresses, "no address of a gateway"
         self._interceptors = client_interceptors(tracer_provider)
@@ -111,8 +117,8 @@ class Gateways:
     def _channel(self) -> grpc.aio.Channel:
         address = self._addresses[self._turn % len(self._addresses)]
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(
-                address, options=CHANNEL_OPTIONS, interceptors=self._interceptors
+            self._channels[address] = self._credentials.channel(
+                address, CHANNEL_OPTIONS, self._interceptors
             )
         return self._channels[address]
 

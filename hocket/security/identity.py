@@ -17,7 +17,9 @@ from typing import Any
 
 import grpc
 
+from hocket.bus import BrokerAccess
 from hocket.errors import WrongConfig
+from hocket.security.broker_rules import inbox_of
 from hocket.security.certificates import common_name
 
 log = logging.getLogger(__name__)
@@ -111,6 +113,19 @@ def tell_if_open(listen: str, identity: Identity | None, what: str) -> None:
             what,
             listen,
         )
+
+
+def broker_access(identity: Identity | None, role: str) -> BrokerAccess:
+    """What a process of that role shows to the broker; nothing without an identity."""
+    if identity is None:
+        return BrokerAccess()
+    return BrokerAccess(
+        {
+            "tls": identity.ssl_context(),
+            "tls_hostname": common_name("broker"),
+            "inbox_prefix": inbox_of(role).encode(),
+        }
+    )
 
 
 def is_loopback(address: str) -> bool:
