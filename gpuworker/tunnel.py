@@ -122,6 +122,8 @@ class Tunnel:
                 both.create_task(_pump(there, writer))
         except (OSError, TimeoutError, ssl.SSLError) as error:
             log.debug("no way to %s:%d: %s", host, port, error)
+        except asyncio.CancelledError:
+            log.debug("a connection to %s:%d ends with the tunnel", host, port)
         finally:
             self._pipes.discard(task)
             for end in ends:

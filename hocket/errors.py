@@ -361,6 +361,10 @@ def _from_info(
         case "UnknownWorker":
             known = tuple(name for name in facts.get("known", "").split(",") if name)
             return UnknownWorker(facts.get("worker", ""), known)
+        case "NotAuthenticated":
+            return NotAuthenticated(status.message)
+        case "AccessDenied":
+            return AccessDenied(facts.get("what", ""), facts.get("who", ""))
         case "NotLeader":
             return NotLeader(facts.get("leader", ""))
         case "BrokerUnavailable":
@@ -385,6 +389,8 @@ def _error_info(error: HocketError) -> error_details_pb2.ErrorInfo:
             facts = {**metadata, **facts}
         case NotFinished(request_id=request_id, state=state):
             facts |= {"request_id": request_id, "state": state}
+        case AccessDenied(what=what, who=who):
+            facts |= {"what": what, "who": who}
         case NotLeader(leader=leader):
             facts["leader"] = leader
         case UnknownRequest(request_id=request_id):

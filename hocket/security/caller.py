@@ -46,7 +46,9 @@ def _with_key(key: str) -> Sequence[grpc.aio.ClientInterceptor]:
 def _keyed(details: grpc.aio.ClientCallDetails, key: str) -> grpc.aio.ClientCallDetails:
     metadata = grpc.aio.Metadata(*(details.metadata or ()))
     metadata.add("x-api-key", key)
-    return details._replace(metadata=metadata)
+    return grpc.aio.ClientCallDetails(
+        details.method, details.timeout, metadata, details.credentials, details.wait_for_ready
+    )
 
 
 class _KeyOnUnary(grpc.aio.UnaryUnaryClientInterceptor):
