@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import msgspec
 from grpc_health.v1 import health
@@ -38,6 +39,7 @@ from hocket.telemetry import Telemetry
 from hocket.v1 import journal_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class Term:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.driver.run())
                 tasks.create_task(self._check())
-                tasks.create_task(self._store.keep(self._scheduler, self.parts.clock))
+                tasks.create_task(self._store.keep(self._ask, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
                 await self._deposed
             raise AssertionError("it ends by an exception")
@@ -161,6 +163,9 @@ class Term:
     async def close(self) -> None:
         """Keeps what was learned; nothing is promised any more."""
         await self._store.save(self._scheduler)
+
+    async def _ask(self, question: Callable[[Scheduler], T]) -> T:
+        return question(self._scheduler)
 
     async def _check(self) -> NoReturn:
         clock = self.parts.clock
