@@ -45,7 +45,7 @@ LANES = 32
 TERM_MAX = 1 << 30  # cursors and epochs are terms times 2^32
 _AGAIN_US = 200_000  # between two tries while the broker is away
 # What is gone leaves a mark for those who follow; of the oldest ended requests everybody knows.
-_MARK_S, _OLDEST_MARK_S = 3600.0, 60.0
+_MARK_S, _OLDEST_MARK_S = 3600.0, 5.0
 _RETRY_FULL_US = 5_000_000
 _SHARE_FORGOTTEN = 10  # a tenth of the ended requests makes room
 _DERIVED_MAX, _DERIVED_MIN = 256 << 20, 16 << 20  # bytes, where the setting is 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -40,6 +41,8 @@ from hocket.v1 import journal_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_CLOSE_WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -161,8 +164,10 @@ class Term:
             self._deposed.cancel()
 
     async def close(self) -> None:
-        """Keeps what was learned; nothing is promised any more."""
-        await self._store.save(self._scheduler)
+        """Keeps what was learned, if the broker answers; nothing is promised any more."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_WAIT_S):
+                await self._store.save(self._scheduler)
 
     async def _ask(self, question: Callable[[Scheduler], T]) -> T:
         return question(self._scheduler)

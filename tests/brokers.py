@@ -73,6 +73,25 @@ class Broker:
 
 
 @contextmanager
+def broker_cluster(folder: Path, size: int = 3) -> Iterator[list[Broker]]:
+    """Brokers that are one cluster, each with a store of its own."""
+    brokers = [Broker(folder / f"n{i}") for i in range(size)]
+    ports = [free_port() for _ in brokers]
+    routes = ",".join(f"nats://127.0.0.1:{port}" for port in ports)
+    try:
+        for number, (broker, port) in enumerate(zip(brokers, ports, strict=True)):
+            broker.folder.mkdir()
+            own = ("-n", f"n{number}", "-cluster", f"nats://127.0.0.1:{port}")
+            broker.start(*own, "-cluster_name", "test", "-routes", routes)
+        yield brokers
+    finally:
+        for broker in brokers:
+            if broker.process is not None:
+                broker.process.kill()
+                broker.process.wait(10)
+
+
+@contextmanager
 def running_broker(folder: Path, *options: str) -> Iterator[Broker]:
     """A running one; whatever its state, it is gone at the end."""
     broker = Broker(folder)
