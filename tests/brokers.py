@@ -21,7 +21,6 @@ class Broker:
         self.folder = folder
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
-        self._standing = False
 
     @property
     def url(self) -> str:
@@ -34,14 +33,14 @@ class Broker:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def stand_still(self) -> None:
-        """SIGSTOP."""
+        """SIGSTOP; returns once it stands."""
         self._send(signal.SIGSTOP)
-        self._standing = True
+        assert self.process is not None
+        os.waitpid(self.process.pid, os.WUNTRACED)
 
     def go_on(self) -> None:
         """SIGCONT."""
         self._send(signal.SIGCONT)
-        self._standing = False
 
     def kill(self) -> None:
         """SIGKILL."""
