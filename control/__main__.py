@@ -46,6 +46,12 @@ def main(
     lease_us: Annotated[
         int | None, typer.Option(help="A worker silent for longer is gone.")
     ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="host:port that gateways reach this replica by.")
+    ] = None,
+    retention_s: Annotated[
+        int | None, typer.Option(help="Ended requests are kept so long.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with a \\[control] table.")] = None,
 ) -> None:
@@ -61,6 +67,8 @@ def main(
         "round_us": round_us,
         "lead_us": lead_us,
         "lease_us": lease_us,
+        "address": address,
+        "retention_s": retention_s,
         "log_level": log_level,
     }
     settings = load_or_exit(ControlSettings, options, config)

@@ -9,6 +9,7 @@ on the first day. No trouble here ends a leader.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import zlib
 
@@ -42,6 +43,7 @@ class LatencyStore:
         self._cell = cell
         self._saved = 0  # the scheduler's count of what it learned, at the last write
         self._failing = False
+        self._saving = asyncio.Lock()
 
     @classmethod
     async def open(cls, bus: Bus, subjects: Subjects, replicas: int = 1) -> LatencyStore:
@@ -75,6 +77,10 @@ class LatencyStore:
 
     async def save(self, scheduler: Scheduler) -> None:
         """Writes what is new; a broker that does not answer is tried again the next time."""
+        async with self._saving:
+            await self._save(scheduler)
+
+    async def _save(self, scheduler: Scheduler) -> None:
         learned = scheduler.learned
         if learned == self._saved:
             return

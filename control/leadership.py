@@ -9,8 +9,10 @@ that). What a leader must not do after another one leads is refused by the broke
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import NoReturn
 
 import msgspec
@@ -39,7 +41,8 @@ class Leadership:
         self._renew_us = ttl_us // 3
         self._courtesy_us = ttl_us // 6  # to an incumbent whose key expired
         self._revision = 0
-        self.term = 0  # set it once the promises stream is taken over
+        self._renewing = asyncio.Lock()
+        self.term = 0  # until it serves
 
     async def win(self) -> int:
         """Waits until the key can be had and takes it; returns its revision, which only rises."""
@@ -69,10 +72,12 @@ class Leadership:
         """
         while True:
             await self._pause(self._renew_us)
-            try:
-                await self._renew(is_ours)
-            except (OutcomeUnknown, BrokerUnavailable) as error:
-                log.debug("the leader's key was not renewed: %s", error)
+            await self._try_to_renew(is_ours)
+
+    async def tell(self, term: int, is_ours: Callable[[], Awaitable[bool]]) -> None:
+        """Says in the key that this replica serves now, in this term. Raises Deposed."""
+        self.term = term
+        await self._try_to_renew(is_ours)
 
     async def resign(self) -> None:
         """Lets a standby lead at once. A broker that is away is not waited for."""
@@ -81,6 +86,16 @@ class Leadership:
             await self._cell.update(msgspec.json.encode(key), self._revision)
         except OutcomeUnknown as error:
             log.debug("the leader's key was not given back: %s", error)
+
+    async def _try_to_renew(self, is_ours: Callable[[], Awaitable[bool]]) -> None:
+        try:
+            async with self._renewing:
+                await self._renew(is_ours)
+        except (OutcomeUnknown, BrokerUnavailable) as error:
+            log.debug("the leader's key was not renewed: %s", error)
+            with suppress(BrokerUnavailable):
+                if not await is_ours():  # the broker came back without its store
+                    raise Deposed(self.term, 0) from error
 
     async def _renew(self, is_ours: Callable[[], Awaitable[bool]]) -> None:
         revision = await self._cell.update(self._value(), self._revision)

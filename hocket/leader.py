@@ -19,7 +19,7 @@ class LeaderKey(msgspec.Struct, frozen=True, kw_only=True):
     """What the key holds."""
 
     address: str  # "host:port" of the leader's door; empty: it has resigned
-    term: int = 0  # 0: it has only just won
+    term: int = 0  # 0: it has only just won, and does not serve yet
     incarnation: str = ""  # the process
 
 
@@ -51,7 +51,7 @@ class LeaderWatch:
             self._feed = await self._cell.watch()
         while True:
             key = read_key(await self._feed.next())
-            address = key.address if key is not None else ""
+            address = key.address if key is not None and key.term else ""
             if self._first or address != self.address:
                 self._first, self.address = False, address
                 return address

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from nats.js.kv import KeyValue
 
 from bench.replay import replay
 from control import service
 from control.config import ControlSettings
 from control.journal import Journal
-from control.latency_store import SAVE_EVERY_US, VERSION, LatencyStore
+from control.latency_store import LATENCIES, SAVE_EVERY_US, VERSION, LatencyStore
 from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
 from control.scheduler.latency import SNAPSHOT_CELLS_MAX, LatencyModel
@@ -34,6 +33,7 @@ from control.scheduler.values import (
 from hocket import telemetry
 from hocket.bus import Bus, Subjects
 from hocket.clock import ManualClock, SystemClock
+from hocket.stores import Cell, Log
 from hocket.v1 import journal_pb2
 
 PAYLOAD_MAX = 1 << 20  # of a NATS message
@@ -55,8 +55,8 @@ def taught(snapshot: LatencySnapshot) -> Scheduler:
     return scheduler
 
 
-async def bucket(bus: Bus, subjects: Subjects) -> KeyValue:
-    return await bus.jetstream.create_key_value(bucket=subjects.latency_bucket)
+def cell(bus: Bus, subjects: Subjects) -> Cell:
+    return Cell(bus, subjects.latency_bucket, LATENCIES)
 
 
 async def test_a_new_scheduler_predicts_as_the_old_one(bus: Bus, subjects: Subjects) -> None:
@@ -73,19 +73,19 @@ async def test_it_is_written_while_something_is_learned_and_only_then(
     bus: Bus, subjects: Subjects
 ) -> None:
     store, clock = await LatencyStore.open(bus, subjects), ManualClock()
-    values = await bucket(bus, subjects)
+    values = cell(bus, subjects)
     scheduler = taught(learned())
-    watch = await values.watchall()
-    assert await watch.updates(timeout=10) is None  # nothing so far
+    watch = await values.watch()
+    assert await watch.next() is None  # nothing so far
     keeping = asyncio.ensure_future(store.keep(scheduler, clock))
     await asyncio.sleep(0)
     clock.advance_to(SAVE_EVERY_US)
-    entry = await watch.updates(timeout=10)
-    assert entry is not None and entry.revision == 1
+    assert await watch.next() is not None
     await store.save(scheduler)
-    assert (await values.get("latencies")).revision == 1
+    found = await values.get()
+    assert found is not None and found[1] == 1
     keeping.cancel()
-    await watch.stop()
+    await watch.close()
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ async def test_it_is_written_while_something_is_learned_and_only_then(
 async def test_what_cannot_be_read_is_left_out_with_a_warning(
     bus: Bus, subjects: Subjects, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    await (await bucket(bus, subjects)).put("latencies", content)
     store = await LatencyStore.open(bus, subjects)
+    await cell(bus, subjects).create(content)
     with caplog.at_level(logging.WARNING):
         assert await store.load() is None
     assert "left out" in caplog.text
@@ -122,9 +122,11 @@ async def test_control_starts_with_what_was_learned_and_its_journal_says_so(
     settings = ControlSettings(cluster=subjects.cluster, nats_url=nats_url, state_dir=tmp_path)
     stop = asyncio.Event()
     told = telemetry.setup("control", "test", tmp_path, "warning")
-    feed = await bus.jetstream.subscribe(subjects.journal("*"), stream=await _stream(bus, subjects))
+    await Journal.open(bus, subjects)
+    feed = await Log(bus, subjects.journal_stream).follow(0)
     serving = asyncio.ensure_future(service.serve(settings, SystemClock(), told, stop))
-    message = await feed.next_msg(timeout=60)
+    async with asyncio.timeout(60):
+        message = await feed.next()
     stop.set()
     await serving
     told.close()
@@ -170,8 +172,3 @@ def test_a_term_that_began_with_restored_latencies_replays() -> None:
     assert replay(entries).agrees and replay(entries).plans == 2
     entries[0].leader_started.latencies_json = ""
     assert replay(entries).differing
-
-
-async def _stream(bus: Bus, subjects: Subjects) -> str:
-    await Journal.open(bus, subjects)
-    return subjects.journal_stream
