@@ -33,8 +33,9 @@ class SubmitRequest(_message.Message):
     request_id: _builtins.str
     """Name chosen by the gateway: a ULID-like sortable id without user text."""
     wish_sha256: _builtins.bytes
-    """SHA-256 of the caller's GenerateRequest before defaults, serialized deterministically, without `slo.deadline_us`,
-    `progress_every`, `detached` and `idempotency_key`: a repeated key must come with the same one.
+    """SHA-256 over the deterministic serialization of the caller's own request, before any default, without what a retry
+    may change: slo.deadline_us, progress_every, detached, idempotency_key. A repeated idempotency key must bring the
+    same. Empty: control takes it over `request`.
     """
     @_builtins.property
     def request(self) -> _generation_pb2.GenerateRequest:
