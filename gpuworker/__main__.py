@@ -50,6 +50,12 @@ def main(
     tls_dir: Annotated[
         Path | None, typer.Option(help="This role's folder of `hocket certs`.")
     ] = None,
+    drain_s: Annotated[
+        float | None, typer.Option(help="Seconds for handing latents over, when told to stop.")
+    ] = None,
+    restarts_max: Annotated[
+        int | None, typer.Option(help="Of one worker in ten minutes; more of them end all.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with [gpuworker].")] = None,
 ) -> None:
