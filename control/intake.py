@@ -21,6 +21,7 @@ from control.lost_messages import LostMessages
 from control.publisher import Publisher
 from control.requests import Record, Records
 from control.scheduler.drift import Shift
+from control.scheduler.resilience.quarantine import Quarantined
 from control.scheduler.values import WorkerLost, WorkerUp
 from control.servicer import ControlServicer
 from hocket import telemetry
@@ -67,6 +68,7 @@ class Intake:
 
     def __post_init__(self) -> None:
         self._lost_messages = LostMessages(self.term)
+        self.leases.term = self.term
 
     async def heartbeat(self, beat: mesh_pb2.Heartbeat) -> None:
         if beat.term > self.term:
@@ -74,7 +76,8 @@ class Intake:
             return
         facts = self.leases.heartbeat(beat, self.driver.stamp())
         await self._changed(facts)
-        if not facts and self._holds_other_weights(beat):
+        awaited = self.driver.scheduler.awaits(beat.worker) and beat.worker in self.leases.alive
+        if not facts and (awaited or self._holds_other_weights(beat)):
             self.driver.post(self.leases.state(beat.worker, self.driver.stamp()))
         over = [h.request_id for h in beat.latents if not self.records.is_open(h.request_id)]
         if over or beat.term < self.term:  # the worker has not heard of this leader yet
@@ -88,6 +91,9 @@ class Intake:
         await self._tell_notices()
         now_us = self.driver.stamp()
         self.leases.look(now_us, CHECK_EVERY_US)
+        nothing_heard = self.leases.nothing_heard(now_us)
+        if nothing_heard is not None:
+            self.driver.post(nothing_heard)
         expiry_us = self.leases.next_expiry_us()
         if expiry_us is not None and expiry_us <= now_us:
             # Heartbeats may wait unread: this process was held up, not the workers.
@@ -119,6 +125,12 @@ class Intake:
                 what = "%s of %s on %s takes %.2f times what it took"
                 model, gpu, node = notice.family
                 log.warning(what, node, model, gpu, notice.factor)
+            elif isinstance(notice, Quarantined):
+                what = "worker %s failed %d times in a row: it gets no work for a while"
+                if notice.strikes:
+                    log.warning(what, notice.worker, notice.strikes)
+                else:
+                    log.info("worker %s gets work again: it is well", notice.worker)
             elif notice.factor > 1.0:
                 what = "worker %s is slow: its steps take %.2f times as long as its peers'"
                 log.warning(what, notice.worker, notice.factor)

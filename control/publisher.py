@@ -122,6 +122,8 @@ class Publisher:
             )
             for worker in assignment.workers:
                 by_worker.setdefault(worker, []).append(message)
+        for fetch in plan.fetches:
+            by_worker.setdefault(fetch.worker, [])
         if plan.released:
             for worker in self._leases.alive:
                 by_worker.setdefault(worker, [])
@@ -139,6 +141,11 @@ class Publisher:
             assignments=items,
             released=plan.released,
             loads=[translate.to_weights_load(load) for load in plan.loads if load.worker == worker],
+            fetches=[
+                translate.to_fetch(f, self._record(f.request), self._leases.store_address)
+                for f in plan.fetches
+                if f.worker == worker
+            ],
         )
 
     def _record(self, request: str) -> Record:

@@ -107,18 +107,18 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         ],
     ) -> control_pb2.DrainWorkerResponse:
         lease = self._leases.alive.get(request.worker)
-        if lease is None:
+        if lease is None and request.worker not in self._driver.scheduler.draining():
             known = tuple(sorted(self._leases.alive))
             await context.abort_with_status(to_status(UnknownWorker(request.worker, known)))
             raise AssertionError("abort_with_status raises")
-        self._leases.drain(request.worker, not request.undo)
         self._driver.post(
             DrainRequested(
                 at_us=self._driver.stamp(), worker=request.worker, draining=not request.undo
             )
         )
         await self.membership_changed()
-        return control_pb2.DrainWorkerResponse(jobs_held=len(lease.heartbeat.latents))
+        held = 0 if lease is None else len(lease.heartbeat.latents)
+        return control_pb2.DrainWorkerResponse(jobs_held=held)
 
     async def WatchCluster(
         self,
@@ -208,6 +208,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     def _cluster(self) -> control_pb2.WatchClusterResponse:
         now_us = self._clock.now_us()
         slow = self._driver.scheduler.slow_workers()
+        draining = self._driver.scheduler.draining()
         workers = []
         for name, lease in sorted(self._leases.alive.items()):
             device = lease.heartbeat.device
@@ -215,7 +216,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
                 "suspect"
                 if lease.suspect
                 else "draining"
-                if self._leases.is_draining(name)
+                if name in draining
                 else "slow"
                 if name in slow and slow[name].avoided
                 else "alive"

@@ -60,11 +60,11 @@ def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
             worker=report.worker,
             jobs=jobs,
             reason=report.failure.reason,
-            suspects=_names(report, "suspects"),
-            request=report.failure.metadata.get("request", ""),
-            tried=_names(report, "tried"),
+            suspects=tuple(report.failed_job.suspects) or _names(report, "suspects"),
+            request=report.failed_job.request_id or report.failure.metadata.get("request", ""),
+            tried=tuple(report.failed_job.tried) or _names(report, "tried"),
             goes_on=not report.last,
-            batch=_count(report, "batch"),
+            batch=report.failed_job.batch or _count(report, "batch"),
         )
     return values.StepsEnded(
         at_us=now_us,
@@ -120,6 +120,23 @@ def to_weights_load(load: values.Load) -> mesh_pb2.WeightsLoad:
         sequence=load.sequence,
         weights=mesh_pb2.WeightsName(model=load.model, node=load.node),
         evict=[mesh_pb2.WeightsName(model=model, node=node) for model, node in load.evict],
+    )
+
+
+def to_fetch(
+    fetch: values.Fetch, record: Record, store_address: Callable[[str], str]
+) -> mesh_pb2.LatentFetch:
+    """What a worker is told of a latent that it copies to itself."""
+    return mesh_pb2.LatentFetch(
+        request_id=fetch.request,
+        attempt=fetch.attempt,
+        steps_done=fetch.steps_done,
+        holder=types_pb2.LatentHolder(
+            worker=fetch.holder,
+            steps_done=fetch.steps_done,
+            store_address=store_address(fetch.holder),
+        ),
+        model=record.spec.model,
     )
 
 
