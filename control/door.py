@@ -76,7 +76,6 @@ def check_submit(submit: control_pb2.SubmitRequest) -> tuple[Violation, ...]:
 
     request = submit.request
     need("request_id", bool(_REQUEST.fullmatch(submit.request_id)), f"matches {_REQUEST.pattern}")
-    need("wish_sha256", len(submit.wish_sha256) in (0, 32), "32 bytes, or none")
     need("request.tenant", bool(_TENANT.fullmatch(request.tenant)), _TENANT.pattern)
     need("request.idempotency_key", bool(_KEY.fullmatch(request.idempotency_key)), _KEY.pattern)
     need("request.priority", abs(request.priority) <= 100, "-100 to 100")
