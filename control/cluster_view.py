@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from control.driver import Driver
 from control.leases import Lease, Leases
 from control.requests.records import Records
+from control.scheduler.core import Scheduler
+from control.scheduler.resilience.quarantine import Quarantined
 from control.scheduler.stragglers import Slowness
 from hocket.clock import Clock
 from hocket.v1 import control_pb2, generation_pb2
@@ -94,7 +97,7 @@ class ClusterView:
             return message
 
     async def _make(self, now_us: int) -> control_pb2.WatchClusterResponse:
-        slow = await self._driver.ask(lambda scheduler: scheduler.slow_workers())
+        known = await self._driver.ask(_Known.of)
         alone = self._latents_alone()
         message = control_pb2.WatchClusterResponse(
             term=self._term,
@@ -106,24 +109,16 @@ class ClusterView:
             troubles=self._troubles(),
         )
         for number, (name, lease) in enumerate(sorted(self._leases.alive.items()), 1):
-            message.workers.append(self._worker(name, lease, slow.get(name), alone[name], now_us))
+            message.workers.append(self._worker(name, lease, known, alone[name], now_us))
             if number % _AT_ONCE == 0:
                 await asyncio.sleep(0)
         return message
 
     def _worker(
-        self, name: str, lease: Lease, slowness: Slowness | None, alone: int, now_us: int
+        self, name: str, lease: Lease, known: _Known, alone: int, now_us: int
     ) -> control_pb2.WorkerStatus:
-        beat = lease.heartbeat
-        state = (
-            "suspect"
-            if lease.suspect
-            else "draining"
-            if self._leases.is_draining(name)
-            else "slow"
-            if slowness is not None and slowness.avoided
-            else "alive"
-        )
+        beat, slowness = lease.heartbeat, known.slow.get(name)
+        state, note = known.state(name, lease, now_us)
         return control_pb2.WorkerStatus(
             name=name,
             device=beat.device.name or beat.device.kind,
@@ -135,6 +130,7 @@ class ClusterView:
             slowdown=1.0 if slowness is None else slowness.factor,
             latents_alone=alone,
             restarts=beat.restarts,
+            note=note,
         )
 
     def _latents_alone(self) -> Counter[str]:
@@ -145,3 +141,32 @@ class ClusterView:
                 holders[held.request_id] = None if held.request_id in holders else name
         open_ones = (n for r, n in holders.items() if n is not None and self._records.is_open(r))
         return Counter(open_ones)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the scheduler thinks of its workers."""
+
+    slow: Mapping[str, Slowness]
+    draining: frozenset[str]
+    kept_out: Mapping[str, Quarantined]
+
+    @classmethod
+    def of(cls, scheduler: Scheduler) -> _Known:
+        draining = frozenset(scheduler.draining())
+        return cls(scheduler.slow_workers(), draining, scheduler.quarantined())
+
+    def state(self, name: str, lease: Lease, now_us: int) -> tuple[str, str]:
+        """A worker's state in a word, and why it gets no work, where the word does not say it."""
+        if lease.heartbeat.stopping:
+            return "draining", "it was told to stop"
+        if name in self.draining:
+            return "draining", ""
+        if name in self.kept_out:
+            out = self.kept_out[name]
+            wait_s = max(0, out.retry_us - now_us) / 1e6
+            return "suspect", f"{out.strikes} failures in a row; next try in {wait_s:.0f} s"
+        if lease.suspect:
+            return "suspect", ""
+        slowness = self.slow.get(name)
+        return ("slow" if slowness is not None and slowness.avoided else "alive"), ""

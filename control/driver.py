@@ -130,6 +130,10 @@ class Driver:
         self._arrived.set()
         return await answer
 
+    def awaits(self, worker: str) -> bool:
+        """See `Scheduler.awaits`, which may be asked beside a plan."""
+        return self._scheduler.awaits(worker)
+
     async def run(self) -> None:
         """Drives until cancelled."""
         while True:

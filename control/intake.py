@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from grpc_health.v1 import health, health_pb2
 
@@ -61,6 +62,7 @@ class Intake:
     def __post_init__(self) -> None:
         self._lost_messages = LostMessages(self.term)
         self._told: dict[tuple[str, str], None] = {}  # what was logged, oldest first
+        self.leases.term = self.term
 
     async def heartbeat(self, beat: mesh_pb2.Heartbeat) -> None:
         wrong = check_heartbeat(beat, self.term)
@@ -77,10 +79,12 @@ class Intake:
         now_us = self.driver.stamp()
         facts = self.leases.heartbeat(beat, now_us)
         await self._changed(facts)
-        if not facts and beat.worker in self.leases.alive and _tells_weights(beat):
-            # No news unless the scheduler thinks otherwise.
-            state = self.leases.state(beat.worker, now_us)
-            self.driver.post(state, unless=lambda s: _as_thought(s, beat))
+        if not facts and beat.worker in self.leases.alive:
+            if self.driver.awaits(beat.worker):
+                self.driver.post(self.leases.state(beat.worker, now_us))
+            elif _tells_weights(beat):  # no news unless the scheduler thinks otherwise
+                state = self.leases.state(beat.worker, now_us)
+                self.driver.post(state, unless=lambda s: _as_thought(s, beat))
         over = [h.request_id for h in beat.latents if not self.records.is_open(h.request_id)]
         if over or beat.term < self.term:  # the worker has not heard of this leader yet
             message = mesh_pb2.Assign(term=self.term, released=over, incarnation=beat.incarnation)
@@ -92,6 +96,9 @@ class Intake:
         """
         now_us = self.driver.stamp()
         self.leases.look(now_us, CHECK_EVERY_US)
+        nothing_heard = self.leases.nothing_heard(now_us)
+        if nothing_heard is not None:
+            self.driver.post(nothing_heard)
         expiry_us = self.leases.next_expiry_us()
         # Heartbeats may wait unread: this process was held up, not the workers. If the broker does
         # not answer either, nobody's lease ends now.
@@ -101,7 +108,10 @@ class Intake:
             await self._changed(self.leases.expire(now_us))
         # Behind what workers had reported before these heartbeats, however long a plan takes.
         beats = {name: lease.heartbeat for name, lease in self.leases.alive.items()}
-        notices, flights = await self.driver.ask_behind(_taken)
+        stopping = [n for n, lease in self.leases.alive.items() if lease.heartbeat.stopping]
+        notices, flights, safe = await self.driver.ask_behind(partial(_taken, stopping))
+        for worker, released in safe.items():
+            await self._release(worker, released)
         await self._tell(notices)
         for worker in self._lost_messages.still_running(beats, flights):
             await self.publisher.truncate_again(worker)
@@ -117,6 +127,14 @@ class Intake:
             self.driver.post(lost)
         self.leases.looked(self.driver.stamp())
 
+    async def _release(self, worker: str, released: Sequence[str]) -> None:
+        """A worker that stops may drop these latents: it leaves when it holds nothing else."""
+        lease = self.leases.alive.get(worker)
+        if lease is not None and released:
+            incarnation = lease.heartbeat.incarnation
+            message = mesh_pb2.Assign(term=self.term, released=released, incarnation=incarnation)
+            await self.bus.publish(self.subjects.assign(worker), message)
+
     async def _tell(self, notices: tuple[Notice, ...]) -> None:
         """Slow workers and drift, as log lines and to whoever watches the cluster."""
         for notice in notices:
@@ -125,11 +143,11 @@ class Intake:
                 model, gpu, node = notice.family
                 log.warning(what, node, model, gpu, notice.factor)
             elif isinstance(notice, Quarantined):
+                what = "worker %s failed %d times in a row: it gets no work for a while"
                 if notice.strikes:
-                    what = "worker %s is kept out: %d failures in a row; it is tried again later"
                     log.warning(what, notice.worker, notice.strikes)
                 else:
-                    log.info("worker %s gets work again", notice.worker)
+                    log.info("worker %s gets work again: it is well", notice.worker)
             elif notice.factor > 1.0:
                 what = "worker %s is slow: its steps take %.2f times as long as its peers'"
                 log.warning(what, notice.worker, notice.factor)
@@ -210,8 +228,12 @@ class Intake:
             self.workers_came()
 
 
-def _taken(scheduler: Scheduler) -> tuple[tuple[Notice, ...], tuple[Assignment, ...]]:
-    return scheduler.take_notices(), scheduler.outstanding()
+def _taken(
+    stopping: Sequence[str], scheduler: Scheduler
+) -> tuple[tuple[Notice, ...], tuple[Assignment, ...], dict[str, tuple[str, ...]]]:
+    """Notices, assignments that are out, and by stopping worker what has a copy elsewhere."""
+    safe = {worker: scheduler.safe_to_release(worker) for worker in stopping}
+    return scheduler.take_notices(), scheduler.outstanding(), safe
 
 
 def _tells_weights(beat: mesh_pb2.Heartbeat) -> bool:

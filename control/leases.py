@@ -2,6 +2,15 @@
 
 Pure bookkeeping: heartbeats and the time go in, facts for the scheduler come out. Heartbeats carry
 no time stamps; two hosts' clocks are never compared.
+
+A name belongs to one process, its incarnation. Of two that live under one name the first keeps it:
+
+    first    ▪   ▪   ▪            its lease ends ▼
+    second         ▫   ▫ refused: the first lives   ▫ up
+
+The second is refused once the first has been heard of behind it; where the first was heard of last
+before it, it may be the first's successor, and waits for that lease to end. A supervisor that has
+started a worker again says so in the heartbeat: that one waits for nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +18,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from control.scheduler.values import Held, ModelFacts, PartFacts, WorkerLost, WorkerUp
+import msgspec
+
+from control.scheduler.values import (
+    GroupHeld,
+    Held,
+    ModelFacts,
+    NothingHeard,
+    PartFacts,
+    WorkerLost,
+    WorkerUp,
+)
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
 _MIB = 1 << 20
@@ -26,6 +45,8 @@ class Lease:
     told: tuple[PartFacts, ...]  # of its weights, to the scheduler
     suspect: bool = False  # a peer reported trouble with it since its last heartbeat
     excused_us: int = 0  # of the time since its last heartbeat
+    rival: str = ""  # another incarnation, heard of while this one's lease lived …
+    rival_lives: bool = False  # … and this one was heard of behind it: two processes live
 
 
 class Leases:
@@ -33,37 +54,76 @@ class Leases:
     goodbye. Time in which control itself was held up counts for nobody: it heard nothing then.
     """
 
-    def __init__(self, lease_us: int) -> None:
+    def __init__(self, lease_us: int, term: int | None = None) -> None:
+        """`term`: the leader's, whose sequences heartbeats of that term name; None: not known."""
+        self.term = term
+        self.refusals = 0  # heartbeats of incarnations that were refused
+        self.stale = 0  # heartbeats that came in behind newer ones
         self._lease_us = lease_us
         self._looked_us: int | None = None
         self._leases: dict[str, Lease] = {}
-        self._draining: set[str] = set()  # wishes outlive a lease: they are the operator's
 
     @property
     def alive(self) -> Mapping[str, Lease]:
         return self._leases
 
-    def refused(self, beat: mesh_pb2.Heartbeat) -> str | None:
-        """Why the process that sent it is refused; None: it is not."""
-        return None
-
     def heartbeat(self, beat: mesh_pb2.Heartbeat, now_us: int) -> tuple[WorkerUp | WorkerLost, ...]:
         """Takes one heartbeat; returns what the scheduler has to know of it."""
         known = self._leases.get(beat.worker)
-        if beat.leaving:
-            return () if known is None else (self._end(beat.worker, now_us, "leaving"),)
-        weights = _weights(beat.memory)
         if known is not None and known.heartbeat.incarnation == beat.incarnation:
-            news = known.suspect or known.heartbeat.models != beat.models
-            news = news or _is_news(known.told, weights)
-            known.heartbeat, known.seen_us, known.suspect = beat, now_us, False
-            known.excused_us = 0
-            if not news:
-                return ()
-            known.told = weights
-            return (_up(beat, now_us),)
+            return self._again(known, beat, now_us)
+        if beat.leaving:  # of a process whose lease has ended, or that never had one
+            if known is not None and known.rival == beat.incarnation:
+                known.rival, known.rival_lives = "", False
+            return ()
+        if known is not None and not _succeeds(beat, known.heartbeat):
+            if known.rival != beat.incarnation:
+                known.rival, known.rival_lives = beat.incarnation, False
+            self.refusals += known.rival_lives
+            return ()
+        weights = _weights(beat.memory)
         self._leases[beat.worker] = Lease(heartbeat=beat, seen_us=now_us, told=weights)
-        return (_up(beat, now_us),)
+        return (self._up(beat, now_us),)
+
+    def refused(self, beat: mesh_pb2.Heartbeat) -> str | None:
+        """Why this process cannot have the name that it goes by; None: it can, or may yet."""
+        known = self._leases.get(beat.worker)
+        if known is None or not known.rival_lives or known.rival != beat.incarnation:
+            return None
+        first = known.heartbeat
+        return (
+            f"another worker named {beat.worker!r} lives, on host {first.host or 'unknown'!r} "
+            f"(incarnation {first.incarnation}): names are unique in a cluster"
+        )
+
+    def nothing_heard(self, now_us: int) -> NothingHeard | None:
+        """The fact that no worker was heard of for half a lease: messages do not come in."""
+        if not self._leases:
+            return None
+        newest_us = max(lease.seen_us for lease in self._leases.values())
+        return NothingHeard(at_us=now_us) if 2 * (now_us - newest_us) > self._lease_us else None
+
+    def _again(
+        self, known: Lease, beat: mesh_pb2.Heartbeat, now_us: int
+    ) -> tuple[WorkerUp | WorkerLost, ...]:
+        """The next heartbeat of a process that has the lease."""
+        if beat.leaving:
+            return (self._end(beat.worker, now_us, "leaving"),)
+        before = known.heartbeat
+        if beat.sequence < before.sequence:
+            self.stale += 1
+            return ()
+        weights = _weights(beat.memory)
+        news = known.suspect or before.models != beat.models or before.stopping != beat.stopping
+        given_up = _given_up(before, beat)
+        news = news or _is_news(known.told, weights) or bool(given_up)
+        known.heartbeat, known.seen_us, known.suspect = beat, now_us, False
+        known.excused_us = 0
+        known.rival_lives = bool(known.rival)
+        if not news:
+            return ()
+        known.told = weights
+        return (msgspec.structs.replace(self._up(beat, now_us), given_up=given_up),)
 
     def look(self, now_us: int, every_us: int) -> None:
         """Says that control looks, as it should `every_us` after `looked`; a gap of more than two
@@ -95,24 +155,15 @@ class Leases:
 
     def state(self, worker: str, now_us: int) -> WorkerUp:
         """What a living worker said last."""
-        return _up(self._leases[worker].heartbeat, now_us)
+        return self._up(self._leases[worker].heartbeat, now_us)
 
     def restate(self, now_us: int) -> tuple[WorkerUp, ...]:
         """All living workers with the latents they hold, for when messages were lost."""
-        return tuple(_up(self._leases[name].heartbeat, now_us) for name in sorted(self._leases))
+        return tuple(self.state(name, now_us) for name in sorted(self._leases))
 
     def suspect(self, worker: str) -> None:
         if worker in self._leases:
             self._leases[worker].suspect = True
-
-    def drain(self, worker: str, draining: bool) -> None:
-        if draining:
-            self._draining.add(worker)
-        else:
-            self._draining.discard(worker)
-
-    def is_draining(self, worker: str) -> bool:
-        return worker in self._draining
 
     def next_expiry_us(self) -> int | None:
         ends = [lease.seen_us + self._lease_us for lease in self._leases.values()]
@@ -134,8 +185,12 @@ class Leases:
         del self._leases[worker]
         return WorkerLost(at_us=now_us, worker=worker, reason=reason)
 
+    def _up(self, beat: mesh_pb2.Heartbeat, now_us: int) -> WorkerUp:
+        ours = self.term is None or beat.term == self.term
+        return _up(beat, now_us, tuple(beat.pending_sequences) if ours else ())
 
-def _up(beat: mesh_pb2.Heartbeat, now_us: int) -> WorkerUp:
+
+def _up(beat: mesh_pb2.Heartbeat, now_us: int, pending: tuple[int, ...]) -> WorkerUp:
     return WorkerUp(
         at_us=now_us,
         worker=beat.worker,
@@ -157,7 +212,24 @@ def _up(beat: mesh_pb2.Heartbeat, now_us: int) -> WorkerUp:
         ),
         memory_mib=beat.memory.budget_bytes >> 20,
         weights=_weights(beat.memory),
+        stopping=beat.stopping,
+        pending=pending,
     )
+
+
+def _succeeds(beat: mesh_pb2.Heartbeat, first: mesh_pb2.Heartbeat) -> bool:
+    """A supervisor has started it again: it says so, and its predecessor is known to be dead."""
+    return beat.host == first.host and beat.restarts > first.restarts
+
+
+def _given_up(before: mesh_pb2.Heartbeat, beat: mesh_pb2.Heartbeat) -> tuple[GroupHeld, ...]:
+    """Groups that it had at the heartbeat before, and has no more."""
+    stand = set(map(_group, beat.groups))
+    return tuple(group for group in map(_group, before.groups) if group not in stand)
+
+
+def _group(group: types_pb2.Group) -> GroupHeld:
+    return GroupHeld(epoch=group.epoch, members=tuple(group.members))
 
 
 def _weights(memory: types_pb2.Memory) -> tuple[PartFacts, ...]:

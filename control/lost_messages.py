@@ -24,6 +24,7 @@ _ABSENT_US = 1_000_000  # … and after a pause of ours, many old heartbeats com
 class _Absence:
     since_us: int
     beat: int  # number of the heartbeat that began it
+    incarnation: str  # of the process whose heartbeats these are
     told: bool = False
 
     def is_long(self, now_us: int, beat: int) -> bool:
@@ -36,21 +37,25 @@ class LostMessages:
     def __init__(self, term: int) -> None:
         self._term = term
         self._absent: dict[tuple[int, str], _Absence] = {}  # by sequence and member
-        self._called_off: dict[str, int] = {}  # heartbeat that first named what is called off
+        # Incarnation and number of the heartbeat that first named what is called off.
+        self._called_off: dict[str, tuple[str, int]] = {}
 
     def still_running(
         self, beats: Mapping[str, mesh_pb2.Heartbeat], outstanding: Sequence[Assignment]
     ) -> tuple[str, ...]:
         """Workers that go on naming assignments which were called off: a truncation was lost."""
         known = {assignment.sequence for assignment in outstanding}
-        called_off: dict[str, int] = {}
+        called_off: dict[str, tuple[str, int]] = {}
         for worker, beat in sorted(beats.items()):
             if beat.term == self._term and not known.issuperset(beat.pending_sequences):
-                called_off[worker] = self._called_off.get(worker, beat.sequence)
+                first = self._called_off.get(worker)
+                if first is None or first[0] != beat.incarnation:
+                    first = (beat.incarnation, beat.sequence)
+                called_off[worker] = first
         self._called_off = called_off
         return tuple(
             worker
-            for worker, first in called_off.items()
+            for worker, (_, first) in called_off.items()
             if beats[worker].sequence - first >= _ABSENT_BEATS
         )
 
@@ -76,7 +81,9 @@ class LostMessages:
                 if assignment.sequence in named[worker]:
                     continue
                 key, beat = (assignment.sequence, worker), beats[worker]
-                known = self._absent.get(key) or _Absence(now_us, beat.sequence)
+                known = self._absent.get(key)
+                if known is None or known.incarnation != beat.incarnation:
+                    known = _Absence(now_us, beat.sequence, beat.incarnation)
                 absent[key] = known
                 if not known.told and known.is_long(now_us, beat.sequence):
                     known.told = True

@@ -184,17 +184,29 @@ class Publisher:
             for worker in assignment.workers:
                 by_worker.setdefault(worker, []).append(message)
             await self._breathe()
-        for worker in sorted(by_worker):
+        fetches = self._fetches(plan)
+        for worker in sorted({*by_worker, *fetches}):
             if worker in self._incarnations:  # else it is lost, and its work planned anew
                 message_to = mesh_pb2.Assign(
                     term=self._term,
                     round=plan.round,
                     plan_digest=digest,
-                    assignments=by_worker[worker],
+                    assignments=by_worker.get(worker, ()),
+                    fetches=fetches.get(worker, ()),
                     loads=loads.get(worker, ()),
                     incarnation=self._incarnations[worker],
                 )
                 await self._publish(self._subjects.assign(worker), message_to)
+
+    def _fetches(self, plan: values.Plan) -> dict[str, list[mesh_pb2.LatentFetch]]:
+        """By worker: latents that it copies to itself."""
+        found: dict[str, list[mesh_pb2.LatentFetch]] = {}
+        for fetch in plan.fetches:
+            message = translate.to_fetch(
+                fetch, self._record(fetch.request), self._leases.store_address
+            )
+            found.setdefault(fetch.worker, []).append(message)
+        return found
 
     async def _truncate(self, truncation: values.Truncation, worker: str) -> None:
         incarnation = self._incarnations.get(worker)

@@ -46,7 +46,6 @@ def recover(
                 expect_followers(record.id)
     promises.restore(book.ended)
     for worker in sorted(book.draining):
-        leases.drain(worker, True)
         driver.post(DrainRequested(at_us=driver.stamp(), worker=worker))
     for up in leases.restate(driver.stamp()):
         driver.post(up)

@@ -151,12 +151,11 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         context: Context[control_pb2.DrainWorkerRequest, control_pb2.DrainWorkerResponse],
     ) -> control_pb2.DrainWorkerResponse:
         lease = self._leases.alive.get(request.worker)
-        if lease is None and not (request.undo and self._leases.is_draining(request.worker)):
+        if lease is None and request.worker not in await self._draining():
             known = tuple(sorted(self._leases.alive))
             await _abort(context, UnknownWorker(request.worker, known))
         draining = not request.undo
         await self._promises.drain(request.worker, draining)
-        self._leases.drain(request.worker, draining)
         self._driver.post(
             DrainRequested(at_us=self._driver.stamp(), worker=request.worker, draining=draining)
         )
@@ -171,6 +170,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     ) -> AsyncIterator[control_pb2.WatchClusterResponse]:
         async for state in self._view.watch():
             yield state
+
+    async def _draining(self) -> tuple[str, ...]:
+        return await self._driver.ask(lambda scheduler: scheduler.draining())
 
     def _known(
         self, asked: control_pb2.GetRequestRequest | control_pb2.DeleteRequestRequest

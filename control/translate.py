@@ -135,6 +135,23 @@ def to_weights_load(load: values.Load) -> mesh_pb2.WeightsLoad:
     )
 
 
+def to_fetch(
+    fetch: values.Fetch, record: Record, store_address: Callable[[str], str]
+) -> mesh_pb2.LatentFetch:
+    """What a worker is told of a latent that it copies to itself."""
+    return mesh_pb2.LatentFetch(
+        request_id=fetch.request,
+        attempt=fetch.attempt,
+        steps_done=fetch.steps_done,
+        holder=types_pb2.LatentHolder(
+            worker=fetch.holder,
+            steps_done=fetch.steps_done,
+            store_address=store_address(fetch.holder),
+        ),
+        model=record.spec.model,
+    )
+
+
 def _member(
     member: values.Member, record: Record, store_address: Callable[[str], str]
 ) -> mesh_pb2.BatchMember:

@@ -14,9 +14,9 @@ Paths are relative to the Case's file, then to `bench/assets`. A gpu kind or mod
 named are those of the profile. `experiment.py` adds what makes many runs of one file.
 
 Faults are for tests: [[faults]] with at_us, kind and worker (or request): `lost`, `up` (restarted:
-a new incarnation), `beat` (alive after all), `drain`, `fail` (breaks the group it runs in, and is
-suspected of it), `error` and `memory` (of the batch that it runs), `cancel`. [[stragglers]] with
-worker, from_us, until_us, factor.
+a new incarnation), `beat` (alive after all), `drain`, `undrain`, `fail` (breaks the group it runs
+in, and is suspected of it), `error` and `memory` (of the batch that it runs), `cancel`.
+[[stragglers]] with worker, from_us, until_us, factor.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Something that happens to a worker or a request at a time."""
 
     at_us: int
-    kind: Literal["lost", "up", "beat", "drain", "cancel", "fail", "error", "memory"]
+    kind: Literal["lost", "up", "beat", "drain", "undrain", "cancel", "fail", "error", "memory"]
     worker: str = ""
     request: str = ""
     host: str = "host000"  # of a worker that comes up

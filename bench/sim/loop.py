@@ -191,6 +191,7 @@ class Loop:
                 if incarnation != workers.incarnations.get(happening.worker, 0):
                     workers.lose(happening.worker)
                     workers.join(happening.worker, incarnation)
+                workers.fetches.told[happening.worker] = happening
             case _:
                 pass
         return [happening]
@@ -214,8 +215,9 @@ def _checker(case: Case) -> Checker:
 def _fact(workers: Workers, fault: Fault) -> Event:
     if fault.kind == "lost":
         return WorkerLost(at_us=fault.at_us, worker=fault.worker)
-    if fault.kind == "drain":
-        return DrainRequested(at_us=fault.at_us, worker=fault.worker)
+    if fault.kind in ("drain", "undrain"):
+        draining = fault.kind == "drain"
+        return DrainRequested(at_us=fault.at_us, worker=fault.worker, draining=draining)
     if fault.kind == "cancel":
         return CancelRequested(at_us=fault.at_us, request=fault.request)
     lives = workers.lives(fault.worker)

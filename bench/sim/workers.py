@@ -32,15 +32,17 @@ from control.scheduler.values import (
     Request,
     StepsEnded,
     Truncation,
+    WorkerUp,
 )
 
 from .call_times import CallTimes
 from .case import Case
 from .costs import StepTimes
+from .fetches import Fetches
 from .invariants import Checker
 from .running import Running
 
-Fact = StepsEnded | AssignmentFailed
+Fact = StepsEnded | AssignmentFailed | WorkerUp
 GROUP_BROKEN = "GROUP_BROKEN"
 
 
@@ -65,6 +67,7 @@ class Workers:
         self._owed: dict[str, list[Load]] = {}  # worker -> loads of assignments that were dropped
         self._step_ends: list[tuple[int, int, Running]] = []  # heap
         self._reports: deque[tuple[int, Fact]] = deque()  # under way
+        self.fetches = Fetches(case.costs.group_change_us)
 
     # -------------------------------------------------------------------------------- the loop's
 
@@ -74,6 +77,7 @@ class Workers:
             self._truncate(truncation)
         for request in plan.released:
             self._release(request)
+        self.fetches.go(plan)
         for load in plan.loads:
             self._loads.setdefault(load.sequence, []).append(load)
         for assignment in plan.assignments:
@@ -106,10 +110,9 @@ class Workers:
         while ends and ends[0][2].over:
             heapq.heappop(ends)
         step_us = ends[0][0] if ends else None
-        if not self._reports:
-            return step_us
-        report_us = self._reports[0][0]
-        return report_us if step_us is None else min(step_us, report_us)
+        report_us = self._reports[0][0] if self._reports else None
+        times = (step_us, report_us, self.fetches.next_us())
+        return min((us for us in times if us is not None), default=None)
 
     def ended(self, now_us: int) -> list[Fact]:
         """Lets steps end that end now; returns the reports that come in now."""
@@ -125,6 +128,7 @@ class Workers:
                 self._send(now_us + delay_us, fact, facts)
         while self._reports and self._reports[0][0] <= now_us:
             facts.append(self._reports.popleft()[1])
+        facts += self.fetches.come(now_us, self._latents, self._queues)
         return facts
 
     # -------------------------------------------------------------------------------- faults

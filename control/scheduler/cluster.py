@@ -290,17 +290,14 @@ class Cluster:
         epoch = self._epochs.get(members)
         return epoch is not None and self._asked.get(members) == epoch
 
-    def told_groups(
-        self, worker: str, groups: Iterable[GroupHeld], busy: Container[tuple[str, ...]]
-    ) -> None:
-        """Which groups stand on a worker, as it says: the others that it was in, and in which
-        nothing is outstanding, are formed anew when they are next asked for.
+    def give_up(self, groups: Iterable[GroupHeld], busy: Container[tuple[str, ...]]) -> None:
+        """A member has thrown these away: they are formed anew when they are next asked for.
+
+        In a group that has something outstanding its failure will tell.
         """
-        stand = {group.members: group.epoch for group in groups}
-        for members, epoch in self._formed.items():
-            if worker not in members or members in busy or self._epochs[members] != epoch:
-                continue
-            if stand.get(members, -1) < epoch:
+        for group in groups:
+            members = group.members
+            if members not in busy and self._epochs.get(members) == group.epoch:
                 self._epochs[members] += 1
 
     def warm_groups(self, degree: int) -> list[tuple[str, ...]]:

@@ -215,7 +215,7 @@ class Scheduler:
 
     def awaits(self, worker: str) -> bool:
         """What a worker's next heartbeat says is news, though nothing in it changed: it is under
-        suspicion, or a latent is to be copied to it.
+        suspicion, or a latent is to be copied to it. May be asked while a plan is being made.
         """
         known = self._ledger.cluster.workers.get(worker)
         suspect = known is not None and known.state is WorkerState.SUSPECT

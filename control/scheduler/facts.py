@@ -149,9 +149,8 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
     worker.unclaimed = {
         held.request: held.steps_done for held in fact.latents if held.request not in ledger.tracked
     }
-    if fact.groups is not None:
-        busy = {flight.assignment.workers for flight in flights}
-        ledger.cluster.told_groups(worker.name, fact.groups, busy)
+    if fact.given_up:
+        ledger.cluster.give_up(fact.given_up, {f.assignment.workers for f in flights})
     if known is None:
         ledger.forget_workers(fact.at_us)
     if ledger.evacuation.came(ledger, worker.name) or worker.leaving:

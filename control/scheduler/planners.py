@@ -164,6 +164,9 @@ class EventPlanner:
         self._number += 1
         forecast = ledger.board.forecast(ledger.cluster, now_us)
         scene = Scene(ledger, forecast, now_us)
+        idle = [seat.name for seat in scene.idle()]
+        if (waits := elsewhere.waiting(ledger, [w.id for w in scene.works], idle)) and idle:
+            scene.works = tuple(w for w in scene.works if w.id not in waits)
         decision = self._policy.decide(scene)
         self._wake_us = decision.wake_us
         for worker, parts in decision.preloads.items():
@@ -173,7 +176,6 @@ class EventPlanner:
             ledger.residency.evict(ledger.cluster.workers[worker], keep)
         if not self._policy.PRELOADS:
             self._preload(ledger)
-        idle = [seat.name for seat in scene.seats if seat.idle]
         for start in elsewhere.moved(ledger, decision.starts, idle):
             issue(start, scene.begin_us(start))
         return Planned(self._number, now_us, decision.rejects)

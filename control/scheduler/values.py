@@ -120,7 +120,7 @@ class PartFacts(_Value, frozen=True):
 
 
 class GroupHeld(_Value, frozen=True):
-    """A group whose communicator stands on a worker, as it says."""
+    """A group that has a communicator on a worker."""
 
     epoch: int
     members: tuple[str, ...]
@@ -142,7 +142,7 @@ class WorkerUp(_Value, frozen=True, tag_field="kind", tag="worker_up"):
     shares_cores: bool = False  # with its peers: how slow it is says nothing of it
     stopping: bool = False  # it was told to stop: as drained, until it is gone
     pending: tuple[int, ...] = ()  # sequences that it has in hand, of this scheduler
-    groups: tuple[GroupHeld, ...] | None = None  # that stand there; None: it does not say
+    given_up: tuple[GroupHeld, ...] = ()  # it had these a heartbeat before, and has not now
 
 
 class WorkerLost(_Value, frozen=True, tag_field="kind", tag="worker_lost"):

@@ -83,13 +83,6 @@ def test_a_goodbye_ends_it_at_once() -> None:
     assert leases.heartbeat(beat("stranger", leaving=True), 5) == ()
 
 
-def test_a_new_incarnation_is_news() -> None:
-    leases = Leases(LEASE_US)
-    leases.heartbeat(beat(), 0)
-    (up,) = leases.heartbeat(beat(incarnation="b"), 5)
-    assert isinstance(up, WorkerUp) and up.incarnation == "b"
-
-
 def test_a_suspect_is_cleared_by_its_next_heartbeat() -> None:
     leases = Leases(LEASE_US)
     leases.heartbeat(beat(), 0)
@@ -97,17 +90,6 @@ def test_a_suspect_is_cleared_by_its_next_heartbeat() -> None:
     (up,) = leases.heartbeat(beat(), 5)
     assert isinstance(up, WorkerUp)
     assert not leases.alive["w0"].suspect
-
-
-def test_a_drain_outlives_the_lease() -> None:
-    leases = Leases(LEASE_US)
-    leases.heartbeat(beat(), 0)
-    leases.drain("w0", True)
-    leases.expire(LEASE_US)
-    leases.heartbeat(beat(), LEASE_US + 1)
-    assert leases.is_draining("w0")
-    leases.drain("w0", False)
-    assert not leases.is_draining("w0")
 
 
 def memory(budget: int = 100 << 20, load_us: int = 50_000, **part: int) -> types_pb2.Memory:

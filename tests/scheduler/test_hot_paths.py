@@ -305,8 +305,8 @@ def test_without_workers_requests_wait_until_some_come_back(policy):
     rows = [(0, 512, 3_000_000), (600_000, 1024, 3_000_000)]
     drains = [Fault(at_us=300_000, kind="drain", worker=f"w{i:04}") for i in range(2)]
     lost = [Fault(at_us=500_000, kind="lost", worker=f"w{i:04}") for i in range(2)]
-    up = Fault(at_us=900_000, kind="up", worker="w0000")
-    result = run(case(rows, workers=2, faults=(*drains, *lost, up), policy=policy))
+    back = [Fault(at_us=900_000, kind=kind, worker="w0000") for kind in ("up", "undrain")]
+    result = run(case(rows, workers=2, faults=(*drains, *lost, *back), policy=policy))
     assert [e.outcome for e in result.ended] == [Outcome.DONE] * 2
 
 

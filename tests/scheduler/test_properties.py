@@ -172,8 +172,8 @@ def test_safety(arrivals, faults, costs, world):
 @given(arrivals=arrivals, faults=faults, costs=costs, world=worlds, last=st.sampled_from(WORKERS))
 def test_liveness(arrivals, faults, costs, world, last):
     """Where one able worker lives on at the end, every request ends: done, or as it was asked."""
-    rescue = Fault(at_us=END_US, kind="up", worker=last)
-    result = run(drawn(arrivals, faults, costs, world, (rescue,)))
+    rescue = [Fault(at_us=END_US, kind=kind, worker=last) for kind in ("undrain", "up")]
+    result = run(drawn(arrivals, faults, costs, world, rescue))
     outcomes = {e.request: e.outcome for e in result.ended}
     assert outcomes.keys() == {f"r{i}" for i in range(len(arrivals))}
     asked = {f.request for f in faults if f.kind == "cancel"}
@@ -257,7 +257,12 @@ def test_batches_under_faults(policy, data):
     )
     faults = data.draw(st.lists(some, max_size=6))
     gone = any(f.kind in ("lost", "drain", "fail") for f in faults)
-    back = [Fault(at_us=3_000_000, kind="up", worker=w) for w in WORKERS[:2] if gone]
+    back = [
+        Fault(at_us=3_000_000, kind=kind, worker=w)
+        for w in WORKERS[:2]
+        for kind in ("undrain", "up")
+        if gone
+    ]
     lead_us = data.draw(st.sampled_from([0, 20_000]))
     ways = (
         {"policy_settings": {"mode": "throughput", "admission": False}}

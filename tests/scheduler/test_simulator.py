@@ -95,21 +95,20 @@ def check_log(result):
 
 
 def check_usable(result):
-    """Nothing new for lost or draining workers."""
-    lost, draining, incarnations = set(), set(), {}
+    """Nothing new for lost or draining workers; a drain outlives its worker."""
+    lost, draining = set(), set()
     facts = list(result.facts)
     for plan in result.plans:
         while facts and facts[0].at_us <= plan.now_us:
             match facts.pop(0):
                 case WorkerLost(worker=worker):
                     lost.add(worker)
-                case DrainRequested(worker=worker):
+                case DrainRequested(worker=worker, draining=True):
                     draining.add(worker)
-                case WorkerUp(worker=worker, incarnation=incarnation):
+                case DrainRequested(worker=worker):
+                    draining.discard(worker)
+                case WorkerUp(worker=worker):
                     lost.discard(worker)
-                    if incarnations.get(worker) != incarnation:
-                        draining.discard(worker)
-                    incarnations[worker] = incarnation
                 case _:
                     pass
         for a in plan.assignments:

@@ -4,7 +4,7 @@ others can serve it. Nor to those that are on trial: its failure there would say
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..ledger import Ledger
@@ -56,6 +56,17 @@ def degrees(ledger: Ledger, request: str, offered: tuple[int, ...]) -> tuple[int
     able = ledger.cluster.able_names(_model(ledger, request))
     left = sum(name not in out for name in able)
     return tuple(d for d in offered if d <= left) or offered
+
+
+def waiting(ledger: Ledger, requests: Iterable[str], idle: Sequence[str]) -> set[str]:
+    """Requests that failed on all idle workers that could serve them, and wait for others."""
+    found: set[str] = set()
+    for request in requests if ledger.quarantine.any_failing else ():
+        out = barred(ledger, request)
+        able = ledger.cluster.able_names(_model(ledger, request))
+        if out and not any(w in able and w not in out for w in idle):
+            found.add(request)
+    return found
 
 
 def moved(ledger: Ledger, starts: Sequence[Start], idle: Sequence[str]) -> list[Start]:

@@ -36,9 +36,15 @@ class Evacuation:
     """The fetches under way, by request."""
 
     _sent: dict[str, _Sent] = field(default_factory=dict)
+    _waiting: frozenset[str] = frozenset()  # workers that fetch; replaced, never changed
 
     def plan(self, ledger: Ledger, now_us: int) -> tuple[Fetch, ...]:
         """Fetches that go out now."""
+        found = self._find(ledger, now_us)
+        self._note()
+        return found
+
+    def _find(self, ledger: Ledger, now_us: int) -> tuple[Fetch, ...]:
         wanted = _wanted(ledger)
         self._sent = {r: s for r, s in self._sent.items() if r in wanted and _same(s, wanted[r])}
         if not wanted:
@@ -73,7 +79,7 @@ class Evacuation:
 
     def awaits(self, worker: str) -> bool:
         """A fetch to it is under way: what it holds is news."""
-        return any(s.fetch.worker == worker for s in self._sent.values())
+        return worker in self._waiting
 
     def came(self, ledger: Ledger, worker: str) -> bool:
         """A worker has told what it holds: whether something that was awaited is there."""
@@ -85,7 +91,12 @@ class Evacuation:
         ]
         for request in there:
             del self._sent[request]
+        self._note()
         return bool(there)
+
+    def _note(self) -> None:
+        if self._sent or self._waiting:
+            self._waiting = frozenset(s.fetch.worker for s in self._sent.values())
 
     def due(self, ledger: Ledger) -> bool:
         """Something that a leaving worker holds has no other copy, and no fetch under way."""

@@ -8,7 +8,7 @@ joins the one that can begin it soonest and changes it only while nothing of it 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from ...cluster import Worker
@@ -84,6 +84,11 @@ class Pod:
         return self.fits(ledger, entry.tracked.request) and not (
             out and out.issuperset(w.name for w in self.workers)
         )
+
+    def waits(self, ledger: Ledger, entry: Entry, free: Collection[str]) -> bool:
+        """It failed on all workers that are free, and the pod has others."""
+        out = elsewhere.barred(ledger, entry.id)
+        return bool(out and free) and out.issuperset(free) and self.serves(ledger, entry)
 
     def running(self, ledger: Ledger, worker: str) -> list[int]:
         """Sequences that the worker has in hand, oldest first."""

@@ -123,6 +123,8 @@ class RosterMaker:
         for entry in pod.entries:
             if ledger.tracked.get(entry.id) is not entry.tracked:
                 continue  # it ended since the last plan
+            if not entry.tracked.outstanding and pod.waits(ledger, entry, roster.free):
+                continue
             request = entry.tracked.request
             kind = (request.model, request.shape, entry.id if entry.tracked.alone == DIT else "")
             number = numbers.get(kind)
