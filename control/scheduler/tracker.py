@@ -49,6 +49,7 @@ class Tracked:
     moves: int = 0
     failures: dict[tuple[str, int, str], int] = field(default_factory=dict)  # node, steps, kind
     alone: str = ""  # node at which it runs in no batch: one that it was in failed there
+    promised: bool = False  # firmly: it is not given up for one that came later
 
     def __post_init__(self) -> None:
         self.jobs = {node: Job(self.request.id, node) for node in NODES}

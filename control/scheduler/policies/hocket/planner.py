@@ -223,7 +223,7 @@ class Hocket:
         first = next((i for i, key in enumerate(given_up) if key > pod.retried), 0)
         again = (given_up[first:] + given_up[:first])[:retries]
         pod.retried = again[-1] if again else pod.retried
-        return [e.hopeful or e.key in again for e in roster.entries]
+        return [e.hopeful or e.tracked.promised or e.key in again for e in roster.entries]
 
     def _fill(self, ledger: Ledger, pod: Pod, roster: Roster, room: int) -> list[Wish]:
         """The hopeless on what is left, in deadline order: as the kernel's own fill."""

@@ -24,6 +24,7 @@ from .kernel import (
     STEPS_LEFT,
     TEXT_LEFT,
     VAE_LEFT,
+    PROMISED_WORTH,
     WIDTH,
     Floats,
     Tables,
@@ -91,6 +92,10 @@ class RosterMaker:
         self._fill_step_us = fill_step_us
         self._needs: deque[int] = deque(maxlen=NEEDS_MAX)
         self._prices: dict[tuple[tuple[str, ...], tuple[int, ...], str, Shape], Prices] = {}
+
+    def worth(self, request: Request) -> float:
+        """What making its deadline is worth, in deadlines."""
+        return 1.0 + self._priority_worth * request.priority
 
     def forget(self) -> None:
         """A new plan: prices may have changed."""
@@ -214,7 +219,7 @@ class RosterMaker:
             float(-1 if deadline_us is None else deadline_us),
             float(avail_us),
             float(width),
-            1.0 + self._priority_worth * request.priority,
+            self.worth(request) + PROMISED_WORTH * tracked.promised,
             float(age_us if hopeless and age_us > self._patience_us else 0),
         )
 
