@@ -51,9 +51,12 @@ class Estimates:
             return forecast_us
         own_us = self._stage_us(request, TEXT) + request.steps * self._step_us(request)
         own_us += self._stage_us(request, VAE)
-        return (
+        finish_us = (
             now_us + self._queue_us(_urgency(request, self._ledger.arrivals), request.id) + own_us
         )
+        if hasattr(self._planner,'SPECS') and request.deadline_us is not None:
+            finish_us = max(finish_us, request.deadline_us + 1)
+        return finish_us
 
     def finish_us(self, tracked: Tracked, now_us: int) -> int:
         """Finish of a request inside."""

@@ -66,6 +66,7 @@ class Forecaster:
         future.roster.prices.append(price)
         row = np.zeros(COLUMNS)
         deadline_us = FAR_US if request.deadline_us is None else float(request.deadline_us)
+        deadline_us -= self._maker.guard_us(request, self._now_us)
         row[:8] = (
             len(future.roster.prices) - 1,
             price.text_us,
@@ -77,19 +78,27 @@ class Forecaster:
             self._maker.worth(request),
         )
         at = int(np.searchsorted(future.jobs[:, DEADLINE], deadline_us, side="right"))
-        before = self._lost(future, future.jobs, future.on)
         jobs = np.insert(future.jobs, at, row, axis=0)
         on = np.insert(future.on, at, 1)
-        lost = self._lost(future, jobs, on)
-        finish_us = self._finish[at]
-        if finish_us <= 0 or lost > before:
-            return None
-        return int(finish_us)
+        first = None
+        for level in (0.0, 0.5, 1.0):
+            slow = 1.0 + level * self.caution
+            before = self._lost(future, future.jobs, future.on, slow)
+            lost = self._lost(future, jobs, on, slow)
+            finish_us = self._finish[at]
+            if (finish_us <= 0 and (request.firm or first is None)) or lost > before:
+                return None
+            first = finish_us if first is None else first
+            if not request.firm and not before:
+                break
+        return int(first)
 
-    def _lost(self, future: _Future, jobs: Floats, on: Ints) -> int:
+    def _lost(self, future: _Future, jobs: Floats, on: Ints, slow: float) -> int:
         space = scratch(len(jobs))
         gpus = len(future.pod.workers)
-        rollout(float(self._now_us), gpus, jobs, on, future.roster.tables(), self._rules, space)
+        tab = future.roster.tables()
+        tab = tab._replace(step_us=np.minimum(tab.step_us*slow,1e18),batch_us=np.minimum(tab.batch_us*slow,1e18),fastest_us=tab.fastest_us*slow)
+        rollout(float(self._now_us), gpus, jobs, on, tab, self._rules, space)
         self._finish = space.floats[FINISH]
         return int(((jobs[:, WEIGHT] >= PROMISED_WORTH) & (self._finish < 0)).sum())
 
@@ -103,6 +112,8 @@ class Forecaster:
 
 
 def newcomer_finish_us(
-    ledger: Ledger, pods: Pods, maker: RosterMaker, rules: Rules, request: Request, now_us: int
+    ledger: Ledger, pods: Pods, maker: RosterMaker, rules: Rules, request: Request, now_us: int, caution: float
 ) -> int | None:
-    return Forecaster(ledger, pods, maker, rules, now_us).finish_us(request)
+    f = Forecaster(ledger, pods, maker, rules, now_us)
+    f.caution = caution
+    return f.finish_us(request)

@@ -36,7 +36,8 @@ AVAIL = 5  # its run under way ends then; <= now: it waits
 WIDTH = 6  # workers that its run under way holds
 WEIGHT = 7  # what making the deadline is worth
 AGED = 8  # 1: best effort that has waited too long
-COLUMNS = 9
+GUARD = 9  # what was taken off a firm promise's deadline, to have something in hand
+COLUMNS = 10
 
 
 class Tables(NamedTuple):

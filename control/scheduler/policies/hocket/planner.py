@@ -33,7 +33,7 @@ from ...values import DIT, TEXT, VAE, Request
 from .binding import Binder, Wish
 from .forecast import newcomer_finish_us
 from .improve import Limits, start_space
-from .kernel import Floats, Rules, scratch
+from .kernel import COLUMNS, Floats, Rules, scratch
 from .pods import Entry, Pod, Pods
 from .roster import Roster, RosterMaker, flight_end_us
 from .search import decide
@@ -63,6 +63,9 @@ class Hocket:
         "patience_us": Spec(300_000_000, low=0),  # without progress; then best effort goes first
         "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
+        "guard": Spec(0.03, low=0.0, high=0.5),  # part of a firm promise's time kept in hand
+        "guard_us_max": Spec(1_000_000, low=0),
+        "caution": Spec(0.1, low=0.0, high=1.0),
         "batch_max": Spec(0, low=0, high=4096),  # jobs that step together; 0: what the workers take
         "commit_us": Spec(30_000, low=0),  # as many steps are committed as fit; at least one
         "commit_leads": Spec(5, low=0),  # it is at least so many leads: what is short is all way
@@ -80,6 +83,8 @@ class Hocket:
             int(read["patience_us"]),
             int(read["fill_step_us"]),
             int(read["batch_max"]),
+            float(read["guard"]),
+            int(read["guard_us_max"]),
         )
         self._rules = Rules(
             float(read["slack_sat_us"]),
@@ -104,7 +109,7 @@ class Hocket:
         self._on = np.zeros(0, np.int64)
         self._start = start_space(0)
         self._scratch = scratch(0)
-        self._trial = np.zeros((0, 9))
+        self._trial = np.zeros((0, COLUMNS))
         self._move = np.zeros((0, 16))
         self._room(16)
         self.operations = 0
@@ -156,7 +161,11 @@ class Hocket:
 
     def newcomer_finish_us(self, ledger: Ledger, request: Request, now_us: int) -> int | None:
         """When a request that arrived now would be done; None if late, or nobody can run it."""
-        return newcomer_finish_us(ledger, self._pods, self._maker, self._rules, request, now_us)
+        pods = self._pods
+        if ledger.cluster.version != pods._version:
+            pods = Pods(self._pods.size)
+            pods.follow(ledger, ledger.tracked)
+        return newcomer_finish_us(ledger, pods, self._maker, self._rules, request, now_us, float(self._read["caution"]))
 
     # ------------------------------------------------------------------------------ one pod
 
@@ -341,5 +350,5 @@ class Hocket:
         self._on = np.zeros(size, np.int64)
         self._start = start_space(size)
         self._scratch = scratch(size)
-        self._trial = np.zeros((size, 9))
+        self._trial = np.zeros((size, COLUMNS))
         self._move = np.zeros((size, 16))

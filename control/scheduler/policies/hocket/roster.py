@@ -20,6 +20,7 @@ from .kernel import (
     COLUMNS,
     DEADLINE,
     EPS,
+    GUARD,
     NEVER,
     STEPS_LEFT,
     TEXT_LEFT,
@@ -84,14 +85,22 @@ class RosterMaker:
     """Makes rosters; prices are asked for once a plan."""
 
     def __init__(
-        self, priority_worth: float, patience_us: int, fill_step_us: int, batch_max: int
+        self, priority_worth: float, patience_us: int, fill_step_us: int, batch_max: int, guard: float, guard_us_max: int
     ) -> None:
+        self._guard = guard
+        self._guard_us_max = guard_us_max
         self._priority_worth = priority_worth
         self._batch_max = batch_max
         self._patience_us = patience_us
         self._fill_step_us = fill_step_us
         self._needs: deque[int] = deque(maxlen=NEEDS_MAX)
         self._prices: dict[tuple[tuple[str, ...], tuple[int, ...], str, Shape], Prices] = {}
+
+    def guard_us(self, request: Request, arrived_us: int) -> int:
+        """What is kept in hand of a firm promise's time."""
+        if not request.firm or request.deadline_us is None:
+            return 0
+        return min(self._guard_us_max, int(self._guard * (request.deadline_us - arrived_us)))
 
     def worth(self, request: Request) -> float:
         """What making its deadline is worth, in deadlines."""
@@ -209,6 +218,7 @@ class RosterMaker:
         text_us = prices.text_us if text.state in (JobState.READY, JobState.BLOCKED) else 0
         decoding = vae.state in (JobState.ASSIGNED, JobState.DONE)
         deadline_us = request.deadline_us
+        guard_us = self.guard_us(request, tracked.arrived_us) if tracked.promised else 0
         age_us = now_us - tracked.progressed_us
         hopeless = deadline_us is None or not entry.hopeful
         return (
@@ -216,11 +226,12 @@ class RosterMaker:
             float(text_us),
             float(0 if decoding else max(0, steps_left)),
             float(0 if decoding else prices.vae_us),
-            float(-1 if deadline_us is None else deadline_us),
+            float(-1 if deadline_us is None else deadline_us - guard_us),
             float(avail_us),
             float(width),
             self.worth(request) + PROMISED_WORTH * tracked.promised,
             float(age_us if hopeless and age_us > self._patience_us else 0),
+            float(guard_us),
         )
 
 
@@ -228,7 +239,7 @@ def hopeless(row: tuple[float, ...], prices: Prices) -> bool:
     """Begun now and alone, at its fastest, it would still be late."""
     steps_us = row[STEPS_LEFT] * min(prices.step_us)
     end_us = row[AVAIL] + row[TEXT_LEFT] + steps_us + row[VAE_LEFT]
-    return end_us > row[DEADLINE] + EPS
+    return end_us > row[DEADLINE] + row[GUARD] + EPS
 
 
 def need_of(entry: Entry, prices: Prices, widths: tuple[int, ...]) -> int:

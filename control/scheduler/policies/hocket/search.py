@@ -17,6 +17,7 @@ from .kernel import (
     DEADLINE,
     EPS,
     FINISH,
+    GUARD,
     KEPT,
     KIND,
     NEVER,
@@ -96,7 +97,7 @@ def give_up(
         begin = max(now, jobs[i, AVAIL])
         fastest = jobs[i, STEPS_LEFT] * tab.fastest_us[int(jobs[i, KIND])]
         need = jobs[i, TEXT_LEFT] + fastest + jobs[i, VAE_LEFT]
-        hopeless = jobs[i, AGED] > 0.0 or begin + need > jobs[i, DEADLINE] + EPS
+        hopeless = jobs[i, AGED] > 0.0 or begin + need > jobs[i, DEADLINE] + jobs[i, GUARD] + EPS
         on[i] = 0 if hopeless else on[i]
         wanted += on[i]
     while wanted > 0:
@@ -105,6 +106,10 @@ def give_up(
         late = _first_late(on, s)
         if late < 0:
             break
+        if jobs[late, GUARD] > 0.0:
+            jobs[late, DEADLINE] += jobs[late, GUARD]
+            jobs[late, GUARD] = 0.0
+            continue
         if operations >= 2 * limits.operations_max:
             for i in range(late, on.shape[0]):
                 on[i] = 0 if s.floats[FINISH, i] < 0.0 else on[i]
