@@ -26,6 +26,7 @@ from .kernel import (
     scratch,
 )
 from .pods import Pod, Pods
+from .search import give_up
 from .roster import Roster, RosterMaker
 
 FAR_US = 1e15  # the deadline of who has none
@@ -91,7 +92,42 @@ class Forecaster:
             first = finish_us if first is None else first
             if not request.firm and not before:
                 break
+        if request.firm and self.ghosts and not self._worth_it(future, at, jobs, on, request):
+            return None
         return int(first)
+
+    def _worth_it(self, future, at, jobs, on, request) -> bool:
+        span = request.deadline_us - self._now_us
+        rows = []
+        for arrived_us, past in future.pod.arrivals:
+            if arrived_us <= self._now_us - span or arrived_us >= self._now_us:
+                continue
+            shift = span
+            price = self._maker.price(self._ledger, future.pod, future.roster.widths, past)
+            future.roster.prices.append(price)
+            row = np.zeros(COLUMNS)
+            row[:8] = (len(future.roster.prices) - 1, price.text_us, past.steps, price.vae_us,
+                past.deadline_us + shift if past.deadline_us else FAR_US, arrived_us + shift, 0.0, self._maker.worth(past))
+            if past.deadline_us:
+                rows.append(row)
+        if not rows:
+            return True
+        more = np.array(rows)
+        def value(jobs, on):
+            alljobs = np.vstack([jobs, more])
+            allon = np.concatenate([on, np.ones(len(more), np.int64)])
+            order = np.argsort(alljobs[:, DEADLINE], kind="stable")
+            alljobs = np.ascontiguousarray(alljobs[order]); allon = np.ascontiguousarray(allon[order])
+            space = scratch(len(alljobs))
+            give_up(float(self._now_us), len(future.pod.workers), alljobs, allon, future.roster.tables(), self._rules, self.limits, space)
+            return float((alljobs[:, WEIGHT] * (allon>0)).sum())
+        with_jobs = jobs.copy()
+        own = with_jobs[at, WEIGHT]
+        with_jobs[at, WEIGHT] += PROMISED_WORTH
+        there = value(with_jobs, on) - PROMISED_WORTH
+        without = value(future.jobs.copy(), future.on)
+        future.roster.prices = future.roster.prices[:len(future.roster.prices)-len(rows)]
+        return there >= without - self.ghosts + own*0
 
     def _lost(self, future: _Future, jobs: Floats, on: Ints, slow: float) -> int:
         space = scratch(len(jobs))
@@ -112,8 +148,9 @@ class Forecaster:
 
 
 def newcomer_finish_us(
-    ledger: Ledger, pods: Pods, maker: RosterMaker, rules: Rules, request: Request, now_us: int, caution: float
+    ledger: Ledger, pods: Pods, maker: RosterMaker, rules: Rules, request: Request, now_us: int, caution: float, ghosts, limits
 ) -> int | None:
     f = Forecaster(ledger, pods, maker, rules, now_us)
     f.caution = caution
+    f.ghosts, f.limits = ghosts, limits
     return f.finish_us(request)

@@ -65,7 +65,8 @@ class Hocket:
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
         "guard": Spec(0.03, low=0.0, high=0.5),  # part of a firm promise's time kept in hand
         "guard_us_max": Spec(1_000_000, low=0),
-        "caution": Spec(0.1, low=0.0, high=1.0),
+        "ghosts": Spec(0.0, low=0.0, high=1e9),
+        "caution": Spec(0.0, low=0.0, high=1.0),
         "batch_max": Spec(0, low=0, high=4096),  # jobs that step together; 0: what the workers take
         "commit_us": Spec(30_000, low=0),  # as many steps are committed as fit; at least one
         "commit_leads": Spec(5, low=0),  # it is at least so many leads: what is short is all way
@@ -165,7 +166,7 @@ class Hocket:
         if ledger.cluster.version != pods._version:
             pods = Pods(self._pods.size)
             pods.follow(ledger, ledger.tracked)
-        return newcomer_finish_us(ledger, pods, self._maker, self._rules, request, now_us, float(self._read["caution"]))
+        return newcomer_finish_us(ledger, pods, self._maker, self._rules, request, now_us, float(self._read["caution"]), float(self._read["ghosts"]), self._limits)
 
     # ------------------------------------------------------------------------------ one pod
 

@@ -8,6 +8,7 @@ joins the one that can begin it soonest and changes it only while nothing of it 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from ...tracker import Tracked
 from ...values import Request
 
 BEST_EFFORT_KEY = 1 << 62
+ARRIVALS_MAX = 48
 GROUPS_MAX = 64  # of one width, remembered in a pod
 
 
@@ -46,6 +48,7 @@ class Pod:
     sequences: dict[str, list[int]] = field(default_factory=dict)  # worker -> given to it
     groups: dict[int, dict[tuple[str, ...], None]] = field(default_factory=dict)  # by width
     work_us: int = 0  # of the entries
+    arrivals: deque[tuple[int, Request]] = field(default_factory=lambda: deque(maxlen=ARRIVALS_MAX))
     retried: tuple[int, int] = (0, 0)  # the last given-up entry that was looked at again
 
     def know(self, group: tuple[str, ...]) -> None:
@@ -119,6 +122,8 @@ class Pods:
             if entry is None:
                 entry = self.entries[request] = _entry(ledger, tracked)
                 self._house(entry)
+                if request in self.where:
+                    self.where[request].arrivals.append((tracked.arrived_us, tracked.request))
             pod = self.where.get(request)
             if pod is not None:
                 changed.add(pod.index)
