@@ -32,12 +32,23 @@ from ...starts import Issue, Planned, Start
 from ...values import DIT, TEXT, VAE, Request
 from .binding import Binder, Wish
 from .forecast import newcomer_finish_us
-from .improve import Limits, start_space
-from .kernel import COLUMNS, Floats, Rules, scratch
+from .improve import BUSY, HOLD, Limits, evaluate, start_space
+from .kernel import (
+    AVAIL,
+    COLUMNS,
+    FINISH,
+    PROMISED_WORTH,
+    WEIGHT,
+    WIDTH,
+    Floats,
+    Rules,
+    scratch,
+)
 from .pods import Entry, Pod, Pods
 from .roster import Roster, RosterMaker, flight_end_us
 from .search import decide
 
+BEST_EFFORT = "best-effort"  # reason of a start
 NODES = (TEXT, DIT, VAE)
 
 
@@ -186,7 +197,11 @@ class Hocket:
             self._search(ledger, pod, roster, now_us)
             wishes = self._wishes(ledger, roster)
         room = len(roster.free) - sum(w.width for w in wishes)
-        wishes += self._fill(ledger, pod, roster, room)
+        fill = self._fill(ledger, pod, roster, room)
+        if roster.promised and self._endangers(pod, roster, fill, now_us):
+            wishes = [w for w in wishes if w.reason != BEST_EFFORT]
+        else:
+            wishes += [w for w, _ in fill]
         for wish, workers in Binder(ledger, pod, list(roster.free)).bind(wishes):
             before = [t.outstanding[-1] for t in wish.members if t.outstanding]
             ready_us = [flight_end_us(ledger, sequence) for sequence in before]
@@ -224,6 +239,45 @@ class Hocket:
         for entry, hopeful in zip(roster.entries, on.tolist(), strict=True):
             entry.hopeful = bool(hopeful)
 
+    def _endangers(self, pod: Pod, roster: Roster, fill: list[tuple[Wish, float]], now_us: int) -> bool:
+        """Best effort would make somebody late whom a firm promise was made."""
+        n, m = len(roster.entries), len(fill)
+        on, start = self._on, self._start
+        fills = [i for i in range(n) if start.choice[i] >= 0 and not on[i]]
+        if not m and not fills:
+            return False
+        self._room(n + m)
+        jobs = np.zeros((n + m, COLUMNS))
+        jobs[:n] = roster.jobs
+        for row, (wish, step_us) in enumerate(fill, n):
+            jobs[row, AVAIL] = now_us + wish.steps * step_us
+            jobs[row, WIDTH] = wish.width
+            on[row] = 0
+            start.choice[row] = BUSY
+        firm = [i for i in range(n) if on[i] and jobs[i, WEIGHT] >= PROMISED_WORTH]
+
+        def late(size: int) -> int:
+            evaluate(
+                float(now_us),
+                len(pod.workers),
+                jobs[:size],
+                on[:size],
+                self._move[:size, : len(roster.widths)],
+                roster.tables(),
+                self._rules,
+                self._trial,
+                type(start)(*(a[:size] for a in start)),
+                self._scratch,
+            )
+            return sum(self._scratch.floats[FINISH, i] < 0.0 for i in firm)
+
+        with_fill = late(n + m)
+        if not with_fill:
+            return False
+        for i in fills:
+            start.choice[i] = HOLD
+        return with_fill > late(n)
+
     def _considered(self, pod: Pod, roster: Roster) -> list[bool]:
         """Who may be counted on: all, or in a crowd those counted on before and a few others."""
         if len(roster.entries) <= int(self._read["afresh_max"]):
@@ -235,9 +289,9 @@ class Hocket:
         pod.retried = again[-1] if again else pod.retried
         return [e.hopeful or e.tracked.promised or e.key in again for e in roster.entries]
 
-    def _fill(self, ledger: Ledger, pod: Pod, roster: Roster, room: int) -> list[Wish]:
+    def _fill(self, ledger: Ledger, pod: Pod, roster: Roster, room: int) -> list[tuple[Wish, float]]:
         """The hopeless on what is left, in deadline order: as the kernel's own fill."""
-        wishes: list[Wish] = []
+        wishes: list[tuple[Wish, float]] = []
         alone = not any(e.hopeful for e in roster.entries)
         slow_room = len(pod.workers) - roster.slow - max(roster.need, self._reserve)
         for entry, price, left in roster.spare:
@@ -251,7 +305,9 @@ class Hocket:
                 slow = not soon and step_us <= self._slow_step_us and width <= slow_room
                 if soon or slow or (alone and step_us == min(price.step_us)):
                     steps = self._steps(node, left, step_us)
-                    wishes.append(Wish([entry.tracked], node, width, steps, "best-effort"))
+                    took_us = step_us if node == DIT else float(price.vae_us)
+                    wish = Wish([entry.tracked], node, width, steps, BEST_EFFORT)
+                    wishes.append((wish, took_us))
                     room -= width
                     slow_room -= width if slow else 0
                     break
@@ -275,7 +331,7 @@ class Hocket:
             if len(batch) > 1:
                 step_us = price.batch_us[len(batch) - 1]
             steps = self._steps(node, min(int(roster.jobs[i, 2]) for i in batch), step_us)
-            reason = "on-time" if entry.hopeful else "best-effort"
+            reason = "on-time" if entry.hopeful else BEST_EFFORT
             width = roster.widths[choice[first]]
             tracks = [roster.entries[i].tracked for i in batch]
             wishes.append(Wish(tracks, node, width, steps, reason))

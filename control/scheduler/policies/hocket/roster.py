@@ -66,6 +66,7 @@ class Roster:
     saving: bool = False  # some of its jobs cost much less in a batch
     crowded: bool = False  # somebody is late already, and nothing is saved by batches
     running: int = 0
+    promised: int = 0  # with a firm promise that can still be kept
     # Hopeless, could start now, with the steps left.
     spare: list[tuple[Entry, Prices, int]] = field(default_factory=list)
     slow: int = 0  # workers in long best-effort steps
@@ -159,6 +160,7 @@ class RosterMaker:
             rows.append(row)
             roster.entries.append(entry)
             roster.running += row[AVAIL] > now_us
+            roster.promised += entry.tracked.promised
         roster.need = max(self._needs, default=1)
         late = any(e.tracked.request.deadline_us is not None for e, *_ in roster.spare)
         roster.saving = any(price.batches_save for price in roster.prices)
