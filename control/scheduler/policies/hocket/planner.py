@@ -20,7 +20,7 @@ on a few workers once it has not moved for `patience_us`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -31,7 +31,7 @@ from ...settings import Settings, SettingValue, Spec
 from ...starts import Issue, Planned, Start
 from ...values import DIT, TEXT, VAE, Request
 from .binding import Binder, Wish
-from .forecast import newcomer_finish_us
+from .forecast import Forecaster, Newcomer
 from .improve import BUSY, HOLD, Limits, evaluate, start_space
 from .kernel import (
     AVAIL,
@@ -74,10 +74,11 @@ class Hocket:
         "patience_us": Spec(300_000_000, low=0),  # without progress; then best effort goes first
         "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
-        "guard": Spec(0.03, low=0.0, high=0.5),  # part of a firm promise's time kept in hand
-        "guard_us_max": Spec(1_000_000, low=0),
-        "ghosts": Spec(0.0, low=0.0, high=1e9),
-        "caution": Spec(0.0, low=0.0, high=1.0),
+        "guard": Spec(0.05, low=0.0, high=0.5),  # part of a firm promise's time kept in hand
+        "guard_us_max": Spec(2_000_000, low=0),
+        # Of those like the last arrivals, a firm promise may cost so many (in deadlines) their
+        # place beyond its own; below 0: any number.
+        "echo_loss": Spec(1.5, low=-1.0),
         "batch_max": Spec(0, low=0, high=4096),  # jobs that step together; 0: what the workers take
         "commit_us": Spec(30_000, low=0),  # as many steps are committed as fit; at least one
         "commit_leads": Spec(5, low=0),  # it is at least so many leads: what is short is all way
@@ -171,13 +172,22 @@ class Hocket:
         left = [w for w, us in ledger.parting.items() if us <= now_us]
         return {self._pods.home[w].index for w in left if w in self._pods.home}
 
-    def newcomer_finish_us(self, ledger: Ledger, request: Request, now_us: int) -> int | None:
-        """When a request that arrived now would be done; None if late, or nobody can run it."""
-        pods = self._pods
-        if ledger.cluster.version != pods._version:
-            pods = Pods(self._pods.size)
-            pods.follow(ledger, ledger.tracked)
-        return newcomer_finish_us(ledger, pods, self._maker, self._rules, request, now_us, float(self._read["caution"]), float(self._read["ghosts"]), self._limits)
+    def newcomers(
+        self, ledger: Ledger, requests: Sequence[Request], now_us: int
+    ) -> list[Newcomer]:
+        """When requests that arrived now would be done; changes nothing."""
+        pods, seen = self._pods, self._pods.entries
+        if pods.stale(ledger):
+            pods = Pods(pods.size)
+            pods.follow(ledger, [r for r in ledger.tracked if r in seen])
+        unseen = [
+            tracked.request
+            for r in ledger.touched
+            if r not in seen and (tracked := ledger.tracked.get(r)) is not None
+        ]
+        loss = float(self._read["echo_loss"])
+        asked = Forecaster(ledger, pods, self._maker, self._rules, self._limits, loss, now_us)
+        return asked.ask(unseen, requests)
 
     # ------------------------------------------------------------------------------ one pod
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from ...cluster import Worker
 from ...ledger import Ledger
 from ...tracker import Tracked
-from ...values import Request
+from ...values import DIT, Request
 
 BEST_EFFORT_KEY = 1 << 62
-ARRIVALS_MAX = 48
+ARRIVALS_MAX = 48  # last arrivals remembered in a pod
 GROUPS_MAX = 64  # of one width, remembered in a pod
 
 
@@ -48,6 +48,7 @@ class Pod:
     sequences: dict[str, list[int]] = field(default_factory=dict)  # worker -> given to it
     groups: dict[int, dict[tuple[str, ...], None]] = field(default_factory=dict)  # by width
     work_us: int = 0  # of the entries
+    # The last requests that joined it, with when they came.
     arrivals: deque[tuple[int, Request]] = field(default_factory=lambda: deque(maxlen=ARRIVALS_MAX))
     retried: tuple[int, int] = (0, 0)  # the last given-up entry that was looked at again
 
@@ -171,8 +172,12 @@ class Pods:
         able = [p for p in self.pods if p.can(model)]
         return min(able, key=lambda p: (p.work_us // len(p.workers), p.index), default=None)
 
+    def stale(self, ledger: Ledger) -> bool:
+        """Workers came or went since the last plan."""
+        return ledger.cluster.version != self._version
+
     def _follow_workers(self, ledger: Ledger) -> set[int]:
-        if ledger.cluster.version == self._version:
+        if not self.stale(ledger):
             return set()
         self._version = ledger.cluster.version
         usable = ledger.cluster.usable()
@@ -231,7 +236,11 @@ def cut(workers: list[Worker], size: int) -> list[list[Worker]]:
 
 def _entry(ledger: Ledger, tracked: Tracked) -> Entry:
     request = tracked.request
-    gpus = ledger.gpus(w.name for w in ledger.cluster.usable() if w.can(request.model))
-    step_us = ledger.predict(request, "dit", 1, gpus).mean_us
     deadline_us = BEST_EFFORT_KEY if request.deadline_us is None else request.deadline_us
-    return Entry(tracked, (deadline_us, tracked.order), request.steps * step_us)
+    return Entry(tracked, (deadline_us, tracked.order), work_us(ledger, request))
+
+
+def work_us(ledger: Ledger, request: Request) -> int:
+    """All steps of a request on one worker."""
+    gpus = ledger.gpus(w.name for w in ledger.cluster.usable() if w.can(request.model))
+    return request.steps * ledger.predict(request, DIT, 1, gpus).mean_us
