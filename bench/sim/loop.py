@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from control.scheduler.commitments import PromiseFigures
 from control.scheduler.core import Scheduler
 from control.scheduler.facts import in_order
 from control.scheduler.failures import OUT_OF_MEMORY
@@ -54,6 +55,7 @@ class Result:
     facts: list[Event] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)  # at the door
+    promises: PromiseFigures | None = None  # where newcomers were told something
     plan_count: int = 0
     plan_ms: list[float] = field(default_factory=list)  # wall time of each plan, with a timer
     operations: list[int] = field(default_factory=list)  # of each plan, where the planner counts
@@ -112,6 +114,8 @@ class Loop:
         """To the end. Raises: InvariantError."""
         while self.instant():
             pass
+        if self._case.promises is not None:
+            self.result.promises = self.scheduler.promise_figures()
         if self._checker:
             self._checker.inside((j.request for j in self.scheduler.jobs()), self.now_us)
 
@@ -142,7 +146,7 @@ class Loop:
         return True
 
     def _admit(self, fact: Arrived) -> None:
-        """Tells the newcomer its finish, as control does; a firm one that is late may be refused."""
+        """Tells the newcomer its finish, as control does; who is late may be refused."""
         promises = self._case.promises
         assert promises is not None
         request = msgspec.structs.replace(fact.request, firm=promises.is_firm(fact.request.id))

@@ -42,9 +42,7 @@ class Planner(Protocol):
         """The degree at which most steps of a request will run, for estimates."""
         ...
 
-    def newcomers(
-        self, ledger: Ledger, requests: Sequence[Request], now_us: int
-    ) -> list[Newcomer]:
+    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
         """When requests that arrived now would be done, as far as it makes such a forecast."""
         ...
 
@@ -92,9 +90,7 @@ class WindowPlanner:
     def likely_degree(self, step_us: dict[int, int]) -> int:
         return self._policy.likely_degree(step_us)
 
-    def newcomers(
-        self, ledger: Ledger, requests: Sequence[Request], now_us: int
-    ) -> list[Newcomer]:
+    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
         """It makes no forecasts."""
         return [NOBODY] * len(requests)
 
@@ -205,9 +201,7 @@ class EventPlanner:
     def likely_degree(self, step_us: dict[int, int]) -> int:
         return self._policy.likely_degree(step_us)
 
-    def newcomers(
-        self, ledger: Ledger, requests: Sequence[Request], now_us: int
-    ) -> list[Newcomer]:
+    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
         """It makes no forecasts."""
         return [NOBODY] * len(requests)
 

@@ -25,6 +25,7 @@ class Wish:
     width: int
     steps: int
     reason: str
+    took_us: float = 0.0  # one step of it, or the whole of an encode or decode
 
     @property
     def first(self) -> Tracked:

@@ -4,11 +4,11 @@ Not an estimate of a queue: the same future that the planner judges its own star
 times. A newcomer is late where it would be late itself, or where somebody would be whom a firm
 promise was made: the planner would give the newcomer up. Questions change nothing.
 
-Newcomers of one instant share rollouts. As many as go in together are taken in together; where that
-fails, halving finds the first who does not fit, and whoever asks for at least as much in at most as
-much time is late as well.
+Newcomers of one instant share rollouts. They go in in growing blocks; where one does not fit,
+halving finds the first in it who is late, and whoever asks for at least as much in at most as much
+time is late as well.
 
-    a b c d e f g h     all? no ─▶ a b c d? yes ─▶ e f? no ─▶ e? yes ─▶ f late, and with it its like
+    a | b | c d | e f g h    h? no ─▶ e f? yes ─▶ g? no: g is late, and with it its like
 
 A firm promise keeps the planner from serving newcomers instead, so it is made only where that is
 worth it: the pod's last arrivals come once more, and a promise that would cost more of them their
@@ -45,6 +45,7 @@ from .pods import Pod, Pods, work_us
 from .roster import Roster, RosterMaker
 from .search import give_up
 
+GROWTH = 0.5  # newcomers that go in together, of those taken in before
 FAR_US = 1e15  # the deadline of who has none
 
 
@@ -176,10 +177,11 @@ class Forecaster:
             if future.operations > self._limits.operations_max:
                 self._all_at_once(future, left)
                 return
-            size = self._fitting(future, left)
+            block = left[: max(1, int(GROWTH * len(future.taken)))]
+            size = self._fitting(future, block)
             future.taken += left[:size]
             left = left[size:]
-            if left:
+            if size < len(block):
                 late = left.pop(0)
                 late.answer = LATE
                 left = [g for g in left if not self._as_late(g, late)]
@@ -249,7 +251,8 @@ class Forecaster:
         gpus, tables = len(future.pod.workers), future.roster.tables()
         _, used = rollout(float(self._now_us), gpus, jobs, on, tables, self._rules, space)
         future.operations += used
-        return space.floats[FINISH]
+        finish: Floats = space.floats[FINISH]
+        return finish
 
     def _lost(self, jobs: Floats, finish: Floats) -> int:
         return int(((jobs[:, WEIGHT] >= PROMISED_WORTH) & (finish < 0.0)).sum())

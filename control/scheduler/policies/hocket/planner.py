@@ -31,24 +31,21 @@ from ...settings import Settings, SettingValue, Spec
 from ...starts import Issue, Planned, Start
 from ...values import DIT, TEXT, VAE, Request
 from .binding import Binder, Wish
+from .filling import BEST_EFFORT, Slow, endangers, fill, first_come
 from .forecast import Forecaster, Newcomer
-from .improve import BUSY, HOLD, Limits, evaluate, start_space
+from .improve import Limits, start_space
 from .kernel import (
-    AVAIL,
     COLUMNS,
-    FINISH,
-    PROMISED_WORTH,
-    WEIGHT,
-    WIDTH,
+    KIND,
+    STEPS_LEFT,
     Floats,
     Rules,
     scratch,
 )
 from .pods import Entry, Pod, Pods
-from .roster import Roster, RosterMaker, flight_end_us
+from .roster import Guard, Patience, Roster, RosterMaker, flight_end_us
 from .search import decide
 
-BEST_EFFORT = "best-effort"  # reason of a start
 NODES = (TEXT, DIT, VAE)
 
 
@@ -72,6 +69,9 @@ class Hocket:
         "slow_step_us": Spec(1_000_000, low=0),  # not even where no newcomer needs the worker
         "reserve": Spec(2, low=0),  # workers that long best-effort steps leave, beside such need
         "patience_us": Spec(300_000_000, low=0),  # without progress; then best effort goes first
+        # Best effort goes first, too, once it has waited so long and so many times its own time.
+        "best_effort_wait_us_max": Spec(60_000_000, low=0),  # 0: never
+        "best_effort_slowdown": Spec(20.0, low=0.0),
         "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
         "guard": Spec(0.05, low=0.0, high=0.5),  # part of a firm promise's time kept in hand
@@ -93,11 +93,15 @@ class Hocket:
         self._pods = Pods(int(read["pod_workers"]))
         self._maker = RosterMaker(
             float(read["priority_worth"]),
-            int(read["patience_us"]),
             int(read["fill_step_us"]),
             int(read["batch_max"]),
-            float(read["guard"]),
-            int(read["guard_us_max"]),
+            Guard(float(read["guard"]), int(read["guard_us_max"])),
+            Patience(
+                int(read["patience_us"]),
+                int(read["best_effort_wait_us_max"]),
+                float(read["best_effort_slowdown"]),
+                int(read["aged_workers"]),
+            ),
         )
         self._rules = Rules(
             float(read["slack_sat_us"]),
@@ -112,8 +116,7 @@ class Hocket:
             int(read["aged_workers"]),
         )
         self._may_steal = bool(read["steal"])
-        self._slow_step_us = int(read["slow_step_us"])
-        self._reserve = int(read["reserve"])
+        self._slow = Slow(int(read["slow_step_us"]), int(read["reserve"]))
         least_us = int(read["commit_leads"]) * settings.lead_us
         self._commit_us = max(least_us, int(read["commit_us"]))
         self._round = 0
@@ -172,9 +175,7 @@ class Hocket:
         left = [w for w, us in ledger.parting.items() if us <= now_us]
         return {self._pods.home[w].index for w in left if w in self._pods.home}
 
-    def newcomers(
-        self, ledger: Ledger, requests: Sequence[Request], now_us: int
-    ) -> list[Newcomer]:
+    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
         """When requests that arrived now would be done; changes nothing."""
         pods, seen = self._pods, self._pods.entries
         if pods.stale(ledger):
@@ -207,11 +208,12 @@ class Hocket:
             self._search(ledger, pod, roster, now_us)
             wishes = self._wishes(ledger, roster)
         room = len(roster.free) - sum(w.width for w in wishes)
-        fill = self._fill(ledger, pod, roster, room)
-        if roster.promised and self._endangers(pod, roster, fill, now_us):
+        wishes += fill(ledger, pod, roster, room, self._limits, self._slow)
+        first_come(ledger, roster, wishes, now_us)
+        for wish in wishes:
+            wish.steps = self._steps(wish)
+        if endangers(pod, roster, wishes, now_us):
             wishes = [w for w in wishes if w.reason != BEST_EFFORT]
-        else:
-            wishes += [w for w, _ in fill]
         for wish, workers in Binder(ledger, pod, list(roster.free)).bind(wishes):
             before = [t.outstanding[-1] for t in wish.members if t.outstanding]
             ready_us = [flight_end_us(ledger, sequence) for sequence in before]
@@ -249,45 +251,6 @@ class Hocket:
         for entry, hopeful in zip(roster.entries, on.tolist(), strict=True):
             entry.hopeful = bool(hopeful)
 
-    def _endangers(self, pod: Pod, roster: Roster, fill: list[tuple[Wish, float]], now_us: int) -> bool:
-        """Best effort would make somebody late whom a firm promise was made."""
-        n, m = len(roster.entries), len(fill)
-        on, start = self._on, self._start
-        fills = [i for i in range(n) if start.choice[i] >= 0 and not on[i]]
-        if not m and not fills:
-            return False
-        self._room(n + m)
-        jobs = np.zeros((n + m, COLUMNS))
-        jobs[:n] = roster.jobs
-        for row, (wish, step_us) in enumerate(fill, n):
-            jobs[row, AVAIL] = now_us + wish.steps * step_us
-            jobs[row, WIDTH] = wish.width
-            on[row] = 0
-            start.choice[row] = BUSY
-        firm = [i for i in range(n) if on[i] and jobs[i, WEIGHT] >= PROMISED_WORTH]
-
-        def late(size: int) -> int:
-            evaluate(
-                float(now_us),
-                len(pod.workers),
-                jobs[:size],
-                on[:size],
-                self._move[:size, : len(roster.widths)],
-                roster.tables(),
-                self._rules,
-                self._trial,
-                type(start)(*(a[:size] for a in start)),
-                self._scratch,
-            )
-            return sum(self._scratch.floats[FINISH, i] < 0.0 for i in firm)
-
-        with_fill = late(n + m)
-        if not with_fill:
-            return False
-        for i in fills:
-            start.choice[i] = HOLD
-        return with_fill > late(n)
-
     def _considered(self, pod: Pod, roster: Roster) -> list[bool]:
         """Who may be counted on: all, or in a crowd those counted on before and a few others."""
         if len(roster.entries) <= int(self._read["afresh_max"]):
@@ -298,30 +261,6 @@ class Hocket:
         again = (given_up[first:] + given_up[:first])[:retries]
         pod.retried = again[-1] if again else pod.retried
         return [e.hopeful or e.tracked.promised or e.key in again for e in roster.entries]
-
-    def _fill(self, ledger: Ledger, pod: Pod, roster: Roster, room: int) -> list[tuple[Wish, float]]:
-        """The hopeless on what is left, in deadline order: as the kernel's own fill."""
-        wishes: list[tuple[Wish, float]] = []
-        alone = not any(e.hopeful for e in roster.entries)
-        slow_room = len(pod.workers) - roster.slow - max(roster.need, self._reserve)
-        for entry, price, left in roster.spare:
-            if room <= 0:
-                break
-            node = denoise.next_node(ledger, entry.tracked)
-            for width, step_us in zip(roster.widths, price.step_us, strict=True):
-                if width > room:
-                    break
-                soon = node != DIT or step_us <= self._limits.fill_step_us
-                slow = not soon and step_us <= self._slow_step_us and width <= slow_room
-                if soon or slow or (alone and step_us == min(price.step_us)):
-                    steps = self._steps(node, left, step_us)
-                    took_us = step_us if node == DIT else float(price.vae_us)
-                    wish = Wish([entry.tracked], node, width, steps, BEST_EFFORT)
-                    wishes.append((wish, took_us))
-                    room -= width
-                    slow_room -= width if slow else 0
-                    break
-        return wishes
 
     def _wishes(self, ledger: Ledger, roster: Roster) -> list[Wish]:
         """The kernel's start, in deadline order."""
@@ -336,20 +275,22 @@ class Hocket:
             entry = roster.entries[first]
             tracked = entry.tracked
             node = denoise.next_node(ledger, tracked)
-            price = roster.prices[int(roster.jobs[first, 0])]
-            step_us = price.step_us[choice[first]]
+            price = roster.prices[int(roster.jobs[first, KIND])]
+            took_us = price.of(node, choice[first])
             if len(batch) > 1:
-                step_us = price.batch_us[len(batch) - 1]
-            steps = self._steps(node, min(int(roster.jobs[i, 2]) for i in batch), step_us)
+                took_us = price.batch_us[len(batch) - 1]
+            left = min(int(roster.jobs[i, STEPS_LEFT]) for i in batch)
             reason = "on-time" if entry.hopeful else BEST_EFFORT
             width = roster.widths[choice[first]]
             tracks = [roster.entries[i].tracked for i in batch]
-            wishes.append(Wish(tracks, node, width, steps, reason))
+            wishes.append(Wish(tracks, node, width, left, reason, took_us))
         return wishes
 
-    def _steps(self, node: str, left: int, step_us: float) -> int:
-        """How many are committed at once."""
-        return max(1, min(left, int(self._commit_us // step_us))) if node == DIT else 1
+    def _steps(self, wish: Wish) -> int:
+        """How many of those left are committed at once."""
+        if wish.node != DIT:
+            return 1
+        return max(1, min(wish.steps, int(self._commit_us // wish.took_us)))
 
     def _moves(self, ledger: Ledger, roster: Roster) -> Floats:
         """What starting at each width costs before the first step: moving, loading."""

@@ -5,8 +5,10 @@ Times are microseconds on the control plane's clock, as floats: exact up to 2^53
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,11 +23,12 @@ from .kernel import (
     DEADLINE,
     EPS,
     GUARD,
+    KIND,
     NEVER,
+    PROMISED_WORTH,
     STEPS_LEFT,
     TEXT_LEFT,
     VAE_LEFT,
-    PROMISED_WORTH,
     WIDTH,
     Floats,
     Tables,
@@ -46,11 +49,39 @@ class Prices:
     step_us: tuple[float, ...]  # by index of width; NEVER where it cannot
     batch_us: tuple[float, ...]  # of 1, 2, ... jobs at degree 1
 
+    def of(self, node: str, width: int) -> float:
+        """One call of a node; `width`: index of the width of a step."""
+        return self.step_us[width] if node == DIT else self.text_us if node == TEXT else self.vae_us
+
     @property
     def batches_save(self) -> bool:
         """A job costs much less in some batch."""
         alone_us = BATCHES_SAVE * self.batch_us[0]
         return any(us <= n * alone_us for n, us in enumerate(self.batch_us, 1))
+
+
+class Guard(NamedTuple):
+    """What is kept in hand of the time that a firm promise gives."""
+
+    part: float
+    us_max: int
+
+
+class Patience(NamedTuple):
+    """When best effort goes first."""
+
+    idle_us: int  # without progress
+    wait_us: int  # in all, beside its own time; 0: never
+    slowdown: float  # and at least so many times its own time
+    places: int  # for so many at a time
+
+    def age(self, idle_us: int, waited_us: float, own_us: float) -> float:
+        """How many times over it has waited too long; 0: not yet."""
+        age = idle_us / max(1, self.idle_us) if idle_us > self.idle_us else 0.0
+        bound_us = max(self.wait_us, self.slowdown * own_us)
+        if self.wait_us and waited_us >= bound_us:
+            age = max(age, waited_us / bound_us)
+        return age
 
 
 @dataclass(slots=True)
@@ -86,14 +117,18 @@ class RosterMaker:
     """Makes rosters; prices are asked for once a plan."""
 
     def __init__(
-        self, priority_worth: float, patience_us: int, fill_step_us: int, batch_max: int, guard: float, guard_us_max: int
+        self,
+        priority_worth: float,
+        fill_step_us: int,
+        batch_max: int,
+        guard: Guard,
+        patience: Patience,
     ) -> None:
-        self._guard = guard
-        self._guard_us_max = guard_us_max
         self._priority_worth = priority_worth
         self._batch_max = batch_max
-        self._patience_us = patience_us
         self._fill_step_us = fill_step_us
+        self._guard = guard
+        self._patience = patience
         self._needs: deque[int] = deque(maxlen=NEEDS_MAX)
         self._prices: dict[tuple[tuple[str, ...], tuple[int, ...], str, Shape], Prices] = {}
 
@@ -101,7 +136,7 @@ class RosterMaker:
         """What is kept in hand of a firm promise's time."""
         if not request.firm or request.deadline_us is None:
             return 0
-        return min(self._guard_us_max, int(self._guard * (request.deadline_us - arrived_us)))
+        return min(self._guard.us_max, int(self._guard.part * (request.deadline_us - arrived_us)))
 
     def worth(self, request: Request) -> float:
         """What making its deadline is worth, in deadlines."""
@@ -134,6 +169,7 @@ class RosterMaker:
         rows: list[tuple[float, ...]] = []
         numbers: dict[Kind, int] = {}
         held: set[int] = set()
+        aged: list[tuple[float, int]] = []
         names = {w.name for w in pod.workers}
         for entry in pod.entries:
             if ledger.tracked.get(entry.id) is not entry.tracked:
@@ -149,10 +185,12 @@ class RosterMaker:
                 entry.need = need_of(entry, roster.prices[number], roster.widths)
                 self._needs.append(entry.need)
             row = self._row(ledger, entry, number, roster.prices[number], names, held, now_us)
-            if row[AVAIL] <= now_us and row[AGED] <= 0 and hopeless(row, roster.prices[number]):
-                entry.hopeful = entry.hopeful and look
-                roster.spare.append((entry, roster.prices[number], int(row[STEPS_LEFT])))
-                continue
+            if row[AVAIL] <= now_us and hopeless(row, roster.prices[number]):
+                if row[AGED] <= 0:
+                    entry.hopeful = entry.hopeful and look
+                    roster.spare.append((entry, roster.prices[number], int(row[STEPS_LEFT])))
+                    continue
+                aged.append((row[AGED], len(rows)))
             if row[AVAIL] > now_us and not entry.hopeful:
                 flight = ledger.board.flights[entry.tracked.outstanding[-1]]
                 if flight.assignment.step_time_us > self._fill_step_us:
@@ -161,6 +199,11 @@ class RosterMaker:
             roster.entries.append(entry)
             roster.running += row[AVAIL] > now_us
             roster.promised += entry.tracked.promised
+        younger = sorted(aged, reverse=True)[self._patience.places :]
+        for at in sorted((at for _, at in younger), reverse=True):
+            row, entry = rows.pop(at), roster.entries.pop(at)
+            price = roster.prices[int(row[KIND])]
+            insort(roster.spare, (entry, price, int(row[STEPS_LEFT])), key=lambda s: s[0].key)
         roster.need = max(self._needs, default=1)
         late = any(e.tracked.request.deadline_us is not None for e, *_ in roster.spare)
         roster.saving = any(price.batches_save for price in roster.prices)
@@ -221,8 +264,12 @@ class RosterMaker:
         decoding = vae.state in (JobState.ASSIGNED, JobState.DONE)
         deadline_us = request.deadline_us
         guard_us = self.guard_us(request, tracked.arrived_us) if tracked.promised else 0
-        age_us = now_us - tracked.progressed_us
-        hopeless = deadline_us is None or not entry.hopeful
+        age = 0.0
+        if deadline_us is None or not entry.hopeful:
+            step_us = min(prices.step_us)
+            own_us = prices.text_us + request.steps * step_us + prices.vae_us
+            waited_us = now_us - tracked.arrived_us - tracked.steps_done * step_us
+            age = self._patience.age(now_us - tracked.progressed_us, waited_us, own_us)
         return (
             float(number),
             float(text_us),
@@ -232,7 +279,7 @@ class RosterMaker:
             float(avail_us),
             float(width),
             self.worth(request) + PROMISED_WORTH * tracked.promised,
-            float(age_us if hopeless and age_us > self._patience_us else 0),
+            age,
             float(guard_us),
         )
 
