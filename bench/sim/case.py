@@ -22,6 +22,7 @@ in, and is suspected of it), `error` and `memory` (of the batch that it runs), `
 from __future__ import annotations
 
 import tomllib
+import zlib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -130,6 +131,21 @@ def models_of(profile: Profile, gpu: str) -> tuple[ModelFacts, ...]:
     )
 
 
+class Promises(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Newcomers are told their finish, and some of them firmly."""
+
+    firm: float = 0.0  # part of the requests whose promise is firm
+    refuse: bool = True  # a firm one that is told "late" is refused; else it is best effort
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.firm <= 1:
+            raise CaseError("promises.firm", self.firm, "0..1")
+
+    def is_firm(self, request: str) -> bool:
+        """Drawn by its id, so that more of it is a superset."""
+        return zlib.crc32(request.encode()) % 1_000 < 1_000 * self.firm
+
+
 class Case(msgspec.Struct, frozen=True, kw_only=True):
     """One run of the simulator, or of the live system on a manual clock."""
 
@@ -143,6 +159,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     stragglers: tuple[Straggler, ...] = ()
     seed: int = 0  # of the noise
     contention: Contention | None = None  # of the workers of its one host
+    promises: Promises | None = None  # None: nobody is told anything
 
     def __post_init__(self) -> None:
         if self.contention is not None and self.cluster.hosts > 1:

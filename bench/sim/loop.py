@@ -13,6 +13,9 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
+from control.scheduler.commitments import PromiseFigures
 from control.scheduler.core import Scheduler
 from control.scheduler.facts import in_order
 from control.scheduler.failures import OUT_OF_MEMORY
@@ -27,6 +30,7 @@ from control.scheduler.values import (
     DrainRequested,
     Ended,
     Event,
+    Outcome,
     Plan,
     WorkerLost,
     WorkerUp,
@@ -50,6 +54,8 @@ class Result:
     plans: list[Plan] = field(default_factory=list)
     facts: list[Event] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)  # at the door
+    promises: PromiseFigures | None = None  # where newcomers were told something
     plan_count: int = 0
     plan_ms: list[float] = field(default_factory=list)  # wall time of each plan, with a timer
     operations: list[int] = field(default_factory=list)  # of each plan, where the planner counts
@@ -108,6 +114,8 @@ class Loop:
         """To the end. Raises: InvariantError."""
         while self.instant():
             pass
+        if self._case.promises is not None:
+            self.result.promises = self.scheduler.promise_figures()
         if self._checker:
             self._checker.inside((j.request for j in self.scheduler.jobs()), self.now_us)
 
@@ -125,7 +133,10 @@ class Loop:
         if len(new) > 1:
             new = in_order(new)
         for fact in new:
-            self._observe(fact)
+            if isinstance(fact, Arrived) and self._case.promises is not None:
+                self._admit(fact)
+            else:
+                self._observe(fact)
         if new and not scheduler.due(now_us):
             self._wake_us = scheduler.wake_us()
         if scheduler.due(now_us) or (self._wake_us is not None and now_us >= self._wake_us):
@@ -133,6 +144,35 @@ class Loop:
             self._wake_us = scheduler.wake_us()
         workers.start(now_us)
         return True
+
+    def _admit(self, fact: Arrived) -> None:
+        """Tells the newcomer its finish, as control does; who is late may be refused."""
+        promises = self._case.promises
+        assert promises is not None
+        request = msgspec.structs.replace(fact.request, firm=promises.is_firm(fact.request.id))
+        (told,) = self.scheduler.forecast((request,), fact.at_us)
+        deadline_us = request.deadline_us
+        finish_us = told.finish_us_p95 if request.firm else told.finish_us
+        on_time = deadline_us is None or finish_us <= deadline_us
+        if request.firm and not on_time and promises.refuse:
+            self.result.log.rejected(request.id, fact.at_us, "DEADLINE_UNATTAINABLE")
+            self.result.refused.append(request.id)
+            if self._checker:
+                self._checker.ended(
+                    Ended(
+                        request=request.id,
+                        outcome=Outcome.REJECTED,
+                        at_us=fact.at_us,
+                        on_time=False,
+                        steps_done=0,
+                    )
+                )
+            return
+        self._observe(
+            msgspec.structs.replace(
+                fact, request=request, promised_us=told.finish_us, on_time=on_time
+            )
+        )
 
     def _observe(self, fact: Event) -> None:
         over = self.scheduler.observe(fact)

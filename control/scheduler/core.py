@@ -28,6 +28,7 @@ from . import denoise, facts, failures, prediction
 from .board import Flight
 from .cells import LatencySnapshot
 from .cluster import Cluster
+from .commitments import Commitments, PromiseFigures
 from .latency import LatencyModel, Prediction
 from .ledger import Ledger, Notice
 from .lifecycle import JobState, WorkerState
@@ -46,6 +47,7 @@ from .values import (
     DIT,
     TEXT,
     VAE,
+    Arrived,
     Assignment,
     Ended,
     Event,
@@ -75,6 +77,7 @@ class Scheduler:
         )
         self._planner = make_planner(settings, self._ledger)
         self._estimates = prediction.Estimates(self._ledger, self._planner)
+        self._commitments = Commitments()
         self._loads: list[Load] = []
         self._planned_us: int | None = None
 
@@ -86,7 +89,12 @@ class Scheduler:
         Duplicates, and reports of work that was called off, are harmless. Returns what ended by it.
         """
         self._estimates.forget()
-        return facts.apply(self._ledger, event)
+        if isinstance(event, Arrived) and event.request.id not in self._ledger.tracked:
+            self._commitments.told(event)
+        ended = facts.apply(self._ledger, event)
+        for end in ended:
+            self._commitments.ended(end)
+        return ended
 
     def plan(self, now_us: int) -> Plan:
         """Decides what goes out now. To be called when `due`, or from `wake_us` on."""
@@ -107,6 +115,8 @@ class Scheduler:
             ledger.end(ledger.tracked[request], Outcome.REJECTED, now_us, reason)
             for request, reason in planned.rejects.items()
         ]
+        for end in ended:
+            self._commitments.ended(end)
         truncations, ledger.truncations = ledger.truncations, []
         released, ledger.released = ledger.released, []
         loads, self._loads = self._loads, []
@@ -141,12 +151,24 @@ class Scheduler:
 
     def predict_finish_us(self, request: Request, now_us: int) -> int:
         """When a newcomer would finish under the present load (an estimate, from mean times)."""
-        return self._estimates.newcomer_finish_us(request, now_us)
+        return self.forecast((request,), now_us)[0].finish_us
 
     def forecast(self, requests: Sequence[Request], now_us: int) -> tuple[Forecast, ...]:
-        """When newcomers of one instant would finish, each behind those before it."""
-        finishes = [self.predict_finish_us(request, now_us) for request in requests]
-        return tuple(Forecast(finish_us=f, finish_us_p95=f) for f in finishes)
+        """When newcomers of one instant would finish, each behind those before it.
+
+        A firm one may be promised exactly where its `finish_us_p95` is not after its deadline.
+        Changes nothing: not what is planned, and not what is answered next.
+        """
+        told = self._commitments.finish_us_p95
+        finishes = self._estimates.newcomers_finish_us(requests, now_us)
+        return tuple(
+            Forecast(finish_us=finish_us, finish_us_p95=told(request, now_us, finish_us))
+            for request, finish_us in zip(requests, finishes, strict=True)
+        )
+
+    def promise_figures(self) -> PromiseFigures:
+        """What became of the requests that were told a finish when they arrived."""
+        return self._commitments.figures()
 
     def eta_us(self, request_id: str, now_us: int) -> int | None:
         """When a request inside will finish, by the same estimate; None if it is not inside."""

@@ -116,7 +116,9 @@ def _arrived(ledger: Ledger, fact: Arrived) -> tuple[Ended, ...]:
     request = fact.request
     if request.id in ledger.tracked:
         return ()
-    ledger.tracked[request.id] = Tracked(request, ledger.arrivals, fact.at_us, fact.at_us)
+    tracked = Tracked(request, ledger.arrivals, fact.at_us, fact.at_us)
+    tracked.promised = request.firm and fact.on_time and request.deadline_us is not None
+    ledger.tracked[request.id] = tracked
     ledger.arrivals += 1
     ledger.progress(request.id)
     ledger.touched[request.id] = None

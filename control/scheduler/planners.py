@@ -7,6 +7,7 @@ span of time (`policies.base.Policy`), `EventPlanner` those that decide what sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from . import denoise, stages
@@ -15,6 +16,7 @@ from .ledger import Ledger
 from .lifecycle import JobState
 from .policies import make_policy
 from .policies.base import EventPolicy, Policy
+from .policies.hocket.forecast import NOBODY, Newcomer
 from .policies.hocket.planner import Hocket
 from .resilience import elsewhere
 from .rounds import RoundGrid
@@ -41,8 +43,8 @@ class Planner(Protocol):
         """The degree at which most steps of a request will run, for estimates."""
         ...
 
-    def newcomer_finish_us(self, ledger: Ledger, request: Request, now_us: int) -> int | None:
-        """When a request that arrived now would be done; None where it makes no such forecast."""
+    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
+        """When requests that arrived now would be done, as far as it makes such a forecast."""
         ...
 
 
@@ -89,9 +91,9 @@ class WindowPlanner:
     def likely_degree(self, step_us: dict[int, int]) -> int:
         return self._policy.likely_degree(step_us)
 
-    def newcomer_finish_us(self, ledger: Ledger, request: Request, now_us: int) -> int | None:
-        """It makes none."""
-        return None
+    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
+        """It makes no forecasts."""
+        return [NOBODY] * len(requests)
 
     def _round_us(self, ledger: Ledger) -> int:
         """tau: as set, or `step_granularity` steps of the slowest shape in flight.
@@ -206,9 +208,9 @@ class EventPlanner:
     def likely_degree(self, step_us: dict[int, int]) -> int:
         return self._policy.likely_degree(step_us)
 
-    def newcomer_finish_us(self, ledger: Ledger, request: Request, now_us: int) -> int | None:
-        """It makes none."""
-        return None
+    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
+        """It makes no forecasts."""
+        return [NOBODY] * len(requests)
 
 
 def lead_ends(ledger: Ledger, forecast: Forecast) -> list[int]:

@@ -8,6 +8,7 @@ included.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import accumulate
 
 from .board import Forecast
@@ -44,11 +45,23 @@ class Estimates:
         self._sums_us: list[int] | None = None
         self._forecast: tuple[int, Forecast] | None = None
 
-    def newcomer_finish_us(self, request: Request, now_us: int) -> int:
-        """Finish of a request that arrived now: by the planner's own forecast where it has one."""
-        forecast_us = self._planner.newcomer_finish_us(self._ledger, request, now_us)
-        if forecast_us is not None:
-            return forecast_us
+    def newcomers_finish_us(self, requests: Sequence[Request], now_us: int) -> list[int]:
+        """Finishes of requests that arrived now, each behind those before it: by the planner's own
+        forecast where it has one. Who is late by that is not told anything earlier.
+        """
+        told: list[int] = []
+        for request, known in zip(
+            requests, self._planner.newcomers(self._ledger, requests, now_us), strict=True
+        ):
+            finish_us = known.finish_us
+            if finish_us is None:
+                finish_us = self._fluid_us(request, now_us)
+                if known.late and request.deadline_us is not None:
+                    finish_us = max(finish_us, request.deadline_us + 1)
+            told.append(finish_us)
+        return told
+
+    def _fluid_us(self, request: Request, now_us: int) -> int:
         own_us = self._stage_us(request, TEXT) + request.steps * self._step_us(request)
         own_us += self._stage_us(request, VAE)
         return (

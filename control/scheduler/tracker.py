@@ -50,6 +50,7 @@ class Tracked:
     # By node, steps and kind: of each failure, who may have been to blame.
     failures: dict[tuple[str, int, str], list[tuple[str, ...]]] = field(default_factory=dict)
     alone: str = ""  # node at which it runs in no batch: one that it was in failed there
+    promised: bool = False  # firmly: it is not given up for one that came later
 
     def __post_init__(self) -> None:
         self.jobs = {node: Job(self.request.id, node) for node in NODES}

@@ -73,6 +73,7 @@ class Request(_Value, frozen=True):
     priority: int = 0  # higher wins
     tenant: str = ""
     branches: int = 1  # of guidance in each step; two can be made by different workers
+    firm: bool = False  # told "on time", it is not given up for one that came later
 
 
 class ModelFacts(_Value, frozen=True):
@@ -92,6 +93,8 @@ class Arrived(_Value, frozen=True, tag_field="kind", tag="arrived"):
 
     at_us: int
     request: Request
+    promised_us: int | None = None  # finish that its client was told; None: told nothing
+    on_time: bool = False  # and that this is no later than its deadline
 
 
 class CancelRequested(_Value, frozen=True, tag_field="kind", tag="cancel_requested"):

@@ -39,9 +39,9 @@ class Decision(NamedTuple):
     finish: list[float]  # of the rollout that its last evaluation made
 
 
-def job(deadline, steps=0, kind=0, text=0, vae=0, avail=0, width=0, weight=1.0, aged=0):
+def job(deadline, steps=0, kind=0, text=0, vae=0, avail=0, width=0, weight=1.0, aged=0, guard=0):
     """A row of the job matrix."""
-    columns = (kind, text, steps, vae, deadline, avail, width, weight, aged)
+    columns = (kind, text, steps, vae, deadline, avail, width, weight, aged, guard)
     assert len(columns) == COLUMNS
     return tuple(float(c) for c in columns)
 

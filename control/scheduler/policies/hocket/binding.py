@@ -26,6 +26,7 @@ class Wish:
     width: int
     steps: int
     reason: str
+    took_us: float = 0.0  # one step of it, or the whole of an encode or decode
 
     @property
     def first(self) -> Tracked:

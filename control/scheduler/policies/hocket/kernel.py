@@ -24,6 +24,7 @@ Ints = NDArray[np.int64]
 
 NEVER = 1e18
 EPS = 0.5  # microseconds
+PROMISED_WORTH = 1000.0  # of a firm promise, beyond its deadline's: more than all others in a pod
 
 # Columns of the job matrix.
 KIND = 0  # row of the tables
@@ -35,7 +36,8 @@ AVAIL = 5  # its run under way ends then; <= now: it waits
 WIDTH = 6  # workers that its run under way holds
 WEIGHT = 7  # what making the deadline is worth
 AGED = 8  # 1: best effort that has waited too long
-COLUMNS = 9
+GUARD = 9  # what was taken off a firm promise's deadline, to have something in hand
+COLUMNS = 10
 
 
 class Tables(NamedTuple):
@@ -55,12 +57,13 @@ class Rules(NamedTuple):
     coarseness: float  # steps are played in bunches of this part of the time looked ahead
 
 
-# Rows of the work space: text, left, vae, end, pace, finish; held, choice, head, size, live.
+# Rows of the work space: text, left, vae, end, pace, finish; held, choice, head, size, live, kept.
 FINISH = 5
+KEPT = 5
 # pace: longest step that keeps all members of a batch on time. finish: when on time, else -1.
 # held: workers held until end. choice: index into widths of what starts at this instant, -1:
 # nothing. head: first member of the batch that it starts in. size: members of the batch that it
-# heads. live: jobs still in play, in deadline order.
+# heads. live: jobs still in play, in deadline order. kept: free for who calls.
 
 
 class Scratch(NamedTuple):
@@ -72,7 +75,7 @@ class Scratch(NamedTuple):
 
 def scratch(n: int) -> Scratch:
     """Work space for n jobs."""
-    return Scratch(np.zeros((6, n)), np.zeros((5, n), np.int64))
+    return Scratch(np.zeros((6, n)), np.zeros((6, n), np.int64))
 
 
 @njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
@@ -82,7 +85,7 @@ def rollout(
     """Score of the pod's future, and the operations it took; FINISH tells of each job."""
     widths, step_us, batch_us, fastest_us = tab
     text, left, vae, end, pace, finish = s.floats
-    held, choice, head, size, live = s.ints
+    held, choice, head, size, live, _ = s.ints
     coarse = rules.coarseness
     m = _enter(now, jobs, on, text, left, vae, end, finish, held, live)
     t = now

@@ -20,7 +20,7 @@ on a few workers once it has not moved for `patience_us`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -31,11 +31,19 @@ from ...settings import Settings, SettingValue, Spec
 from ...starts import Issue, Planned, Start
 from ...values import DIT, TEXT, VAE, Request
 from .binding import Binder, Wish
-from .forecast import newcomer_finish_us
+from .filling import BEST_EFFORT, Slow, endangers, fill, first_come
+from .forecast import Forecaster, Newcomer
 from .improve import Limits, start_space
-from .kernel import Floats, Rules, scratch
+from .kernel import (
+    COLUMNS,
+    KIND,
+    STEPS_LEFT,
+    Floats,
+    Rules,
+    scratch,
+)
 from .pods import Entry, Pod, Pods
-from .roster import Roster, RosterMaker, flight_end_us
+from .roster import Guard, Patience, Roster, RosterMaker, flight_end_us
 from .search import decide
 
 NODES = (TEXT, DIT, VAE)
@@ -61,8 +69,16 @@ class Hocket:
         "slow_step_us": Spec(1_000_000, low=0),  # not even where no newcomer needs the worker
         "reserve": Spec(2, low=0),  # workers that long best-effort steps leave, beside such need
         "patience_us": Spec(300_000_000, low=0),  # without progress; then best effort goes first
+        # Best effort goes first, too, once it has waited so long and so many times its own time.
+        "best_effort_wait_us_max": Spec(60_000_000, low=0),  # 0: never
+        "best_effort_slowdown": Spec(20.0, low=0.0),
         "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
+        "guard": Spec(0.05, low=0.0, high=0.5),  # part of a firm promise's time kept in hand
+        "guard_us_max": Spec(2_000_000, low=0),
+        # Of those like the last arrivals, a firm promise may cost so many (in deadlines) their
+        # place beyond its own; below 0: any number.
+        "echo_loss": Spec(1.5, low=-1.0),
         "batch_max": Spec(0, low=0, high=4096),  # jobs that step together; 0: what the workers take
         "commit_us": Spec(30_000, low=0),  # as many steps are committed as fit; at least one
         "commit_leads": Spec(5, low=0),  # it is at least so many leads: what is short is all way
@@ -77,9 +93,15 @@ class Hocket:
         self._pods = Pods(int(read["pod_workers"]))
         self._maker = RosterMaker(
             float(read["priority_worth"]),
-            int(read["patience_us"]),
             int(read["fill_step_us"]),
             int(read["batch_max"]),
+            Guard(float(read["guard"]), int(read["guard_us_max"])),
+            Patience(
+                int(read["patience_us"]),
+                int(read["best_effort_wait_us_max"]),
+                float(read["best_effort_slowdown"]),
+                int(read["aged_workers"]),
+            ),
         )
         self._rules = Rules(
             float(read["slack_sat_us"]),
@@ -94,8 +116,7 @@ class Hocket:
             int(read["aged_workers"]),
         )
         self._may_steal = bool(read["steal"])
-        self._slow_step_us = int(read["slow_step_us"])
-        self._reserve = int(read["reserve"])
+        self._slow = Slow(int(read["slow_step_us"]), int(read["reserve"]))
         least_us = int(read["commit_leads"]) * settings.lead_us
         self._commit_us = max(least_us, int(read["commit_us"]))
         self._round = 0
@@ -104,7 +125,7 @@ class Hocket:
         self._on = np.zeros(0, np.int64)
         self._start = start_space(0)
         self._scratch = scratch(0)
-        self._trial = np.zeros((0, 9))
+        self._trial = np.zeros((0, COLUMNS))
         self._move = np.zeros((0, 16))
         self._room(16)
         self.operations = 0
@@ -154,9 +175,20 @@ class Hocket:
         left = [w for w, us in ledger.parting.items() if us <= now_us]
         return {self._pods.home[w].index for w in left if w in self._pods.home}
 
-    def newcomer_finish_us(self, ledger: Ledger, request: Request, now_us: int) -> int | None:
-        """When a request that arrived now would be done; None if late, or nobody can run it."""
-        return newcomer_finish_us(ledger, self._pods, self._maker, self._rules, request, now_us)
+    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
+        """When requests that arrived now would be done; changes nothing."""
+        pods, seen = self._pods, self._pods.entries
+        if pods.stale(ledger):
+            pods = Pods(pods.size)
+            pods.follow(ledger, [r for r in ledger.tracked if r in seen])
+        unseen = [
+            tracked.request
+            for r in ledger.touched
+            if r not in seen and (tracked := ledger.tracked.get(r)) is not None
+        ]
+        loss = float(self._read["echo_loss"])
+        asked = Forecaster(ledger, pods, self._maker, self._rules, self._limits, loss, now_us)
+        return asked.ask(unseen, requests)
 
     # ------------------------------------------------------------------------------ one pod
 
@@ -176,7 +208,12 @@ class Hocket:
             self._search(ledger, pod, roster, now_us)
             wishes = self._wishes(ledger, roster)
         room = len(roster.free) - sum(w.width for w in wishes)
-        wishes += self._fill(ledger, pod, roster, room)
+        wishes += fill(ledger, pod, roster, room, self._limits, self._slow)
+        first_come(ledger, roster, wishes, now_us)
+        for wish in wishes:
+            wish.steps = self._steps(wish)
+        if endangers(pod, roster, wishes, now_us):
+            wishes = [w for w in wishes if w.reason != BEST_EFFORT]
         for wish, workers in Binder(ledger, pod, list(roster.free)).bind(wishes):
             before = [t.outstanding[-1] for t in wish.members if t.outstanding]
             ready_us = [flight_end_us(ledger, sequence) for sequence in before]
@@ -223,29 +260,7 @@ class Hocket:
         first = next((i for i, key in enumerate(given_up) if key > pod.retried), 0)
         again = (given_up[first:] + given_up[:first])[:retries]
         pod.retried = again[-1] if again else pod.retried
-        return [e.hopeful or e.key in again for e in roster.entries]
-
-    def _fill(self, ledger: Ledger, pod: Pod, roster: Roster, room: int) -> list[Wish]:
-        """The hopeless on what is left, in deadline order: as the kernel's own fill."""
-        wishes: list[Wish] = []
-        alone = not any(e.hopeful for e in roster.entries)
-        slow_room = len(pod.workers) - roster.slow - max(roster.need, self._reserve)
-        for entry, price, left in roster.spare:
-            if room <= 0:
-                break
-            node = denoise.next_node(ledger, entry.tracked)
-            for width, step_us in zip(roster.widths, price.step_us, strict=True):
-                if width > room:
-                    break
-                soon = node != DIT or step_us <= self._limits.fill_step_us
-                slow = not soon and step_us <= self._slow_step_us and width <= slow_room
-                if soon or slow or (alone and step_us == min(price.step_us)):
-                    steps = self._steps(node, left, step_us)
-                    wishes.append(Wish([entry.tracked], node, width, steps, "best-effort"))
-                    room -= width
-                    slow_room -= width if slow else 0
-                    break
-        return wishes
+        return [e.hopeful or e.tracked.promised or e.key in again for e in roster.entries]
 
     def _wishes(self, ledger: Ledger, roster: Roster) -> list[Wish]:
         """The kernel's start, in deadline order."""
@@ -260,20 +275,22 @@ class Hocket:
             entry = roster.entries[first]
             tracked = entry.tracked
             node = denoise.next_node(ledger, tracked)
-            price = roster.prices[int(roster.jobs[first, 0])]
-            step_us = price.step_us[choice[first]]
+            price = roster.prices[int(roster.jobs[first, KIND])]
+            took_us = price.of(node, choice[first])
             if len(batch) > 1:
-                step_us = price.batch_us[len(batch) - 1]
-            steps = self._steps(node, min(int(roster.jobs[i, 2]) for i in batch), step_us)
-            reason = "on-time" if entry.hopeful else "best-effort"
+                took_us = price.batch_us[len(batch) - 1]
+            left = min(int(roster.jobs[i, STEPS_LEFT]) for i in batch)
+            reason = "on-time" if entry.hopeful else BEST_EFFORT
             width = roster.widths[choice[first]]
             tracks = [roster.entries[i].tracked for i in batch]
-            wishes.append(Wish(tracks, node, width, steps, reason))
+            wishes.append(Wish(tracks, node, width, left, reason, took_us))
         return wishes
 
-    def _steps(self, node: str, left: int, step_us: float) -> int:
-        """How many are committed at once."""
-        return max(1, min(left, int(self._commit_us // step_us))) if node == DIT else 1
+    def _steps(self, wish: Wish) -> int:
+        """How many of those left are committed at once."""
+        if wish.node != DIT:
+            return 1
+        return max(1, min(wish.steps, int(self._commit_us // wish.took_us)))
 
     def _moves(self, ledger: Ledger, roster: Roster) -> Floats:
         """What starting at each width costs before the first step: moving, loading."""
@@ -343,5 +360,5 @@ class Hocket:
         self._on = np.zeros(size, np.int64)
         self._start = start_space(size)
         self._scratch = scratch(size)
-        self._trial = np.zeros((size, 9))
+        self._trial = np.zeros((size, COLUMNS))
         self._move = np.zeros((size, 16))

@@ -8,6 +8,7 @@ joins the one that can begin it soonest and changes it only while nothing of it 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -15,9 +16,10 @@ from ...cluster import Worker
 from ...ledger import Ledger
 from ...resilience import elsewhere
 from ...tracker import Tracked
-from ...values import Request
+from ...values import DIT, Request
 
 BEST_EFFORT_KEY = 1 << 62
+ARRIVALS_MAX = 48  # last arrivals remembered in a pod
 GROUPS_MAX = 64  # of one width, remembered in a pod
 
 
@@ -47,6 +49,8 @@ class Pod:
     sequences: dict[str, list[int]] = field(default_factory=dict)  # worker -> given to it
     groups: dict[int, dict[tuple[str, ...], None]] = field(default_factory=dict)  # by width
     work_us: int = 0  # of the entries
+    # The last requests that joined it, with when they came.
+    arrivals: deque[tuple[int, Request]] = field(default_factory=lambda: deque(maxlen=ARRIVALS_MAX))
     retried: tuple[int, int] = (0, 0)  # the last given-up entry that was looked at again
 
     def know(self, group: tuple[str, ...]) -> None:
@@ -132,6 +136,8 @@ class Pods:
             if entry is None:
                 entry = self.entries[request] = _entry(ledger, tracked)
                 self._house(entry)
+                if request in self.where:
+                    self.where[request].arrivals.append((tracked.arrived_us, tracked.request))
             pod = self.where.get(request)
             if pod is not None:
                 changed.add(pod.index)
@@ -178,8 +184,12 @@ class Pods:
         able = [p for p in self.pods if p.can(model)]
         return min(able, key=lambda p: (p.work_us // len(p.workers), p.index), default=None)
 
+    def stale(self, ledger: Ledger) -> bool:
+        """Workers came or went since the last plan."""
+        return ledger.cluster.version != self._version
+
     def _follow_workers(self, ledger: Ledger) -> set[int]:
-        if ledger.cluster.version == self._version:
+        if not self.stale(ledger):
             return set()
         self._version = ledger.cluster.version
         usable = ledger.cluster.usable()
@@ -238,7 +248,11 @@ def cut(workers: list[Worker], size: int) -> list[list[Worker]]:
 
 def _entry(ledger: Ledger, tracked: Tracked) -> Entry:
     request = tracked.request
-    gpus = ledger.gpus(w.name for w in ledger.cluster.usable() if w.can(request.model))
-    step_us = ledger.predict(request, "dit", 1, gpus).mean_us
     deadline_us = BEST_EFFORT_KEY if request.deadline_us is None else request.deadline_us
-    return Entry(tracked, (deadline_us, tracked.order), request.steps * step_us)
+    return Entry(tracked, (deadline_us, tracked.order), work_us(ledger, request))
+
+
+def work_us(ledger: Ledger, request: Request) -> int:
+    """All steps of a request on one worker."""
+    gpus = ledger.gpus(w.name for w in ledger.cluster.usable() if w.can(request.model))
+    return request.steps * ledger.predict(request, DIT, 1, gpus).mean_us

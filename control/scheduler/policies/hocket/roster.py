@@ -5,8 +5,10 @@ Times are microseconds on the control plane's clock, as floats: exact up to 2^53
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +22,10 @@ from .kernel import (
     COLUMNS,
     DEADLINE,
     EPS,
+    GUARD,
+    KIND,
     NEVER,
+    PROMISED_WORTH,
     STEPS_LEFT,
     TEXT_LEFT,
     VAE_LEFT,
@@ -44,11 +49,39 @@ class Prices:
     step_us: tuple[float, ...]  # by index of width; NEVER where it cannot
     batch_us: tuple[float, ...]  # of 1, 2, ... jobs at degree 1
 
+    def of(self, node: str, width: int) -> float:
+        """One call of a node; `width`: index of the width of a step."""
+        return self.step_us[width] if node == DIT else self.text_us if node == TEXT else self.vae_us
+
     @property
     def batches_save(self) -> bool:
         """A job costs much less in some batch."""
         alone_us = BATCHES_SAVE * self.batch_us[0]
         return any(us <= n * alone_us for n, us in enumerate(self.batch_us, 1))
+
+
+class Guard(NamedTuple):
+    """What is kept in hand of the time that a firm promise gives."""
+
+    part: float
+    us_max: int
+
+
+class Patience(NamedTuple):
+    """When best effort goes first."""
+
+    idle_us: int  # without progress
+    wait_us: int  # in all, beside its own time; 0: never
+    slowdown: float  # and at least so many times its own time
+    places: int  # for so many at a time
+
+    def age(self, idle_us: int, waited_us: float, own_us: float) -> float:
+        """How many times over it has waited too long; 0: not yet."""
+        age = idle_us / max(1, self.idle_us) if idle_us > self.idle_us else 0.0
+        bound_us = max(self.wait_us, self.slowdown * own_us)
+        if self.wait_us and waited_us >= bound_us:
+            age = max(age, waited_us / bound_us)
+        return age
 
 
 @dataclass(slots=True)
@@ -64,6 +97,7 @@ class Roster:
     saving: bool = False  # some of its jobs cost much less in a batch
     crowded: bool = False  # somebody is late already, and nothing is saved by batches
     running: int = 0
+    promised: int = 0  # with a firm promise that can still be kept
     # Hopeless, could start now, with the steps left.
     spare: list[tuple[Entry, Prices, int]] = field(default_factory=list)
     slow: int = 0  # workers in long best-effort steps
@@ -83,14 +117,30 @@ class RosterMaker:
     """Makes rosters; prices are asked for once a plan."""
 
     def __init__(
-        self, priority_worth: float, patience_us: int, fill_step_us: int, batch_max: int
+        self,
+        priority_worth: float,
+        fill_step_us: int,
+        batch_max: int,
+        guard: Guard,
+        patience: Patience,
     ) -> None:
         self._priority_worth = priority_worth
         self._batch_max = batch_max
-        self._patience_us = patience_us
         self._fill_step_us = fill_step_us
+        self._guard = guard
+        self._patience = patience
         self._needs: deque[int] = deque(maxlen=NEEDS_MAX)
         self._prices: dict[tuple[tuple[str, ...], tuple[int, ...], str, Shape], Prices] = {}
+
+    def guard_us(self, request: Request, arrived_us: int) -> int:
+        """What is kept in hand of a firm promise's time."""
+        if not request.firm or request.deadline_us is None:
+            return 0
+        return min(self._guard.us_max, int(self._guard.part * (request.deadline_us - arrived_us)))
+
+    def worth(self, request: Request) -> float:
+        """What making its deadline is worth, in deadlines."""
+        return 1.0 + self._priority_worth * request.priority
 
     def forget(self) -> None:
         """A new plan: prices may have changed."""
@@ -119,6 +169,7 @@ class RosterMaker:
         rows: list[tuple[float, ...]] = []
         numbers: dict[Kind, int] = {}
         held: set[int] = set()
+        aged: list[tuple[float, int]] = []
         names = {w.name for w in pod.workers}
         for entry in pod.entries:
             if ledger.tracked.get(entry.id) is not entry.tracked:
@@ -136,10 +187,12 @@ class RosterMaker:
                 entry.need = need_of(entry, roster.prices[number], roster.widths)
                 self._needs.append(entry.need)
             row = self._row(ledger, entry, number, roster.prices[number], names, held, now_us)
-            if row[AVAIL] <= now_us and row[AGED] <= 0 and hopeless(row, roster.prices[number]):
-                entry.hopeful = entry.hopeful and look
-                roster.spare.append((entry, roster.prices[number], int(row[STEPS_LEFT])))
-                continue
+            if row[AVAIL] <= now_us and hopeless(row, roster.prices[number]):
+                if row[AGED] <= 0:
+                    entry.hopeful = entry.hopeful and look
+                    roster.spare.append((entry, roster.prices[number], int(row[STEPS_LEFT])))
+                    continue
+                aged.append((row[AGED], len(rows)))
             if row[AVAIL] > now_us and not entry.hopeful:
                 flight = ledger.board.flights[entry.tracked.outstanding[-1]]
                 if flight.assignment.step_time_us > self._fill_step_us:
@@ -147,6 +200,12 @@ class RosterMaker:
             rows.append(row)
             roster.entries.append(entry)
             roster.running += row[AVAIL] > now_us
+            roster.promised += entry.tracked.promised
+        younger = sorted(aged, reverse=True)[self._patience.places :]
+        for at in sorted((at for _, at in younger), reverse=True):
+            row, entry = rows.pop(at), roster.entries.pop(at)
+            price = roster.prices[int(row[KIND])]
+            insort(roster.spare, (entry, price, int(row[STEPS_LEFT])), key=lambda s: s[0].key)
         roster.need = max(self._needs, default=1)
         late = any(e.tracked.request.deadline_us is not None for e, *_ in roster.spare)
         roster.saving = any(price.batches_save for price in roster.prices)
@@ -206,18 +265,24 @@ class RosterMaker:
         text_us = prices.text_us if text.state in (JobState.READY, JobState.BLOCKED) else 0
         decoding = vae.state in (JobState.ASSIGNED, JobState.DONE)
         deadline_us = request.deadline_us
-        age_us = now_us - tracked.progressed_us
-        hopeless = deadline_us is None or not entry.hopeful
+        guard_us = self.guard_us(request, tracked.arrived_us) if tracked.promised else 0
+        age = 0.0
+        if deadline_us is None or not entry.hopeful:
+            step_us = min(prices.step_us)
+            own_us = prices.text_us + request.steps * step_us + prices.vae_us
+            waited_us = now_us - tracked.arrived_us - tracked.steps_done * step_us
+            age = self._patience.age(now_us - tracked.progressed_us, waited_us, own_us)
         return (
             float(number),
             float(text_us),
             float(0 if decoding else max(0, steps_left)),
             float(0 if decoding else prices.vae_us),
-            float(-1 if deadline_us is None else deadline_us),
+            float(-1 if deadline_us is None else deadline_us - guard_us),
             float(avail_us),
             float(width),
-            1.0 + self._priority_worth * request.priority,
-            float(age_us if hopeless and age_us > self._patience_us else 0),
+            self.worth(request) + PROMISED_WORTH * tracked.promised,
+            age,
+            float(guard_us),
         )
 
 
@@ -225,7 +290,7 @@ def hopeless(row: tuple[float, ...], prices: Prices) -> bool:
     """Begun now and alone, at its fastest, it would still be late."""
     steps_us = row[STEPS_LEFT] * min(prices.step_us)
     end_us = row[AVAIL] + row[TEXT_LEFT] + steps_us + row[VAE_LEFT]
-    return end_us > row[DEADLINE] + EPS
+    return end_us > row[DEADLINE] + row[GUARD] + EPS
 
 
 def need_of(entry: Entry, prices: Prices, widths: tuple[int, ...]) -> int:

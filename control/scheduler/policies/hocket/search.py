@@ -17,8 +17,11 @@ from .kernel import (
     DEADLINE,
     EPS,
     FINISH,
+    GUARD,
+    KEPT,
     KIND,
     NEVER,
+    PROMISED_WORTH,
     STEPS_LEFT,
     TEXT_LEFT,
     VAE_LEFT,
@@ -94,7 +97,7 @@ def give_up(
         begin = max(now, jobs[i, AVAIL])
         fastest = jobs[i, STEPS_LEFT] * tab.fastest_us[int(jobs[i, KIND])]
         need = jobs[i, TEXT_LEFT] + fastest + jobs[i, VAE_LEFT]
-        hopeless = jobs[i, AGED] > 0.0 or begin + need > jobs[i, DEADLINE] + EPS
+        hopeless = jobs[i, AGED] > 0.0 or begin + need > jobs[i, DEADLINE] + jobs[i, GUARD] + EPS
         on[i] = 0 if hopeless else on[i]
         wanted += on[i]
     while wanted > 0:
@@ -103,16 +106,79 @@ def give_up(
         late = _first_late(on, s)
         if late < 0:
             break
+        if jobs[late, GUARD] > 0.0:
+            jobs[late, DEADLINE] += jobs[late, GUARD]
+            jobs[late, GUARD] = 0.0
+            continue
         if operations >= 2 * limits.operations_max:
             for i in range(late, on.shape[0]):
                 on[i] = 0 if s.floats[FINISH, i] < 0.0 else on[i]
             break
         if operations >= limits.operations_max:
             on[late] = 0
+        elif jobs[late, WEIGHT] >= PROMISED_WORTH:
+            operations += _make_room(now, gpus, late, jobs, on, tab, rules, limits, s)
         else:
             operations += _drop_one(now, gpus, late, jobs, on, tab, rules, limits, s)
         wanted -= 1
     return operations
+
+
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _make_room(
+    now: float,
+    gpus: int,
+    late: int,
+    jobs: Floats,
+    on: Ints,
+    tab: Tables,
+    rules: Rules,
+    limits: Limits,
+    s: Scratch,
+) -> int:
+    """Gives up one that nothing was promised, where that can save `late`, which was; else `late`.
+
+    One at a time: the caller asks again. Of the few with the most work left, the one whose going
+    leaves the best rollout.
+    """
+    n = jobs.shape[0]
+    kept = s.ints[KEPT]
+    for i in range(n):
+        kept[i] = on[i]
+        if jobs[i, WEIGHT] < PROMISED_WORTH:
+            on[i] = 0
+    _, operations = rollout(now, gpus, jobs, on, tab, rules, s)
+    saved = s.floats[FINISH, late] >= 0.0
+    for i in range(n):
+        on[i] = kept[i]
+    best = late
+    best_score = -1.0
+    below = NEVER
+    for _ in range(max(1, limits.yielding) if saved else 0):
+        i = _most_unpromised(below, jobs, on, tab)
+        if i < 0:
+            break
+        below = _work_us(jobs, i, tab)
+        score, used = _without(i, now, gpus, jobs, on, tab, rules, s)
+        operations += used
+        if score > best_score:
+            best_score = score
+            best = i
+    on[best] = 0
+    return operations
+
+
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _most_unpromised(below: float, jobs: Floats, on: Ints, tab: Tables) -> int:
+    """Of those that nothing was promised, the one with the most work under `below`; -1: none."""
+    found = -1
+    most = -1.0
+    for i in range(jobs.shape[0]):
+        work = _work_us(jobs, i, tab)
+        if on[i] and jobs[i, WEIGHT] < PROMISED_WORTH and most <= work < below:
+            most = work
+            found = i
+    return found
 
 
 @njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]

@@ -1,0 +1,144 @@
+"""Best effort on what the decision leaves free, and who of equals goes first.
+
+Nobody is filled in at the cost of a firm promise: a rollout with the fill and one without it say
+whether somebody would get late by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ... import denoise
+from ...ledger import Ledger
+from ...tracker import Tracked
+from ...values import DIT, TEXT, VAE
+from .binding import Wish
+from .improve import Limits
+from .kernel import (
+    AVAIL,
+    FINISH,
+    NEVER,
+    PROMISED_WORTH,
+    STEPS_LEFT,
+    TEXT_LEFT,
+    VAE_LEFT,
+    WEIGHT,
+    WIDTH,
+    Rules,
+    rollout,
+    scratch,
+)
+from .pods import Pod
+from .roster import Roster
+
+BEST_EFFORT = "best-effort"  # reason of a start
+
+
+class Slow(NamedTuple):
+    """What long best-effort steps may take."""
+
+    step_us: int
+    reserve: int  # workers that they leave
+
+
+def fill(
+    ledger: Ledger, pod: Pod, roster: Roster, room: int, limits: Limits, slow: Slow
+) -> list[Wish]:
+    """The hopeless on what is left, in deadline order: as the kernel's own fill."""
+    wishes: list[Wish] = []
+    alone = not any(e.hopeful for e in roster.entries)
+    slow_room = len(pod.workers) - roster.slow - max(roster.need, slow.reserve)
+    for entry, price, left in roster.spare:
+        if room <= 0:
+            break
+        node = denoise.next_node(ledger, entry.tracked)
+        for width, step_us in zip(roster.widths, price.step_us, strict=True):
+            if width > room:
+                break
+            soon = node != DIT or step_us <= limits.fill_step_us
+            long = not soon and step_us <= slow.step_us and width <= slow_room
+            if soon or long or (alone and step_us == min(price.step_us)):
+                took_us = price.of(node, roster.widths.index(width))
+                wishes.append(Wish([entry.tracked], node, width, left, BEST_EFFORT, took_us))
+                room -= width
+                slow_room -= width if long else 0
+                break
+    return wishes
+
+
+def endangers(pod: Pod, roster: Roster, wishes: Sequence[Wish], now_us: int) -> bool:
+    """The best effort among these starts makes somebody late whom a firm promise was made."""
+    others = [w for w in wishes if w.reason != BEST_EFFORT]
+    if not roster.promised or len(others) == len(wishes):
+        return False
+    late = _late(pod, roster, wishes, now_us)
+    return bool(late) and late > _late(pod, roster, others, now_us)
+
+
+def _late(pod: Pod, roster: Roster, wishes: Sequence[Wish], now_us: int) -> int:
+    """Promises that are not kept in a rollout from these starts; who is held waits for an end."""
+    rank = {e.id: i for i, e in enumerate(roster.entries)}
+    more = sum(t.id not in rank for w in wishes for t in w.members)
+    n = len(rank)
+    jobs = np.vstack([roster.jobs, np.zeros((more, roster.jobs.shape[1]))])
+    on = np.zeros(n + more, np.int64)
+    on[:n] = [e.hopeful for e in roster.entries]
+    started: set[int] = set()
+    for wish in wishes:
+        for place, tracked in enumerate(wish.members):
+            i = rank.get(tracked.id, n + more - 1)
+            more -= tracked.id not in rank
+            started.add(i)
+            jobs[i, WIDTH] = 0 if place else wish.width
+            jobs[i, AVAIL] = now_us + wish.took_us * wish.steps
+            left = {TEXT: TEXT_LEFT, DIT: STEPS_LEFT, VAE: VAE_LEFT}[wish.node]
+            jobs[i, left] = max(0.0, jobs[i, left] - wish.steps) if wish.node == DIT else 0.0
+    until = min((us for us in jobs[:, AVAIL].tolist() if us > now_us), default=NEVER)
+    for i in range(n):
+        if on[i] and i not in started and jobs[i, AVAIL] <= now_us and until < NEVER:
+            jobs[i, AVAIL], jobs[i, WIDTH] = until, 0.0
+    space = scratch(len(jobs))
+    rules = Rules(0.0, 0.0, 0.05)
+    rollout(float(now_us), len(pod.workers), jobs, on, roster.tables(), rules, space)
+    firm = (jobs[:, WEIGHT] >= PROMISED_WORTH) & (on == 1)
+    return int((firm & (space.floats[FINISH] < 0.0)).sum())
+
+
+def first_come(ledger: Ledger, roster: Roster, wishes: Sequence[Wish], now_us: int) -> None:
+    """Of equals, and of those no further from their end, the first come takes the start."""
+    single = [w for w in wishes if len(w.members) == 1]
+    if not single:
+        return
+    started = {t.id for w in wishes for t in w.members}
+    waiting: dict[tuple[object, ...], list[Tracked]] = {}
+
+    def key(tracked: Tracked, hopeful: bool) -> tuple[object, ...]:
+        r = tracked.request
+        node = denoise.next_node(ledger, tracked)
+        return (r.model, r.shape, r.priority, tracked.promised, tracked.alone, hopeful, node)
+
+    free = zip(roster.entries, roster.jobs[:, AVAIL].tolist(), strict=True)
+    for entry in [e for e, us in free if us <= now_us] + [e for e, *_ in roster.spare]:
+        if entry.id not in started:
+            waiting.setdefault(key(entry.tracked, entry.hopeful), []).append(entry.tracked)
+    for wish in single:
+        hopeful = wish.reason != BEST_EFFORT
+        equals = waiting.get(key(wish.first, hopeful), [])
+        before = [t for t in equals if _goes_before(t, wish.first)]
+        if before:
+            first = min(before, key=lambda t: t.order)
+            equals[equals.index(first)] = wish.first
+            wish.members = [first]
+
+
+def _goes_before(one: Tracked, other: Tracked) -> bool:
+    """It came before, is due no later and has no more left."""
+    due, others = one.request.deadline_us, other.request.deadline_us
+    return (
+        one.order < other.order
+        and (others is None or (due is not None and due <= others))
+        and one.request.steps - one.steps_done <= other.request.steps - other.steps_done
+    )
