@@ -19,6 +19,7 @@ from control.desk import Desk, Wiring
 from control.driver import Driver, Turn
 from control.journal import Journal
 from control.leases import Leases
+from control.promises import Promises, open_stream
 from control.publisher import Publisher
 from control.requests import Records
 from control.scheduler import values
@@ -32,6 +33,7 @@ from hocket.clock import ManualClock
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _QUIET_ROUNDS = 2  # flushes without a message before an instant counts as over
+_PROMISES_BYTES, _DIARY_BYTES = 16 << 20, 64 << 20
 _LOOP_PASSES = 20  # of the event loop per flush: callbacks of callbacks
 
 
@@ -51,13 +53,15 @@ class ManualRun:
         """Runs the Case to its end. Raises RuntimeError if a request never ends."""
         case, subjects = self._case, Subjects(self._cluster)
         bus = await self._connect("control")
-        journal = await Journal.open(bus, subjects)
+        stream = await open_stream(bus, subjects, _PROMISES_BYTES)
+        promises = await Promises.take(stream, subjects, 1, self._clock)
+        journal = await Journal.open(bus, subjects, promises.term, _DIARY_BYTES)
         desk = Desk.build(
             Wiring(
                 bus=bus,
                 subjects=subjects,
                 diary=journal,
-                promises=_Kept(journal.term),
+                promises=promises,
                 scheduler=Scheduler(case.settings, case.profile),
                 leases=Leases(lease_us=1 << 60),
                 clock=self._clock,
@@ -154,22 +158,6 @@ class _Digests:
         if turn.plan is not None:
             self._digests.append(turn.digest)
         await self._real.turned(turn)
-
-
-class _Kept:
-    """Promises that are kept in no stream: time stands still while the broker would write."""
-
-    def __init__(self, term: int) -> None:
-        self.term = term
-
-    async def append(self, promise: journal_pb2.Promise) -> int:
-        return 1
-
-    async def forget(self, request_id: str) -> None:
-        """Nothing was kept."""
-
-    async def drain(self, worker: str, draining: bool) -> None:
-        """Nobody drains a worker here."""
 
 
 class _Heartbeats:

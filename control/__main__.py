@@ -49,21 +49,8 @@ def main(
     address: Annotated[
         str | None, typer.Option(help="host:port that gateways reach this replica by.")
     ] = None,
-    leader_ttl_us: Annotated[
-        int | None, typer.Option(help="A leader silent for longer is followed by a standby.")
-    ] = None,
     retention_s: Annotated[
         int | None, typer.Option(help="Ended requests are kept so long.")
-    ] = None,
-    ended_max: Annotated[int | None, typer.Option(help="No more of them are kept.")] = None,
-    promises_bytes_max: Annotated[
-        int | None, typer.Option(help="Of the promises stream; 0: what there is room for.")
-    ] = None,
-    diary_bytes_max: Annotated[
-        int | None, typer.Option(help="Of the diary; 0: what there is room for.")
-    ] = None,
-    stream_replicas: Annotated[
-        int | None, typer.Option(help="Copies in a cluster of brokers: 1, 3 or 5.")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with a \\[control] table.")] = None,
@@ -81,12 +68,7 @@ def main(
         "lead_us": lead_us,
         "lease_us": lease_us,
         "address": address,
-        "leader_ttl_us": leader_ttl_us,
         "retention_s": retention_s,
-        "ended_max": ended_max,
-        "promises_bytes_max": promises_bytes_max,
-        "diary_bytes_max": diary_bytes_max,
-        "stream_replicas": stream_replicas,
         "log_level": log_level,
     }
     settings = load_or_exit(ControlSettings, options, config)

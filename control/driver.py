@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from control.planning import Inline, Planning
 from control.scheduler import values
@@ -43,6 +43,14 @@ class Posted:
 
 
 @dataclass(frozen=True, slots=True)
+class _Question:
+    """Something asked of the scheduler once it has seen every fact posted before."""
+
+    ask: Callable[[Scheduler], object]
+    answer: asyncio.Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """A fact that was shown to the scheduler."""
 
@@ -62,6 +70,7 @@ class Turn:
     digest: str  # of the plan: it takes milliseconds for a large one
     plan_time_us: int
     wake_us: int | None  # when to plan if no fact comes before
+    answers: tuple[object, ...] = ()  # to what was asked behind the facts
 
 
 class Outlet(Protocol):
@@ -82,6 +91,7 @@ class Driver:
         self._outlet = outlet
         self._planning = planning or Inline()
         self._inbox: list[Posted] = []
+        self._questions: list[_Question] = []
         self._arrived = asyncio.Event()
         self._wake_us: int | None = None
         self._rest_until_us = 0
@@ -113,13 +123,24 @@ class Driver:
         """The scheduler's answer; behind the turn under way, and without changing anything."""
         return await self._planning.run(lambda: question(self._scheduler))
 
+    async def ask_behind(self, question: Callable[[Scheduler], T]) -> T:
+        """The same, once every fact that was posted before has been shown."""
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._questions.append(_Question(question, answer))
+        self._arrived.set()
+        return await answer
+
     async def run(self) -> None:
         """Drives until cancelled."""
         while True:
             posted = await self._next_facts()
+            questions, self._questions = self._questions, []
             now_us = self._clock.now_us()  # facts that come from here on have later stamps
-            turn = await self._planning.run(partial(self._turn, posted, now_us))
+            turn = await self._planning.run(partial(self._turn, posted, questions, now_us))
             self._wake_us = turn.wake_us
+            for question, answer in zip(questions, turn.answers, strict=True):
+                if not question.answer.done():
+                    question.answer.set_result(answer)
             if turn.plan is not None:
                 rest_us = min(turn.plan_time_us, _REST_US_MAX)
                 self._rest_until_us = self._clock.now_us() + rest_us
@@ -129,7 +150,7 @@ class Driver:
         """Returns when the scheduler is at rest; call it after `run` has ended."""
         self._planning.close()
 
-    def _turn(self, posted: Sequence[Posted], now_us: int) -> Turn:
+    def _turn(self, posted: Sequence[Posted], questions: Sequence[_Question], now_us: int) -> Turn:
         scheduler = self._scheduler
         observed = []
         for item in posted:
@@ -143,6 +164,7 @@ class Driver:
             estimated_us = scheduler.eta_us(request, now_us)
             if estimated_us is not None:
                 finish_us[request] = estimated_us
+        answers = tuple(question.ask(scheduler) for question in questions)
         plan, plan_time_us = None, 0
         wake_us = scheduler.wake_us()
         if scheduler.due(now_us) or (wake_us is not None and wake_us <= now_us):
@@ -151,11 +173,12 @@ class Driver:
             plan_time_us = self._clock.now_us() - began_us
             wake_us = scheduler.wake_us()
         digest = "" if plan is None else plan.digest
-        return Turn(tuple(observed), finish_us, plan, digest, plan_time_us, wake_us)
+        told = tuple(observed)
+        return Turn(told, finish_us, plan, digest, plan_time_us, wake_us, answers)
 
     async def _next_facts(self) -> list[Posted]:
         """All facts that wait, or none when the time for a plan comes first."""
-        if not self._inbox:
+        if not self._inbox and not self._questions:
             self._arrived.clear()
             await self._wait()
         rest_until_us = self._rest_until_us

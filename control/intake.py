@@ -98,9 +98,10 @@ class Intake:
             for _ in range(_LOOP_PASSES):
                 await asyncio.sleep(0)
             await self._changed(self.leases.expire(now_us))
-        notices, flights = await self.driver.ask(_taken)
-        await self._tell(notices)
+        # Behind what workers had reported before these heartbeats, however long a plan takes.
         beats = {name: lease.heartbeat for name, lease in self.leases.alive.items()}
+        notices, flights = await self.driver.ask_behind(_taken)
+        await self._tell(notices)
         for worker in self._lost_messages.still_running(beats, flights):
             await self.publisher.truncate_again(worker)
         now_us = self.driver.stamp()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import NoReturn
 
 import msgspec
@@ -92,6 +93,9 @@ class Leadership:
                 await self._renew(is_ours)
         except (OutcomeUnknown, BrokerUnavailable) as error:
             log.debug("the leader's key was not renewed: %s", error)
+            with suppress(BrokerUnavailable):
+                if not await is_ours():  # the broker came back without its store
+                    raise Deposed(self.term, 0) from error
 
     async def _renew(self, is_ours: Callable[[], Awaitable[bool]]) -> None:
         revision = await self._cell.update(self._value(), self._revision)

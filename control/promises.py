@@ -1,27 +1,32 @@
 """The promises stream: the durable state of every request, written by one leader at a time.
 
 The newest entry of a subject *is* the state: of a request (open, or with how it ended), of an
-operator's wish about a worker, of the leadership (the Fence). House rules: nothing is answered
-before it is stored; every append says which Fence it knows, so that the broker refuses whoever
-another leader has deposed, however many appends were under way; an append of unknown outcome is
-settled before anything is said of it.
-
-Numbers cannot be the fence (`Nats-Expected-Last-Sequence`, counted by the leader): an old leader's
-third append under way expects just the number that the new leader's Fence got.
+operator's wish about a worker, of the leadership (Fences). House rules: nothing is answered before
+it is stored; every append says which Fence it knows, so that the broker refuses whoever another
+leader has deposed, however many appends were under way; an append of unknown outcome is settled
+before anything is said of it.
 
                   old leader                      broker                     new leader
     append(r1, fence 7) ─────────────────────▶ stored as 8
     append(r2, fence 7) ──────────────╮        stored as 9 ◀───────────── Fence(term 12)
                                       ╰──────▶ refused: the fence is 9
+
+Numbers cannot be the fence (`Nats-Expected-Last-Sequence`, counted by the leader): an old leader's
+third append under way expects just the number that the new leader's Fence got. And a cluster of
+brokers lets one append at a time pass that expects the same Fence: so there are `LANES` of them,
+each with its own Fence and one append under way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+import zlib
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -36,6 +41,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Shaped = Callable[[int], LogShape]  # of a size in bytes
 
+LANES = 32
 TERM_MAX = 1 << 30  # cursors and epochs are terms times 2^32
 _AGAIN_US = 200_000  # between two tries while the broker is away
 # What is gone leaves a mark for those who follow; of the oldest ended requests everybody knows.
@@ -53,8 +59,8 @@ class Deposed(HocketError):
     by: int  # term that owns the stream, or that workers follow; 0: nobody's
 
     def __str__(self) -> str:
-        who = f"term {self.by}" if self.by else "another replica"
-        return f"term {self.term} is over: {who} leads"
+        who = f"term {self.by} leads" if self.by else "its Fence is not the newest"
+        return f"term {self.term} is over: {who}"
 
 
 async def open_stream(bus: Bus, subjects: Subjects, bytes_max: int = 0, replicas: int = 1) -> Log:
@@ -94,6 +100,12 @@ async def open_bounded(bus: Bus, shape: Shaped, bytes_max: int, setting: str) ->
             size //= 2
 
 
+@dataclass(frozen=True)
+class _Lane:
+    guard: Guard
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
 class Promises:
     """One leader's pen."""
 
@@ -102,17 +114,17 @@ class Promises:
         stream: Log,
         subjects: Subjects,
         term: int,
-        fence: Entry,
+        fences: Sequence[Entry],
         clock: Clock,
         *,
         retention_s: float = 86_400.0,
         ended_max: int = 10_000,
     ) -> None:
         self.term = term
-        self.fence = fence
+        self.fence = max(fences, key=lambda fence: fence.sequence)  # before it is all that was
         self._log = stream
         self._subjects = subjects
-        self._guard = Guard(subjects.fence, fence.sequence)
+        self._lanes = [_Lane(Guard(fence.subject, fence.sequence)) for fence in fences]
         self._clock = clock
         self._fenced_us = clock.now_us()
         self._retention_s = retention_s
@@ -137,24 +149,25 @@ class Promises:
         """Takes the stream over: from now on nobody else's appends are stored.
 
         The term is raised where the stream knows a later one. Waits while the broker is away.
+        Raises Deposed when another one has taken it over meanwhile.
         """
+        fence = journal_pb2.Fence(term=term, owner=secrets.token_hex(8))
         while True:
             try:
-                found = await stream.newest(subjects.fence)
-                known = _fence(found).term if found is not None else 0
-                term = max(term, known + 1)
-                fence = journal_pb2.Fence(term=term).SerializeToString()
-                guard = Guard(subjects.fence, found.sequence if found is not None else 0)
-                await stream.append(subjects.fence, fence, guard=guard)
-                stored = await stream.newest(subjects.fence)
-                if stored is not None and stored.data == fence:
-                    break
-            except LogMoved:
-                continue
+                fences = await _write_fences(stream, subjects, fence)
             except (OutcomeUnknown, BrokerUnavailable):
+                fences = None
                 await clock.sleep_until(clock.now_us() + _AGAIN_US)
+            if fences is not None:
+                break
         return cls(
-            stream, subjects, term, stored, clock, retention_s=retention_s, ended_max=ended_max
+            stream,
+            subjects,
+            fence.term,
+            fences,
+            clock,
+            retention_s=retention_s,
+            ended_max=ended_max,
         )
 
     @property
@@ -202,8 +215,7 @@ class Promises:
 
     async def is_ours(self) -> bool:
         """Whether no other leader has come in between. Raises BrokerUnavailable."""
-        found = await self._log.newest(self._subjects.fence)
-        return found is not None and found.sequence == self.fence.sequence
+        return await self._owns(self._lanes[0])
 
     async def keep_bounds(self) -> None:
         """Forgets the oldest ended requests beyond the bound, until cancelled. Raises Deposed."""
@@ -222,30 +234,42 @@ class Promises:
         data = message.SerializeToString()
         self._count += 1
         name, tries = f"{self.term}-{self._count}", 0
-        while True:
-            tries, answers = tries + 1, self._answers
-            try:
-                await self._log.append(
-                    subject, data, guard=self._guard, ttl_s=ttl_s, message_id=name
-                )
-                return
-            except OutcomeUnknown as error:
-                log.debug("%s", error)
-                await self._wait_for_broker(answers)
-            except LogFull as error:
-                await self._make_room(subject, message, error)
-            except LogMoved as moved:
-                # Of an append that was tried before, the first try may have been stored.
-                if tries > 1 and await self._is_stored(subject, data):
+        lane = self._lanes[zlib.crc32(subject.encode()) % LANES]
+        async with lane.turn:
+            while True:
+                tries, answers = tries + 1, self._answers
+                try:
+                    await self._log.append(
+                        subject, data, guard=lane.guard, ttl_s=ttl_s, message_id=name
+                    )
                     return
-                raise Deposed(self.term, await self._leading()) from moved
+                except OutcomeUnknown as error:
+                    log.debug("%s", error)
+                    await self._wait_for_broker(answers)
+                except LogFull as error:
+                    await self._make_room(subject, message, error)
+                except LogMoved as moved:
+                    if await self._asked(lambda: self._owns(lane)):
+                        continue  # an append of this lane that was given up is on its way yet
+                    # Of an append that was tried before, the first try may have been stored.
+                    if tries > 1 and await self._is_stored(subject, data, lane):
+                        return
+                    raise Deposed(self.term, await self._leading()) from moved
+
+    async def _owns(self, lane: _Lane) -> bool:
+        found = await self._log.newest(lane.guard.subject)
+        return found is not None and found.sequence == lane.guard.sequence
 
     async def _wait_for_broker(self, answers: int) -> None:
-        """Returns once the broker has answered since; of many who wait one asks."""
+        """Returns once the broker has answered since; of many who wait one asks.
+
+        Raises Deposed when it came back without its store.
+        """
         async with self._probing:
             while self._answers == answers:
                 try:
-                    await self._log.last_sequence()
+                    if await self._log.last_sequence() < self.fence.sequence:
+                        raise Deposed(self.term, 0)
                     self._answers += 1
                 except BrokerUnavailable:
                     await self._clock.sleep_until(self._clock.now_us() + _AGAIN_US)
@@ -266,12 +290,13 @@ class Promises:
     async def _purge(self, subject: str) -> None:
         await self._asked(lambda: self._log.purge(subject))
 
-    async def _is_stored(self, subject: str, data: bytes) -> bool:
+    async def _is_stored(self, subject: str, data: bytes, lane: _Lane) -> bool:
         found = await self._asked(lambda: self._log.newest(subject))
-        return found is not None and found.data == data and found.sequence > self.fence.sequence
+        return found is not None and found.data == data and found.sequence > lane.guard.sequence
 
     async def _leading(self) -> int:
-        found = await self._asked(lambda: self._log.newest(self._subjects.fence))
+        first = self._lanes[0].guard.subject
+        found = await self._asked(lambda: self._log.newest(first))
         return _fence(found).term if found is not None else 0
 
     async def _asked(self, question: Callable[[], Awaitable[T]]) -> T:
@@ -294,6 +319,35 @@ def without_prompts(promise: journal_pb2.Promise) -> None:
     for spec in specs:
         spec.ClearField("prompt")
         spec.ClearField("negative_prompt")
+
+
+async def _write_fences(
+    stream: Log, subjects: Subjects, fence: journal_pb2.Fence
+) -> list[Entry] | None:
+    """The Fences of all lanes once they are the new leader's; None: try again."""
+    names = [subjects.fence(lane) for lane in range(LANES)]
+    known = {f.subject: f async for f in stream.read(subjects.fence("*"))}
+
+    async def write(subject: str) -> None:
+        last = known[subject].sequence if subject in known else 0
+        content = fence.SerializeToString()
+        with suppress(LogMoved):  # somebody else was quicker: read again
+            await stream.append(subject, content, guard=Guard(subject, last))
+
+    owners = {subject: _fence(entry).owner for subject, entry in known.items()}
+    if owners.get(names[0]) != fence.owner:  # of two new leaders only one has the first lane
+        if fence.owner in owners.values():
+            by = max(_fence(entry).term for entry in known.values())
+            raise Deposed(fence.term, by)
+        fence.term = max(fence.term, 1 + max((_fence(f).term for f in known.values()), default=0))
+        await write(names[0])
+        return None
+    missing = [subject for subject in names if owners.get(subject) != fence.owner]
+    results = await asyncio.gather(*map(write, missing), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return None if missing else [known[subject] for subject in names]
 
 
 def _fence(entry: Entry) -> journal_pb2.Fence:

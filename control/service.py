@@ -100,14 +100,7 @@ class Replica:
         cls, settings: ControlSettings, clock: Clock, told: Telemetry, bus: Bus
     ) -> Replica:
         """Makes what it needs on the broker. Raises WrongConfig, BrokerUnavailable."""
-        subjects, copies = Subjects(settings.cluster), settings.stream_replicas
-        ttl_s = settings.leader_ttl_us / 1e6
-        stream = await _patiently(
-            lambda: open_stream(bus, subjects, settings.promises_bytes_max, copies)
-        )
-        cell = await _patiently(
-            lambda: Cell.open(bus, subjects.leader_bucket, LEADER_KEY, ttl_s, copies)
-        )
+        stream, cell = await _patiently(lambda: _places(bus, settings))
         return cls(settings, clock, told, bus, stream, cell)
 
     async def run(self) -> NoReturn:
@@ -166,6 +159,8 @@ class Replica:
                 assert isinstance(error, Deposed)
                 self._known_term = max(self._known_term, error.term, error.by)
                 log.warning("%s; standing by", error)
+            with suppress(BrokerUnavailable):  # it may have come back without its store
+                await _places(self._bus, self._settings)
         finally:
             if won:
                 await leadership.resign()
@@ -258,6 +253,14 @@ class Replica:
     async def _not_serving(self) -> None:
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+
+
+async def _places(bus: Bus, settings: ControlSettings) -> tuple[Log, Cell]:
+    """The promises stream and the leader's key. Raises WrongConfig, BrokerUnavailable."""
+    subjects, copies = Subjects(settings.cluster), settings.stream_replicas
+    stream = await open_stream(bus, subjects, settings.promises_bytes_max, copies)
+    ttl_s = settings.leader_ttl_us / 1e6
+    return stream, await Cell.open(bus, subjects.leader_bucket, LEADER_KEY, ttl_s, copies)
 
 
 async def _patiently(work: Callable[[], Awaitable[T]]) -> T:

@@ -39,9 +39,9 @@ class Book:
     def __init__(self, subjects: Subjects) -> None:
         self._requests = subjects.promise("").removesuffix("~")
         self._wishes = subjects.drain("").removesuffix("~")
-        self._fence = subjects.fence
+        self._fence = subjects.fence("")
         self._marks: dict[str, None] = {}  # subjects of entries that say that something is gone
-        self._fenced = False
+        self._fences: set[str] = set()
         self.open: dict[str, Kept] = {}
         self.ended: OrderedDict[str, Kept] = OrderedDict()  # by when they ended
         self.draining: set[str] = set()  # workers
@@ -50,7 +50,7 @@ class Book:
     def __len__(self) -> int:
         """Entries that a stream of this state has."""
         open_and_ended = len(self.open) + len(self.ended)
-        return open_and_ended + len(self.draining) + len(self._marks) + self._fenced
+        return open_and_ended + len(self.draining) + len(self._marks) + len(self._fences)
 
     def take(self, entry: Entry) -> None:
         """The next entry; one that cannot be read is left out."""
@@ -62,8 +62,8 @@ class Book:
 
     def _take(self, entry: Entry) -> None:
         self._marks.pop(entry.subject, None)
-        if entry.subject == self._fence:
-            self._fenced = True
+        if entry.subject.startswith(self._fence):
+            self._fences.add(entry.subject)
         elif entry.subject.startswith(self._wishes):
             wish = journal_pb2.DrainWish.FromString(entry.data)
             if wish.draining:

@@ -33,7 +33,7 @@ __all__ += ["NoRoom", "OutcomeUnknown"]
 
 _AGAIN_S = 0.2  # between tries to follow a log that cannot be had
 _FEED_MAX = 4096
-_APPEND_WAIT_S = 5.0
+_APPEND_WAIT_S = 2.0
 _CELL_WAIT_S = 1.0  # a key is renewed every second or so
 _WRONG_SEQUENCE = {10071, 10164}  # JetStream's error codes
 _NO_ROOM = {10023, 10047, 10028}  # of the server, when a stream is made
@@ -383,9 +383,5 @@ class Cell:
             await asyncio.sleep(_AGAIN_S)
 
 
-def _unix_us(stamp: datetime | str | None) -> int:
-    if isinstance(stamp, str):
-        seconds, _, fraction = stamp.rstrip("Z").partition(".")
-        whole = datetime.fromisoformat(f"{seconds}+00:00").timestamp()
-        return int(whole) * 1_000_000 + int(fraction.ljust(6, "0")[:6])
+def _unix_us(stamp: datetime | None) -> int:
     return round(stamp.timestamp() * 1e6) if stamp is not None else 0

@@ -54,9 +54,8 @@ class Subjects:
     def drain(self, worker: str) -> str:
         return f"hocket.v1.{self.cluster}.promise.drain.{token(worker)}"
 
-    @property
-    def fence(self) -> str:
-        return f"hocket.v1.{self.cluster}.promise.fence"
+    def fence(self, lane: int | str) -> str:
+        return f"hocket.v1.{self.cluster}.promise.fence.{lane}"
 
     @property
     def promises(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -48,6 +49,11 @@ class Broker:
         assert self.process is not None
         self.process.wait(10)
         self.process = None
+
+    def lose_store(self) -> None:
+        """As a broker does whose disk is gone."""
+        assert self.process is None
+        shutil.rmtree(self.folder / "store")
 
     async def start_again(self) -> None:
         """Tries until the port is free: a client's own try to connect may have it for a moment."""

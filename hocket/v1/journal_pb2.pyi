@@ -141,21 +141,25 @@ Global___Promise: _TypeAlias = Promise  # noqa: Y015
 
 @_typing.final
 class Fence(_message.Message):
-    """A new leader's first write: whatever an older one appends behind it is refused by the broker."""
+    """A new leader's first writes, one in each lane: whatever an older one appends behind is refused by the broker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TERM_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The new leader."""
+    owner: _builtins.str
+    """Drawn by it, so that it knows its own Fence from another's."""
     def __init__(
         self,
         *,
         term: _builtins.int = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "term", b"term"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -28,12 +29,12 @@ class One:
     def __init__(self, cell: Cell, name: str) -> None:
         ttl_us = int(TTL_S * 1e6)
         self.side = Leadership(cell, SystemClock(), f"{name}:1", name, ttl_us=ttl_us)
-        self.keeping: asyncio.Future[None] | None = None
+        self.keeping: asyncio.Task[NoReturn] | None = None
 
     async def lead(self, promises: Promises | None = None) -> None:
         is_ours = _nobody if promises is None else promises.is_ours
         await self.side.tell(await self.side.win() if promises is None else promises.term, is_ours)
-        self.keeping = asyncio.ensure_future(self.side.keep(is_ours))
+        self.keeping = asyncio.create_task(self.side.keep(is_ours))
 
     def fall_silent(self) -> None:
         assert self.keeping is not None

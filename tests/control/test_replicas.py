@@ -128,6 +128,35 @@ async def test_control_outlasts_a_broker_that_stands_still(tmp_path: Path) -> No
         await bus.close()
 
 
+async def test_a_broker_that_comes_back_without_its_store_is_made_ready_again(
+    tmp_path: Path,
+) -> None:
+    """What was promised is lost with it; the mesh serves on, above the terms that workers know."""
+    with running_broker(tmp_path) as broker:
+        bus = await Bus.connect(broker.url, "worker")
+        beating = asyncio.ensure_future(beat_for_ever(bus, Subjects("lost")))
+        async with (
+            asyncio.timeout(WAIT_S),
+            replica(broker.url, "lost", tmp_path / "a") as one,
+            asking(await one.leads()) as client,
+            replica(broker.url, "lost", tmp_path / "b"),
+        ):
+            await client.accepted("r1")
+            before = await client.cluster()
+            broker.kill()
+            broker.lose_store()
+            await broker.start_again()
+            watch = LeaderWatch(bus, "lost")
+            while not (address := await watch.next()):
+                pass
+            async with asking(address) as other:
+                await other.accepted("r2")
+                assert (await other.cluster()).term > before.term
+            await watch.close()
+        beating.cancel()
+        await bus.close()
+
+
 async def test_terms_that_workers_follow(
     nats_url: str, bus: Bus, subjects: Subjects, worker: None, tmp_path: Path
 ) -> None:
