@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import msgspec
 from grpc_health.v1 import health
@@ -37,6 +39,9 @@ from hocket.telemetry import Telemetry
 from hocket.v1 import journal_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_CLOSE_WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class Term:
                 for part in self.desk.parts():
                     tasks.create_task(part)
                 tasks.create_task(self._check())
-                tasks.create_task(self._store.keep(self._scheduler, self.parts.clock))
+                tasks.create_task(self._store.keep(self.desk.driver.ask, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
                 await self._deposed
             raise AssertionError("it ends by an exception")
@@ -161,9 +166,11 @@ class Term:
             self._deposed.cancel()
 
     async def close(self) -> None:
-        """Keeps what was learned; nothing is promised any more."""
+        """Keeps what was learned, if the broker answers; nothing is promised any more."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_WAIT_S):
+                await self._store.save(self.desk.driver.ask)
         await asyncio.to_thread(self.desk.driver.close)
-        await self._store.save(self._scheduler)
 
     async def _check(self) -> NoReturn:
         clock = self.parts.clock
