@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hocket import cli_generate, cli_mesh
+from hocket import cli_generate, cli_mesh, cli_operations
 from hocket.cli_up import demo, up
 
 app = typer.Typer(
@@ -17,6 +17,9 @@ app = typer.Typer(
 app.command("up")(up)
 app.command("demo")(demo)
 app.command("generate")(cli_generate.generate)
+app.command("watch")(cli_operations.watch)
+app.command("result")(cli_operations.result)
+app.command("ls")(cli_operations.ls)
 app.command("models")(cli_generate.models)
 app.command("status")(cli_mesh.status)
 app.command("drain")(cli_mesh.drain)

@@ -19,8 +19,7 @@ from hocket.config import Common, load_or_exit
 from hocket.errors import (
     HocketError,
     InvalidRequest,
-    MeshStopped,
-    Refused,
+    NoMesh,
     WrongConfig,
     from_rpc_error,
 )
@@ -66,7 +65,7 @@ def settings(
 
 
 def gateway_address(found: CommandSettings) -> str:
-    """Where the gateway listens; raises MeshStopped with what to do when there is none."""
+    """Where the gateway listens; raises NoMesh with what to do when there is none."""
     return found.address or _announced(found.state_dir, "gateway", "--address")
 
 
@@ -101,8 +100,8 @@ def tell(error: HocketError) -> None:
         return
     complaints.print(f"[red]{error.reason}[/red]", end=": ")
     complaints.print(str(error), markup=False)
-    if isinstance(error, Refused) and error.retry_after_us:
-        complaints.print(f"worth another try in {error.retry_after_us / 1e6:.1f} s")
+    if wait_us := getattr(error, "retry_after_us", 0):
+        complaints.print(f"worth another try in {wait_us / 1e6:.1f} s")
 
 
 def seconds(option: str, text: str) -> float:
@@ -125,7 +124,7 @@ def _announced(state_dir: Path, service: str, option: str) -> str:
     found = endpoints.find(state_dir, service)
     if found is None:
         file = state_dir / f"{service}.json"
-        raise MeshStopped(
+        raise NoMesh(
             f"no {service} is running here ({file} names none): run `hocket up`, or give {option}"
         )
     return found.address

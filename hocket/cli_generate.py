@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from enum import StrEnum
 from pathlib import Path
@@ -27,7 +27,7 @@ from hocket.cli_common import (
     seconds,
     settings,
 )
-from hocket.client import HocketClient, request
+from hocket.client import Event, HocketClient, request
 from hocket.errors import HocketError, MeshStopped
 from hocket.v1.generation_pb2 import (
     Accepted,
@@ -38,10 +38,12 @@ from hocket.v1.generation_pb2 import (
     ModelInfo,
     Progress,
 )
-from hocket.v1.types_pb2 import MediaInfo, OnMiss, Shape
+from hocket.v1.types_pb2 import Commitment, MediaInfo, OnMiss, Shape
 
 SIZE_NAMES = ("small", "medium", "large")
 _FRAMES_HELP = "Frames of a video, as `hocket models` tells; 0: the model's own."
+_FIRM_HELP = 'A deadline that was told "on time" is not given up for requests that come later.'
+_DETACH_HELP = "Prints the request's name and ends; `hocket watch` and `hocket result` go on."
 _FORMAT_HELP = "None: by the suffix of -o, else png for a picture, mp4 for a video."
 
 
@@ -76,7 +78,13 @@ def generate(
     model: Annotated[str, typer.Option(help="Model; none picks the default.")] = "",
     deadline: Annotated[str, typer.Option(help='When it is due: "5s", "800ms".')] = "",
     on_miss: Annotated[Miss, typer.Option(help="If it cannot be on time.")] = Miss.BEST_EFFORT,
+    firm: Annotated[bool, typer.Option("--firm/--soft", help=_FIRM_HELP)] = False,
+    steps_min: Annotated[int, typer.Option(min=0, help="Fewest steps, with degrade.")] = 0,
+    size_min: Annotated[str, typer.Option(help="Smallest size, with degrade.")] = "",
     priority: Annotated[int, typer.Option(help="-100 to 100; higher wins.")] = 0,
+    tenant: Annotated[str, typer.Option(help="Account.")] = "",
+    key: Annotated[str, typer.Option(help="Idempotency key; none draws one.")] = "",
+    detach: Annotated[bool, typer.Option("--detach", help=_DETACH_HELP)] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
     address: Address = None,
     state_dir: StateDir = None,
@@ -101,9 +109,14 @@ def generate(
             guidance=guidance,
             deadline_s=seconds("--deadline", deadline) if deadline else 0.0,
             on_miss=on_miss.value_in_proto(),
+            commitment=Commitment.COMMITMENT_FIRM if firm else Commitment.COMMITMENT_UNSPECIFIED,
+            steps_min=steps_min,
+            shape_min=pixels("--size-min", size_min) if size_min else None,
             priority=priority,
+            tenant=tenant,
+            idempotency_key=key,
         )
-        await _generate(found, wanted, size, output)
+        await _generate(found, wanted, size, None if detach else _Shown(output))
 
     run(work())
 
@@ -198,7 +211,7 @@ def target(output: Path | None, request_id: str, media: MediaInfo) -> Path:
 
 
 async def _generate(
-    found: CommandSettings, wanted: GenerateRequest, size: str, output: Path | None
+    found: CommandSettings, wanted: GenerateRequest, size: str, shown: _Shown | None
 ) -> None:
     address = gateway_address(found)
     told = telemetry.setup("client", "cli", found.state_dir, "error")
@@ -206,7 +219,11 @@ async def _generate(
         async with HocketClient(address, tracer_provider=told.provider) as client:
             if size:
                 await _set_size(client, wanted, size)
-            await _show(client, wanted, output)
+            if shown is None:
+                made = await client.create(wanted)
+                console.print(made.request_id)
+            else:
+                await shown.follow(client.generate(wanted), wanted.spec.prompt)
     finally:
         told.close()
 
@@ -222,37 +239,52 @@ async def _set_size(client: HocketClient, wanted: GenerateRequest, size: str) ->
     wanted.spec.shape.width, wanted.spec.shape.height = width, height
 
 
-async def _show(client: HocketClient, wanted: GenerateRequest, output: Path | None) -> None:
-    accepted = Accepted()
-    whole = bytearray()
-    bar = ProgressBar(total=1, completed=0, width=24)
-    line = Text("asking …")
-    with Live(Group(line, bar), console=console, transient=True, refresh_per_second=10) as live:
-        async with aclosing(client.generate(wanted)) as events:
-            async for event in events:
-                match event:
-                    case Accepted():
-                        accepted = event
-                        live.console.print(_greeting(accepted))
-                    case Progress():
-                        line.plain = describe(event)
-                        shown = event.resolved_prompt
-                        if shown and (told := replaced_words(wanted.spec.prompt, shown)):
-                            live.console.print(told)
-                        bar.update(completed=event.step, total=max(event.steps, 1))
-                    case Degraded():
-                        spec = event.effective_spec
-                        cheaper = f"{spec.steps} steps at {spec.shape.width}x{spec.shape.height}"
-                        live.console.print(f"to be on time: {cheaper}")
-                    case MediaChunk():
-                        whole += event.data
-                    case Finished():
-                        path = target(output, accepted.request_id, event.media)
-                        _write(path, bytes(whole))
-                        live.console.print(farewell(accepted, event, path))
+class _Shown:
+    """How a request is shown while it is made, and where its result goes."""
+
+    def __init__(self, output: Path | None) -> None:
+        self._output = output
+        self._accepted = Accepted()
+        self._whole = bytearray()
+        self._bar = ProgressBar(total=1, completed=0, width=24)
+        self._line = Text("asking …")
+
+    async def follow(self, stream: AsyncGenerator[Event, None], prompt: str) -> None:
+        shown = Group(self._line, self._bar)
+        with Live(shown, console=console, transient=True, refresh_per_second=10) as live:
+            async with aclosing(stream) as events:
+                async for event in events:
+                    self._take(event, prompt, live)
+
+    def _take(self, event: Event, prompt: str, live: Live) -> None:
+        match event:
+            case Accepted():
+                self._accepted = event
+                live.console.print(greeting(event))
+            case Progress():
+                self._line.plain = describe(event)
+                shown = event.resolved_prompt
+                if shown and (told := replaced_words(prompt, shown)):
+                    live.console.print(told)
+                self._bar.update(completed=event.step, total=max(event.steps, 1))
+            case Degraded():
+                live.console.print(cheaper(event))
+            case MediaChunk():
+                self._whole += event.data
+            case Finished():
+                path = target(self._output, self._accepted.request_id, event.media)
+                write(path, bytes(self._whole))
+                live.console.print(farewell(self._accepted, event, path))
 
 
-def _greeting(accepted: Accepted) -> str:
+def cheaper(event: Degraded) -> str:
+    """What is run instead, in a line."""
+    spec = event.effective_spec
+    return f"to be on time: {spec.steps} steps at {spec.shape.width}x{spec.shape.height}"
+
+
+def greeting(accepted: Accepted) -> str:
+    """What was promised, in two lines."""
     spec = accepted.effective_spec
     late = "" if accepted.predicted_on_time else ", later than its deadline"
     lines = [
@@ -280,7 +312,8 @@ def farewell(accepted: Accepted, finished: Finished, path: Path) -> str:
     return f"{', '.join(facts)}\n{path}   (hocket trace {accepted.request_id})"
 
 
-def _write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes) -> None:
+    """Writes a result; raises a typed error where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)

@@ -153,6 +153,7 @@ class GatewayUnreachable(NotReady):
     """The connection to a gateway (or to control) was refused, or broke."""
 
     message: str = "the connection broke"
+    retry_after_us: int = 0
 
 
 @dataclass

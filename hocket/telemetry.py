@@ -41,7 +41,6 @@ from hocket.span_file import SpanFile
 
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}$")
 _CONTEXTS_KEPT = 256  # one request's spans come in a row
-_STANDING = ("/WatchCluster", "/Attach")
 _W3C = TraceContextTextMapPropagator()
 
 
@@ -158,9 +157,9 @@ class _CallDetails(Protocol):
 
 
 def _is_traced(call: _CallDetails) -> bool:
-    # Health, reflection and what stands as long as a process are not part of any request.
+    # Health, reflection, the standing watch and a gateway's line are not part of any request.
     method = call.method.decode() if isinstance(call.method, bytes) else call.method
-    return not method.startswith("/grpc.") and not method.endswith(_STANDING)
+    return not method.startswith("/grpc.") and not method.endswith(("/WatchCluster", "/Attach"))
 
 
 class _SecretIds(IdGenerator):

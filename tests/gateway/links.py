@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from gateway.line import Line, LinkBroken
+from gateway.line import Dial, Line, LinkBroken
 from gateway.whereabouts import Addresses
 from hocket.clock import ManualClock
 from hocket.v1.control_pb2 import (
@@ -77,12 +77,17 @@ class Wire:
 
     clock: ManualClock
     line: Line
+    dial: Dial
     links: list[MemoryLink] = field(default_factory=list)
     leaders: list[str] = field(default_factory=list)  # as the line told of them
 
     @property
     def link(self) -> MemoryLink:
         return self.links[-1]
+
+    def another(self) -> Line:
+        """A line of the test's own, to run and to end; its links are added to these."""
+        return Line("other", Addresses(lambda: ("a",)), self.dial, self.clock, lambda _: None)
 
     async def settle(self) -> None:
         for _ in range(_TURNS):
@@ -113,7 +118,7 @@ async def wired(*addresses: str, greet: Callable[[str], bool] = bool) -> AsyncIt
 
     where = Addresses(lambda: addresses)
     leaders: list[str] = []
-    wire = Wire(clock, Line("g", where, dial, clock, leaders.append), leaders=leaders)
+    wire = Wire(clock, Line("g", where, dial, clock, leaders.append), dial, leaders=leaders)
     running = asyncio.ensure_future(wire.line.run())
     await wire.settle()
     try:

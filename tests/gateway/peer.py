@@ -92,6 +92,10 @@ class Peer(ControlServiceServicer):
                 yield message
         finally:
             hearing.cancel()
+            for name, (_, line) in tuple(self.followers.items()):
+                if line is out:  # the end of a stream is a leave that may come back
+                    del self.followers[name]
+                    self.leaves.put_nowait(pb.Leave(follower=name, returns=True))
 
     async def _hear(self, requests: AsyncIterator[pb.AttachRequest], out: Out) -> None:
         async for message in requests:

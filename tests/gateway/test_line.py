@@ -244,3 +244,18 @@ async def test_of_a_backlog_progress_gives_way_and_nothing_else() -> None:
     seen = [await follower.next() for _ in range(BACKLOG_MAX)]
     assert seen[0].HasField("accepted") and seen[-1].HasField("failed")
     assert seen[-2].sequence == 499 and follower.progress_dropped == 500 - BACKLOG_MAX
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_a_cancel_is_not_lost_where_the_link_breaks_too(turns: int) -> None:
+    """A task group that was cancelled from outside forgets it when a task of its own failed."""
+    async with wired("a") as wire:
+        other = wire.another()
+        running = asyncio.ensure_future(other.run())
+        await wire.settle()
+        wire.link.break_off()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        running.cancel()
+        await wire.settle()
+        assert running.cancelled()

@@ -28,7 +28,8 @@ from hocket.v1.generation_pb2 import Accepted, Finished, FrameCounts, ModelInfo,
 from hocket.v1.types_pb2 import MediaInfo, Shape
 from tests.hocket.test_trace_view import CONTROL, GATEWAY, WORKER
 
-COMMANDS = {"up", "demo", "generate", "models", "status", "drain", "cancel", "trace", "timeline"}
+COMMANDS = {"up", "demo", "generate", "watch", "result", "ls", "models", "status", "drain"}
+COMMANDS |= {"cancel", "trace", "timeline"}
 
 
 def hocket(*arguments: str) -> tuple[int, str]:
@@ -97,7 +98,7 @@ def test_without_a_mesh_it_says_how_to_start_one(
 
 def test_a_gateway_that_does_not_answer_is_told(tmp_path: Path) -> None:
     status, told = hocket("models", "--address", "127.0.0.1:1", "--state-dir", str(tmp_path))
-    assert status == 1 and "NOT_READY" in told
+    assert status == 1 and "GATEWAY_UNREACHABLE" in told
 
 
 def test_trace_prints_the_timeline(state_dir: Path) -> None:
