@@ -48,7 +48,7 @@ class WorkerPool:
     process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> WorkerPool:
-        command = [sys.executable, "-m", "gpuworker", f"--count={self.count}"]
+        command = [sys.executable, "-m", "gpuworker", f"--count={self.count}", "--name-prefix=w"]
         command += [f"--nats-url={self.url}", f"--cluster={self.cluster}"]
         command += [f"--state-dir={self.state_dir}", "--device=cpu", "--log-level=error"]
         command += [f"--model={model}" for model in self.models]

@@ -47,6 +47,12 @@ def main(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Host name told to the planner.")] = None,
     advertise: Annotated[str | None, typer.Option(help="Address for other workers.")] = None,
+    drain_s: Annotated[
+        float | None, typer.Option(help="Seconds for handing latents over, when told to stop.")
+    ] = None,
+    restarts_max: Annotated[
+        int | None, typer.Option(help="Of one worker in ten minutes; more of them end all.")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with [gpuworker].")] = None,
 ) -> None:

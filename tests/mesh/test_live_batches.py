@@ -58,8 +58,9 @@ async def test_who_shares_a_batch_with_the_cancelled_and_the_killed_gets_its_own
         await client.cancel(next(r for r, name in names.items() if name == "b"))
         await told(reports, lambda r: r.sequence == together.sequence and of(r) == {"a", "c"})
         kill(tmp_path, "w0")
-        command = [sys.executable, "-m", "gpuworker", "--first-index=9", "--log-level=warning"]
+        command = [sys.executable, "-m", "gpuworker", "--name-prefix=w", "--first-index=9"]
         command += [f"--nats-url={running.nats_url}", f"--state-dir={tmp_path}", "--batch-max=8"]
+        command += ["--log-level=warning"]
         second = await asyncio.create_subprocess_exec(*command)
         try:
             cancelled = (await asyncio.gather(tasks["b"], return_exceptions=True))[0]

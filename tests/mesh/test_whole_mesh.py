@@ -153,25 +153,26 @@ async def test_a_request_is_one_trace_down_to_each_step(
 async def test_a_killed_worker_costs_steps_but_no_request_and_no_pixel(
     client: HocketClient, state_dir: Path
 ) -> None:
-    """kill -9 while the request runs on it; then a new worker joins late and is used."""
+    """kill -9 while the request runs on it."""
     call = Called()
     task = asyncio.ensure_future(call.run(client, asked(128, STEPS_LONG, 5)))
     async with asyncio.timeout(WAIT_S):
         await call.denoising.wait()
     victim = call.steps[-1].workers[0]
-    kill(state_dir, victim)
+    seen = len(call.steps)
+    kill(state_dir, victim)  # its pool starts another process of this name, which may be used
     await task
     assert call.finished is not None
-    after = [p for p in call.steps if victim not in p.workers and p.node == "dit"]
-    assert after, "nothing ran anywhere else"
+    assert [p for p in call.steps[seen:] if p.node == "dit"], "nothing ran after that"
     assert levels_apart(call.picture, plain_picture(128, STEPS_LONG, 5)) <= 1
 
 
 async def test_a_worker_that_joins_late_is_used(
     client: HocketClient, running: RunningMesh, state_dir: Path
 ) -> None:
-    command = [sys.executable, "-m", "gpuworker", "--first-index=9", "--log-level=warning"]
+    command = [sys.executable, "-m", "gpuworker", "--name-prefix=w", "--first-index=9"]
     command += [f"--nats-url={running.nats_url}", f"--state-dir={state_dir}"]
+    command += ["--log-level=warning"]
     late = await asyncio.create_subprocess_exec(*command)
     used: set[str] = set()
     try:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from gpuworker.broken_device import DeviceBroken, is_broken
 from gpuworker.engine import Engine
 from gpuworker.executor import RunNote, StepNote
 from gpuworker.inbox import Inbox, StopMark
@@ -118,6 +119,46 @@ def failing(card: ModelCard, at_step: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(card, "step", bounded)
         yield
+
+
+def test_a_device_that_is_broken_ends_the_worker_once_that_is_told(
+    flux: Reference, card: Loaded
+) -> None:
+    """A CUDA error is sticky: whoever went on would fail everything, at once."""
+    desk = Desk(card, flux, Pace())
+    desk.give("text", 1)
+    desk.give("dit", STEPS)
+    desk.give("dit", STEPS)
+    notes: list[RunNote] = []
+
+    def broken(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card[0], "step", broken)
+        with pytest.raises(DeviceBroken, match="illegal memory access"):
+            desk._engine.run(notes.append)
+    told = notes[-1]
+    assert told.failure is not None and told.failed_job is not None
+    assert (told.failure.reason, told.assignment.sequence) == ("DEVICE_BROKEN", 2)
+    assert list(told.failed_job.suspects) == ["w0"] and not told.behind
+
+
+@pytest.mark.parametrize(
+    ("error", "broken"),
+    [
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+        (RuntimeError("shapes do not fit"), False),
+        (ValueError("CUDA error: said by a card"), False),
+    ],
+)
+def test_which_errors_say_that_the_device_is_broken(error: Exception, broken: bool) -> None:
+    assert is_broken(error) == broken
+    outer = RuntimeError("a step failed")
+    outer.__cause__ = error
+    assert is_broken(outer) == broken
 
 
 @pytest.fixture

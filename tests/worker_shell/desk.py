@@ -90,7 +90,7 @@ async def desk(
     own_bus = bus is None
     bus = bus or await Bus.connect(url, name)
     executor = EmulatedExecutor(name, host, "cpu", batch_max=4)
-    told = {"heartbeat_us": NEVER_US, **settings}
+    told = {"heartbeat_us": NEVER_US, "media_bytes_max": 8 << 20, **settings}
     made = WorkerSettings(cluster=cluster, state_dir=folder, **told)  # type: ignore[arg-type]
     agent = Agent(name, made, bus, executor, clock, NoOpTracer())
     subjects = Subjects(cluster)

@@ -9,6 +9,7 @@ import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from tests.waiting import alive, until
@@ -64,7 +65,7 @@ async def test_a_killed_worker_is_started_again_and_knows_it(tmp_path: Path) -> 
         await until(lambda: pid(tmp_path, 0) and pid(tmp_path, 1))
         for restarts in range(3):
             os.kill(pid(tmp_path, 0, restarts), signal.SIGKILL)
-            await until(lambda restarts=restarts: pid(tmp_path, 0, restarts + 1))  # type: ignore[misc]
+            await until(partial(pid, tmp_path, 0, restarts + 1))
         assert alive(pid(tmp_path, 1)) and not pid(tmp_path, 1, 1)
         process.terminate()
         _, told = await process.communicate()
