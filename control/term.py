@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
@@ -167,10 +166,10 @@ class Term:
 
     async def close(self) -> None:
         """Keeps what was learned, if the broker answers; nothing is promised any more."""
+        await asyncio.to_thread(self.desk.driver.close)
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_WAIT_S):
-                await self._store.save(self.desk.driver.ask)
-        await asyncio.to_thread(self.desk.driver.close)
+                await self._store.save(self._scheduler)
 
     async def _check(self) -> NoReturn:
         clock = self.parts.clock
