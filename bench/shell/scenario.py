@@ -208,7 +208,8 @@ def _open_promises(world: World) -> int:
 
 def _is_quiet(run: Run) -> bool:
     """Whether all is as before the first request; if it is not, it has time to become so."""
-    if not run.calm and run.world.now_us < run.healed_us + _LEADER_US:
+    harmed_us = max(run.world.harmed_us, 0 if run.calm else run.healed_us)
+    if run.world.now_us < harmed_us + _LEADER_US:
         return False  # there may be no leader yet
     sizes = _sizes(run.world)
     del sizes["calls"]  # of the callers, who stay

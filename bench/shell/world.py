@@ -62,6 +62,7 @@ class World:
     executors: dict[str, EmulatedExecutor] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     deaths: list[Death] = field(default_factory=list)
+    harmed_us: int = 0  # when a process was killed last
     immortal: int = 0  # tasks of killed processes that refused to end
     past: list[Process] = field(default_factory=list)  # processes that are over
 
@@ -96,6 +97,7 @@ class World:
         """kill -9; `start` gives it a new life."""
         process = self.members[name].process
         if process is not None:
+            self.harmed_us = self.now_us
             self.immortal += await process.kill()
 
     def terminate(self, name: str) -> None:
@@ -158,8 +160,7 @@ class World:
 
     def _bury(self, process: Process) -> None:
         """What a process left running ends with it."""
-        if not process.dead:
-            self.outside(process.kill())
+        self.outside(process.kill())
 
     def outside(self, work: Coroutine[Any, Any, object]) -> None:
         """Does something outside of every process."""

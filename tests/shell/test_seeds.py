@@ -1,0 +1,87 @@
+"""The live shell in simulated time: a slice of the seeds, and what they find where it is broken.
+
+The whole of it: `python -m bench shell --seeds 0-9999 --jobs 2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from bench.shell.awaits import PLACES, courses
+from bench.shell.command import play_all
+from bench.shell.scenario import Verdict
+from control import desk
+from control.requests.endings import Endings
+from control.requests.records import Record, ending_event
+from hocket.stores import Guard, Log
+from hocket.v1 import journal_pb2
+
+SLICE = 150
+AWAITS_EVERY = 12
+
+
+def told(verdicts: Iterable[Verdict]) -> str:
+    return "\n".join(
+        f"seed {v.seed} {v.faults}: {'; '.join(map(str, v.problems))}"
+        for v in verdicts
+        if v.problems
+    )
+
+
+@pytest.mark.parametrize("first", range(0, SLICE, 50))
+def test_nothing_is_wrong_with_a_slice(first: int) -> None:
+    verdicts = play_all(list(range(first, first + 50)), ())
+    assert not told(verdicts), told(verdicts)
+    assert sum(v.requests for v in verdicts) > 100
+
+
+def test_a_seed_tells_the_same_story_twice() -> None:
+    once, again, other = play_all([2, 2, 3], ())
+    assert once.digest == again.digest != other.digest
+
+
+def test_nothing_goes_wrong_at_some_awaits() -> None:
+    found = {}
+    for what, verdict in courses(PLACES, every=AWAITS_EVERY):
+        found[what] = told([verdict])
+    assert len(found) > 30
+    assert not any(found.values()), {what: told for what, told in found.items() if told}
+
+
+def first_with(kind: str, seeds: range, kinds: tuple[str, ...] = ()) -> int | None:
+    """The first seed that finds it."""
+    for seed in seeds:
+        (verdict,) = play_all([seed], kinds)
+        if any(problem.kind == kind for problem in verdict.problems):
+            return seed
+    return None
+
+
+def test_a_leader_without_a_fence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    append = Log.append
+
+    async def unguarded(self: Log, subject: str, data: bytes, **options: Any) -> int:
+        if ".promise.request." in subject and isinstance(options.get("guard"), Guard):
+            options["guard"] = None
+        return await append(self, subject, data, **options)
+
+    kinds = ("stop", "broker held from")
+    monkeypatch.setattr(Log, "append", unguarded)
+    assert first_with("terms interleaved", range(38, 60), kinds) is not None
+
+
+def test_callers_without_a_grace_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    followers = desk.Followers
+    monkeypatch.setattr(desk, "Followers", lambda grace_us: followers(0))
+    assert first_with("lost while its caller moved", range(25)) is not None
+
+
+def test_an_ending_told_before_it_is_stored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hasty(self: Endings, record: Record, ended: journal_pb2.EndedRequest) -> None:
+        self._tell(self._records.end(record.id, ending_event(ended), 1))
+
+    monkeypatch.setattr(Endings, "_end", hasty)
+    assert first_with("told an end that is not stored", range(5)) is not None
