@@ -45,6 +45,7 @@ class Plan:
     controls: int = 2
     gateways: int = 2
     brokers: int = 1
+    pools: int = 1  # parents of workers; SIGTERM goes to one of them, as to a host
     callers: int = 8
     targets: tuple[str, ...] = faults.TARGETS
     gap_s: tuple[float, float] = (4.0, 9.0)  # between the beginnings of two faults
@@ -217,6 +218,7 @@ async def _mesh(
         gateways=plan.gateways,
         brokers=plan.brokers,
         monitors=True,
+        pools=plan.pools,
         restarts=RestartRule(most=10_000, calm_s=20.0),
     )
     async with AsyncExitStack() as stack:
