@@ -225,8 +225,12 @@ async def _mesh(
         running = await stack.enter_async_context(mesh(wanted, told))
         doors = []
         for number, address in enumerate(running.gateways):
-            client = await stack.enter_async_context(HocketClient(address))
-            doors.append(Gateway(f"gateway-{number + 1}" if number else "gateway", client))
+            others = (*running.gateways[number:], *running.gateways[:number])
+            client = HocketClient(address, patience_s=0.0)
+            rider = HocketClient(",".join(others))
+            for connected in (client, rider):
+                await stack.enter_async_context(connected)
+            doors.append(Gateway(f"gateway-{number + 1}" if number else "gateway", client, rider))
         yield running, doors
 
 
