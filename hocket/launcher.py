@@ -69,6 +69,7 @@ class MeshPlan:
     controls: int = 1  # replicas of control: one leads, the others stand by
     gateways: int = 1
     brokers: int = 1  # more than one: a cluster
+    pools: int = 1  # worker processes are started by so many parents, as on so many hosts
     monitors: bool = False  # each broker of our own serves its figures over HTTP
     restarts: RestartRule = DEFAULT  # when what died is started again
 
@@ -102,9 +103,9 @@ async def mesh(plan: MeshPlan, report: Report) -> AsyncIterator[RunningMesh]:
             doors = tuple(free_port() for _ in range(plan.brokers)) if plan.monitors else ()
             url = plan.nats_url or await _start_brokers(plan, children, report, doors)
             control = await _start_controls(plan, url, children, report)
-            pool = await _start_workers(plan, url, children)
+            pools = await _start_workers(plan, url, children)
             gateways = await _start_gateways(plan, url, children, report)
-            await _until_alive(plan, control, pool, report)
+            await _until_alive(plan, control, pools, report)
             children.supervise()
             monitors = tuple(f"http://127.0.0.1:{port}" for port in doors)
             yield RunningMesh(gateways[0], control, url, children, gateways, monitors)
@@ -152,14 +153,18 @@ async def _start_controls(plan: MeshPlan, url: str, children: Children, report: 
     return address
 
 
-async def _start_workers(plan: MeshPlan, url: str, children: Children) -> Child:
-    command = _service("gpuworker", plan, url, worker_options(plan))
-    return await children.start("workers", command, stop_rank=2)
+async def _start_workers(plan: MeshPlan, url: str, children: Children) -> list[Child]:
+    pools = []
+    for index in range(plan.pools):
+        command = _service("gpuworker", plan, url, worker_options(plan, index))
+        pools.append(await children.start(_numbered("workers", index), command, stop_rank=2))
+    return pools
 
 
-def worker_options(plan: MeshPlan) -> list[str]:
-    """What the workers' command is told of a plan; the rest is the workers' default."""
-    options = [f"--count={plan.workers}", "--name-prefix=w"]
+def worker_options(plan: MeshPlan, pool: int = 0) -> list[str]:
+    """What a pool of workers is told of a plan; the rest is the workers' default."""
+    first, behind = (plan.workers * index // plan.pools for index in (pool, pool + 1))
+    options = [f"--count={behind - first}", f"--first-index={first}", "--name-prefix=w"]
     options += [f"--model={model}" for model in plan.models]
     if plan.executor:
         options.append(f"--executor={plan.executor}")
@@ -201,27 +206,30 @@ def _service(module: str, plan: MeshPlan, url: str, options: list[str]) -> list[
     ]
 
 
-async def _until_alive(plan: MeshPlan, control: str, pool: Child, report: Report) -> None:
+async def _until_alive(
+    plan: MeshPlan, control: str, pools: Sequence[Child], report: Report
+) -> None:
     """Returns once every worker's lease is alive."""
     async with grpc.aio.insecure_channel(control, options=CHANNEL_OPTIONS) as channel:
         stub: ControlServiceAsyncStub = ControlServiceStub(channel)
         watch = asyncio.ensure_future(_count_workers(stub, plan.workers, report))
-        died = asyncio.ensure_future(pool.process.wait())
+        deaths = {asyncio.ensure_future(pool.process.wait()): pool for pool in pools}
         try:
             done, _ = await asyncio.wait(
-                (watch, died), timeout=_WORKERS_START_S, return_when=asyncio.FIRST_COMPLETED
+                (watch, *deaths), timeout=_WORKERS_START_S, return_when=asyncio.FIRST_COMPLETED
             )
             if watch in done:
                 watch.result()
                 return
-            why = "stopped" if died in done else f"are not alive after {_WORKERS_START_S:.0f} s"
+            pool = next((deaths[task] for task in deaths if task in done), pools[0])
+            why = "stopped" if done else f"are not alive after {_WORKERS_START_S:.0f} s"
             raise MeshStopped(f"the workers {why}\n{pool.log_tail()}")
         except grpc.aio.AioRpcError as error:
             raise MeshStopped(f"control does not answer: {error.details()}") from error
         finally:
-            watch.cancel()
-            died.cancel()
-            await asyncio.gather(watch, died, return_exceptions=True)
+            for task in (watch, *deaths):
+                task.cancel()
+            await asyncio.gather(watch, *deaths, return_exceptions=True)
 
 
 async def _count_workers(stub: ControlServiceAsyncStub, wanted: int, report: Report) -> None:

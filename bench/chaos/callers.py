@@ -1,7 +1,7 @@
 """Callers over the public API: they name their request by a key and come back when a stream breaks.
 
-A caller begins at one gateway; when its stream breaks it asks the next one, with the same key. What
-it sees goes into the history.
+A caller begins at one gateway; when its stream breaks it asks the next one, with the same key. A
+rider leaves that to the client, which knows all gateways. What they see goes into the history.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Gateway:
     """A door and its name among the processes."""
 
     name: str
-    client: HocketClient
+    client: HocketClient  # of this gateway alone, and without patience
+    rider: HocketClient  # of all gateways, this one first; it comes back by itself
 
 
 @dataclass
@@ -57,8 +58,10 @@ class Callers:
             self._end(story, GIVEN_UP, story.problem or "no end was told in time")
 
     async def _behave(self, call: Call, story: Story, doors: list[Gateway]) -> None:
-        if call.behaviour == wishes.PATIENT:
+        if call.behaviour in (wishes.PATIENT, wishes.RIDER):
             await self._follow(call, story, doors)
+        elif call.behaviour == wishes.OPERATION:
+            await self._operate(call, story, doors[0].rider)
         elif call.behaviour == wishes.DETACHED:
             await self._follow(call, story, doors, until_accepted=True)
             await asyncio.sleep(call.patience_s)
@@ -116,7 +119,8 @@ class Callers:
         """Reads one stream; whether it came to what was waited for."""
         media = bytearray()
         finishes = 0
-        events = door.client.generate(wanted)
+        client = door.rider if call.behaviour == wishes.RIDER else door.client
+        events = client.generate(wanted)
         try:
             async for event in events:
                 match event:
@@ -136,12 +140,35 @@ class Callers:
         if not finishes:
             return False
         story.finishes = max(story.finishes, finishes)
+        await self._finished(call, story, bytes(media))
+        return True
+
+    async def _operate(self, call: Call, story: Story, client: HocketClient) -> None:
+        """Starts an operation, looks away, and comes back for its end and its file."""
+        wanted = call.wish.asked(call.key, deadline_s=call.deadline_s)
+        while not story.ended:
+            try:
+                made = await client.create(wanted)
+                self._accepted(story, made.request_id)
+                await asyncio.sleep(call.patience_s)
+                made = await client.wait(made.request_id)
+                if made.error is not None:
+                    raise made.error
+                if made.done:
+                    media = await client.result(made.request_id)
+                    await self._finished(call, story, media)
+            except HocketError as error:
+                if not self._goes_on(story, error):
+                    return
+                story.breaks += 1
+                await asyncio.sleep(_AGAIN_S)
+
+    async def _finished(self, call: Call, story: Story, media: bytes) -> None:
         reference = self.references.get(call.wish.name)
         if reference is not None:
-            compared = asyncio.to_thread(compare, bytes(media), reference, exact=self.exact)
+            compared = asyncio.to_thread(compare, media, reference, exact=self.exact)
             story.picture = await compared
         self._end(story, FINISHED)
-        return True
 
     def _accepted(self, story: Story, request_id: str) -> None:
         if story.accepted_s is None:

@@ -53,6 +53,7 @@ def chaos_command(
         controls=controls,
         gateways=gateways,
         brokers=brokers,
+        pools=2 if executor == "torch" and workers > 1 else 1,
         targets=targets,
         exact=exact,
     )

@@ -43,7 +43,8 @@ class Fault:
     def kind(self) -> str:
         """By which it is reported."""
         span = f" {self.span_s:g} s" if self.span_s else ""
-        return f"{self.act}{span}, {self.target}"
+        target = "workers' pool" if (self.target, self.act) == (WORKER, TERM) else self.target
+        return f"{self.act}{span}, {target}"
 
 
 def draw(

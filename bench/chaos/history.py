@@ -55,7 +55,8 @@ class History:
         """Calls that are under way and lean on the victim."""
         running = [s for s in self.stories.values() if s.accepted_s is not None and not s.ended]
         if fault.target == WORKER:
-            running = [s for s in running if victim in s.workers]
+            pool = victim.startswith("workers")  # all of them may be concerned
+            running = [s for s in running if pool or victim in s.workers]
         elif fault.target == GATEWAY:
             running = [s for s in running if s.gateway == victim]
         elif fault.target not in (LEADER, BROKER):

@@ -55,7 +55,7 @@ async def _run(address: str, calls: list[Call]) -> None:
     history = _Groups()
     async with HocketClient(address) as client:
         began_ns = steady_ns()
-        doors = [Gateway("gateway", client)]
+        doors = [Gateway("gateway", client, client)]
         callers = Callers(
             doors, history, lambda: (steady_ns() - began_ns) / 1e9, {}, False, _LIMIT_S
         )

@@ -45,6 +45,7 @@ class Plan:
     controls: int = 2
     gateways: int = 2
     brokers: int = 1
+    pools: int = 1  # parents of workers; SIGTERM goes to one of them, as to a host
     callers: int = 8
     targets: tuple[str, ...] = faults.TARGETS
     gap_s: tuple[float, float] = (4.0, 9.0)  # between the beginnings of two faults
@@ -217,14 +218,19 @@ async def _mesh(
         gateways=plan.gateways,
         brokers=plan.brokers,
         monitors=True,
+        pools=plan.pools,
         restarts=RestartRule(most=10_000, calm_s=20.0),
     )
     async with AsyncExitStack() as stack:
         running = await stack.enter_async_context(mesh(wanted, told))
         doors = []
         for number, address in enumerate(running.gateways):
-            client = await stack.enter_async_context(HocketClient(address))
-            doors.append(Gateway(f"gateway-{number + 1}" if number else "gateway", client))
+            others = (*running.gateways[number:], *running.gateways[:number])
+            client = HocketClient(address, patience_s=0.0)
+            rider = HocketClient(",".join(others))
+            for connected in (client, rider):
+                await stack.enter_async_context(connected)
+            doors.append(Gateway(f"gateway-{number + 1}" if number else "gateway", client, rider))
         yield running, doors
 
 

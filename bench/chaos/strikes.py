@@ -12,7 +12,18 @@ from pathlib import Path
 
 import grpc
 
-from bench.chaos.faults import BROKER, GATEWAY, KILL, LEADER, SHAKE, STANDBY, STOP, TERM, Fault
+from bench.chaos.faults import (
+    BROKER,
+    GATEWAY,
+    KILL,
+    LEADER,
+    SHAKE,
+    STANDBY,
+    STOP,
+    TERM,
+    WORKER,
+    Fault,
+)
 from hocket import endpoints
 from hocket.channels import CHANNEL_OPTIONS
 from hocket.launcher import RunningMesh
@@ -43,7 +54,10 @@ class Strikes:
 
     async def victim(self, fault: Fault) -> Victim | None:
         """Whom the fault meets now; None when no such process is there."""
-        found = await self._candidates(fault.target)
+        if fault.target == WORKER and fault.act == TERM:
+            found = self._children("workers")  # who is told to leave is not started again alone
+        else:
+            found = await self._candidates(fault.target)
         return found[int(fault.pick * len(found))] if found else None
 
     def strike(self, fault: Fault, victim: Victim) -> None:

@@ -9,10 +9,17 @@ from hocket.client import request
 from hocket.v1.generation_pb2 import GenerateRequest
 
 PATIENT = "patient"  # follows to the end, through whatever gateway answers
+RIDER = "rider"  # the same, and leaves the looking for gateways to the client
+OPERATION = "operation"  # CreateGeneration, later the operation's end and its media
 DETACHED = "detached"  # goes after the acceptance, comes back later for the result
 QUITTER = "quitter"  # hangs up in the middle
 CANCELLER = "canceller"  # calls Cancel in the middle
-_BEHAVIOURS = (PATIENT,) * 12 + (DETACHED,) * 4 + (QUITTER,) * 2 + (CANCELLER,) * 2
+_BEHAVIOURS = (
+    *(PATIENT,) * 8,
+    *(RIDER,) * 4,
+    *(DETACHED, OPERATION) * 2,
+    *(QUITTER, CANCELLER) * 2,
+)
 PICTURES, CLIPS = "hocket-emoji", "hocket-emoji-motion"
 _PROMPTS = ("a fox on a green background", "a red apple", "a sleeping cat", "a lighthouse at night")
 

@@ -54,7 +54,8 @@ def test_other_seeds_draw_other_faults_and_calls() -> None:
     assert calls == [again.next() for _ in range(200)]
     assert [c.wish for c in calls] != [other.next().wish for _ in range(200)]
     assert len({c.key for c in calls}) == 200
-    assert {c.behaviour for c in calls} == {"patient", "detached", "quitter", "canceller"}
+    behaviours = {"patient", "rider", "operation", "detached", "quitter", "canceller"}
+    assert {c.behaviour for c in calls} == behaviours
     assert {c.wish.model for c in calls} == {wishes.PICTURES, wishes.CLIPS}
 
 
