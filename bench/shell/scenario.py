@@ -183,8 +183,9 @@ def _read_stored(run: Run) -> None:
     broker, subjects = run.world.broker, Subjects(roles.CLUSTER)
     zero_us = broker.unix_us - run.world.now_us
     prefix = subjects.promise("x").removesuffix("x")
+    fences = subjects.fence("x").removesuffix("x")
     for message in broker.all_of(subjects.promises_stream):
-        if message.subject == subjects.fence and message.data:
+        if message.subject.startswith(fences) and message.data:
             run.terms.append(journal_pb2.Fence.FromString(message.data).term)
         elif message.subject.startswith(prefix) and message.data:
             promise = journal_pb2.Promise.FromString(message.data)
