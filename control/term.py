@@ -14,6 +14,7 @@ from typing import NoReturn
 import msgspec
 from grpc_health.v1 import health
 
+from control import garbage
 from control.admission import AdmissionSettings
 from control.config import ControlSettings, profile_csv, scheduler_settings
 from control.desk import Desk, Wiring
@@ -152,6 +153,7 @@ class Term:
             async with asyncio.TaskGroup() as tasks:
                 for part in self.desk.parts():
                     tasks.create_task(part)
+                tasks.create_task(garbage.keep(self.parts.clock, self._is_idle))
                 tasks.create_task(self._check())
                 tasks.create_task(self._store.keep(self._scheduler, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
@@ -164,6 +166,9 @@ class Term:
         """Keeps what was learned; nothing is promised any more."""
         await asyncio.to_thread(self.desk.driver.close)
         await self._store.save(self._scheduler)
+
+    def _is_idle(self) -> bool:
+        return self.desk.records.open_count == 0
 
     async def _check(self) -> NoReturn:
         clock = self.parts.clock
