@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -23,6 +25,7 @@ from hocket.errors import BrokerUnavailable
 from hocket.stores import Cell, EntryTooLarge, LogFull, NoRoom, OutcomeUnknown
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 VERSION = 1
 SAVE_EVERY_US = 2_000_000
@@ -34,6 +37,12 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int
     snapshot: LatencySnapshot
+
+
+class Ask(Protocol):
+    """Puts a question to the scheduler where it runs (see `Driver.ask`)."""
+
+    async def __call__(self, question: Callable[[Scheduler], T]) -> T: ...
 
 
 class LatencyStore:
@@ -76,23 +85,35 @@ class LatencyStore:
         return None
 
     async def save(self, scheduler: Scheduler) -> None:
-        """Writes what is new; a broker that does not answer is tried again the next time."""
-        async with self._saving:
-            await self._save(scheduler)
+        """Writes what is new of a scheduler that is at rest."""
+        await self._save(self._news(scheduler))
 
-    async def _save(self, scheduler: Scheduler) -> None:
-        learned = scheduler.learned
-        if learned == self._saved:
+    async def keep(self, ask: Ask, clock: Clock) -> None:
+        """Writes what is new every few seconds, until cancelled; `ask` has the scheduler."""
+        while True:
+            await clock.sleep_until(clock.now_us() + SAVE_EVERY_US)
+            await self._save(await ask(self._news))
+
+    def _news(self, scheduler: Scheduler) -> tuple[int, LatencySnapshot] | None:
+        if scheduler.learned == self._saved:
+            return None
+        return scheduler.learned, scheduler.latencies()
+
+    async def _save(self, news: tuple[int, LatencySnapshot] | None) -> None:
+        """A broker that does not answer is tried again the next time."""
+        if news is None:
             return
-        snapshot = scheduler.latencies()
-        try:
-            await self._write(packed(Stored(version=VERSION, snapshot=snapshot)))
-        except (BrokerUnavailable, OutcomeUnknown, LogFull, EntryTooLarge) as error:
-            if not self._failing:
-                log.warning("latencies were not stored: %s", error)
-            self._failing = True
-            return
-        self._saved, self._failing = learned, False
+        learned, snapshot = news
+        content = await asyncio.to_thread(packed, Stored(version=VERSION, snapshot=snapshot))
+        async with self._saving:
+            try:
+                await self._write(content)
+            except (BrokerUnavailable, OutcomeUnknown, LogFull, EntryTooLarge) as error:
+                if not self._failing:
+                    log.warning("latencies were not stored: %s", error)
+                self._failing = True
+                return
+            self._saved, self._failing = learned, False
 
     async def _write(self, content: bytes) -> None:
         found = await self._cell.get()
@@ -100,12 +121,6 @@ class LatencyStore:
             await self._cell.create(content)
         else:  # where another leader has written meanwhile, its model is the newer one
             await self._cell.update(content, found[1])
-
-    async def keep(self, scheduler: Scheduler, clock: Clock) -> None:
-        """Writes every few seconds, until cancelled."""
-        while True:
-            await clock.sleep_until(clock.now_us() + SAVE_EVERY_US)
-            await self.save(scheduler)
 
 
 def packed(stored: Stored) -> bytes:

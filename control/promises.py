@@ -45,8 +45,9 @@ LANES = 32
 TERM_MAX = 1 << 30  # cursors and epochs are terms times 2^32
 _AGAIN_US = 200_000  # between two tries while the broker is away
 # What is gone leaves a mark for those who follow; of the oldest ended requests everybody knows.
-_MARK_S, _OLDEST_MARK_S = 3600.0, 60.0
+_MARK_S, _OLDEST_MARK_S = 3600.0, 5.0
 _RETRY_FULL_US = 5_000_000
+_FAILURE_BYTES_MAX = 8192
 _SHARE_FORGOTTEN = 10  # a tenth of the ended requests makes room
 _DERIVED_MAX, _DERIVED_MIN = 256 << 20, 16 << 20  # bytes, where the setting is 0
 
@@ -196,7 +197,7 @@ class Promises:
         if not promise.HasField("ended"):
             await self._write(self._subjects.promise(request), promise)
             return self.unix_us
-        without_prompts(promise)
+        _shorten(promise)
         await self._write(self._subjects.promise(request), promise, self._retention_s)
         self._ended[request] = None
         if len(self._ended) > self._ended_max:
@@ -309,8 +310,12 @@ class Promises:
                 await self._wait_for_broker(answers)
 
 
-def without_prompts(promise: journal_pb2.Promise) -> None:
-    """Drops what a user wrote."""
+def _shorten(promise: journal_pb2.Promise) -> None:
+    """Drops what a user wrote, and of a failure what no broker might take."""
+    failed = promise.ended.failed
+    if promise.ended.HasField("failed") and failed.ByteSize() > _FAILURE_BYTES_MAX:
+        failed.message = failed.message[: _FAILURE_BYTES_MAX // 4]
+        failed.ClearField("metadata")
     specs = [promise.submit.request.spec]
     if promise.HasField("answer"):
         specs.append(promise.answer.effective_spec)

@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from control.config import ControlSettings
+from control.config import ControlSettings, profile_csv, scheduler_settings
 from control.doorway import Doorway
 from control.intake import CHECK_EVERY_US, SERVICE
 from control.leadership import Leadership
@@ -29,7 +29,7 @@ from control.leases import Leases
 from control.promises import Deposed, Promises, open_stream
 from control.replicas import LEADER, STANDBY, Replicas
 from control.standby import Standby
-from control.term import Parts, Term
+from control.term import Parts, Term, build_scheduler
 from hocket import endpoints
 from hocket.bus import Bus, Subjects
 from hocket.channels import SERVER_OPTIONS
@@ -53,6 +53,7 @@ async def serve(
     settings: ControlSettings, clock: Clock, told: Telemetry, stop: asyncio.Event
 ) -> None:
     """Runs a control replica until `stop` is set. Raises what ended it: a HocketError, or a bug."""
+    build_scheduler(scheduler_settings(settings, 1), profile_csv(settings))  # or WrongConfig, now
     bus = await Bus.connect(settings.nats_url, "control")
     try:
         replica = await Replica.open(settings, clock, told, bus)

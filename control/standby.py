@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _CATCH_UP_S = 3.0  # then the stream is read anew
 _AGAIN_S = 0.2
+_MARKS_MAX = 20_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Book:
         self._requests = subjects.promise("").removesuffix("~")
         self._wishes = subjects.drain("").removesuffix("~")
         self._fence = subjects.fence("")
-        self._marks: dict[str, None] = {}  # subjects of entries that say that something is gone
+        self._marks: dict[str, None] = {}  # newest subjects that say that something is gone
         self._fences: set[str] = set()
         self.open: dict[str, Kept] = {}
         self.ended: OrderedDict[str, Kept] = OrderedDict()  # by when they ended
@@ -82,6 +83,8 @@ class Book:
                 self.open[request] = Kept(promise, entry.unix_us)
             else:
                 self._marks[entry.subject] = None
+        if len(self._marks) > _MARKS_MAX:
+            del self._marks[next(iter(self._marks))]
 
     def prune(self, unix_us: int, retention_us: int, ended_max: int) -> None:
         """Leaves out what the stream does not keep for longer."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -38,6 +39,8 @@ from hocket.telemetry import Telemetry
 from hocket.v1 import journal_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
+
+_CLOSE_WAIT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class Term:
                     tasks.create_task(part)
                 tasks.create_task(garbage.keep(self.parts.clock, self._is_idle))
                 tasks.create_task(self._check())
-                tasks.create_task(self._store.keep(self._scheduler, self.parts.clock))
+                tasks.create_task(self._store.keep(self.desk.driver.ask, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
                 await self._deposed
             raise AssertionError("it ends by an exception")
@@ -163,9 +166,11 @@ class Term:
             self._deposed.cancel()
 
     async def close(self) -> None:
-        """Keeps what was learned; nothing is promised any more."""
+        """Keeps what was learned, if the broker answers; nothing is promised any more."""
         await asyncio.to_thread(self.desk.driver.close)
-        await self._store.save(self._scheduler)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_WAIT_S):
+                await self._store.save(self._scheduler)
 
     def _is_idle(self) -> bool:
         return self.desk.records.open_count == 0

@@ -123,6 +123,15 @@ class Bus:
         """Largest message that the broker takes, in bytes."""
         return self._client.max_payload
 
+    @property
+    def troubles(self) -> dict[str, int]:
+        """What went wrong so far, by name."""
+        return {
+            "dropped messages": self.drops,
+            "undecodable messages": self.undecodable,
+            "refused messages": self.refused,
+        }
+
     async def failed(self) -> NoReturn:
         """Waits for ever, or raises the bug of a handler: a service's task group owns this wait."""
         await asyncio.shield(self._failure)

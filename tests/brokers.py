@@ -21,7 +21,6 @@ class Broker:
         self.folder = folder
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
-        self._standing = False
 
     @property
     def url(self) -> str:
@@ -34,14 +33,14 @@ class Broker:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def stand_still(self) -> None:
-        """SIGSTOP."""
+        """SIGSTOP; returns once it stands."""
         self._send(signal.SIGSTOP)
-        self._standing = True
+        assert self.process is not None
+        os.waitpid(self.process.pid, os.WUNTRACED)
 
     def go_on(self) -> None:
         """SIGCONT."""
         self._send(signal.SIGCONT)
-        self._standing = False
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -70,6 +69,25 @@ class Broker:
     def _send(self, number: int) -> None:
         assert self.process is not None
         os.kill(self.process.pid, number)
+
+
+@contextmanager
+def broker_cluster(folder: Path, size: int = 3) -> Iterator[list[Broker]]:
+    """Brokers that are one cluster, each with a store of its own."""
+    brokers = [Broker(folder / f"n{i}") for i in range(size)]
+    ports = [free_port() for _ in brokers]
+    routes = ",".join(f"nats://127.0.0.1:{port}" for port in ports)
+    try:
+        for number, (broker, port) in enumerate(zip(brokers, ports, strict=True)):
+            broker.folder.mkdir()
+            own = ("-n", f"n{number}", "-cluster", f"nats://127.0.0.1:{port}")
+            broker.start(*own, "-cluster_name", "test", "-routes", routes)
+        yield brokers
+    finally:
+        for broker in brokers:
+            if broker.process is not None:
+                broker.process.kill()
+                broker.process.wait(10)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from nats.js.api import RetentionPolicy, StreamConfig
 
 from bench.replay import JournalIncomplete, entries_from_broker, replay
-from control.journal import Journal, joined, pieces
+from control.journal import Journal, joined, pieces, read
 from control.latency_store import LATENCIES, LatencyStore
 from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
@@ -152,3 +153,28 @@ async def test_latencies_of_an_older_version_are_read(bus: Bus, subjects: Subjec
     await store.save(taught(learned()))
     kept = await Cell(bus, subjects.latency_bucket, LATENCIES).get()
     assert kept is not None and not kept[0].startswith(b"{") and await store.load() is not None
+
+
+async def test_a_journal_of_an_older_version_goes_on(bus: Bus, subjects: Subjects) -> None:
+    """Its promises are read where they stand, and take up nothing."""
+    old = StreamConfig(
+        name=subjects.journal_stream,
+        subjects=[subjects.journal("*")],
+        retention=RetentionPolicy.LIMITS,
+        max_bytes=1 << 20,
+    )
+    await bus.jetstream.add_stream(old)
+    entry = journal_pb2.JournalEntry(term=3, sequence=1)
+    entry.accepted.submit.request_id = "r1"
+    await bus.jetstream.publish(subjects.journal("accepted"), entry.SerializeToString())
+    diary = await Journal.open(bus, subjects, term=4)
+    assert await Log(bus, subjects.journal_stream).bytes_max() == 1 << 20
+    await diary.note(journal_pb2.JournalEntry(observed_json="{}"))
+    async with asyncio.timeout(WAIT_S):
+        while len(found := [s.entry async for s in read(bus, subjects)]) < 2:
+            pass
+    assert [(e.term, e.WhichOneof("entry")) for e in found] == [
+        (3, "accepted"),
+        (4, "observed_json"),
+    ]
+    assert [s.entry async for s in read(bus, subjects, "accepted")] == found[:1]

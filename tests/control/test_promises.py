@@ -12,7 +12,7 @@ from control.standby import Book, Standby
 from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
 from hocket.errors import Refused, WrongConfig
-from hocket.stores import Entry, Log, OutcomeUnknown
+from hocket.stores import Entry, EntryTooLarge, Log, OutcomeUnknown
 from hocket.v1 import journal_pb2
 from tests.brokers import running_broker
 from tests.control.made import PROMPT, ended, promised
@@ -84,6 +84,21 @@ async def test_what_has_ended_keeps_no_prompt(bus: Bus, subjects: Subjects) -> N
     await promises.append(ended("a"))
     stored = await stream.newest(subjects.promise("a"))
     assert stored is not None and PROMPT.encode() not in stored.data
+
+
+async def test_a_failure_that_no_broker_takes_is_shortened(bus: Bus, subjects: Subjects) -> None:
+    stream = await open_stream(bus, subjects)
+    promises = await taken(stream, subjects, 1)
+    promise = ended("a")
+    promise.ended.failed.reason = "MODEL_ERROR"
+    promise.ended.failed.message = "x" * (2 << 20)
+    await promises.append(promise)
+    with pytest.raises(EntryTooLarge):
+        promise = promised("b")
+        promise.submit.request.spec.prompt = "x" * (2 << 20)
+        await promises.append(promise)
+    kept = (await book_of(stream, subjects)).ended["a"].promise.ended
+    assert kept.failed.reason == "MODEL_ERROR" and len(kept.failed.message) > 1000
 
 
 async def test_the_oldest_ended_requests_go_first(bus: Bus, subjects: Subjects) -> None:

@@ -16,7 +16,7 @@ from hocket.bus import Bus, Subjects
 from hocket.errors import NotLeader
 from hocket.leader import LeaderWatch
 from hocket.v1 import mesh_pb2
-from tests.brokers import running_broker
+from tests.brokers import broker_cluster, running_broker
 from tests.control.replica import MODEL, asking, beat_for_ever, replica, started
 from tests.waiting import alive, until
 
@@ -124,6 +124,34 @@ async def test_control_outlasts_a_broker_that_stands_still(tmp_path: Path) -> No
             assert getattr(answer, "request_id", "") == "r2", answer
             assert (await client.cluster()).term == before.term
             assert await client.cancel("r1") is True
+            broker.stand_still()
+            async with asyncio.timeout(WAIT_S / 4):
+                await one.stop()
+            broker.go_on()
+        beating.cancel()
+        await bus.close()
+
+
+async def test_one_of_three_brokers_may_die(tmp_path: Path) -> None:
+    """The one with the promises: another one of the cluster has them too."""
+    subjects = Subjects("three")
+    with broker_cluster(tmp_path) as brokers:
+        url = ",".join(broker.url for broker in brokers)
+        bus = await Bus.connect(url, "worker")
+        beating = asyncio.ensure_future(beat_for_ever(bus, subjects))
+        async with (
+            asyncio.timeout(2 * WAIT_S),
+            replica(url, "three", tmp_path / "a", stream_replicas=3) as one,
+            asking(await one.leads()) as client,
+        ):
+            await client.accepted("r1")
+            info = await bus.jetstream.stream_info(subjects.promises_stream)
+            assert info.cluster is not None and info.cluster.leader is not None
+            brokers[int(info.cluster.leader.removeprefix("n"))].kill()
+            await client.accepted("r2")
+            for request in ("r1", "r2"):
+                while await client.cancel(request) is not True:
+                    pass
         beating.cancel()
         await bus.close()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import pytest
@@ -35,7 +37,9 @@ from hocket.bus import Bus, Subjects
 from hocket.clock import ManualClock, SystemClock
 from hocket.stores import Cell, Log
 from hocket.v1 import journal_pb2
+from tests.waiting import until
 
+T = TypeVar("T")
 PAYLOAD_MAX = 1 << 20  # of a NATS message
 
 
@@ -77,10 +81,15 @@ async def test_it_is_written_while_something_is_learned_and_only_then(
     scheduler = taught(learned())
     watch = await values.watch()
     assert await watch.next() is None  # nothing so far
-    keeping = asyncio.ensure_future(store.keep(scheduler, clock))
+
+    async def ask(question: Callable[[Scheduler], T]) -> T:
+        return question(scheduler)
+
+    keeping = asyncio.ensure_future(store.keep(ask, clock))
     await asyncio.sleep(0)
     clock.advance_to(SAVE_EVERY_US)
     assert await watch.next() is not None
+    await until(lambda: clock.next_wake_us() == 2 * SAVE_EVERY_US)  # it sleeps again
     await store.save(scheduler)
     found = await values.get()
     assert found is not None and found[1] == 1
