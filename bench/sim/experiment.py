@@ -15,7 +15,7 @@
                                                 source = "README table, approximate"
 
 A key of a cell or a sweep is `workload` (its name), a parameter of the workload, a cost, `workers`,
-`hosts`, `memory_mib`, `profile` or `loads`. All policies meet the same requests in a cell and seed.
+`hosts`, `memory_mib`, `profile`, `loads`, or `firm` and `refuse` of `[promises]` (see `case.py`). All policies meet the same requests in a cell and seed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ from control.scheduler.profile import Profile
 from control.scheduler.schedule_log import DoneLine
 from control.scheduler.settings import SettingError, Settings, SettingValue, read_policy_settings
 
-from .case import Case, CaseError, ClusterSpec, Fault, ProfileSpec, convert, read_profile
+from .case import (
+    Case,
+    CaseError,
+    ClusterSpec,
+    Fault,
+    ProfileSpec,
+    Promises,
+    convert,
+    read_profile,
+)
 from .costs import Costs, Straggler
 from .loop import Timer, run
 from .trace import TraceRequest, read_trace
@@ -41,6 +50,7 @@ from .workloads import generate, workload
 
 COSTS = tuple(f.name for f in msgspec.structs.fields(Costs))
 CLUSTER = ("workers", "hosts", "memory_mib")
+PROMISES = ("firm", "refuse")
 SETTINGS = {
     f.name: f.default
     for f in msgspec.structs.fields(Settings)
@@ -90,6 +100,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     costs: Costs = Costs()
     sweep: dict[str, list[SettingValue]] = {}
     cells: tuple[dict[str, SettingValue], ...] = ()
+    promises: Promises | None = None
     policies: tuple[PolicySpec, ...] = ()
     paper: tuple[PaperRow, ...] = ()
 
@@ -113,6 +124,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     trace: tuple[TraceRequest, ...] | None = None
     faults: tuple[Fault, ...] = ()
     stragglers: tuple[Straggler, ...] = ()
+    promises: Promises | None = None
     check: bool = True
 
     def to_case(self) -> Case:
@@ -131,6 +143,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
             faults=self.faults,
             stragglers=self.stragglers,
             seed=self.seed,
+            promises=self.promises,
         )
 
 
@@ -210,7 +223,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True):
         cluster = _replaced(file.cluster, {k: cell[k] for k in CLUSTER if k in cell})
         if policy.memory_mib is not None:
             cluster = msgspec.structs.replace(cluster, memory_mib=policy.memory_mib)
-        others = {*COSTS, *CLUSTER, "profile", "loads", "workload"}
+        others = {*COSTS, *CLUSTER, *PROMISES, "profile", "loads", "workload"}
+        told = {k: cell[k] for k in PROMISES if k in cell}
         own = {k: v for k, v in file.workload.items() if k != "name"}
         parameters = {**own, **{k: v for k, v in cell.items() if k not in others}}
         name = str(cell.get("workload", file.workload.get("name", "")))
@@ -235,6 +249,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True):
             trace=trace,
             faults=file.faults,
             stragglers=file.stragglers,
+            promises=_replaced(file.promises or Promises(), told) if told else file.promises,
             check=check,
         )
         return [msgspec.structs.replace(spec, seed=seed) for seed in seeds]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from .schedule_log import DoneLine, HeaderLine, Line, RejectedLine, RunLine, ScheduleLog
-from .values import DIT, Request
+from .values import DIT, Arrived, Request
 
 
 class LatencySummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,7 +33,19 @@ class ClassSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attainment: float
 
 
-class Summary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PromiseSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Of requests with a deadline that were told their finish when they arrived."""
+
+    told: int
+    promised: int  # told "on time"
+    kept: int  # and were
+    firm_promised: int
+    firm_kept: int
+
+
+class Summary(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """Fractions are 0..1; what was rejected, cancelled or failed is a miss."""
 
     requests: int
@@ -47,6 +59,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     preemptions: int  # pauses of a denoise job longer than one of its steps
     degree_changes: int
     plan_ms: PlanTimeSummary
+    promises: PromiseSummary | None = None  # where anybody was told anything
 
 
 def summarise(log: ScheduleLog, plan_ms: Sequence[float] = ()) -> Summary:
@@ -56,6 +69,7 @@ def summarise(log: ScheduleLog, plan_ms: Sequence[float] = ()) -> Summary:
     runs = [x for x in lines if type(x) is RunLine]
     classes: dict[str, list[bool]] = {}
     latency_s: list[float] = []
+    promises: list[tuple[Arrived, bool]] = []
     origin_us = log.start_us
     for request_id, arrived in log.arrivals.items():
         request = arrived.request
@@ -65,6 +79,8 @@ def summarise(log: ScheduleLog, plan_ms: Sequence[float] = ()) -> Summary:
             latency_s.append((finished_us - arrived.at_us) / 1e6)
             met = request.deadline_us is None or finished_us <= request.deadline_us
         classes.setdefault(_class(request), []).append(met)
+        if arrived.promised_us is not None and request.deadline_us is not None:
+            promises.append((arrived, met))
     rejected = sum(isinstance(x, RejectedLine) for x in lines)
     refused = [x.request for x in lines if isinstance(x, RejectedLine)]
     total = len(log.arrivals) + sum(r not in log.arrivals for r in refused)
@@ -84,6 +100,20 @@ def summarise(log: ScheduleLog, plan_ms: Sequence[float] = ()) -> Summary:
         preemptions=preemptions,
         degree_changes=degree_changes,
         plan_ms=PlanTimeSummary(**{f"p{q}": percentile(sorted(plan_ms), q) for q in (50, 99)}),
+        promises=_promise_summary(promises),
+    )
+
+
+def _promise_summary(told: Sequence[tuple[Arrived, bool]]) -> PromiseSummary | None:
+    if not told:
+        return None
+    promised = [(a.request.firm, met) for a, met in told if a.on_time]
+    return PromiseSummary(
+        told=len(told),
+        promised=len(promised),
+        kept=sum(met for _, met in promised),
+        firm_promised=sum(firm for firm, _ in promised),
+        firm_kept=sum(firm and met for firm, met in promised),
     )
 
 

@@ -221,7 +221,7 @@ def test_estimates_are_those_of_who_looks_at_everything_anew():
         progressed = ledger.progressed
         assert progressed == {}
         fresh = Estimates(ledger, scheduler._planner)
-        anew = [fresh.newcomer_finish_us(probe, now_us)]
+        anew = fresh.newcomers_finish_us((probe,), now_us)
         assert known == anew + [fresh.finish_us(t, now_us) for t in ledger.tracked.values()]
         ledger.progressed = progressed  # the scheduler's own estimates go on reading
 
