@@ -54,26 +54,29 @@ PLACES = (
 
 
 def courses(
-    places: tuple[Place, ...] = PLACES, deeds: tuple[str, ...] = DEEDS, every: int = 1
+    places: tuple[Place, ...] = PLACES,
+    deeds: tuple[str, ...] = DEEDS,
+    every: int = 1,
+    most: int = 1_000_000,
 ) -> Iterator[tuple[str, Verdict]]:
-    """All of it, or of the awaits each `every`-th; each run with what it was."""
+    """All of it, or of the awaits each `every`-th, at most so many; each run with what it was."""
     for course in COURSES:
         for place in places:
             for deed in deeds:
                 if deed == "break" and "_serve" not in place.coroutine:
                     continue
-                yield from _all_awaits(course, place, deed, every)
+                yield from _all_awaits(course, place, deed, every, most)
 
 
-def _all_awaits(course: str, place: Place, deed: str, every: int) -> Iterator[tuple[str, Verdict]]:
-    number = 0
-    while True:
+def _all_awaits(
+    course: str, place: Place, deed: str, every: int, most: int
+) -> Iterator[tuple[str, Verdict]]:
+    for number in range(0, every * most, every):
         trap = Trap(place, deed, number)
         verdict = perform(number, _script(course, trap))
         if not trap.sprung:
             return
         yield f"{course}, {deed} at await {number} of {place}", verdict
-        number += every
 
 
 class Trap:
@@ -125,7 +128,8 @@ class Trap:
         world = self._world
         assert world is not None
         process.cut_off()
-        world.harmed_us = world.now_us
+        if process.name.startswith("control"):
+            world.harmed_us = world.now_us
         world.outside(process.kill())
 
     def _stop(self, process: Process) -> None:

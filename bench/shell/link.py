@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import Message
 
 from .loop import Process, SimulatedLoop
-from .served import Door, ServerCall
+from .served import TOLD_EVERY, Door, ServerCall
 from .wire import Weather, Wire
 
 _KEEPALIVE_US = 15_000_000
@@ -184,6 +184,7 @@ class Call:
         self._changed = asyncio.Event()
         self._status: tuple[grpc.StatusCode, str, Any] | None = None
         self._room = asyncio.Semaphore(_WINDOW)
+        self._taken = 0
         self.server: ServerCall | None = None
         self._connected: asyncio.Future[None] = loop.create_future()
         self._ends_us = None
@@ -213,7 +214,8 @@ class Call:
             raise
         if self._responses:
             data = self._responses.popleft()
-            if self.server is not None:
+            self._taken += 1
+            if self.server is not None and self._taken % TOLD_EVERY == 0:
                 self.channel.up.send(self.server.more_room)
             return self._deserialize(data)
         self._raise_unless_ok()
@@ -276,7 +278,8 @@ class Call:
         self._later(self._end, code, details, trailing)
 
     def more_room(self) -> None:
-        self._later(self._room.release)
+        for _ in range(TOLD_EVERY):
+            self._later(self._room.release)
 
     # ------------------------------------------------------------------------------------------
 

@@ -86,6 +86,7 @@ def control(index: int) -> Role:
             listen=f"control-{index}:0",
             policy=world.policy,
             requests_open_max=world.open_max,
+            lease_us=3_000_000,
             profiles=(profile_file(world.state_dir),),
         )
         stop = asyncio.Event()
@@ -126,7 +127,7 @@ def worker(index: int) -> Role:
             nats_url=_URL,
             state_dir=world.state_dir,
             host=f"host-{index % 2}",
-            heartbeat_us=500_000,
+            heartbeat_us=700_000,
         )
         name = f"w{index}"
         host = world.emulated

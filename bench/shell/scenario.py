@@ -28,7 +28,7 @@ from .world import World
 SECOND_US = 1_000_000
 _TASKS_TOGETHER = 12  # some come and go all the time: only more of them count
 START_US = 1000 * SECOND_US
-BEGIN_US = START_US + 3 * SECOND_US  # the fleet has come up, the first callers come
+BEGIN_US = START_US + 2 * SECOND_US  # the fleet has come up, the first callers come
 CONTROLS = 2
 _LEADER_US = 6 * SECOND_US  # by then somebody leads again
 _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
@@ -183,11 +183,8 @@ def _read_stored(run: Run) -> None:
     broker, subjects = run.world.broker, Subjects(roles.CLUSTER)
     zero_us = broker.unix_us - run.world.now_us
     prefix = subjects.promise("x").removesuffix("x")
-    fences = subjects.fence("x").removesuffix("x")
     for message in broker.all_of(subjects.promises_stream):
-        if message.subject.startswith(fences) and message.data:
-            run.terms.append(journal_pb2.Fence.FromString(message.data).term)
-        elif message.subject.startswith(prefix) and message.data:
+        if message.subject.startswith(prefix) and message.data:
             promise = journal_pb2.Promise.FromString(message.data)
             run.terms.append(promise.term)
             name, at_us = name_of(message.subject.removeprefix(prefix)), message.unix_us - zero_us
@@ -209,7 +206,8 @@ def _open_promises(world: World) -> int:
 
 def _is_quiet(run: Run) -> bool:
     """Whether all is as before the first request; if it is not, it has time to become so."""
-    harmed_us = max(run.world.harmed_us, 0 if run.calm else run.healed_us)
+    led = [f for f in run.faults if not f.target or "control" in f.target + f.other]
+    harmed_us = max(run.world.harmed_us, run.healed_us if led else 0)
     if run.world.now_us < harmed_us + _LEADER_US:
         return False  # there may be no leader yet
     sizes = _sizes(run.world)

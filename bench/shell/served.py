@@ -19,7 +19,8 @@ from .wire import Wire
 if TYPE_CHECKING:
     from .link import Network
 
-_WINDOW = 256  # messages that a stream sends ahead of its reader
+_WINDOW = 256  # messages that a stream sends ahead of its reader …
+TOLD_EVERY = 64  # … who says so after so many of them
 
 
 class Caller(Protocol):
@@ -140,6 +141,7 @@ class ServerCall:
         self._method, self._down, self._ends_us = method, down, ends_us
         self.channel: Any = getattr(caller, "channel", None)
         self._handler: Any = None
+        self._taken = 0
         self._requests: deque[bytes | None] = deque()  # None: no more will come
         self._arrived: asyncio.Event | None = None
         self._room: asyncio.Semaphore | None = None
@@ -161,7 +163,7 @@ class ServerCall:
         self._inside(self._cancel)
 
     def more_room(self) -> None:
-        self._inside(lambda: None if self._room is None else self._room.release())
+        self._inside(self._more_room)
 
     def _inside(self, what: Callable[..., object], *args: object) -> None:
         if not self._process.dead:
@@ -181,7 +183,14 @@ class ServerCall:
         if self._arrived is not None:
             self._arrived.set()
         if data is not None:
-            self._down.send(self._caller.more_room)
+            self._taken += 1
+            if self._taken % TOLD_EVERY == 0:
+                self._down.send(self._caller.more_room)
+
+    def _more_room(self) -> None:
+        assert self._room is not None
+        for _ in range(TOLD_EVERY):
+            self._room.release()
 
     def _cancel(self) -> None:
         self._over = True

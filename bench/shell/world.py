@@ -62,7 +62,7 @@ class World:
     executors: dict[str, EmulatedExecutor] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     deaths: list[Death] = field(default_factory=list)
-    harmed_us: int = 0  # when a process was killed last
+    harmed_us: int = 0  # when a control replica was killed last
     immortal: int = 0  # tasks of killed processes that refused to end
     past: list[Process] = field(default_factory=list)  # processes that are over
 
@@ -97,7 +97,8 @@ class World:
         """kill -9; `start` gives it a new life."""
         process = self.members[name].process
         if process is not None:
-            self.harmed_us = self.now_us
+            if name.startswith("control"):
+                self.harmed_us = self.now_us
             self.immortal += await process.kill()
 
     def terminate(self, name: str) -> None:
