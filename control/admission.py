@@ -26,8 +26,7 @@ from control.requests.degrade import Ladder, ladders
 from control.requests.endings import Promises
 from control.requests.lifecycle import RequestState
 from control.requests.records import Record, Records
-from control.requests.verdicts import Newcomer, Verdict, Verdicts, judge
-from control.scheduler.core import Scheduler
+from control.requests.verdicts import Newcomer, Verdict, judge
 from control.scheduler.values import Arrived, CancelRequested, Request
 from hocket import spans, telemetry
 from hocket.clock import Clock, unix_ns
@@ -37,8 +36,7 @@ from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
 
 Answered = Callable[[control_pb2.SubmitResponse, bool], None]  # the answer; is it an earlier one's
 
-_BATCH_MAX, _BATCH_MIN = 256, 8  # forecast together …
-_FORECAST_US = 50_000  # … and no more than take about so long
+_BATCH_MAX = 512  # forecast together: most of it is for the queue before them
 _AT_ONCE = 32  # answers before others on the event loop have a turn
 _APPENDS_MAX = 1024  # under way; a broker that stands still holds up no more
 
@@ -112,7 +110,6 @@ class Admission:
         self._waiting: deque[_Offer] = deque()
         self._under_way: dict[str, Request] = {}  # accepted, perhaps not yet at the scheduler
         self._appending = 0
-        self._batch_max = _BATCH_MAX
         self._wake = asyncio.Event()
 
     def offer(
@@ -226,7 +223,7 @@ class Admission:
             else:
                 await self._wake.wait()
         await self._clock.settle()  # whoever comes in this moment goes along
-        return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._batch_max))]
+        return [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH_MAX))]
 
     def _is_settling(self) -> bool:
         """A leader that has just begun has not heard its workers yet."""
@@ -258,7 +255,7 @@ class Admission:
         if not offers:
             return []
         ahead = tuple(self._under_way.values())
-        verdicts = await self._driver.ask(lambda s: self._judged(s, ahead, newcomers, now_us))
+        verdicts = await self._driver.ask(lambda s: judge(s, ahead, newcomers, now_us))
         for request in ahead:
             if request.id in verdicts.arrived or not self._is_unknown_yet(request.id):
                 self._under_way.pop(request.id, None)
@@ -277,23 +274,6 @@ class Admission:
             if depth % _AT_ONCE == 0:
                 await asyncio.sleep(0)
         return decided
-
-    def _judged(
-        self,
-        scheduler: Scheduler,
-        ahead: Sequence[Request],
-        newcomers: Sequence[Newcomer],
-        now_us: int,
-    ) -> Verdicts:
-        """Where the scheduler runs: others want it too, so that a batch is as large as is quick."""
-        began_us = self._clock.now_us()
-        verdicts = judge(scheduler, ahead, newcomers, now_us)
-        took_us = self._clock.now_us() - began_us
-        size = len(newcomers) * 2
-        if took_us > _FORECAST_US:
-            size = len(newcomers) * _FORECAST_US // took_us
-        self._batch_max = max(_BATCH_MIN, min(_BATCH_MAX, max(size, self._batch_max // 2)))
-        return verdicts
 
     def _is_unknown_yet(self, request: str) -> bool:
         """Whether its arrival may still be on its way to the scheduler."""

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from bench.replay import entries_from_broker, replay
+from hocket.bus import Bus, Subjects
 from hocket.client import HocketClient
 from hocket.errors import RequestFailed, status_code
 from hocket.launcher import MeshPlan, RunningMesh, mesh
+from hocket.stores import Log
 from hocket.v1.generation_pb2 import GenerateRequest, Progress
-from hocket.v1.journal_pb2 import JournalEntry
+from hocket.v1.journal_pb2 import JournalEntry, Promise
 from hocket.v1.types_pb2 import GenerationSpec, Shape, Slo
 
 WAIT_S = 60.0
@@ -33,6 +35,17 @@ async def finish(client: HocketClient, request: GenerateRequest, begun: asyncio.
 
 async def journal(running: RunningMesh) -> list[JournalEntry]:
     return await entries_from_broker(running.nats_url, "local")
+
+
+async def promises(running: RunningMesh) -> list[Promise]:
+    bus, subjects = await Bus.connect(running.nats_url, "test"), Subjects("local")
+    try:
+        stream = Log(bus, subjects.promises_stream)
+        found = [entry async for entry in stream.read(subjects.promises)]
+    finally:
+        await bus.close()
+    requests = [entry for entry in found if ".promise.request." in entry.subject]
+    return [Promise.FromString(entry.data) for entry in requests]
 
 
 async def test_the_caller_of_a_request_turned_away_hears_why(tmp_path: Path) -> None:
@@ -63,6 +76,6 @@ async def test_the_caller_of_a_request_turned_away_hears_why(tmp_path: Path) -> 
         assert status_code(caught.value).name == "RESOURCE_EXHAUSTED"
         assert "early abort" in str(caught.value)
         entries = await journal(running)
-    ended = [e.ended for e in entries if e.HasField("ended")]
+        ended = [p.ended for p in await promises(running) if p.HasField("ended")]
     assert [e.failed.metadata["policy_reason"] for e in ended] == ["EARLY_ABORT"]
     assert replay(entries).agrees
