@@ -22,7 +22,7 @@ from opentelemetry.trace import Tracer
 
 from gpuworker.config import WorkerSettings
 from gpuworker.executor import Executor
-from gpuworker.mesh.door import Door
+from gpuworker.mesh.door import WAIT_US_MAX, Door
 from gpuworker.mesh.media_bucket import MediaBucket
 from gpuworker.mesh.naming import NameRefused
 from gpuworker.mesh.reports import Reports
@@ -140,6 +140,7 @@ class Agent:
         if not self._door.takes_request(asked):
             why = types_pb2.Failure(reason="INVALID_REQUEST", message="no request for a latent")
             return mesh_pb2.LatentReply(failure=why)
+        asked.wait_us = min(asked.wait_us, WAIT_US_MAX)
         return await self._executor.offer_latent(asked)
 
     # ------------------------------------------------------------------------------------------
