@@ -15,7 +15,8 @@
                                                 source = "README table, approximate"
 
 A key of a cell or a sweep is `workload` (its name), a parameter of the workload, a cost, `workers`,
-`hosts`, `memory_mib`, `profile`, `loads`, or `firm` and `refuse` of `[promises]` (see `case.py`). All policies meet the same requests in a cell and seed.
+`hosts`, `memory_mib`, `profile`, `loads`, or `firm` and `refuse` of `[promises]` (`case.py`). All
+policies meet the same requests in a cell and seed.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ class Ledger:
     # What arrived, got on, fell back or ended since an estimate; None: more than is worth a list.
     progressed: dict[str, None] | None = None
     touched: dict[str, None] = field(default_factory=dict)  # requests changed since a plan
+    moved: dict[str, None] = field(default_factory=dict)  # workers whose runs got on or ended
     parting: dict[str, int] = field(default_factory=dict)  # worker -> end of a called-off step
     stages_wait: bool = False  # the last plan left encode or decode jobs for want of room
     memory: MemoryLimits = field(default_factory=MemoryLimits)
@@ -175,6 +176,7 @@ class Ledger:
                 continue
             free_us = self.board.step_end_us(sequence, forecast, now_us)
             flight = self.board.call_off(sequence)
+            self.moved.update(dict.fromkeys(flight.assignment.workers))
             self.cluster.abandon(flight.assignment.workers, flight.assignment.epoch)
             for name in flight.assignment.workers:
                 worker = self.cluster.workers[name]

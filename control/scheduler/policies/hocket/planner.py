@@ -45,8 +45,10 @@ from .kernel import (
 from .pods import Entry, Pod, Pods
 from .roster import Guard, Patience, Roster, RosterMaker, flight_end_us
 from .search import decide
+from .wakes import Wakes
 
 NODES = (TEXT, DIT, VAE)
+ENTRY_OPERATIONS = 200  # what a row of the roster costs, in operations of the kernel
 
 
 class Hocket:
@@ -56,7 +58,7 @@ class Hocket:
         "passes": Spec(2, low=0, high=10),  # of the search over what starts now; 0: base rule
         "yielding": Spec(6, low=0, high=64),  # of lower worth, compared with a late one
         "operations_max": Spec(200_000, low=1_000),  # of the kernel, in a pod
-        "plan_operations_max": Spec(3_000_000, low=1_000),  # in all pods that one plan concerns
+        "plan_operations_max": Spec(300_000, low=1_000),  # then a plan leaves pods to the next
         "afresh_max": Spec(24, low=1),  # up to so many jobs, giving up is decided afresh each time
         "retries": Spec(
             4, low=0
@@ -129,6 +131,10 @@ class Hocket:
         self._move = np.zeros((0, 16))
         self._room(16)
         self.operations = 0
+        self._wakes = Wakes(settings.lead_us)
+        self._left: dict[int, None] = {}  # pods that the last plan did not come to
+        self._planned_us: int | None = None
+        self._allowed = self._limits  # in the pod at hand
 
     def plan(self, ledger: Ledger, now_us: int, issue: Issue) -> Planned:
         """Decides for the pods that something happened to."""
@@ -141,26 +147,51 @@ class Hocket:
         self._preload(ledger)
         self._maker.forget()
         self.operations = 0
-        lead = self._settings.lead_us > 0
-        concerned = [p for p in self._pods.pods if lead or p.index in changed]
-        share = int(self._read["plan_operations_max"]) // max(1, len(concerned))
-        self._limits = self._limits._replace(
-            operations_max=max(1_000, min(int(self._read["operations_max"]), share))
-        )
-        for pod in concerned:
-            while self._decide(ledger, pod, now_us, issue):
-                pass  # what soon ends is followed at once
+        self._plan_pods(ledger, self._concerned(ledger, changed, now_us), now_us, issue)
+        self._planned_us = now_us
         return Planned(self._round, now_us)
 
+    def _concerned(self, ledger: Ledger, changed: set[int], now_us: int) -> list[Pod]:
+        """Pods that the last plans left, then those with news or, with a lead, a run that soon
+        ends; all, where nothing says which.
+        """
+        changed.update(self._wakes.due(ledger, self._pods, self._planned_us, now_us))
+        if not changed and not self._left and self._settings.lead_us:
+            changed = set(range(len(self._pods.pods)))
+        left = [i for i in self._left if i < len(self._pods.pods)]
+        return [self._pods.pods[i] for i in (*left, *sorted(changed.difference(left)))]
+
+    def _plan_pods(self, ledger: Ledger, concerned: list[Pod], now_us: int, issue: Issue) -> None:
+        """Decides for one pod after the other until a plan's budget is spent; the rest is due at
+        once.
+        """
+        budget, spent = int(self._read["plan_operations_max"]), 0
+        done = 0
+        for pod in concerned:
+            if done and spent >= budget:
+                break
+            most = min(int(self._read["operations_max"]), budget - spent)
+            self._allowed = self._limits._replace(operations_max=max(1_000, most))
+            before = self.operations
+            while self._decide(ledger, pod, now_us, issue):
+                pass  # what soon ends is followed at once
+            spent += self.operations - before
+            spent += ENTRY_OPERATIONS * (len(pod.entries) + len(pod.workers))
+            done += 1
+        self._left = {pod.index: None for pod in concerned[done:]}
+        self._wakes.planned(ledger, self._pods, concerned[:done], now_us)
+        ledger.due = ledger.due or bool(self._left)
+
     def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
-        """When a worker leaves a called-off step; with a lead, that long before each end."""
-        lead_us = self._settings.lead_us
+        """At once where a plan left pods; when a worker leaves a called-off step; with a lead, that
+        long before each end.
+        """
+        if self._left:
+            return planned_us
         parting_us = ledger.next_parting_us(planned_us or 0)
         times = [] if parting_us is None or not ledger.tracked else [parting_us]
-        if lead_us and planned_us is not None:
-            ends = (flight_end_us(ledger, s) - lead_us for s in ledger.board.flights)
-            times += [e for e in ends if e > planned_us]
-        return min(times, default=None)
+        soon_us = self._wakes.next_us(ledger, self._pods, planned_us)
+        return min([*times, *([] if soon_us is None else [soon_us])], default=None)
 
     def likely_degree(self, step_us: Mapping[int, int]) -> int:
         """The widest that is not wasteful: it doubles the speed of half as many by two thirds."""
@@ -243,7 +274,7 @@ class Hocket:
             roster.tables(),
             self._rules._replace(slack_worth=0.0) if roster.crowded else self._rules,
             roster.saving,
-            self._limits,
+            self._allowed,
             self._trial,
             type(self._start)(*(a[:n] for a in self._start)),
             self._scratch,

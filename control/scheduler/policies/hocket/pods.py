@@ -7,6 +7,7 @@ joins the one that can begin it soonest and changes it only while nothing of it 
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection, Iterable
@@ -71,6 +72,11 @@ class Pod:
         del self.entries[at]
         self.work_us -= entry.work_us
 
+    @property
+    def load_us(self) -> int:
+        """Work for each worker."""
+        return self.work_us // len(self.workers)
+
     def can(self, model: str) -> bool:
         return self.workers[0].can(model)
 
@@ -117,6 +123,8 @@ class Pods:
     # Runs on a pod's workers of requests that went to another pod when workers came or went: by
     # sequence, the pods that hear of their end in no other way.
     guests: dict[int, list[int]] = field(default_factory=dict)
+    # By model: able pods by their work. It only grows until the queues are made anew.
+    _queues: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     _version: int = -1  # of the cluster
     _workers: list[tuple[object, ...]] = field(default_factory=list)
 
@@ -146,6 +154,7 @@ class Pods:
 
     def move(self, entry: Entry, pod: Pod) -> None:
         """Gives a request to another pod."""
+        self._queues.clear()  # a pod has less work than it says there
         self.where[entry.id].remove(entry)
         pod.add(entry)
         self.where[entry.id] = pod
@@ -157,7 +166,7 @@ class Pods:
         roomier = [p for p in self.pods if p is not pod and p.serves(ledger, entry)]
         if not roomier:
             return set()
-        to = min(roomier, key=lambda p: (p.work_us // len(p.workers), p.index))
+        to = min(roomier, key=lambda p: (p.load_us, p.index))
         self.move(entry, to)
         return {to.index}
 
@@ -168,6 +177,7 @@ class Pods:
         if entry is None or pod is None:
             return set()
         pod.remove(entry)
+        self._queues.clear()
         return {pod.index}
 
     def _house(self, entry: Entry) -> None:
@@ -181,8 +191,13 @@ class Pods:
 
     def best(self, model: str) -> Pod | None:
         """The pod that a request of a model would join."""
-        able = [p for p in self.pods if p.can(model)]
-        return min(able, key=lambda p: (p.work_us // len(p.workers), p.index), default=None)
+        queue = self._queues.get(model)
+        if queue is None:
+            queue = self._queues[model] = [(p.load_us, p.index) for p in self.pods if p.can(model)]
+            heapq.heapify(queue)
+        while queue and queue[0][0] != self.pods[queue[0][1]].load_us:
+            heapq.heapreplace(queue, (self.pods[queue[0][1]].load_us, queue[0][1]))
+        return self.pods[queue[0][1]] if queue else None
 
     def stale(self, ledger: Ledger) -> bool:
         """Workers came or went since the last plan."""
@@ -202,6 +217,7 @@ class Pods:
             Pod(i, workers, ledger.gpus(w.name for w in workers))
             for i, workers in enumerate(cut(usable, self.size))
         ]
+        self._queues.clear()
         home = self.home = {w.name: p for p in self.pods for w in p.workers}
         self.where.clear()
         self.homeless.clear()
@@ -254,5 +270,5 @@ def _entry(ledger: Ledger, tracked: Tracked) -> Entry:
 
 def work_us(ledger: Ledger, request: Request) -> int:
     """All steps of a request on one worker."""
-    gpus = ledger.gpus(w.name for w in ledger.cluster.usable() if w.can(request.model))
+    gpus = ledger.rates(request).gpus
     return request.steps * ledger.predict(request, DIT, 1, gpus).mean_us
