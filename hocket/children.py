@@ -94,10 +94,13 @@ class Children:
     def supervise(self) -> None:
         """From now on what dies is started again. Children of later starts are not looked after."""
         loop = asyncio.get_running_loop()
-        self._tasks += [loop.create_task(self._keep_alive(child)) for child in self._all]
+        for child in self._all:
+            task = loop.create_task(self._keep_alive(child))
+            task.add_done_callback(self._stopped_looking)
+            self._tasks.append(task)
 
     async def given_up(self) -> Child:
-        """Waits until a child has died too often."""
+        """Waits until a child has died too often; raises what broke the supervision itself."""
         return await asyncio.shield(self._given_up)
 
     async def stop(self) -> None:
@@ -112,34 +115,49 @@ class Children:
 
     async def _keep_alive(self, child: Child) -> None:
         """Starts a child again whenever it dies, until that has happened too often."""
-        loop = asyncio.get_running_loop()
         while True:
-            code = await child.process.wait()
+            child.ended = _ending(await child.process.wait())
             child.up.clear()
             # What it has started itself must be gone before a successor of the same names comes.
             _signal_group(child.process.pid, signal.SIGKILL)
-            child.ended = _ending(code)
+            if not await self._revive(child):
+                if not self._given_up.done():
+                    self._given_up.set_result(child)
+                return
+
+    async def _revive(self, child: Child) -> bool:
+        """Starts a child that has died, after its wait; False when it has died too often."""
+        loop = asyncio.get_running_loop()
+        while True:
             wait_s = child.restarts.died(loop.time(), loop.time() - child.began_s)
             self._record()
             if wait_s is None:
                 self._report(f"{child.name} {child.ended}, too often to be started again")
-                if not self._given_up.done():
-                    self._given_up.set_result(child)
-                return
+                return False
+            count = child.restarts.count
             self._report(
-                f"{child.name} {child.ended}; starts again in {wait_s:g} s "
-                f"(restart {child.restarts.count})"
+                f"{child.name} {child.ended}; starts again in {wait_s:g} s (restart {count})"
             )
             await asyncio.sleep(wait_s)
+            child.began_s = loop.time()
             spawning = loop.create_task(_spawn(child.command, child.log))
             try:
                 child.process = await asyncio.shield(spawning)
             except asyncio.CancelledError:
                 child.process = await spawning  # `stop` has to find it
                 raise
-            child.began_s = loop.time()
+            except OSError as error:  # no memory, too many files: it may be better later
+                child.ended = f"could not be started ({error})"
+                continue
             child.up.set()
             self._record()
+            return True
+
+    def _stopped_looking(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or self._given_up.done():
+            return
+        if (error := task.exception()) is not None:
+            self._given_up.set_exception(error)
 
     def _record(self) -> None:
         known = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -120,6 +121,37 @@ async def test_what_dies_again_and_again_is_given_up(tmp_path: Path, told: list[
     assert mesh_file.read(tmp_path)[0].pid == 0, "it is down"
     await children.stop()
     assert not alive(steady.process.pid)
+
+
+async def test_what_cannot_be_started_is_tried_again_and_given_up(
+    tmp_path: Path, told: list[str]
+) -> None:
+    program = tmp_path / "service"
+    program.write_text("#!/bin/sh\nsleep 3600\n")
+    program.chmod(0o755)
+    rule = RestartRule(first_s=0.01, longest_s=0.01, most=2)
+    children = Children(tmp_path, told.append, rule)
+    child = await children.start("control", [str(program)], stop_rank=0)
+    children.supervise()
+    program.unlink()
+    os.killpg(child.process.pid, signal.SIGKILL)
+    assert await children.given_up() is child
+    assert "could not be started" in child.ended and child.restarts.count == 2
+    await children.stop()
+
+
+async def test_supervision_that_breaks_is_told(tmp_path: Path, told: list[str]) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    children = Children(folder, told.append, RestartRule(first_s=0.01))
+    child = await children.start("control", python(OBEDIENT), stop_rank=0)
+    children.supervise()
+    shutil.rmtree(folder)
+    child.process.kill()
+    with pytest.raises(FileNotFoundError):
+        await children.given_up()
+    folder.mkdir()
+    await children.stop()
 
 
 async def test_a_stop_while_a_process_waits_for_its_restart_starts_nothing(
