@@ -147,8 +147,10 @@ async def _drain(world: World, fault: Fault) -> None:
     since_us = world.now_us
     await _last(fault)
     until_us = world.now_us
-    if await _wish(world, fault.target, undo=True):
+    earlier = world.undrained_us.get(fault.target, 0)
+    if await _wish(world, fault.target, undo=True) and earlier < since_us:
         world.drained.append((fault.target, since_us, until_us))
+    world.undrained_us[fault.target] = world.now_us
 
 
 async def _wish(world: World, worker: str, *, undo: bool) -> bool:
