@@ -23,7 +23,7 @@ def main(
     state_dir: Annotated[Path | None, typer.Option(help="Run state: endpoints, traces.")] = None,
     listen: Annotated[str | None, typer.Option(help="host:port; port 0 picks one.")] = None,
     control: Annotated[
-        str | None, typer.Option(help="ControlService; default: as the state folder says.")
+        str | None, typer.Option(help="host:port,… of control replicas; default: as found.")
     ] = None,
     grace_s: Annotated[float | None, typer.Option(help="Time for calls to end at a stop.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,

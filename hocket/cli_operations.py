@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from hocket.cli_common import Address, StateDir, console, gateway_address, run, settings
 from hocket.cli_generate import cheaper, describe, greeting, target, write
@@ -87,12 +87,20 @@ def ls(
                     break
         return rows
 
-    table = Table("request", "state", "model", "size", "steps", "prompt")
+    table = Table(Column("request", overflow="fold"), "state", "model", "size", "steps", "prompt")
     for made in run(work()):
         spec = made.metadata.accepted.effective_spec
         size = f"{spec.shape.width}x{spec.shape.height}"
-        steps = f"{made.metadata.progress.step}/{spec.steps}"
-        table.add_row(made.request_id, _state(made).lower(), spec.model, size, steps, spec.prompt)
+        now = made.metadata.progress
+        steps = f"{now.node} {now.step}/{now.steps}" if now.steps and not made.done else ""
+        table.add_row(
+            made.request_id,
+            _state(made).lower(),
+            spec.model,
+            size,
+            steps or str(spec.steps),
+            spec.prompt,
+        )
     console.print(table)
 
 

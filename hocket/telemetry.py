@@ -25,7 +25,7 @@ import grpc
 import msgspec
 from opentelemetry import trace
 from opentelemetry.context import Context, attach, detach
-from opentelemetry.instrumentation.grpc import aio_client_interceptors, aio_server_interceptor
+from opentelemetry.instrumentation.grpc import aio_client_interceptors
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -36,6 +36,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from hocket.config import otlp_endpoint
+from hocket.server_spans import ServerSpans
 from hocket.server_streams import StreamsInOneTask
 from hocket.span_file import SpanFile
 
@@ -75,9 +76,7 @@ class Telemetry:
 
     def server_interceptors(self, stall_s: float | None = None) -> list[grpc.aio.ServerInterceptor]:
         """Continue the caller's trace in each RPC served; `stall_s`: see `StreamsInOneTask`."""
-        untyped: Any = aio_server_interceptor
-        interceptor: grpc.aio.ServerInterceptor = untyped(self.provider, filter_=_is_traced)
-        return [StreamsInOneTask(stall_s), interceptor]
+        return [StreamsInOneTask(stall_s), ServerSpans(self.tracer, _is_traced)]
 
     def client_interceptors(self) -> list[grpc.aio.ClientInterceptor]:
         """Hand the current trace on in each RPC made."""
