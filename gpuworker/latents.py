@@ -210,7 +210,7 @@ class LatentShelf:
         """Blocks up to `asked.wait_us` for the step to end, then puts the bytes into the store."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._has_reached(asked.request_id, asked.steps_done),
+                lambda: self._closed or self._has_reached(asked.request_id, asked.steps_done),
                 timeout=asked.wait_us / 1e6,
             )
             entry = self._entries.get(asked.request_id)

@@ -14,6 +14,7 @@ import torch
 from gpuworker.agent import Agent
 from gpuworker.config import EMBEDDED_MODELS, WorkerSettings
 from gpuworker.latents import Shares
+from gpuworker.mesh.claim import claimed
 from gpuworker.mesh.ending import ended_with
 from gpuworker.mesh.naming import advertised_address, worker_name
 from gpuworker.mesh.stopping import StopSignals, run_until
@@ -58,43 +59,52 @@ async def _serve(settings: WorkerSettings, index: int, restarts: int) -> None:
     signals.listen()
     told = telemetry.setup("gpuworker", name, settings.state_dir, settings.log_level)
     try:
-        device = pick_device(settings.device, index)
-        alone = device.type == "cuda" and settings.count > torch.cuda.device_count()
-        wanted = "native" if alone and settings.attention == "auto" else settings.attention
-        shares, weights_bytes = budgets(settings, device, settings.state_dir / "latents" / name)
-        weights = WeightStore(device, weights_bytes)
-        cards = load_cards(
-            settings.model,
-            device,
-            weights,
-            compiled=settings.compile != "off",
-            attention=chosen_attention(wanted, device),
-        )
-        bus = await Bus.connect(settings.nats_url, name)
-        executor = TorchExecutor(
-            name,
-            cards,
-            device,
-            settings.gpu or gpu_name(device.type, device.index or 0),
-            bus,
-            Subjects(settings.cluster),
-            weights=weights,
-            shares=shares,
-            advertise=advertised_address(settings),
-            groups_max=settings.groups_max,
-            batch_max=settings.batch_max,
-            alone=alone,
-        )
-        agent = Agent(name, settings, bus, executor, SystemClock(), told.tracer, restarts)
-        endpoints.announce(settings.state_dir, name, executor.store_address)
-        try:
-            await run_until([agent], signals)
-        finally:
-            endpoints.withdraw(settings.state_dir, name)
-            await executor.close(signals.patience_s)
-            await bus.close()
+        with claimed(settings.state_dir / "latents", name) as folder:
+            bus, executor = await _made(settings, index, name, folder)
+            agent = Agent(name, settings, bus, executor, SystemClock(), told.tracer, restarts)
+            endpoints.announce(settings.state_dir, name, executor.store_address)
+            try:
+                await run_until([agent], signals)
+            finally:
+                endpoints.withdraw(settings.state_dir, name)
+                await executor.close(signals.patience_s)
+                await bus.close()
     finally:
         told.close()
+
+
+async def _made(
+    settings: WorkerSettings, index: int, name: str, folder: Path
+) -> tuple[Bus, TorchExecutor]:
+    """The models, on their device, and the connection; latents are spilled into `folder`."""
+    device = pick_device(settings.device, index)
+    alone = device.type == "cuda" and settings.count > torch.cuda.device_count()
+    wanted = "native" if alone and settings.attention == "auto" else settings.attention
+    shares, weights_bytes = budgets(settings, device, folder)
+    weights = WeightStore(device, weights_bytes)
+    cards = load_cards(
+        settings.model,
+        device,
+        weights,
+        compiled=settings.compile != "off",
+        attention=chosen_attention(wanted, device),
+    )
+    bus = await Bus.connect(settings.nats_url, name)
+    executor = TorchExecutor(
+        name,
+        cards,
+        device,
+        settings.gpu or gpu_name(device.type, device.index or 0),
+        bus,
+        Subjects(settings.cluster),
+        weights=weights,
+        shares=shares,
+        advertise=advertised_address(settings),
+        groups_max=settings.groups_max,
+        batch_max=settings.batch_max,
+        alone=alone,
+    )
+    return bus, executor
 
 
 def budgets(settings: WorkerSettings, device: torch.device, folder: Path) -> tuple[Shares, int]:

@@ -153,6 +153,7 @@ class GroupCache:
         def work(abandoned: threading.Event) -> Group:
             base = self._rendezvous.client(address)
             store = PrefixStore(_prefix(epoch, members).rstrip("/"), base)
+            _refuse_spent(base, epoch, members)
             store.set(f"here/{rank}", "")
             suspects.update(set(members) - {self._me})
             for peer, name in enumerate(members):
@@ -222,12 +223,16 @@ class GroupCache:
 
 def _came(store: Any, base: Any, peer: int, epoch: int, members: Members) -> bool:
     """Whether a member is there; raises `GroupSpent` where one has said that it will not come."""
+    _refuse_spent(base, epoch, members)
+    return bool(store.check([f"here/{peer}"]))
+
+
+def _refuse_spent(base: Any, epoch: int, members: Members) -> None:
     key = _mark_key(members)
     if base.check([key]):
         last, _, worker = base.get(key).decode().partition(" ")
         if int(last) >= epoch:
             raise GroupSpent(members, epoch, f"{worker} has given it up", (worker,))
-    return bool(store.check([f"here/{peer}"]))
 
 
 def _prefix(epoch: int, members: Members) -> str:

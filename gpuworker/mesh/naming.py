@@ -31,13 +31,13 @@ _NATS_PORT = 4222
 
 @dataclass
 class NameRefused(HocketError):
-    """Control refuses this process, since another living one has its name."""
+    """This process is refused, since another living one has its name."""
 
     worker: str
     why: str
 
     def __str__(self) -> str:
-        return f"control refuses this process: {self.why}"
+        return f"this process is refused: {self.why}"
 
 
 def worker_name(settings: WorkerSettings, index: int) -> str:

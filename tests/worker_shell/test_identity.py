@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpuworker.config import WorkerSettings
+from gpuworker.mesh.claim import claimed
 from gpuworker.mesh.naming import NameRefused, advertised_address, host_word, worker_name
 from hocket.bus import Bus, Subjects
 from hocket.config import load
@@ -103,6 +104,17 @@ async def test_a_refused_process_ends_and_the_other_one_stays(
         await one.settle()
         assert not one.running.done()
         assert not one.beats.pending or not (await one.beat()).leaving, "no goodbye in its name"
+
+
+def test_a_second_process_of_a_name_touches_nothing_of_the_first(tmp_path: Path) -> None:
+    with claimed(tmp_path, "w0") as folder:
+        folder.mkdir()
+        with pytest.raises(NameRefused, match="another living process"), claimed(tmp_path, "w0"):
+            raise AssertionError
+        with claimed(tmp_path, "w1") as other:
+            assert other != folder
+    with claimed(tmp_path, "w0") as again:
+        assert again == folder
 
 
 async def test_the_command_says_in_one_line_that_its_name_is_refused(
