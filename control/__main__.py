@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from control import garbage
 from control.config import ControlSettings
 from control.scheduler.policies import REGISTRY
 from control.scheduler.policies.hocket.warm import compile_all
@@ -76,6 +77,7 @@ def main(
     try:
         if settings.policy == "hocket":
             _compile_planner()
+        garbage.take_over()
         asyncio.run(_run(settings, told))
     except HocketError as error:
         print(f"control: {error}", file=sys.stderr)

@@ -39,6 +39,7 @@ Answered = Callable[[control_pb2.SubmitResponse, bool], None]  # the answer; is 
 
 _BATCH_MAX, _BATCH_MIN = 256, 8  # forecast together …
 _FORECAST_US = 50_000  # … and no more than take about so long
+_AT_ONCE = 32  # answers before others on the event loop have a turn
 _APPENDS_MAX = 1024  # under way; a broker that stands still holds up no more
 
 
@@ -273,6 +274,8 @@ class Admission:
             promise = self._to_promise(offer, verdict, now_us, depth)
             decided.append(_Decided(offer, promise, verdict.request, now_us))
             depth += 1
+            if depth % _AT_ONCE == 0:
+                await asyncio.sleep(0)
         return decided
 
     def _judged(

@@ -10,11 +10,12 @@ import asyncio
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import msgspec
 from grpc_health.v1 import health
 
+from control import garbage
 from control.admission import AdmissionSettings
 from control.config import ControlSettings, profile_csv, scheduler_settings
 from control.desk import Desk, Wiring
@@ -38,7 +39,6 @@ from hocket.telemetry import Telemetry
 from hocket.v1 import journal_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _CLOSE_WAIT_S = 1.0
 
@@ -156,6 +156,7 @@ class Term:
             async with asyncio.TaskGroup() as tasks:
                 for part in self.desk.parts():
                     tasks.create_task(part)
+                tasks.create_task(garbage.keep(self.parts.clock, self._is_idle))
                 tasks.create_task(self._check())
                 tasks.create_task(self._store.keep(self.desk.driver.ask, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
@@ -170,6 +171,9 @@ class Term:
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_WAIT_S):
                 await self._store.save(self._scheduler)
+
+    def _is_idle(self) -> bool:
+        return self.desk.records.open_count == 0
 
     async def _check(self) -> NoReturn:
         clock = self.parts.clock

@@ -302,18 +302,14 @@ def ending_event(ended: journal_pb2.EndedRequest) -> mesh_pb2.RequestEvent:
     return event
 
 
-def without_prompts(submit: control_pb2.SubmitRequest) -> control_pb2.SubmitRequest:
-    """A copy that says nothing of what was to be shown."""
-    copy = control_pb2.SubmitRequest()
-    copy.CopyFrom(submit)
-    for field_name in ("prompt", "negative_prompt"):
-        copy.request.spec.ClearField(field_name)
-    return copy
-
-
 def _strip(record: Record) -> None:
     """An ended request needs its prompts no more."""
-    record.submit = without_prompts(record.submit)
+    specs = [record.submit.request.spec, record.accepted.effective_spec]
+    if record.degraded is not None:
+        specs.append(record.degraded.effective_spec)
+    for spec in specs:
+        spec.ClearField("prompt")
+        spec.ClearField("negative_prompt")
 
 
 def _key(submit: control_pb2.SubmitRequest) -> tuple[str, str]:

@@ -18,7 +18,6 @@ from control.admission import AdmissionSettings
 from control.desk import Desk, Wiring
 from control.intake import Intake
 from control.leases import Leases
-from control.promises import without_prompts
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
@@ -52,8 +51,6 @@ class Shelf:
         await self.is_open.wait()
         kept = journal_pb2.Promise()
         kept.CopyFrom(promise)
-        if kept.HasField("ended"):
-            without_prompts(kept)
         self.stored.append(kept)
         return 1_000_000 + len(self.stored)
 

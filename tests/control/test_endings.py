@@ -23,18 +23,18 @@ async def test_an_ending_is_stored_before_it_is_told() -> None:
         assert stage.desk.records.open_count == 0
 
 
-async def test_what_is_kept_of_it_says_nothing_of_what_was_asked_for() -> None:
+async def test_what_is_remembered_of_it_says_nothing_of_what_was_asked_for() -> None:
     async with running() as stage:
         gateway = stage.attach()
         stage.submit(gateway, "r", idempotency_key="k")
         await stage.work()
         opened, ended = stage.shelf.stored
         assert opened.submit.request.spec.prompt == "a fox"
-        assert not ended.submit.request.spec.prompt and not ended.answer.effective_spec.prompt
         assert ended.submit.request.idempotency_key == "k" and ended.wish_sha256
         assert ended.accepted_unix_us > 0 and ended.ended.finished.media.object_name == "made"
         record = stage.desk.records.get("r")
         assert record is not None and not record.spec.prompt
+        assert not record.accepted.effective_spec.prompt
 
 
 async def test_events_are_numbered_alike_by_every_leader() -> None:
