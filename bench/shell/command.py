@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.shell.awaits import courses
 from bench.shell.faults import KINDS
 from bench.shell.scenario import Verdict, play
 from bench.sim.experiment import parse_seeds
@@ -32,11 +33,17 @@ def shell_command(
     kinds: Annotated[
         str, typer.Option(help=f"Only these faults, of: {', '.join(KINDS)}; default: all.")
     ] = "",
+    awaits: Annotated[
+        int, typer.Option(help="Instead: something happens at every so-manieth await.", min=0)
+    ] = 0,
 ) -> None:
     """Control, gateways and workers in simulated time, over a broker and links that break."""
     chosen = tuple(kind.strip() for kind in kinds.split(",") if kind.strip())
     if unknown := [kind for kind in chosen if kind not in KINDS]:
         raise typer.BadParameter(f"no fault is called {unknown[0]!r}")
+    if awaits:
+        _at_awaits(awaits)
+        return
     numbers = list(parse_seeds(seeds))
     began_ns, found = steady_ns(), Findings()
     with Progress(console=console, transient=True) as progress:
@@ -47,6 +54,22 @@ def shell_command(
             progress.update(task, advance=1, description=f"seeds{wrong}")
     found.show((steady_ns() - began_ns) / 1e9)
     if found.bad:
+        raise typer.Exit(1)
+
+
+def _at_awaits(every: int) -> None:
+    began_ns, runs, wrong = steady_ns(), 0, 0
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("awaits", total=None)
+        for what, verdict in courses(every=every):
+            runs += 1
+            progress.update(task, advance=1, description=f"{runs} runs, {wrong} with problems")
+            wrong += bool(verdict.problems)
+            for problem in verdict.problems:
+                console.print(f"{what}: {problem}", style="red", markup=False, soft_wrap=True)
+    took_s = (steady_ns() - began_ns) / 1e9
+    console.print(f"{runs} runs in {took_s:.0f} s, {wrong} with problems", highlight=False)
+    if wrong:
         raise typer.Exit(1)
 
 

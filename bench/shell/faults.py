@@ -8,6 +8,10 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import grpc
+
+from hocket.v1 import control_pb2, control_pb2_grpc
+
 from . import roles
 
 if TYPE_CHECKING:
@@ -51,6 +55,8 @@ def draw_faults(
             target = ""
         elif kind == "usurp":
             target = "control"
+        elif kind == "drain":
+            target = rng.choice([name for name in members if name.startswith("w")])
         elif rng.random() < 0.3:
             target = rng.choice(controls)
         at_us = start_us + rng.randrange(8 * SECOND_US)
@@ -134,6 +140,46 @@ async def _usurp(world: World, fault: Fault) -> None:
     await world.until(lambda: world.members[name].process is None, 10 * SECOND_US)
 
 
+async def _drain(world: World, fault: Fault) -> None:
+    """An operator's wish, which outlives the worker and the leader, until it is taken back."""
+    if not await _wish(world, fault.target, undo=False):
+        return
+    since_us = world.now_us
+    await _last(fault)
+    until_us = world.now_us
+    earlier = world.undrained_us.get(fault.target, 0)
+    if await _wish(world, fault.target, undo=True) and earlier < since_us:
+        world.drained.append((fault.target, since_us, until_us))
+    world.undrained_us[fault.target] = world.now_us
+
+
+async def _wish(world: World, worker: str, *, undo: bool) -> bool:
+    """Tells control, as `hocket drain` does; whether it said yes."""
+    process = world.loop.process("operator")
+    request = control_pb2.DrainWorkerRequest(worker=worker, undo=undo)
+
+    async def tell() -> bool:
+        for _ in range(60):
+            channel = grpc.aio.insecure_channel(world.leader_address() or "nowhere:1")
+            try:
+                stub = control_pb2_grpc.ControlServiceStub(channel)
+                await stub.DrainWorker(request, timeout=5.0)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND and not undo:
+                    return False
+                await asyncio.sleep(0.5)
+            else:
+                return True
+            finally:
+                await channel.close()
+        return False
+
+    try:
+        return await process.start(tell())
+    finally:
+        await process.kill()
+
+
 async def _broker_cut(world: World, fault: Fault) -> None:
     clients = world.clients_of(fault.target)
     for client in clients:
@@ -184,6 +230,7 @@ KINDS: dict[str, Callable[[World, Fault], Coroutine[Any, Any, None]]] = {
     "broker restarts": _broker_restarts,
     "broker freezes and dies": _broker_freezes_and_dies,
     "usurp": _usurp,
+    "drain": _drain,
     "broker cut from": _broker_cut,
     "broker held from": _broker_held,
     "part": _part,

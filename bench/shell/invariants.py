@@ -163,6 +163,15 @@ def for_somebody(run: Run) -> Iterator[Problem]:
             yield Problem("work behind the end", request)
 
 
+def drains_hold(run: Run) -> Iterator[Problem]:
+    """A worker that is drained gets nothing new, whoever leads and however often it restarts."""
+    for worker, since_us, until_us in run.world.drained:
+        for (name, term, sequence), at_us in run.assigned_us.items():
+            if name == worker and since_us + SECOND_US < at_us < until_us:
+                told = f"{worker} got assignment {sequence} of term {term} while it was drained"
+                yield Problem("drain forgotten", told)
+
+
 def alive(run: Run) -> Iterator[Problem]:
     """No process ended by itself, and no task died of what nobody expected."""
     for death in run.world.deaths:
@@ -192,6 +201,7 @@ CHECKS: tuple[Callable[[Run], Iterator[Problem]], ...] = (
     one_leader,
     within_room,
     for_somebody,
+    drains_hold,
     alive,
     nothing_left,
 )

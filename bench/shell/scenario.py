@@ -48,6 +48,8 @@ class Run:
     ended: dict[str, list[Entry]] = field(default_factory=dict)
     terms: list[int] = field(default_factory=list)  # of what was stored, in order
     worked_us: dict[str, int] = field(default_factory=dict)  # last report, by request
+    # When something was first assigned, by worker, term and sequence.
+    assigned_us: dict[tuple[str, int, int], int] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
 
@@ -149,7 +151,7 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
         for index in range(script.workers):
             world.add(f"w{index}", roles.worker(index))
         run = Run(world, script.stories, script.faults, Callers(world, script.stories))
-        world.broker.taps.append(_reports(run))
+        world.broker.taps += [_reports(run), _assigns(run)]
         await asyncio.sleep((BEGIN_US - START_US - 100_000) / 1e6)
         run.before = _sizes(world)
         script.begin(world)
@@ -163,6 +165,19 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
         run.after = _sizes(world)
         _read_stored(run)
     return run
+
+
+def _assigns(run: Run) -> Callable[[Message], None]:
+    prefix = Subjects(roles.CLUSTER).assign("x").removesuffix("x")
+
+    def tap(message: Message) -> None:
+        if message.subject.startswith(prefix):
+            assign = mesh_pb2.Assign.FromString(message.data)
+            for item in assign.assignments:
+                key = (message.subject.removeprefix(prefix), assign.term, item.sequence)
+                run.assigned_us.setdefault(key, run.world.now_us)
+
+    return tap
 
 
 def _reports(run: Run) -> Callable[[Message], None]:

@@ -62,6 +62,8 @@ class World:
     executors: dict[str, EmulatedExecutor] = field(default_factory=dict)
     members: dict[str, Member] = field(default_factory=dict)
     deaths: list[Death] = field(default_factory=list)
+    undrained_us: dict[str, int] = field(default_factory=dict)  # when last, by worker
+    drained: list[tuple[str, int, int]] = field(default_factory=list)  # worker, from, until
     harmed_us: int = 0  # when a control replica was killed last
     immortal: int = 0  # tasks of killed processes that refused to end
     past: list[Process] = field(default_factory=list)  # processes that are over
