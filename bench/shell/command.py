@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,8 @@ def shell_command(
     chosen = tuple(kind.strip() for kind in kinds.split(",") if kind.strip())
     if unknown := [kind for kind in chosen if kind not in KINDS]:
         raise typer.BadParameter(f"no fault is called {unknown[0]!r}")
+    if sys.flags.hash_randomization:
+        _again_with_fixed_hashes()
     if awaits:
         _at_awaits(awaits)
         return
@@ -55,6 +58,12 @@ def shell_command(
     found.show((steady_ns() - began_ns) / 1e9)
     if found.bad:
         raise typer.Exit(1)
+
+
+def _again_with_fixed_hashes() -> None:
+    """Sets of names have an order of their own in each process, unless it is told not to."""
+    command = [sys.executable, "-m", "bench", *sys.argv[1:]]
+    os.execve(sys.executable, command, {**os.environ, "PYTHONHASHSEED": "0"})
 
 
 def _at_awaits(every: int) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SECOND_US = 1_000_000
 _LASTS_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-_LASTS_WEIGHTS = (3, 3, 3, 3, 3, 2, 2, 1)
+_LASTS_WEIGHTS = (4, 4, 4, 4, 3, 2, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -87,8 +86,8 @@ def control(index: int) -> Role:
             policy=world.policy,
             requests_open_max=world.open_max,
             lease_us=3_000_000,
-            profiles=(profile_file(world.state_dir),),
         )
+        (world.state_dir / "toy.csv").write_text(PROFILE)
         stop = asyncio.Event()
         process.on_terminate = stop.set
         await control_service.serve(settings, clock_of(world, process), _TOLD, stop)
@@ -152,10 +151,3 @@ def worker(index: int) -> Role:
 
 def emulated_host(world: World) -> EmulatedHost:
     return EmulatedHost(clock=SimulatedClock(world.loop), profile=CELLS)
-
-
-def profile_file(folder: Path) -> Path:
-    path = folder / "toy.csv"
-    if not path.exists():
-        path.write_text(PROFILE)
-    return path

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import grpc
 
+from control import config
 from hocket import bus, clock
 
 from .client import Client
@@ -74,6 +75,7 @@ def installed(world: World) -> Iterator[None]:
         (grpc.aio, "secure_channel", lambda target, credentials, **k: channel(target)),
         (grpc.aio, "server", server),
         (clock, "time", _Time(world)),
+        (config, "_ASSETS", world.state_dir),  # its profile alone: reading all takes milliseconds
         (secrets, "token_hex", _hex(draw)),
         (secrets, "token_bytes", lambda size=32: draw.randbytes(size)),
         (secrets, "randbits", draw.getrandbits),
