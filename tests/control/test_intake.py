@@ -46,6 +46,7 @@ async def test_an_assignment_names_the_process_that_the_scheduler_meant() -> Non
         stage.submit(gateway, "r")
         await stage.until(stage.assigned)
         assert stage.wire.of(mesh_pb2.Assign)[-1].incarnation == "a"
+        await stage.beat(leaving=True)
         await stage.beat(incarnation="b")
         stage.submit(gateway, "s", call=2)
         await stage.settle()
