@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from control import garbage
-from control.scheduler.values import WorkerUp
+from control.scheduler.values import Ended, Event, WorkerUp
 from hocket.clock import ManualClock
 from hocket.v1 import control_pb2, mesh_pb2, types_pb2
 from tests.control.stage import TERM, Stage, running
@@ -46,6 +46,7 @@ async def test_an_assignment_names_the_process_that_the_scheduler_meant() -> Non
         stage.submit(gateway, "r")
         await stage.until(stage.assigned)
         assert stage.wire.of(mesh_pb2.Assign)[-1].incarnation == "a"
+        await stage.beat(leaving=True)
         await stage.beat(incarnation="b")
         stage.submit(gateway, "s", call=2)
         await stage.settle()
@@ -80,7 +81,9 @@ async def test_latents_of_ended_requests_are_released_by_the_answer_to_a_heartbe
         assert told[0].endswith(".assign.w3") and list(told[1].released) == ["r"]
 
 
-async def test_weights_that_the_scheduler_did_not_expect_are_news() -> None:
+async def test_weights_that_the_scheduler_did_not_expect_are_news(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def memory(*resident: bool) -> types_pb2.Memory:
         parts = [
             types_pb2.PartWeights(
@@ -94,8 +97,13 @@ async def test_weights_that_the_scheduler_did_not_expect_are_news() -> None:
         shown: list[object] = []
         driver = stage.desk.driver
         await stage.beat("w1", memory=memory(True, False))
-        observe = driver._scheduler.observe
-        driver._scheduler.observe = lambda f: (shown.append(f), observe(f))[1]  # type: ignore[method-assign]
+        scheduler, observe = driver._scheduler, driver._scheduler.observe
+
+        def seen(fact: Event) -> tuple[Ended, ...]:
+            shown.append(fact)
+            return observe(fact)
+
+        monkeypatch.setattr(scheduler, "observe", seen)
         await stage.beat("w1", memory=memory(True, False))
         assert shown == [], "as thought"
         await stage.beat("w1", memory=memory(False, True))
@@ -151,7 +159,8 @@ async def test_a_crowd_of_joins_is_told_in_few_messages() -> None:
 async def test_a_drain_is_stored_before_it_is_obeyed() -> None:
     async with running() as stage:
         servicer = stage.desk.servicer
-        await servicer.DrainWorker(control_pb2.DrainWorkerRequest(worker="w0"), None)  # type: ignore[arg-type]
+        drain = control_pb2.DrainWorkerRequest(worker="w0")
+        await servicer.DrainWorker(drain, None)  # type: ignore[arg-type]
         assert stage.shelf.wishes == [("w0", True)]
         await stage.beat(leaving=True)
         undo = control_pb2.DrainWorkerRequest(worker="w0", undo=True)
