@@ -86,7 +86,7 @@ def replay(entries: Iterable[JournalEntry], term: int | None = None) -> Replay:
             if found.log is not None:
                 found.log.planned(plan)
                 for end in plan.ended:
-                    found.log.rejected(end.request, end.at_us, end.reason)
+                    found.log.ended(end)
     return found
 
 

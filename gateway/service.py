@@ -107,7 +107,10 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
 
 
 def _line(settings: GatewaySettings, doors: Doors, cluster: Cluster, leader: LeaderWatch) -> Line:
-    where = Addresses(lambda: listed(settings.control), lambda: listed(leader.address))
+    def announced() -> list[str]:
+        return [one.address for one in endpoints.living(settings.state_dir, "control")]
+
+    where = Addresses(lambda: listed(settings.control), lambda: listed(leader.address), announced)
     name = f"gateway-{os.getpid()}-{secrets.token_hex(4)}"
     return Line(name, where, doors.dial, SystemClock(), cluster.leader_is)
 

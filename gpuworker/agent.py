@@ -97,10 +97,8 @@ class Agent:
         await self._bus.serve(subjects.latent(self.name), mesh_pb2.LatentRequest, self._on_request)
         try:
             async with asyncio.TaskGroup() as tasks:
-                serving = [
-                    tasks.create_task(work)
-                    for work in (self._beat(), self._reports.run(), self._fail(), self._refuse())
-                ]
+                works = (self._beat(), self._reports.run(), self._fail(), self._refuse())
+                serving = [tasks.create_task(work) for work in (*works, self._bus.failed())]
                 await self._leave()
                 for task in serving:
                     task.cancel()

@@ -33,6 +33,14 @@ class HocketError(Exception):
         return self.reason
 
 
+@dataclass
+class _Told(HocketError):
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
 @dataclass(frozen=True)
 class Violation:
     """One thing wrong with one field."""
@@ -204,14 +212,8 @@ class CallFailed(HocketError):
         return f"{self.code}: {self.message}"
 
 
-@dataclass
-class NotAuthenticated(HocketError):
+class NotAuthenticated(_Told):
     """The caller did not say who it is, or not so that it can be believed."""
-
-    message: str
-
-    def __str__(self) -> str:
-        return self.message
 
 
 @dataclass
@@ -225,14 +227,8 @@ class AccessDenied(HocketError):
         return f"{self.who} may not use {self.what}"
 
 
-@dataclass
-class MeshStopped(HocketError):
+class MeshStopped(_Told):
     """The mesh, or a part that it cannot do without, did not start or stopped."""
-
-    message: str
-
-    def __str__(self) -> str:
-        return self.message
 
 
 @dataclass

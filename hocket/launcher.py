@@ -49,6 +49,7 @@ _CONTROL_START_S = 300.0  # the first one compiles the planner
 _CONTROL_SLOW_S = 4.0
 _WORKERS_START_S = 300.0  # torch is imported, models are loaded
 _GATEWAY_GRACE_S = 3.0
+_DRAIN_S = 1.0  # control has stopped by then: nobody takes latents over
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,12 @@ async def _start_workers(plan: MeshPlan, url: str, children: Children) -> list[C
 def worker_options(plan: MeshPlan, pool: int = 0) -> list[str]:
     """What a pool of workers is told of a plan; the rest is the workers' default."""
     first, behind = (plan.workers * index // plan.pools for index in (pool, pool + 1))
-    options = [f"--count={behind - first}", f"--first-index={first}", "--name-prefix=w"]
+    options = [
+        f"--count={behind - first}",
+        f"--first-index={first}",
+        "--name-prefix=w",
+        f"--drain-s={_DRAIN_S}",
+    ]
     options += [f"--model={model}" for model in plan.models]
     if plan.executor:
         options.append(f"--executor={plan.executor}")
