@@ -4,8 +4,11 @@ import msgspec
 import pytest
 
 from bench.sim.loop import run
+from control.scheduler.policies.hocket.binding import Wish
+from control.scheduler.policies.hocket.filling import first_come
+from control.scheduler.values import DIT
 
-from .driving import case
+from .driving import World, case
 
 
 def completion(count, gap_us, slo_us, workers, **options):
@@ -32,3 +35,23 @@ def test_equals_end_in_the_order_in_which_they_came(workers, gap_us, slo_us):
         places = {i: place for place, i in enumerate(sorted(order))}
         moved = [abs(place - places[i]) for place, i in enumerate(order)]
         assert max(moved, default=0) < workers, found
+
+
+def test_of_two_equals_that_wait_the_first_come_takes_the_start():
+    """However the decision came to choose the younger one."""
+    world = World(workers=2, policy="hocket")
+    for name in ("old", "young"):
+        world.arrive(name, slo_us=10_000_000)
+    for encode in world.plan().assignments:
+        world.over(encode)
+    ledger, planner = world.scheduler._ledger, world.scheduler._planner
+    planner._pods.follow(ledger, ledger.touched)
+    pod = planner._pods.pods[0]
+    roster = planner._maker.make(ledger, pod, world.now_us, look=True)
+    wish = Wish([ledger.tracked["young"]], DIT, 1, 1, "on-time", 55_000.0)
+    first_come(ledger, roster, [wish], world.now_us)
+    assert wish.first.id == "old"
+    ledger.tracked["young"].steps_done = 5
+    wish.members = [ledger.tracked["young"]]
+    first_come(ledger, roster, [wish], world.now_us)
+    assert wish.first.id == "young", "it is nearer to its end"

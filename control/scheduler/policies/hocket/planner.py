@@ -180,7 +180,9 @@ class Hocket:
             done += 1
         self._left = {pod.index: None for pod in concerned[done:]}
         self._wakes.planned(ledger, self._pods, concerned[:done], now_us)
-        ledger.due = ledger.due or bool(self._left)
+        if self._left:
+            ledger.touched.clear()  # this plan's own starts are no news to the next
+            ledger.due = True
 
     def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
         """At once where a plan left pods; when a worker leaves a called-off step; with a lead, that
