@@ -39,7 +39,8 @@ class Leadership:
         self._address = address
         self._incarnation = incarnation
         self._renew_us = ttl_us // 3
-        self._courtesy_us = ttl_us // 6  # to an incumbent whose key expired
+        self._again_us = ttl_us // 12  # after a renewal that is in doubt: well within …
+        self._courtesy_us = ttl_us // 4  # … what a standby grants an incumbent whose key expired
         self._revision = 0
         self._renewing = asyncio.Lock()
         self.term = 0  # until it serves
@@ -70,9 +71,10 @@ class Leadership:
 
         Raises Deposed when another one leads.
         """
+        renewed = True
         while True:
-            await self._pause(self._renew_us)
-            await self._try_to_renew(is_ours)
+            await self._pause(self._renew_us if renewed else self._again_us)
+            renewed = await self._try_to_renew(is_ours)
 
     async def tell(self, term: int, is_ours: Callable[[], Awaitable[bool]]) -> None:
         """Says in the key that this replica serves now, in this term. Raises Deposed."""
@@ -87,33 +89,36 @@ class Leadership:
         except OutcomeUnknown as error:
             log.debug("the leader's key was not given back: %s", error)
 
-    async def _try_to_renew(self, is_ours: Callable[[], Awaitable[bool]]) -> None:
+    async def _try_to_renew(self, is_ours: Callable[[], Awaitable[bool]]) -> bool:
+        """Whether it is renewed; False: it is not known, or nobody leads. Raises Deposed."""
         try:
             async with self._renewing:
-                await self._renew(is_ours)
+                return await self._renew(is_ours)
         except (OutcomeUnknown, BrokerUnavailable) as error:
             log.debug("the leader's key was not renewed: %s", error)
             with suppress(BrokerUnavailable):
                 if not await is_ours():  # the broker came back without its store
                     raise Deposed(self.term, 0) from error
+            return False
 
-    async def _renew(self, is_ours: Callable[[], Awaitable[bool]]) -> None:
+    async def _renew(self, is_ours: Callable[[], Awaitable[bool]]) -> bool:
         revision = await self._cell.update(self._value(), self._revision)
         if revision is None:
             found = await self._cell.get()
             key = read_key(found[0]) if found is not None else None
             if found is not None and key is not None and key.incarnation == self._incarnation:
                 self._revision = found[1]  # stored after all
-                return
+                return True
             if key is not None and key.address:
                 raise Deposed(self.term, key.term)
             if not await is_ours():
                 raise Deposed(self.term, 0)
             revision = await self._cell.create(self._value())
             if revision is None:
-                return  # somebody else was quicker: seen at the next turn
+                return False  # somebody else was quicker: seen at the next turn
             log.warning("the leader's key had expired; leading on in term %d", self.term)
         self._revision = revision
+        return True
 
     async def _claim(self) -> bool:
         """Tries to take a key that seems to be free, until it is known whether that worked."""

@@ -147,6 +147,8 @@ def _convert(key: str, raw: object, kind: Any) -> object:
         raw = [part.strip() for part in raw.split(",") if part.strip()]
     if isinstance(raw, Path):
         raw = str(raw)
+    elif isinstance(raw, list | tuple):
+        raw = [str(part) if isinstance(part, Path) else part for part in raw]
     try:
         return msgspec.convert(raw, kind, strict=False, dec_hook=_decode_path)
     except msgspec.ValidationError:

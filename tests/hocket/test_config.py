@@ -21,6 +21,7 @@ class Some(Common, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()
     fast: bool = False
     folder: Path | None = None
+    files: tuple[Path, ...] = ()
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -41,6 +42,11 @@ def test_option_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("HOCKET_ROUNDS")
     found = load(Some, {}, file)
     assert (found.rounds, found.policy, found.cluster) == (3, "fixed", "east")
+
+
+def test_an_option_may_be_several_paths() -> None:
+    """`python -m control --profile FILE` refused its own option."""
+    assert load(Some, {"files": (Path("a"), Path("b"))}).files == (Path("a"), Path("b"))
 
 
 def test_a_table_wins_over_the_top_level_and_other_tables_are_not_ours(tmp_path: Path) -> None:

@@ -59,12 +59,12 @@ def start_space(n: int) -> Start:
     return Start(*(np.zeros(n, np.int64) for _ in range(6)))
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def denoises(jobs: Floats, i: int) -> bool:
     return bool(jobs[i, TEXT_LEFT] <= 0.0 and jobs[i, STEPS_LEFT] > 0.0)
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def evaluate(
     now: float,
     gpus: int,
@@ -114,7 +114,7 @@ def evaluate(
     return score, operations
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def batch_size(start: Start, head: int) -> int:
     """Members of the batch that starts with `head`."""
     size = 0
@@ -124,7 +124,7 @@ def batch_size(start: Start, head: int) -> int:
     return size
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def improve(
     now: float,
     gpus: int,
@@ -184,7 +184,7 @@ def improve(
     return operations
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _any_choice(jobs: Floats, on: Ints, start: Start) -> bool:
     for i in range(jobs.shape[0]):  # noqa: SIM110 (no generators here)
         if on[i] and start.choice[i] != BUSY:
@@ -192,7 +192,7 @@ def _any_choice(jobs: Floats, on: Ints, start: Start) -> bool:
     return False
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _change(
     i: int, option: int, options: int, room: int, jobs: Floats, on: Ints, tab: Tables, start: Start
 ) -> bool:
@@ -235,7 +235,7 @@ def _change(
     return bool(used <= room)
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _may_join(i: int, j: int, jobs: Floats, on: Ints, tab: Tables, start: Start) -> bool:
     if j >= i or not on[j] or start.head[j] != j or jobs[i, KIND] != jobs[j, KIND]:
         return False
@@ -249,7 +249,7 @@ def _may_join(i: int, j: int, jobs: Floats, on: Ints, tab: Tables, start: Start)
     return bool(tab.batch_us[int(jobs[i, KIND]), size] < NEVER)
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _dissolve(head: int, start: Start) -> None:
     """Those who shared a batch with its head are held."""
     for j in range(start.head.shape[0]):
@@ -259,7 +259,7 @@ def _dissolve(head: int, start: Start) -> None:
                 start.choice[j] = HOLD
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _copy(choice: Ints, head: Ints, to_choice: Ints, to_head: Ints, n: int) -> None:
     for i in range(n):
         to_choice[i] = choice[i]

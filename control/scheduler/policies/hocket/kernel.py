@@ -78,7 +78,7 @@ def scratch(n: int) -> Scratch:
     return Scratch(np.zeros((6, n)), np.zeros((6, n), np.int64))
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def rollout(
     now: float, gpus: int, jobs: Floats, on: Ints, tab: Tables, rules: Rules, s: Scratch
 ) -> tuple[float, int]:
@@ -144,7 +144,7 @@ def rollout(
     return score, operations
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _enter(
     now: float,
     jobs: Floats,
@@ -171,7 +171,7 @@ def _enter(
     return m
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _room(t: float, m: int, gpus: int, end: Floats, held: Ints, live: Ints) -> tuple[int, float]:
     """Free workers at t, and the first end of a run."""
     room = gpus
@@ -185,7 +185,7 @@ def _room(t: float, m: int, gpus: int, end: Floats, held: Ints, live: Ints) -> t
     return room, until
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def smallest(
     steps: float, budget: float, room: int, kind: int, step_us: Floats, widths: Ints
 ) -> int:
@@ -203,7 +203,7 @@ def smallest(
     return best
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _allocate(
     t: float,
     m: int,
@@ -255,7 +255,7 @@ def _allocate(
     return w, room
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _join(
     i: int,
     kind: int,
@@ -285,7 +285,7 @@ def _join(
             return
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _widen(
     m: int,
     room: int,
@@ -314,7 +314,7 @@ def _widen(
             return
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _start(
     t: float,
     now: float,
@@ -364,7 +364,7 @@ def _start(
     return until
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _settle(
     t: float,
     m: int,
