@@ -9,26 +9,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-# Student's t, 97.5 %, by degrees of freedom; beyond these, the normal one.
-T_95 = (0.0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
-T_FAR = 2.09
+from .statistics import Interval, mean_interval
+
 SHOWN = ("workload", "rate", "slo_scale")
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and half width of its 95 % interval; no width for one value."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    t = T_95[len(values) - 1] if len(values) <= len(T_95) else T_FAR
-    return f"{mean:.1f} ± {t * spread / math.sqrt(len(values)):.1f}"
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
@@ -39,20 +28,24 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         key = (*(cell[k] for k in SHOWN), cell.get("refuse", False), cell.get("firm", 0.0))
         cells.setdefault(key, []).append(row["summary"])
     lines = [
-        "| load | late ones | firm | seeds | on time, % | told yes | kept, % | firm yes | firm kept, % |",
+        "| load | late ones | firm | seeds | on time, % | told yes | kept, % | firm yes | kept, % |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (name, rate, scale, refuse, firm), found in cells.items():
         told = [s["promises"] for s in found]
-        attained = interval([100 * s["attainment"] for s in found])
+        attained = mean_interval([100 * s["attainment"] for s in found])
         yes, kept = (sum(t[k] for t in told) for k in ("promised", "kept"))
         firm_yes, firm_kept = (sum(t[k] for t in told) for k in ("firm_promised", "firm_kept"))
         lines.append(
             f"| {name} {rate:g}/min {scale:g} | {'refused' if refuse else 'stay'} | {firm:.0%} "
-            f"| {len(found)} | {attained} | {yes} | {_part(kept, yes)} | {firm_yes} "
+            f"| {len(found)} | {_shown(attained)} | {yes} | {_part(kept, yes)} | {firm_yes} "
             f"| {_part(firm_kept, firm_yes)} |"
         )
     return "\n".join(lines)
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.mean:.1f}" + ("" if interval.half is None else f" ± {interval.half:.1f}")
 
 
 def _part(kept: int, yes: int) -> str:
