@@ -156,7 +156,7 @@ class Hocket:
         ends; all, where nothing says which.
         """
         changed.update(self._wakes.due(ledger, self._pods, self._planned_us, now_us))
-        if not changed and not self._left and self._settings.lead_us:
+        if not changed and not self._left:
             changed = set(range(len(self._pods.pods)))
         left = [i for i in self._left if i < len(self._pods.pods)]
         return [self._pods.pods[i] for i in (*left, *sorted(changed.difference(left)))]
@@ -180,9 +180,8 @@ class Hocket:
             done += 1
         self._left = {pod.index: None for pod in concerned[done:]}
         self._wakes.planned(ledger, self._pods, concerned[:done], now_us)
-        if self._left:
-            ledger.touched.clear()  # this plan's own starts are no news to the next
-            ledger.due = True
+        ledger.touched.clear()  # this plan's own starts are no news to the next
+        ledger.due = ledger.due or bool(self._left)
 
     def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
         """At once where a plan left pods; when a worker leaves a called-off step; with a lead, that
