@@ -85,8 +85,12 @@ def client_of(found: CommandSettings, provider: TracerProvider | None = None) ->
 
 
 def gateway_address(found: CommandSettings) -> str:
-    """Where the gateway listens; raises NoMesh with what to do when there is none."""
-    return found.address or _announced(found.state_dir, "gateway", "--address")
+    """Where gateways listen, with commas; raises NoMesh with what to do when there is none."""
+    if found.address:
+        return found.address
+    known = endpoints.living(found.state_dir, "gateway")
+    addresses = ",".join(one.address for one in known)
+    return addresses or _announced(found.state_dir, "gateway", "--address")
 
 
 @asynccontextmanager
