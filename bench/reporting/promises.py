@@ -28,7 +28,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         key = (*(cell[k] for k in SHOWN), cell.get("refuse", False), cell.get("firm", 0.0))
         cells.setdefault(key, []).append(row["summary"])
     lines = [
-        "| load | late ones | firm | seeds | on time, % | told yes | kept, % | firm yes | kept, % |",
+        "| load | late ones | firm | seeds | on time, % | yes | kept, % | firm yes | kept, % |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (name, rate, scale, refuse, firm), found in cells.items():

@@ -190,7 +190,7 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
         ledger.moving.observe(fact)
     if assignment.node == DIT or over:
         flight.reported_us = fact.at_us
-        ledger.moved.update(dict.fromkeys(assignment.workers))
+        ledger.move(assignment.workers)
     ledger.cluster.formed(assignment.workers, assignment.epoch)
     if news:
         model = ledger.tracked[assignment.batch[0].request].request.model

@@ -73,7 +73,7 @@ class Ledger:
     # What arrived, got on, fell back or ended since an estimate; None: more than is worth a list.
     progressed: dict[str, None] | None = None
     touched: dict[str, None] = field(default_factory=dict)  # requests changed since a plan
-    moved: dict[str, None] = field(default_factory=dict)  # workers whose runs got on or ended
+    moved: dict[str, None] | None = None  # workers whose runs got on or ended; None: nobody asks
     parting: dict[str, int] = field(default_factory=dict)  # worker -> end of a called-off step
     stages_wait: bool = False  # the last plan left encode or decode jobs for want of room
     memory: MemoryLimits = field(default_factory=MemoryLimits)
@@ -176,7 +176,7 @@ class Ledger:
                 continue
             free_us = self.board.step_end_us(sequence, forecast, now_us)
             flight = self.board.call_off(sequence)
-            self.moved.update(dict.fromkeys(flight.assignment.workers))
+            self.move(flight.assignment.workers)
             self.cluster.abandon(flight.assignment.workers, flight.assignment.epoch)
             for name in flight.assignment.workers:
                 worker = self.cluster.workers[name]
@@ -209,6 +209,11 @@ class Ledger:
             tracked.attempt += 1  # it runs steps again
         self.progress(tracked.id)
         self._touch(tracked.id)
+
+    def move(self, workers: Iterable[str]) -> None:
+        """What they have in hand ends at another time than was thought. Bounded: by who asks."""
+        if self.moved is not None:
+            self.moved.update(dict.fromkeys(workers))
 
     def progress(self, request: str) -> None:
         """What is left of it to run is not what it was."""

@@ -213,10 +213,13 @@ class Pods:
             return set()
         self._workers = workers_now
         before = {r: tuple(w.name for w in p.workers) for r, p in self.where.items()}
+        arrivals = [p.arrivals for p in self.pods]
         self.pods = [
             Pod(i, workers, ledger.gpus(w.name for w in workers))
             for i, workers in enumerate(cut(usable, self.size))
         ]
+        for pod, known in zip(self.pods, arrivals, strict=False):
+            pod.arrivals.extend(known)
         self._queues.clear()
         home = self.home = {w.name: p for p in self.pods for w in p.workers}
         self.where.clear()

@@ -27,6 +27,8 @@ class Wakes:
         """Pods were decided on."""
         if not self._lead_us:
             return
+        if ledger.moved is None:
+            ledger.moved = {}
         if pods.pods is not self._pods:
             self._pods = pods.pods
             self._heap.clear()
@@ -64,8 +66,8 @@ class Wakes:
 
     def _follow(self, ledger: Ledger, pods: Pods, planned_us: int) -> None:
         """Runs got on, or ended, or were called off."""
-        moved, ledger.moved = ledger.moved, {}
-        homes = (pods.home.get(worker) for worker in moved or ())
+        moved, ledger.moved = ledger.moved or {}, {}
+        homes = (pods.home.get(worker) for worker in moved)
         for index in sorted({pod.index for pod in homes if pod is not None}):
             if index < len(self._pods):
                 self._enter(ledger, self._pods[index], planned_us)
