@@ -95,7 +95,6 @@ def _check_spec(spec: types_pb2.GenerationSpec, need: Callable[[str, bool, str],
     need(at + "shape.frames", shape.frames <= SIDE_MAX, f"0 to {SIDE_MAX}")
     need(at + "steps", 1 <= spec.steps <= STEPS_MAX, f"1 to {STEPS_MAX}")
     need(at + "guidance_scale", _is_number(spec.guidance_scale), "a number")
-    need(at + "guidance_branches", spec.guidance_branches <= 2, "0 to 2")
     for name, text in (("prompt", spec.prompt), ("negative_prompt", spec.negative_prompt)):
         sound = len(text) <= TEXT_CHARS_MAX and not _CONTROL_IN_TEXT.search(text)
         need(at + name, sound, f"at most {TEXT_CHARS_MAX} characters, no control characters")
