@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from bench.chaos import wishes
-from bench.chaos.history import CANCELLED, FAILED, FINISHED, GIVEN_UP, History, Story
+from bench.chaos.history import CANCELLED, FAILED, FINISHED, GIVEN_UP, QUIT, History, Story
 
 OPEN = "open"
 
@@ -83,12 +83,17 @@ def accepted_is_ended(history: History, written: list[Written]) -> list[str]:
 
 
 def nothing_for_nobody(history: History, written: list[Written]) -> list[str]:
-    """No request that no caller knows has run to its end; no key has two requests."""
+    """No request that no caller knows has run to its end; no key has two requests.
+
+    A caller that left before it heard `accepted` may come back within the grace, and the requests
+    here are shorter than that: those are known by their key.
+    """
     seen = {request_id for story in history.stories.values() for request_id in story.ids}
+    left = {s.key for s in history.stories.values() if s.ended in (QUIT, GIVEN_UP) and not s.ids}
     found = [
         f"{one.request_id}: made for nobody (key {one.key or 'unknown'})"
         for one in written
-        if one.state == FINISHED and one.request_id not in seen
+        if one.state == FINISHED and one.request_id not in seen and one.key not in left
     ]
     keys = Counter(one.key for one in written if one.key)
     return found + [f"{key}: {count} requests" for key, count in keys.items() if count > 1]
