@@ -245,7 +245,7 @@ async def test_the_live_scheduler_plans_loads_from_what_workers_tell(
     assert {(part.model, part.node) for part in worker.memory.parts} == {
         (model, node) for model in "ab" for node in ("text", "dit", "vae")
     }
-    assert "budget 24.0 MiB" in status and "evictions" in status
+    assert "memory budget 24 MiB" in status and "evictions" in status
     found = replay(entries)
     assert found.agrees and found.plans >= 12
     told = [json.loads(entry.observed_json) for entry in entries if entry.observed_json]
