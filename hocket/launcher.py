@@ -18,7 +18,7 @@ import fcntl
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from hocket import endpoints
 from hocket.broker import clustered, free_port, nats_server_command
 from hocket.channels import CHANNEL_OPTIONS
 from hocket.children import Child, Children, stop_leftovers
-from hocket.errors import MeshStopped
+from hocket.client import HocketClient
+from hocket.errors import MeshStopped, NotReady
 from hocket.restarts import DEFAULT, RestartRule
 from hocket.v1.control_pb2 import WatchClusterRequest
 from hocket.v1.control_pb2_grpc import ControlServiceStub
@@ -107,9 +108,20 @@ async def mesh(plan: MeshPlan, report: Report) -> AsyncIterator[RunningMesh]:
             pools = await _start_workers(plan, url, children)
             gateways = await _start_gateways(plan, url, children, report)
             await _until_alive(plan, control, pools, report)
+            await asyncio.gather(*(_until_serving(address) for address in gateways))
             children.supervise()
             monitors = tuple(f"http://127.0.0.1:{port}" for port in doors)
             yield RunningMesh(gateways[0], control, url, children, gateways, monitors)
+
+
+async def _until_serving(gateway: str) -> None:
+    """Returns once a gateway has heard of the workers, too."""
+    async with HocketClient(gateway) as client, asyncio.timeout(_SERVICE_START_S):
+        while True:
+            with suppress(NotReady):
+                await client.models(wait_for_ready=True)
+                return
+            await asyncio.sleep(_POLL_S)
 
 
 async def _start_brokers(
