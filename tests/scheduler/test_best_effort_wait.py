@@ -19,7 +19,7 @@ def waited_s(wait_us_max, px=64, steps=1):
         steps=6,
         workers=1,
         policy="hocket",
-        policy_settings={"best_effort_wait_us_max": wait_us_max},
+        policy_settings={"best_effort_wait_us_max": wait_us_max, "best_effort_slowdown": 20},
     )
     first = len(stream)
     trace = tuple(

@@ -108,25 +108,30 @@ def _late(pod: Pod, roster: Roster, wishes: Sequence[Wish], now_us: int) -> int:
 
 
 def first_come(ledger: Ledger, roster: Roster, wishes: Sequence[Wish], now_us: int) -> None:
-    """Of equals, and of those no further from their end, the first come takes the start."""
+    """Of equals, and of those no further from their end, the first come takes the start.
+
+    The hopeless are no equals of those given up who may yet be on time, by what fills let them do.
+    """
     single = [w for w in wishes if len(w.members) == 1]
     if not single:
         return
     started = {t.id for w in wishes for t in w.members}
     waiting: dict[tuple[object, ...], list[Tracked]] = {}
 
+    lost = {e.id for e, *_ in roster.spare}
+
     def key(tracked: Tracked, hopeful: bool) -> tuple[object, ...]:
         r = tracked.request
         node = denoise.next_node(ledger, tracked)
-        return (r.model, r.shape, r.priority, tracked.promised, tracked.alone, hopeful, node)
+        hope = (tracked.promised, hopeful, tracked.id in lost)
+        return (r.model, r.shape, r.priority, tracked.alone, hope, node)
 
     free = zip(roster.entries, roster.jobs[:, AVAIL].tolist(), strict=True)
     for entry in [e for e, us in free if us <= now_us] + [e for e, *_ in roster.spare]:
         if entry.id not in started:
             waiting.setdefault(key(entry.tracked, entry.hopeful), []).append(entry.tracked)
     for wish in single:
-        hopeful = wish.reason != BEST_EFFORT
-        equals = waiting.get(key(wish.first, hopeful), [])
+        equals = waiting.get(key(wish.first, wish.reason != BEST_EFFORT), [])
         before = [t for t in equals if _goes_before(t, wish.first)]
         if before:
             first = min(before, key=lambda t: t.order)

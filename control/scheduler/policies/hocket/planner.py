@@ -73,7 +73,7 @@ class Hocket:
         "patience_us": Spec(300_000_000, low=0),  # without progress; then best effort goes first
         # Best effort goes first, too, once it has waited so long and so many times its own time.
         "best_effort_wait_us_max": Spec(60_000_000, low=0),  # 0: never
-        "best_effort_slowdown": Spec(20.0, low=0.0),
+        "best_effort_slowdown": Spec(100.0, low=0.0),
         "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
         "guard": Spec(0.05, low=0.0, high=0.5),  # part of a firm promise's time kept in hand
