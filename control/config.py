@@ -13,6 +13,7 @@ from control.scheduler.profile import OPTIONAL, REQUIRED
 from control.scheduler.settings import SettingError, Settings
 from hocket.config import Common
 from hocket.errors import WrongConfig
+from hocket.media_bucket import KEPT_S
 
 _ASSETS = Path(__file__).parent / "assets" / "profiles"
 
@@ -43,6 +44,8 @@ class ControlSettings(Common, frozen=True, kw_only=True):
     ended_max: Annotated[int, msgspec.Meta(ge=1)] = 10_000  # … and no more than so many
     promises_bytes_max: Bytes = 0  # reserved on the broker; 0: up to 256 MiB, as it has room
     diary_bytes_max: Bytes = 0  # likewise
+    media_bytes_max: Bytes = 0  # of all finished media; 0: 4 GiB, or what the broker has room for
+    media_kept_s: Annotated[float, msgspec.Meta(gt=0)] = KEPT_S
     stream_replicas: Literal[1, 3, 5] = 1  # copies of all that, in a cluster of brokers
 
 

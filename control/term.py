@@ -32,6 +32,7 @@ from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.settings import SettingError, Settings
 from control.standby import Book
+from hocket import media_bucket
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
 from hocket.errors import WrongConfig
@@ -160,6 +161,7 @@ class Term:
                 tasks.create_task(self._check())
                 tasks.create_task(self._store.keep(self.desk.driver.ask, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
+                tasks.create_task(self._keep_media_bucket())
                 await self._deposed
             raise AssertionError("it ends by an exception")
         finally:
@@ -171,6 +173,11 @@ class Term:
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_WAIT_S):
                 await self._store.save(self._scheduler)
+
+    async def _keep_media_bucket(self) -> NoReturn:
+        parts, settings = self.parts, self.parts.settings
+        size, kept_s = settings.media_bytes_max, settings.media_kept_s
+        await media_bucket.keep(parts.bus, parts.subjects, parts.clock, size, kept_s)
 
     def _is_idle(self) -> bool:
         return self.desk.records.open_count == 0

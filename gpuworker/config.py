@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 
 from hocket.config import Common
+from hocket.media_bucket import KEPT_S
 
 NAME_PREFIX = r"^[a-z0-9][a-z0-9-]{0,40}$"
 _ASSETS = Path(__file__).parent / "assets"
@@ -40,8 +41,9 @@ class WorkerSettings(Common, frozen=True, kw_only=True):
     groups_max: Annotated[int, msgspec.Meta(ge=1)] = 64  # communicators kept
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # for handing latents over at the end
     restarts_max: Annotated[int, msgspec.Meta(ge=0)] = 10  # of one worker within ten minutes
-    media_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 0  # of all; 0: 4 GiB, or what there is
-    media_kept_s: Annotated[float, msgspec.Meta(gt=0)] = 24 * 3600.0  # finished media
+    # Of the media store, where control has not made it yet and a worker may.
+    media_bytes_max: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: 4 GiB, or what there is
+    media_kept_s: Annotated[float, msgspec.Meta(gt=0)] = KEPT_S
     # "default": blocks go through torch.compile, which each kind of shape pays for once.
     compile: Literal["off", "default"] = "off"
     # Where a sequence is split: our own exchange, xfuser's on a GPU, or xfuser's where it is there.

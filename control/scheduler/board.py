@@ -101,6 +101,12 @@ class Board:
                 return self.flights[first]
         return None
 
+    def behind(self, workers: Iterable[str], requests: Iterable[str]) -> set[int]:
+        """What is outstanding on some workers, or of some requests."""
+        lines = [self._of_worker.get(name, ()) for name in workers]
+        lines += [self._of_request.get(request, ()) for request in requests]
+        return {s for line in lines for s in line if s in self.flights}
+
     def forget_workers(self, names: Iterable[str]) -> None:
         """They are gone for good, and nothing is outstanding on them."""
         for name in names:

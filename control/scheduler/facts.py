@@ -190,6 +190,7 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
         ledger.moving.observe(fact)
     if assignment.node == DIT or over:
         flight.reported_us = fact.at_us
+        ledger.overdue.look_again((fact.sequence,))
         ledger.move(assignment.workers)
     ledger.cluster.formed(assignment.workers, assignment.epoch)
     if news:
@@ -197,6 +198,8 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
         ledger.quarantine.succeeded(assignment.workers, (model, assignment.node))
     if over:
         ledger.board.end(fact.sequence)
+        requests = [m.request for m in assignment.batch]
+        ledger.overdue.look_again(ledger.board.behind(assignment.workers, requests))
         for name in assignment.workers:
             worker = ledger.cluster.workers[name]
             worker.freed_us = max(worker.freed_us, fact.at_us)

@@ -173,10 +173,13 @@ class Ledger:
             involved.update(assignment.workers)
             if len(assignment.batch) > 1:
                 self.board.leave(sequence, tracked.id)
+                self.overdue.look_again((sequence,))  # it may have waited for this job alone
                 continue
             free_us = self.board.step_end_us(sequence, forecast, now_us)
             flight = self.board.call_off(sequence)
             self.move(flight.assignment.workers)
+            behind = self.board.behind(flight.assignment.workers, (tracked.id,))
+            self.overdue.look_again(behind)
             self.cluster.abandon(flight.assignment.workers, flight.assignment.epoch)
             for name in flight.assignment.workers:
                 worker = self.cluster.workers[name]

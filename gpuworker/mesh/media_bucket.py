@@ -1,5 +1,4 @@
-"""The cluster's bucket for finished media: bounded in bytes and in time, so that no flood of
-results fills the disk that promises are written to.
+"""A worker's way to the cluster's bucket for finished media (see hocket.media_bucket).
 
 When it is full the oldest media give way, but for those of the last minute, which somebody is about
 to fetch. Ages are told by the broker's stamps alone.
@@ -13,23 +12,21 @@ import logging
 from dataclasses import dataclass
 
 import nats.errors
-from nats.js.api import ObjectStoreConfig, RawStreamMsg
+from nats.js.api import RawStreamMsg
 from nats.js.errors import APIError, NotFoundError
-from nats.js.object_store import ObjectStore
 
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
+from hocket.media_bucket import opened
 
 log = logging.getLogger(__name__)
 
-BYTES_MAX = 4 << 30  # where the broker has as much
-_BYTES_LEAST = 16 << 20
 _FRESH_S = 60.0
 _EVICTIONS_MAX = 64  # for one file
 _WAITS_US = (0, 500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000)  # before each try
 _AWAY_WAIT_US = 1_000_000  # between tries while the broker does not answer
 _AWAY_MAX_US = 600_000_000
-_NO_ROOM, _FULL, _EXISTS = (10023, 10028, 10047), 10077, 10058  # error codes of nats-server
+_FULL = 10077  # error code of nats-server
 
 
 @dataclass
@@ -84,7 +81,7 @@ class MediaBucket:
                 raise NotStored(problem)
 
     async def _put(self, name: str, content: bytes) -> None:
-        store = await self._open()
+        store = await opened(self._bus, self._bucket, self._bytes_max, self._kept_s)
         for left in reversed(range(_EVICTIONS_MAX)):
             try:
                 await store.put(name, io.BytesIO(content))
@@ -92,28 +89,6 @@ class MediaBucket:
             except APIError as error:
                 if error.err_code != _FULL or not left or not await self._evict_oldest():
                     raise
-
-    async def _open(self) -> ObjectStore:
-        try:
-            return await self._bus.jetstream.object_store(self._bucket)
-        except NotFoundError:
-            return await self._create()
-
-    async def _create(self) -> ObjectStore:
-        """Makes the bucket, of the size that was set or as large as the broker has room for."""
-        size = self._bytes_max or BYTES_MAX
-        while True:
-            try:
-                return await self._bus.jetstream.create_object_store(
-                    self._bucket,
-                    ObjectStoreConfig(bucket=self._bucket, ttl=self._kept_s, max_bytes=size),
-                )
-            except APIError as error:
-                if error.err_code == _EXISTS:  # another worker was quicker
-                    return await self._bus.jetstream.object_store(self._bucket)
-                if error.err_code not in _NO_ROOM or self._bytes_max or size <= _BYTES_LEAST:
-                    raise
-            size //= 4  # others want room, too
 
     async def _evict_oldest(self) -> bool:
         """Drops the media that were finished first, with all that is known of them; false when

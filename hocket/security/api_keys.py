@@ -7,10 +7,15 @@ is added or revoked without a restart.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import secrets
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -56,33 +61,60 @@ def add(file: Path, tenant: str) -> tuple[str, str]:
     """Adds a key for a tenant; returns its id and the key, which is told this once."""
     if re.fullmatch(_NAME, tenant) is None:
         raise WrongConfig("tenant", tenant, f"a name matching {_NAME}")
-    known = read(file) if file.exists() else ApiKeys()
     name = secrets.token_hex(4)
     secret = f"{_PREFIX}{secrets.token_urlsafe(_KEY_BYTES)}"
     fresh = ApiKey(id=name, tenant=tenant, sha256=_digest(secret))
-    _write(file, ApiKeys(keys=(*known.keys, fresh)))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(file):
+        known = read(file) if file.exists() else ApiKeys()
+        _write(file, ApiKeys(keys=(*known.keys, fresh)))
     return name, secret
 
 
 def revoke(file: Path, name: str) -> ApiKey:
     """Takes a key back by its id; raises WrongConfig where there is none of that id."""
-    known = read(file)
-    found = next((key for key in known.keys if key.id == name), None)
-    if found is None:
-        allowed = ", ".join(key.id for key in known.keys) or "an id; the file has no keys"
-        raise WrongConfig("id", name, allowed)
-    _write(file, ApiKeys(keys=tuple(key for key in known.keys if key.id != name)))
+    read(file)  # raises where there is none, perhaps not even its folder
+    with _alone(file):
+        known = read(file)
+        found = next((key for key in known.keys if key.id == name), None)
+        if found is None:
+            allowed = ", ".join(key.id for key in known.keys) or "an id; the file has no keys"
+            raise WrongConfig("id", name, allowed)
+        _write(file, ApiKeys(keys=tuple(key for key in known.keys if key.id != name)))
     return found
 
 
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Nobody else changes the file meanwhile; held on its folder, for the file is replaced."""
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def _write(file: Path, keys: ApiKeys) -> None:
-    """At once: a gateway that reads meanwhile sees the old file or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f".{file.name}.new")
-    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as into:
-        into.write(msgspec.json.format(msgspec.json.encode(keys), indent=2))
-    fresh.replace(file)
+    """At once: a gateway that reads meanwhile sees the old file or the new one, and may read it
+    still: owner and mode stay as they are.
+    """
+    before = file.stat() if file.exists() else None
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)  # for its owner alone
+    try:
+        with os.fdopen(handle, "wb") as into:
+            into.write(msgspec.json.format(msgspec.json.encode(keys), indent=2))
+            if before is not None:
+                os.fchown(into.fileno(), before.st_uid, before.st_gid)
+                os.fchmod(into.fileno(), stat.S_IMODE(before.st_mode))
+        Path(name).replace(file)
+    except PermissionError as error:
+        Path(name).unlink(missing_ok=True)
+        told = f"a file that this user may write and leave to its owner ({error.strerror})"
+        raise WrongConfig("api_keys", str(file), told) from None
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _digest(secret: str) -> str:

@@ -3,6 +3,11 @@
 A client is who its certificate says (`verify_and_map`: the DNS name `hocket-<role>`), so there are
 no passwords. Each role has inboxes of its own: nobody reads the answers to another role. Nobody but
 control writes promises, the diary, the leader's key, assignments or truncations.
+
+Whom a role may answer is listed, too: `allow_responses` would let whoever gets a message publish on
+any subject that its sender named for the answer. Only workers answer, and only workers ask them.
+The broker's own answers go wherever an asker says. So a worker, who writes media, has no read that
+hands them out as they are (`DIRECT.GET`, consumers), and does not configure their stream.
 """
 
 from __future__ import annotations
@@ -34,14 +39,16 @@ def permissions(role: str, cluster: str) -> dict[str, list[str]]:
                 subjects.report("*"),
                 subjects.latent("*"),
                 f"$O.{subjects.media_bucket}.>",
-                *_reading(media),
-                *(f"$JS.API.STREAM.{verb}.{media}" for verb in ("CREATE", "UPDATE", "PURGE")),
-                f"$JS.API.STREAM.MSG.DELETE.{media}",
+                own,  # answers to other workers
+                "$JS.API.INFO",
+                *(f"$JS.API.STREAM.{verb}.{media}" for verb in ("INFO", "MSG.GET", "PURGE")),
             ]
             listen = [subjects.assign("*"), subjects.truncate("*"), subjects.latent("*"), own]
             return {"publish": publish, "subscribe": listen}
         case "gateway":
-            return {"publish": [*_reading(media), *_reading(leader)], "subscribe": [own]}
+            publish = [f"$JS.API.STREAM.{verb}.{media}" for verb in ("INFO", "MSG.GET")]
+            publish += [f"$JS.API.DIRECT.GET.{media}", f"$JS.API.DIRECT.GET.{media}.>"]
+            return {"publish": [*publish, *_reading(leader)], "subscribe": [own]}
         case "operator":  # reads: `bench replay`, `hocket status`
             publish = _reading("*")
             return {"publish": publish, "subscribe": [f"hocket.v1.{cluster}.>", own]}
@@ -69,10 +76,7 @@ def _reading(stream: str) -> list[str]:
 def configuration(cluster: str, folder: Path, listen: str, store: str) -> str:
     """Text of a nats-server configuration that uses the broker's certificates in `folder`."""
     users = [
-        {
-            "user": common_name(role),
-            "permissions": {**_as_rules(permissions(role, cluster)), "allow_responses": True},
-        }
+        {"user": common_name(role), "permissions": _as_rules(permissions(role, cluster))}
         for role in ("control", "worker", "gateway", "operator")
     ]
     return "\n".join(

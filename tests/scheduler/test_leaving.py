@@ -145,6 +145,51 @@ def test_a_fetch_that_nobody_tells_of_is_tried_again_and_not_for_ever(full):
     assert max(tried.values()) == TRIES_MAX and len(tried) > WORKER_MAX
 
 
+def test_a_destination_that_goes_away_leaves_control_at_rest(full):
+    """What cannot be fetched by anybody is due again when a worker comes, not all the time."""
+    world, _ = full
+    world.up("w1", host="h0")
+    world.plan()
+    drain(world, "w0")
+    assert world.plan().fetches
+    world.lose("w1")
+    world.now_us += AGAIN_US
+    world.observe(NothingHeard(at_us=world.now_us))
+    assert not world.plan().fetches
+    wake_us = world.scheduler.wake_us()
+    assert not world.scheduler.due(world.now_us) and (wake_us is None or wake_us > world.now_us)
+    world.up("w2", host="h0")
+    assert world.scheduler.due(world.now_us)
+    assert {f.worker for f in world.plan().fetches} == {"w2"}
+
+
+def test_an_older_copy_is_not_the_one_that_was_to_come(full):
+    world, _ = full
+    world.up("w1", host="h0")
+    world.plan()
+    drain(world, "w0")
+    tracked = world.scheduler._ledger.tracked
+    waiting = [v.request for v in world.scheduler.jobs() if v.holders and not v.outstanding]
+    for request in waiting:  # it ran on since w1 got its copy
+        tracked[request].steps_done = 3
+        tracked[request].holders = {"w0": 3, "w1": 1}
+    sent = Counter(f.request for f in world.plan().fetches)
+    for _ in range(8):
+        world.now_us += AGAIN_US // 10
+        tell(world, "w1", latents=[(request, 1) for request in waiting])
+        sent.update(f.request for f in world.plan().fetches)
+    assert sent and max(sent.values()) == 1, "each is still under way"
+
+
+def test_a_stopping_worker_is_not_to_drop_what_it_works_on():
+    world, group = grouped()
+    running = only(world.plan())
+    assert running.workers == group and not world.plan().assignments
+    tell(world, group[0], stopping=True, latents=[("a", world.view("a").steps_done)])
+    assert world.view("a").outstanding
+    assert world.scheduler.safe_to_release(group[0]) == ()
+
+
 def test_nobody_fetches_where_nobody_stays(full):
     world, held = full
     drain(world, "w0")

@@ -3,7 +3,14 @@
 import pytest
 
 from control.scheduler.resilience.overdue import LATE_US
-from control.scheduler.values import JobProgress, NothingHeard, Outcome, StepsEnded, WorkerUp
+from control.scheduler.values import (
+    CancelRequested,
+    JobProgress,
+    NothingHeard,
+    Outcome,
+    StepsEnded,
+    WorkerUp,
+)
 
 from .bad_workers import Cluster
 from .driving import FLUX, World, only
@@ -160,6 +167,59 @@ def test_what_waits_behind_another_run_is_not_overdue_before_it():
     overdue(world)
     assert not world.view(first.batch[0].request).attempt - 1
     assert world.now_us < behind[0].start_us + 2 * world.settings.hung_min_us
+
+
+@pytest.mark.parametrize("called_off", [False, True])
+def test_what_is_ahead_ending_early_brings_the_end_forward_however_often_one_asks(called_off):
+    ends = []
+    for curious in (False, True):
+        world = World(workers=1, hung_min_us=1)
+        for name in "abcdef":
+            world.arrive(name)
+        first, *behind = world.plan().assignments
+        assert behind
+        if curious:
+            world.scheduler.wake_us()
+        sleep(world, 1_000)
+        if called_off:
+            world.observe(CancelRequested(at_us=world.now_us, request=first.batch[0].request))
+        else:
+            world.step(first, 1, last=True)
+        ledger = world.scheduler._ledger
+        ends.append(ledger.overdue.next_us(ledger.board, ledger.cluster))
+    assert ends[0] == ends[1]
+
+
+def test_reports_bring_the_end_forward_however_often_one_asks():
+    """A run that hangs at its last steps is found by these, not by the whole of it."""
+    ends = []
+    for curious in (False, True):
+        world = World(workers=2, policy="sjf", hung_min_us=1)
+        world.arrive("a")
+        world.over(only(world.plan()))
+        a = only(world.plan())
+        for done in range(1, a.steps):
+            if curious:
+                world.scheduler.wake_us()
+            sleep(world, a.step_time_us)
+            world.step(a, done)
+        ends.append(world.scheduler.wake_us())
+    assert ends[0] == ends[1] == world.now_us + int(8 * a.step_time_us_safe)
+
+
+def test_the_heap_of_ends_is_bounded():
+    world = World(workers=1, policy="sjf")
+    world.arrive("a", steps=5_000)
+    world.over(only(world.plan()))
+    done = 0
+    ends = world.scheduler._ledger.overdue
+    while done < 2_000:
+        for a in world.plan().assignments or world.scheduler.outstanding():
+            sleep(world, a.step_time_us)
+            world.step(a, 1, last=a.steps == 1)
+            done += 1
+        world.scheduler.wake_us()
+        assert len(ends._ends) < 300 and len(ends._parts) < 300
 
 
 def test_a_job_that_hangs_everywhere_ends():

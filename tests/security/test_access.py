@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,30 @@ def test_the_file_holds_no_key(tmp_path: Path) -> None:
     _, secret = api_keys.add(file, "acme")
     assert secret not in file.read_text() and secret.removeprefix("hk_") not in file.read_text()
     assert file.stat().st_mode & 0o077 == 0
+
+
+def test_owner_and_mode_of_the_file_stay(tmp_path: Path) -> None:
+    """A gateway of another user, or group, goes on reading it."""
+    file = tmp_path / "keys.json"
+    name, _ = api_keys.add(file, "acme")
+    file.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(file, 12_345, 12_346)
+    before = file.stat()
+    api_keys.add(file, "other")
+    api_keys.revoke(file, name)
+    after = file.stat()
+    assert (after.st_uid, after.st_gid) == (before.st_uid, before.st_gid)
+    assert after.st_mode == before.st_mode
+    assert [path.name for path in tmp_path.iterdir()] == ["keys.json"]
+
+
+def test_many_who_add_keys_at_once_lose_none(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    with ThreadPoolExecutor(8) as threads:
+        added = list(threads.map(lambda i: api_keys.add(file, f"t{i}"), range(64)))
+    known = api_keys.read(file)
+    assert {known.tenant_of(secret) for _, secret in added} == {f"t{i}" for i in range(64)}
 
 
 def test_keys_change_without_a_restart(tmp_path: Path) -> None:

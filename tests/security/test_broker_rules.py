@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ import nats
 import nats.errors
 import pytest
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from hocket.broker import free_port, nats_server_binary
 from hocket.bus import Subjects
@@ -34,7 +36,15 @@ MAY_PUBLISH = {
     f"$O.{S.media_bucket}.C.x": {"control", "worker"},
     f"$JS.API.STREAM.DELETE.{S.journal_stream}": {"control"},
     f"$JS.API.STREAM.PURGE.{_MEDIA}": {"control", "worker"},
+    f"$JS.API.STREAM.CREATE.{_MEDIA}": {"control"},
+    f"$JS.API.STREAM.UPDATE.{_MEDIA}": {"control"},
+    f"$JS.API.STREAM.MSG.DELETE.{_MEDIA}": {"control"},
+    f"$JS.API.CONSUMER.CREATE.{_MEDIA}": {"control", "operator"},
+    f"$JS.API.DIRECT.GET.{_MEDIA}": {"control", "gateway", "operator"},
     f"$JS.API.STREAM.INFO.{_MEDIA}": {"control", "worker", "gateway", "operator"},
+    f"{inbox_of('worker')}.x": {"worker"},  # answers to another worker that asks for a latent
+    f"{inbox_of('control')}.x": set(),
+    f"{inbox_of('gateway')}.x": set(),
     f"$JS.API.DIRECT.GET.{_LEADER}": {"control", "gateway", "operator"},
     f"$JS.API.STREAM.UPDATE.{_LEADER}": {"control"},
 }
@@ -110,6 +120,77 @@ async def test_each_role_tries_to_publish_everything(
         refused = await denied(client, told)
     found = {subject: subject.lower() not in refused for subject in MAY_PUBLISH}
     assert found == {subject: role in allowed for subject, allowed in MAY_PUBLISH.items()}
+
+
+# What each role hears, and from whom: None is its own inbox.
+HEARS = {
+    "control": ("worker", S.heartbeat("w")),
+    "worker": ("worker", S.latent("w")),
+    "gateway": ("gateway", None),
+    "operator": ("worker", S.report("w")),
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_whoever_gets_a_message_may_not_answer_it_anywhere(
+    broker: str, certificates: Path, role: str
+) -> None:
+    """A foreign subject that is named for the answer gives nobody the right to publish there."""
+    sender, subject = HEARS[role]
+    async with (
+        connected(broker, certificates, role) as (client, told),
+        connected(broker, certificates, sender) as (other, _),
+    ):
+        subject = subject or client.new_inbox()
+        messages = await client.subscribe(subject)
+        await client.flush()
+        targets = [name for name, allowed in MAY_PUBLISH.items() if role not in allowed]
+        for target in targets:
+            await other.publish(subject, b"", reply=target)
+            if role != "gateway":  # whom nobody but the broker can tell anything
+                await messages.next_msg(5.0)
+            await client.publish(target, b"")
+            await client.flush()
+        assert await denied(client, told) == {target.lower() for target in targets}
+
+
+async def test_a_worker_asks_a_worker_and_is_answered(broker: str, certificates: Path) -> None:
+    async with (
+        connected(broker, certificates, "worker") as (one, _),
+        connected(broker, certificates, "worker") as (two, _),
+    ):
+
+        async def answer(message: Msg) -> None:
+            await message.respond(b"here")
+
+        await one.subscribe(S.latent("one"), cb=answer)
+        await one.flush()
+        assert (await two.request(S.latent("one"), b"", 5.0)).data == b"here"
+
+
+async def test_a_worker_stores_media_and_reads_none_to_others(
+    broker: str, certificates: Path
+) -> None:
+    """A read that names another's subject for its answer would put any content there."""
+    async with (
+        connected(broker, certificates, "control") as (control, _),
+        connected(broker, certificates, "worker") as (worker, told),
+    ):
+        await control.jetstream().create_object_store(S.media_bucket)
+        store = await worker.jetstream().object_store(S.media_bucket)
+        await store.put("file", b"first")
+        await store.put("file", b"second")
+        assert await denied(worker, told) == set()
+        heard = await control.subscribe(S.assign("w"))
+        await control.flush()
+        chunk = f"$O.{S.media_bucket}.C.forged"
+        await worker.publish(chunk, b"forged")
+        await worker.publish(f"$JS.API.DIRECT.GET.{_MEDIA}.{chunk}", b"", reply=S.assign("w"))
+        last = json.dumps({"last_by_subj": chunk}).encode()
+        await worker.publish(f"$JS.API.STREAM.MSG.GET.{_MEDIA}", last, reply=S.assign("w"))
+        message = await heard.next_msg(5.0)
+        assert message.data.startswith(b"{"), "wrapped by the broker"
+        assert len(await denied(worker, told)) == 1
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -36,6 +36,7 @@ class Evacuation:
     """The fetches under way, by request."""
 
     _sent: dict[str, _Sent] = field(default_factory=dict)
+    _stuck: set[str] = field(default_factory=set)  # nobody could take them at the last plan
     _waiting: frozenset[str] = frozenset()  # workers that fetch; replaced, never changed
 
     def plan(self, ledger: Ledger, now_us: int) -> tuple[Fetch, ...]:
@@ -46,6 +47,7 @@ class Evacuation:
 
     def _find(self, ledger: Ledger, now_us: int) -> tuple[Fetch, ...]:
         wanted = _wanted(ledger)
+        self._stuck.clear()
         self._sent = {r: s for r, s in self._sent.items() if r in wanted and _same(s, wanted[r])}
         if not wanted:
             return ()
@@ -61,7 +63,10 @@ class Evacuation:
                 continue
             tries = 1 if before is None else before.tries + 1
             to = _destination(ledger, tracked, under_way, copies, before)
-            if to is None or tries > TRIES_MAX:
+            if tries > TRIES_MAX:
+                continue
+            if to is None:
+                self._stuck.add(tracked.id)  # news of a worker makes the next plan due
                 continue
             fetch = _fetch(ledger, tracked, to)
             self._sent[tracked.id] = _Sent(fetch, now_us, tries)
@@ -74,7 +79,7 @@ class Evacuation:
 
     def next_us(self) -> int | None:
         """When the oldest fetch under way is tried elsewhere."""
-        open_ = (s for s in self._sent.values() if s.tries < TRIES_MAX)
+        open_ = (s for r, s in self._sent.items() if s.tries < TRIES_MAX and r not in self._stuck)
         return min((s.at_us + AGAIN_US for s in open_), default=None)
 
     def awaits(self, worker: str) -> bool:
@@ -83,12 +88,7 @@ class Evacuation:
 
     def came(self, ledger: Ledger, worker: str) -> bool:
         """A worker has told what it holds: whether something that was awaited is there."""
-        there = [
-            r
-            for r, s in self._sent.items()
-            if s.fetch.worker == worker
-            and (r not in ledger.tracked or worker in ledger.tracked[r].holders)
-        ]
+        there = [r for r, s in self._sent.items() if _is_there(ledger, s.fetch, worker)]
         for request in there:
             del self._sent[request]
         self._note()
@@ -100,7 +100,7 @@ class Evacuation:
 
     def due(self, ledger: Ledger) -> bool:
         """Something that a leaving worker holds has no other copy, and no fetch under way."""
-        return any(r not in self._sent for r in _wanted(ledger))
+        return any(r not in self._sent or r in self._stuck for r in _wanted(ledger))
 
 
 def alone(ledger: Ledger, worker: str) -> tuple[str, ...]:
@@ -109,8 +109,11 @@ def alone(ledger: Ledger, worker: str) -> tuple[str, ...]:
 
 
 def safe(ledger: Ledger, worker: str) -> tuple[str, ...]:
-    """Requests whose latest latent a worker holds, and another living one that stays, too."""
-    return tuple(r for r, safe in _latest_on(ledger, worker) if safe)
+    """Requests whose latest latent a worker holds, and another living one that stays, too; none
+    that is being worked on: its worker goes on from there.
+    """
+    found = (r for r, safe in _latest_on(ledger, worker) if safe)
+    return tuple(r for r in found if not ledger.tracked[r].outstanding)
 
 
 def _latest_on(ledger: Ledger, worker: str) -> Iterable[tuple[str, bool]]:
@@ -137,6 +140,14 @@ def _wanted(ledger: Ledger) -> dict[str, Tracked]:
         if living and all(cluster.workers[w].leaving for w in living):
             found[tracked.id] = tracked
     return found
+
+
+def _is_there(ledger: Ledger, fetch: Fetch, worker: str) -> bool:
+    """The worker holds what it was to fetch, or more; an older copy is not it."""
+    if fetch.worker != worker:
+        return False
+    tracked = ledger.tracked.get(fetch.request)
+    return tracked is None or tracked.holders.get(worker, -1) >= fetch.steps_done
 
 
 def _same(sent: _Sent, tracked: Tracked) -> bool:

@@ -6,13 +6,14 @@ counts as failed when `hung_after_factor` times what was predicted of the rest o
 long: its own collective time-outs come first. Time in which control itself was deaf or late counts
 for nobody.
 
-Ends are kept in a heap and looked at again only when they come near: reports put them off all the
-time.
+Ends are kept in a heap and looked at again when they come near, or when something may have brought
+them forward: a report, or the end of what is ahead.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..board import Board, Flight
@@ -23,6 +24,7 @@ from ..values import Assignment
 HUNG = "HUNG"  # reason of the failure
 LATE_US = 1_000_000  # found this much later than due, it was control that was late
 PATIENCE_MAX = 64  # times longer, where an assignment was found hung that was merely slow
+_STALE_MAX = 256  # entries of the heap that nothing is made of any more
 CELLS_MAX = 1_024  # of models and nodes with patience of their own
 
 Part = tuple[str, str]  # model, node
@@ -34,6 +36,7 @@ class Overdue:
 
     settings: Settings
     _ends: list[tuple[int, int]] = field(default_factory=list)  # heap of (end or earlier, sequence)
+    _newest: dict[int, int] = field(default_factory=dict)  # by flight: which of its entries holds
     _parts: dict[int, Part] = field(default_factory=dict)  # of the flights in the heap
     _patience: dict[Part, int] = field(default_factory=dict)
     _heard_us: int = 0  # no end is counted from before then
@@ -43,7 +46,17 @@ class Overdue:
         if not self.settings.hung_after_factor:
             return
         self._parts[assignment.sequence] = (model, assignment.node)
-        heapq.heappush(self._ends, (now_us + self.settings.hung_min_us, assignment.sequence))
+        self._enter(now_us + self.settings.hung_min_us, assignment.sequence)
+
+    def look_again(self, sequences: Iterable[int]) -> None:
+        """The ends of these flights may be earlier than was thought."""
+        for sequence in sequences:
+            if self._newest.get(sequence):
+                self._enter(0, sequence)
+
+    def _enter(self, end_us: int, sequence: int) -> None:
+        self._newest[sequence] = end_us
+        heapq.heappush(self._ends, (end_us, sequence))
 
     def deaf(self, at_us: int) -> None:
         """Until now nobody was heard of."""
@@ -59,19 +72,29 @@ class Overdue:
 
     def next_us(self, board: Board, cluster: Cluster) -> int | None:
         """When the next flight is overdue if nothing is heard until then."""
+        if len(self._ends) > _STALE_MAX + 4 * len(board.flights):
+            self._tidy(board)
         ends = self._ends
         while ends:
             end_us, sequence = ends[0]
             flight = board.flights.get(sequence)
-            if flight is None:
+            if flight is None or self._newest[sequence] != end_us:
                 heapq.heappop(ends)
-                del self._parts[sequence]
                 continue
             true_us = self._end_us(board, cluster, flight)
-            if true_us <= end_us:
+            if true_us == end_us:
                 return end_us
-            heapq.heapreplace(ends, (true_us, sequence))
+            heapq.heappop(ends)
+            self._enter(true_us, sequence)
+        self._tidy(board)
         return None
+
+    def _tidy(self, board: Board) -> None:
+        """Drops what is over, and entries that later ones took the place of."""
+        self._newest = {s: end for s, end in self._newest.items() if s in board.flights}
+        self._parts = {s: part for s, part in self._parts.items() if s in self._newest}
+        self._ends = [(end_us, s) for s, end_us in self._newest.items()]
+        heapq.heapify(self._ends)
 
     def find(self, board: Board, cluster: Cluster, now_us: int) -> Flight | None:
         """A flight that is overdue now."""

@@ -37,6 +37,7 @@ from .pods import Entry, Pod
 
 BATCHES_SAVE = 0.7  # of what a job costs alone
 Kind = tuple[str, Shape, str]  # the last one: of who shares no batch, its id
+_WORTH_LEAST = 0.01
 NEEDS_MAX = 256  # arrivals that tell what a newcomer may need
 
 
@@ -139,8 +140,9 @@ class RosterMaker:
         return min(self._guard.us_max, int(self._guard.part * (request.deadline_us - arrived_us)))
 
     def worth(self, request: Request) -> float:
-        """What making its deadline is worth, in deadlines."""
-        return 1.0 + self._priority_worth * request.priority
+        """What making its deadline is worth, in deadlines: something, and less than a promise."""
+        worth = 1.0 + self._priority_worth * request.priority
+        return min(PROMISED_WORTH / 2, max(_WORTH_LEAST, worth))
 
     def forget(self) -> None:
         """A new plan: prices may have changed."""
