@@ -26,7 +26,7 @@ from control.requests.degrade import Ladder, ladders
 from control.requests.endings import Promises
 from control.requests.lifecycle import RequestState
 from control.requests.records import Record, Records
-from control.requests.verdicts import Newcomer, Verdict, judge
+from control.requests.verdicts import Newcomer, Verdict, judge, told_us
 from control.scheduler.values import Arrived, CancelRequested, Request
 from hocket import spans, telemetry
 from hocket.clock import Clock, unix_ns
@@ -80,6 +80,8 @@ class _Decided:
     promise: journal_pb2.Promise
     request: Request  # as the scheduler will see it
     accepted_us: int
+    finish_us: int  # as its caller is told
+    on_time: bool
 
 
 class Admission:
@@ -263,13 +265,18 @@ class Admission:
         depth = self._records.open_count + self._appending
         for offer, verdict in zip(offers, verdicts.of, strict=True):
             if verdict.refused:
+                finish_us = told_us(verdict.request, verdict.forecast)
                 failure = translate.to_unattainable(
-                    verdict.request, verdict.finish_us, now_us, alone=not depth
+                    verdict.request, finish_us, now_us, alone=not depth
                 )
                 self._refuse(offer, failure)
                 continue
             promise = self._to_promise(offer, verdict, now_us, depth)
-            decided.append(_Decided(offer, promise, verdict.request, now_us))
+            decided.append(
+                _Decided(
+                    offer, promise, verdict.request, now_us, verdict.finish_us, not verdict.late
+                )
+            )
             depth += 1
             if depth % _AT_ONCE == 0:
                 await asyncio.sleep(0)
@@ -354,7 +361,14 @@ class Admission:
         self._records.promise(offer.record, decided.promise, decided.accepted_us, unix_us)
         accepted = decided.promise.answer
         # The arrival first: who hears the answer may have left meanwhile, which cancels it.
-        self._driver.post(Arrived(at_us=self._driver.stamp(), request=request))
+        self._driver.post(
+            Arrived(
+                at_us=self._driver.stamp(),
+                request=request,
+                promised_us=decided.finish_us,
+                on_time=decided.on_time,
+            )
+        )
         self._answer(offer, control_pb2.SubmitResponse(request_id=request.id, accepted=accepted))
         if offer.is_cancelled:
             self._driver.post(CancelRequested(at_us=self._driver.stamp(), request=request.id))

@@ -79,8 +79,13 @@ def judge(
 
 
 def is_late(request: Request, forecast: Forecast) -> bool:
-    """Whether it would miss its deadline."""
-    return request.deadline_us is not None and forecast.finish_us > request.deadline_us
+    """Whether it would miss its deadline; a firm promise holds for most of its futures."""
+    return request.deadline_us is not None and told_us(request, forecast) > request.deadline_us
+
+
+def told_us(request: Request, forecast: Forecast) -> int:
+    """The finish that is compared with its deadline."""
+    return forecast.finish_us_p95 if request.firm else forecast.finish_us
 
 
 def _verdict(
