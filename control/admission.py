@@ -23,6 +23,7 @@ from control.door import check_submit
 from control.driver import Driver
 from control.requests import refusals, wishes
 from control.requests.degrade import Ladder, ladders
+from control.requests.detaching import Detaching
 from control.requests.endings import Promises
 from control.requests.lifecycle import RequestState
 from control.requests.records import Record, Records
@@ -112,6 +113,7 @@ class Admission:
         self._waiting: deque[_Offer] = deque()
         self._under_way: dict[str, Request] = {}  # accepted, perhaps not yet at the scheduler
         self._appending = 0
+        self._detaching = Detaching(promises, records)
         self._wake = asyncio.Event()
 
     def offer(
@@ -175,6 +177,7 @@ class Admission:
         """Answers until cancelled. Raises what `Promises.append` raises, in a group."""
         slots = asyncio.Semaphore(_APPENDS_MAX)
         async with asyncio.TaskGroup() as appends:
+            appends.create_task(self._detaching.run())
             while True:
                 for decided in await self._decided(await self._batch()):
                     await slots.acquire()
@@ -204,8 +207,25 @@ class Admission:
             offer.wanted.append(wanted)
             offer.expires_us.append(expires_us)
             offer.answered.append(answered)
+            if submit.request.detached:
+                self._records.detach(known)
+        elif known.is_open and submit.request.detached and not known.detached:
+            self._detach(known, answered)
         else:
             answered(refusals.repeat(known), True)
+
+    def _detach(self, known: Record, answered: Answered) -> None:
+        """For whoever creates an operation that an earlier caller only follows."""
+        if self._detaching.is_full:
+            full = refusals.overloaded(self._settings.waiting_max)
+            answered(refusals.rejected(known.submit, full), True)
+            return
+
+        def stored(failure: types_pb2.Failure | None) -> None:
+            repeat = refusals.repeat(known)
+            answered(refusals.rejected(known.submit, failure) if failure else repeat, True)
+
+        self._detaching.put(known, stored)
 
     def _no_room(self) -> types_pb2.Failure | None:
         if self._records.taken >= self._settings.open_max:
@@ -351,7 +371,7 @@ class Admission:
         offer, request = decided.offer, decided.request
         self._appending += 1
         try:
-            unix_us = await self._promises.append(decided.promise)
+            unix_us = await self._append(offer.record, decided.promise)
         except (Refused, EntryTooLarge) as full:
             self._under_way.pop(request.id, None)
             self._refuse(offer, refusals.of(full))
@@ -372,6 +392,15 @@ class Admission:
         self._answer(offer, control_pb2.SubmitResponse(request_id=request.id, accepted=accepted))
         if offer.is_cancelled:
             self._driver.post(CancelRequested(at_us=self._driver.stamp(), request=request.id))
+
+    async def _append(self, record: Record, promise: journal_pb2.Promise) -> int:
+        """Stores it, and again where a caller that leaves it alone has joined meanwhile."""
+        promise.submit.request.detached = record.detached
+        unix_us = await self._promises.append(promise)
+        if record.detached and not promise.submit.request.detached:
+            promise.submit.request.detached, promise.accepted_unix_us = True, unix_us
+            await self._promises.append(promise)
+        return unix_us
 
     def _refuse(self, offer: _Offer, failure: types_pb2.Failure) -> None:
         self._records.refuse(offer.record)

@@ -197,6 +197,9 @@ class Promises:
         promise.term = self.term
         request = promise.submit.request_id
         if not promise.HasField("ended"):
+            if promise.accepted_unix_us:  # it is there already, and may end next
+                await self._write(self._subjects.promise(request), promise)
+                return self.unix_us
             async with self._room.taken(promise.ByteSize(), self._forget_some):
                 await self._write(self._subjects.promise(request), promise)
             return self.unix_us
