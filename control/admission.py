@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
@@ -22,10 +22,11 @@ from control import translate
 from control.door import check_submit
 from control.driver import Driver
 from control.requests import refusals, wishes
-from control.requests.degrade import Ladder, ladders
+from control.requests.degrade import ladders
 from control.requests.detaching import Detaching
 from control.requests.endings import Promises
 from control.requests.lifecycle import RequestState
+from control.requests.offers import Answered, Decided, Offer
 from control.requests.records import Record, Records
 from control.requests.verdicts import Newcomer, Verdict, judge, told_us
 from control.scheduler.values import Arrived, CancelRequested, Request
@@ -34,8 +35,6 @@ from hocket.clock import Clock, unix_ns
 from hocket.errors import Refused
 from hocket.stores import EntryTooLarge
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
-
-Answered = Callable[[control_pb2.SubmitResponse, bool], None]  # the answer; is it an earlier one's
 
 _BATCH_MAX = 512  # forecast together: most of it is for the queue before them
 _AT_ONCE = 32  # answers before others on the event loop have a turn
@@ -50,39 +49,6 @@ class AdmissionSettings:
     waiting_max: int = 4_096  # of them, those that wait for their forecast
     settle_us: int = 0  # so long after its start control waits for its first worker
     best_effort_wait_us_max: int = 0  # as the policy bounds it; 0: it does not
-
-
-@dataclass
-class _Offer:
-    """A request that holds a place and waits for its answer."""
-
-    record: Record
-    wanted: list[Callable[[], bool]]
-    answered: list[Answered]
-    expires_us: list[int | None]
-    traceparent: str
-    began_ns: int
-    ladders: tuple[Ladder, ...] = field(default=())
-    is_cancelled: bool = False
-
-    def is_wanted(self, now_us: int) -> bool:
-        """Whether any of its callers still waits."""
-        return not self.is_cancelled and any(
-            wanted() and (expires_us is None or now_us < expires_us)
-            for wanted, expires_us in zip(self.wanted, self.expires_us, strict=True)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Decided:
-    """What is to be promised."""
-
-    offer: _Offer
-    promise: journal_pb2.Promise
-    request: Request  # as the scheduler will see it
-    accepted_us: int
-    finish_us: int  # as its caller is told
-    on_time: bool
 
 
 class Admission:
@@ -109,8 +75,8 @@ class Admission:
         self._tracer = tracer
         self._settings = settings or AdmissionSettings()
         self._settled_us = clock.now_us() + self._settings.settle_us
-        self._offers: dict[str, _Offer] = {}  # by id, until answered
-        self._waiting: deque[_Offer] = deque()
+        self._offers: dict[str, Offer] = {}  # by id, until answered
+        self._waiting: deque[Offer] = deque()
         self._under_way: dict[str, Request] = {}  # accepted, perhaps not yet at the scheduler
         self._appending = 0
         self._detaching = Detaching(promises, records)
@@ -142,7 +108,7 @@ class Admission:
             answered(refusals.rejected(submit, refusal), False)
             return
         record = self._records.receive(submit, wish)
-        offer = _Offer(record, [wanted], [answered], [expires_us], traceparent, unix_ns())
+        offer = Offer(record, [wanted], [answered], [expires_us], traceparent, unix_ns())
         self._offers[record.id] = offer
         self._waiting.append(offer)
         self._wake.set()
@@ -236,7 +202,7 @@ class Admission:
 
     # ---------------------------------------------------------------------------- a batch
 
-    async def _batch(self) -> list[_Offer]:
+    async def _batch(self) -> list[Offer]:
         """Those that wait, as many as are forecast together; waits for one, and for workers."""
         while not self._waiting or self._is_settling():
             self._wake.clear()
@@ -262,11 +228,11 @@ class Admission:
             for wait in waits:
                 wait.cancel()
 
-    async def _decided(self, batch: Sequence[_Offer]) -> list[_Decided]:
+    async def _decided(self, batch: Sequence[Offer]) -> list[Decided]:
         """Forecasts a batch and answers those that are refused; what to promise to the others."""
         served = self._served()
         now_us = self._driver.stamp()
-        offers: list[_Offer] = []
+        offers: list[Offer] = []
         for offer in batch:
             failure = self._refusal(offer, served, now_us)
             if failure is not None:
@@ -293,7 +259,7 @@ class Admission:
                 continue
             promise = self._to_promise(offer, verdict, now_us, depth)
             decided.append(
-                _Decided(
+                Decided(
                     offer, promise, verdict.request, now_us, verdict.finish_us, not verdict.late
                 )
             )
@@ -308,7 +274,7 @@ class Admission:
         return record is not None and (record.is_open or record.state is RequestState.RECEIVED)
 
     def _refusal(
-        self, offer: _Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
+        self, offer: Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
     ) -> types_pb2.Failure | None:
         if not offer.is_wanted(now_us):
             return refusals.expired()
@@ -318,36 +284,28 @@ class Admission:
         return None if model in served else refusals.not_served(model, served)
 
     def _newcomer(
-        self, offer: _Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
+        self, offer: Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
     ) -> Newcomer:
         submit = offer.record.submit
         spec, slo = submit.request.spec, submit.request.slo
         model = served[spec.model]
         spec.guidance_branches = translate.branches_of(spec, (model,))
         request = translate.to_request(submit.request_id, submit.request, now_us)
-        if slo.on_miss == types_pb2.ON_MISS_DEGRADE:
-            offer.ladders = ladders(spec, slo.degrade, model)
-        return Newcomer(
-            request,
-            tuple(
-                tuple(translate.to_variant(request, variant) for variant in ladder)
-                for ladder in offer.ladders
-            ),
-        )
+        degrades = slo.on_miss == types_pb2.ON_MISS_DEGRADE
+        return Newcomer(request, ladders(spec, slo.degrade, model) if degrades else ())
 
     # ---------------------------------------------------------------------------- answers
 
     def _to_promise(
-        self, offer: _Offer, verdict: Verdict, now_us: int, depth: int
+        self, offer: Offer, verdict: Verdict, now_us: int, depth: int
     ) -> journal_pb2.Promise:
         submit = offer.record.submit
         predicted_us = verdict.finish_us - now_us
         promise = journal_pb2.Promise(
             term=self._promises.term, wish_sha256=offer.record.wish, traceparent=self._span(offer)
         )
-        if verdict.variant is not None:
-            ladder, place = verdict.variant
-            submit.request.spec.CopyFrom(offer.ladders[ladder][place])
+        if verdict.degraded:
+            translate.make_variant(submit.request.spec, verdict.request)
             promise.degraded.effective_spec.CopyFrom(submit.request.spec)
             promise.degraded.predicted_latency_us = predicted_us
         promise.submit.CopyFrom(submit)
@@ -366,7 +324,7 @@ class Admission:
         )
         return promise
 
-    async def _promise(self, decided: _Decided) -> None:
+    async def _promise(self, decided: Decided) -> None:
         """The one act: stored, known, answered, and on its way to the scheduler."""
         offer, request = decided.offer, decided.request
         self._appending += 1
@@ -402,16 +360,16 @@ class Admission:
             await self._promises.append(promise)
         return unix_us
 
-    def _refuse(self, offer: _Offer, failure: types_pb2.Failure) -> None:
+    def _refuse(self, offer: Offer, failure: types_pb2.Failure) -> None:
         self._records.refuse(offer.record)
         self._answer(offer, refusals.rejected(offer.record.submit, failure))
 
-    def _answer(self, offer: _Offer, response: control_pb2.SubmitResponse) -> None:
+    def _answer(self, offer: Offer, response: control_pb2.SubmitResponse) -> None:
         del self._offers[offer.record.id]
         for number, answered in enumerate(offer.answered):
             answered(response, number > 0)
 
-    def _span(self, offer: _Offer) -> str:
+    def _span(self, offer: Offer) -> str:
         return telemetry.record_span(
             self._tracer,
             spans.ADMIT,
