@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
@@ -22,19 +22,19 @@ from control import translate
 from control.door import check_submit
 from control.driver import Driver
 from control.requests import refusals, wishes
-from control.requests.degrade import Ladder, ladders
+from control.requests.degrade import ladders
+from control.requests.detaching import Detaching
 from control.requests.endings import Promises
 from control.requests.lifecycle import RequestState
+from control.requests.offers import Answered, Decided, Offer
 from control.requests.records import Record, Records
-from control.requests.verdicts import Newcomer, Verdict, judge
+from control.requests.verdicts import Newcomer, Verdict, judge, told_us
 from control.scheduler.values import Arrived, CancelRequested, Request
 from hocket import spans, telemetry
 from hocket.clock import Clock, unix_ns
 from hocket.errors import Refused
 from hocket.stores import EntryTooLarge
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
-
-Answered = Callable[[control_pb2.SubmitResponse, bool], None]  # the answer; is it an earlier one's
 
 _BATCH_MAX = 512  # forecast together: most of it is for the queue before them
 _AT_ONCE = 32  # answers before others on the event loop have a turn
@@ -49,37 +49,6 @@ class AdmissionSettings:
     waiting_max: int = 4_096  # of them, those that wait for their forecast
     settle_us: int = 0  # so long after its start control waits for its first worker
     best_effort_wait_us_max: int = 0  # as the policy bounds it; 0: it does not
-
-
-@dataclass
-class _Offer:
-    """A request that holds a place and waits for its answer."""
-
-    record: Record
-    wanted: list[Callable[[], bool]]
-    answered: list[Answered]
-    expires_us: list[int | None]
-    traceparent: str
-    began_ns: int
-    ladders: tuple[Ladder, ...] = field(default=())
-    is_cancelled: bool = False
-
-    def is_wanted(self, now_us: int) -> bool:
-        """Whether any of its callers still waits."""
-        return not self.is_cancelled and any(
-            wanted() and (expires_us is None or now_us < expires_us)
-            for wanted, expires_us in zip(self.wanted, self.expires_us, strict=True)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Decided:
-    """What is to be promised."""
-
-    offer: _Offer
-    promise: journal_pb2.Promise
-    request: Request  # as the scheduler will see it
-    accepted_us: int
 
 
 class Admission:
@@ -106,10 +75,11 @@ class Admission:
         self._tracer = tracer
         self._settings = settings or AdmissionSettings()
         self._settled_us = clock.now_us() + self._settings.settle_us
-        self._offers: dict[str, _Offer] = {}  # by id, until answered
-        self._waiting: deque[_Offer] = deque()
+        self._offers: dict[str, Offer] = {}  # by id, until answered
+        self._waiting: deque[Offer] = deque()
         self._under_way: dict[str, Request] = {}  # accepted, perhaps not yet at the scheduler
         self._appending = 0
+        self._detaching = Detaching(promises, records)
         self._wake = asyncio.Event()
 
     def offer(
@@ -138,7 +108,7 @@ class Admission:
             answered(refusals.rejected(submit, refusal), False)
             return
         record = self._records.receive(submit, wish)
-        offer = _Offer(record, [wanted], [answered], [expires_us], traceparent, unix_ns())
+        offer = Offer(record, [wanted], [answered], [expires_us], traceparent, unix_ns())
         self._offers[record.id] = offer
         self._waiting.append(offer)
         self._wake.set()
@@ -173,6 +143,7 @@ class Admission:
         """Answers until cancelled. Raises what `Promises.append` raises, in a group."""
         slots = asyncio.Semaphore(_APPENDS_MAX)
         async with asyncio.TaskGroup() as appends:
+            appends.create_task(self._detaching.run())
             while True:
                 for decided in await self._decided(await self._batch()):
                     await slots.acquire()
@@ -202,8 +173,25 @@ class Admission:
             offer.wanted.append(wanted)
             offer.expires_us.append(expires_us)
             offer.answered.append(answered)
+            if submit.request.detached:
+                self._records.detach(known)
+        elif known.is_open and submit.request.detached and not known.detached:
+            self._detach(known, answered)
         else:
             answered(refusals.repeat(known), True)
+
+    def _detach(self, known: Record, answered: Answered) -> None:
+        """For whoever creates an operation that an earlier caller only follows."""
+        if self._detaching.is_full:
+            full = refusals.overloaded(self._settings.waiting_max)
+            answered(refusals.rejected(known.submit, full), True)
+            return
+
+        def stored(failure: types_pb2.Failure | None) -> None:
+            repeat = refusals.repeat(known)
+            answered(refusals.rejected(known.submit, failure) if failure else repeat, True)
+
+        self._detaching.put(known, stored)
 
     def _no_room(self) -> types_pb2.Failure | None:
         if self._records.taken >= self._settings.open_max:
@@ -214,7 +202,7 @@ class Admission:
 
     # ---------------------------------------------------------------------------- a batch
 
-    async def _batch(self) -> list[_Offer]:
+    async def _batch(self) -> list[Offer]:
         """Those that wait, as many as are forecast together; waits for one, and for workers."""
         while not self._waiting or self._is_settling():
             self._wake.clear()
@@ -240,11 +228,11 @@ class Admission:
             for wait in waits:
                 wait.cancel()
 
-    async def _decided(self, batch: Sequence[_Offer]) -> list[_Decided]:
+    async def _decided(self, batch: Sequence[Offer]) -> list[Decided]:
         """Forecasts a batch and answers those that are refused; what to promise to the others."""
         served = self._served()
         now_us = self._driver.stamp()
-        offers: list[_Offer] = []
+        offers: list[Offer] = []
         for offer in batch:
             failure = self._refusal(offer, served, now_us)
             if failure is not None:
@@ -263,13 +251,18 @@ class Admission:
         depth = self._records.open_count + self._appending
         for offer, verdict in zip(offers, verdicts.of, strict=True):
             if verdict.refused:
+                finish_us = told_us(verdict.request, verdict.forecast)
                 failure = translate.to_unattainable(
-                    verdict.request, verdict.finish_us, now_us, alone=not depth
+                    verdict.request, finish_us, now_us, alone=not depth
                 )
                 self._refuse(offer, failure)
                 continue
             promise = self._to_promise(offer, verdict, now_us, depth)
-            decided.append(_Decided(offer, promise, verdict.request, now_us))
+            decided.append(
+                Decided(
+                    offer, promise, verdict.request, now_us, verdict.finish_us, not verdict.late
+                )
+            )
             depth += 1
             if depth % _AT_ONCE == 0:
                 await asyncio.sleep(0)
@@ -281,7 +274,7 @@ class Admission:
         return record is not None and (record.is_open or record.state is RequestState.RECEIVED)
 
     def _refusal(
-        self, offer: _Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
+        self, offer: Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
     ) -> types_pb2.Failure | None:
         if not offer.is_wanted(now_us):
             return refusals.expired()
@@ -291,36 +284,28 @@ class Admission:
         return None if model in served else refusals.not_served(model, served)
 
     def _newcomer(
-        self, offer: _Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
+        self, offer: Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
     ) -> Newcomer:
         submit = offer.record.submit
         spec, slo = submit.request.spec, submit.request.slo
         model = served[spec.model]
         spec.guidance_branches = translate.branches_of(spec, (model,))
         request = translate.to_request(submit.request_id, submit.request, now_us)
-        if slo.on_miss == types_pb2.ON_MISS_DEGRADE:
-            offer.ladders = ladders(spec, slo.degrade, model)
-        return Newcomer(
-            request,
-            tuple(
-                tuple(translate.to_variant(request, variant) for variant in ladder)
-                for ladder in offer.ladders
-            ),
-        )
+        degrades = slo.on_miss == types_pb2.ON_MISS_DEGRADE
+        return Newcomer(request, ladders(spec, slo.degrade, model) if degrades else ())
 
     # ---------------------------------------------------------------------------- answers
 
     def _to_promise(
-        self, offer: _Offer, verdict: Verdict, now_us: int, depth: int
+        self, offer: Offer, verdict: Verdict, now_us: int, depth: int
     ) -> journal_pb2.Promise:
         submit = offer.record.submit
         predicted_us = verdict.finish_us - now_us
         promise = journal_pb2.Promise(
             term=self._promises.term, wish_sha256=offer.record.wish, traceparent=self._span(offer)
         )
-        if verdict.variant is not None:
-            ladder, place = verdict.variant
-            submit.request.spec.CopyFrom(offer.ladders[ladder][place])
+        if verdict.degraded:
+            translate.make_variant(submit.request.spec, verdict.request)
             promise.degraded.effective_spec.CopyFrom(submit.request.spec)
             promise.degraded.predicted_latency_us = predicted_us
         promise.submit.CopyFrom(submit)
@@ -339,12 +324,12 @@ class Admission:
         )
         return promise
 
-    async def _promise(self, decided: _Decided) -> None:
+    async def _promise(self, decided: Decided) -> None:
         """The one act: stored, known, answered, and on its way to the scheduler."""
         offer, request = decided.offer, decided.request
         self._appending += 1
         try:
-            unix_us = await self._promises.append(decided.promise)
+            unix_us = await self._append(offer.record, decided.promise)
         except (Refused, EntryTooLarge) as full:
             self._under_way.pop(request.id, None)
             self._refuse(offer, refusals.of(full))
@@ -354,21 +339,37 @@ class Admission:
         self._records.promise(offer.record, decided.promise, decided.accepted_us, unix_us)
         accepted = decided.promise.answer
         # The arrival first: who hears the answer may have left meanwhile, which cancels it.
-        self._driver.post(Arrived(at_us=self._driver.stamp(), request=request))
+        self._driver.post(
+            Arrived(
+                at_us=self._driver.stamp(),
+                request=request,
+                promised_us=decided.finish_us,
+                on_time=decided.on_time,
+            )
+        )
         self._answer(offer, control_pb2.SubmitResponse(request_id=request.id, accepted=accepted))
         if offer.is_cancelled:
             self._driver.post(CancelRequested(at_us=self._driver.stamp(), request=request.id))
 
-    def _refuse(self, offer: _Offer, failure: types_pb2.Failure) -> None:
+    async def _append(self, record: Record, promise: journal_pb2.Promise) -> int:
+        """Stores it, and again where a caller that leaves it alone has joined meanwhile."""
+        promise.submit.request.detached = record.detached
+        unix_us = await self._promises.append(promise)
+        if record.detached and not promise.submit.request.detached:
+            promise.submit.request.detached, promise.accepted_unix_us = True, unix_us
+            await self._promises.append(promise)
+        return unix_us
+
+    def _refuse(self, offer: Offer, failure: types_pb2.Failure) -> None:
         self._records.refuse(offer.record)
         self._answer(offer, refusals.rejected(offer.record.submit, failure))
 
-    def _answer(self, offer: _Offer, response: control_pb2.SubmitResponse) -> None:
+    def _answer(self, offer: Offer, response: control_pb2.SubmitResponse) -> None:
         del self._offers[offer.record.id]
         for number, answered in enumerate(offer.answered):
             answered(response, number > 0)
 
-    def _span(self, offer: _Offer) -> str:
+    def _span(self, offer: Offer) -> str:
         return telemetry.record_span(
             self._tracer,
             spans.ADMIT,

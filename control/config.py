@@ -9,8 +9,9 @@ from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
+from control.scheduler.policies import REGISTRY
 from control.scheduler.profile import OPTIONAL, REQUIRED
-from control.scheduler.settings import SettingError, Settings
+from control.scheduler.settings import SettingError, Settings, read_policy_settings
 from hocket.config import Common
 from hocket.errors import WrongConfig
 from hocket.media_bucket import KEPT_S
@@ -70,6 +71,14 @@ def scheduler_settings(settings: ControlSettings, term: int) -> Settings:
         )
     except SettingError as error:
         raise WrongConfig(key=error.key, value=str(error.value), allowed=error.allowed) from error
+
+
+def best_effort_wait_us_max(settings: ControlSettings) -> int:
+    """How long the policy lets best effort wait before it goes first; 0: as long as it takes."""
+    specs = REGISTRY[settings.policy].specs
+    given = scheduler_settings(settings, 1).policy_settings
+    read = read_policy_settings(settings.policy, specs, given)
+    return int(read.get("best_effort_wait_us_max", 0))
 
 
 def _value(text: str) -> str | bool | int | float:

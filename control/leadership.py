@@ -21,7 +21,7 @@ from control.promises import Deposed
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable
 from hocket.leader import LeaderKey, read_key
-from hocket.stores import Cell, OutcomeUnknown
+from hocket.stores import Cell, LogFull, OutcomeUnknown
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Leadership:
         key = LeaderKey(address="", term=self.term)
         try:
             await self._cell.update(msgspec.json.encode(key), self._revision)
-        except OutcomeUnknown as error:
+        except (OutcomeUnknown, LogFull) as error:
             log.debug("the leader's key was not given back: %s", error)
 
     async def _try_to_renew(self, is_ours: Callable[[], Awaitable[bool]]) -> bool:
@@ -94,7 +94,7 @@ class Leadership:
         try:
             async with self._renewing:
                 return await self._renew(is_ours)
-        except (OutcomeUnknown, BrokerUnavailable) as error:
+        except (OutcomeUnknown, BrokerUnavailable, LogFull) as error:
             log.debug("the leader's key was not renewed: %s", error)
             with suppress(BrokerUnavailable):
                 if not await is_ours():  # the broker came back without its store
@@ -132,7 +132,7 @@ class Leadership:
                     revision = await self._cell.update(self._value(), found[1])
                 else:
                     return False
-            except (OutcomeUnknown, BrokerUnavailable):
+            except (OutcomeUnknown, BrokerUnavailable, LogFull):
                 await self._pause(_AGAIN_US)
                 continue
             if revision is None:

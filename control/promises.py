@@ -31,9 +31,10 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
+from control.room import Room, no_room
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
-from hocket.errors import BrokerUnavailable, HocketError, Refused, WrongConfig
+from hocket.errors import BrokerUnavailable, HocketError, WrongConfig
 from hocket.stores import Entry, Guard, Log, LogFull, LogMoved, LogShape, NoRoom, OutcomeUnknown
 from hocket.v1 import journal_pb2
 
@@ -46,7 +47,6 @@ TERM_MAX = 1 << 30  # cursors and epochs are terms times 2^32
 _AGAIN_US = 200_000  # between two tries while the broker is away
 # What is gone leaves a mark for those who follow; of the oldest ended requests everybody knows.
 _MARK_S, _OLDEST_MARK_S = 3600.0, 5.0
-_RETRY_FULL_US = 5_000_000
 _FAILURE_BYTES_MAX = 8192
 _SHARE_FORGOTTEN = 10  # a tenth of the ended requests makes room
 _DERIVED_MAX, _DERIVED_MIN = 256 << 20, 16 << 20  # bytes, where the setting is 0
@@ -135,6 +135,7 @@ class Promises:
         self._probing = asyncio.Lock()
         self._answers = 0  # probes that the broker answered
         self._over = asyncio.Event()
+        self._room = Room(lambda: self._asked(stream.room_and_bound), clock)
 
     @classmethod
     async def take(
@@ -156,7 +157,8 @@ class Promises:
         while True:
             try:
                 fences = await _write_fences(stream, subjects, fence)
-            except (OutcomeUnknown, BrokerUnavailable):
+            except (OutcomeUnknown, BrokerUnavailable, LogFull) as error:
+                log.debug("the promises stream was not taken over: %s", error)
                 fences = None
                 await clock.sleep_until(clock.now_us() + _AGAIN_US)
             if fences is not None:
@@ -195,7 +197,11 @@ class Promises:
         promise.term = self.term
         request = promise.submit.request_id
         if not promise.HasField("ended"):
-            await self._write(self._subjects.promise(request), promise)
+            if promise.accepted_unix_us:  # it is there already, and may end next
+                await self._write(self._subjects.promise(request), promise)
+                return self.unix_us
+            async with self._room.taken(promise.ByteSize(), self._forget_some):
+                await self._write(self._subjects.promise(request), promise)
             return self.unix_us
         _shorten(promise)
         await self._write(self._subjects.promise(request), promise, self._retention_s)
@@ -248,7 +254,7 @@ class Promises:
                     log.debug("%s", error)
                     await self._wait_for_broker(answers)
                 except LogFull as error:
-                    await self._make_room(subject, message, error)
+                    await self._make_room(message, error)
                 except LogMoved as moved:
                     if await self._asked(lambda: self._owns(lane)):
                         continue  # an append of this lane that was given up is on its way yet
@@ -275,18 +281,24 @@ class Promises:
                 except BrokerUnavailable:
                     await self._clock.sleep_until(self._clock.now_us() + _AGAIN_US)
 
-    async def _make_room(self, subject: str, message: Message, full: LogFull) -> None:
+    async def _make_room(self, message: Message, full: LogFull) -> None:
+        if await self._forget_some(full):
+            return
+        if isinstance(message, journal_pb2.Promise) and _is_open(message):
+            raise no_room() from full
+        # Nothing that stands there may go before this is stored: other ends make room.
+        await self._clock.sleep_until(self._clock.now_us() + _AGAIN_US)
+
+    async def _forget_some(self, full: object = "its last part is for ends") -> bool:
+        """Whether there was an ended request to forget."""
         count = len(self._ended) // _SHARE_FORGOTTEN or len(self._ended)
         oldest = [request for request, _ in zip(self._ended, range(count), strict=False)]
-        log.warning("%s; forgetting the oldest %d ended requests", full, len(oldest))
         if oldest:
-            for request in oldest:
-                self._ended.pop(request, None)
-                await self._purge(self._subjects.promise(request))
-        elif isinstance(message, journal_pb2.Promise) and not message.HasField("ended"):
-            raise Refused("QUEUE_FULL", "no room for another promise", _RETRY_FULL_US) from full
-        else:  # what is to be replaced is larger
-            await self._purge(subject)
+            log.warning("promises: %s; forgetting the oldest %d ended requests", full, len(oldest))
+        for request in oldest:
+            self._ended.pop(request, None)
+            await self._purge(self._subjects.promise(request))
+        return bool(oldest)
 
     async def _purge(self, subject: str) -> None:
         await self._asked(lambda: self._log.purge(subject))
@@ -308,6 +320,11 @@ class Promises:
                 return await question()
             except BrokerUnavailable:
                 await self._wait_for_broker(answers)
+
+
+def _is_open(promise: journal_pb2.Promise) -> bool:
+    """Neither ended nor the mark of what is gone."""
+    return promise.HasField("submit") and not promise.HasField("ended")
 
 
 def _shorten(promise: journal_pb2.Promise) -> None:
@@ -337,7 +354,13 @@ async def _write_fences(
         last = known[subject].sequence if subject in known else 0
         content = fence.SerializeToString()
         with suppress(LogMoved):  # somebody else was quicker: read again
-            await stream.append(subject, content, guard=Guard(subject, last))
+            try:
+                await stream.append(subject, content, guard=Guard(subject, last))
+            except LogFull:  # without the one that it replaces there is room
+                if not last:
+                    raise
+                await stream.purge(subject, last)
+                await stream.append(subject, content, guard=Guard(subject, 0))
 
     owners = {subject: _fence(entry).owner for subject, entry in known.items()}
     if owners.get(names[0]) != fence.owner:  # of two new leaders only one has the first lane

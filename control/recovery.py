@@ -41,7 +41,8 @@ def recover(
         record = records.restore(kept.promise, accepted_us, kept.unix_us)
         if not kept.promise.HasField("ended"):
             request = translate.to_request(record.id, record.submit.request, accepted_us)
-            driver.post(Arrived(at_us=driver.stamp(), request=request))
+            on_time = kept.promise.answer.predicted_on_time
+            driver.post(Arrived(at_us=driver.stamp(), request=request, on_time=on_time))
             if not record.detached:
                 expect_followers(record.id)
     promises.restore(book.ended)

@@ -22,6 +22,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from control.config import ControlSettings, profile_csv, scheduler_settings
+from control.door import check_heartbeat
 from control.doorway import Doorway
 from control.intake import CHECK_EVERY_US, SERVICE
 from control.leadership import Leadership
@@ -33,9 +34,10 @@ from control.standby import Standby
 from control.term import Parts, Term, build_scheduler
 from hocket import endpoints
 from hocket.bus import Bus, Subjects
+from hocket.cancelling import end_if_cancelled
 from hocket.channels import SERVER_OPTIONS
 from hocket.clock import Clock
-from hocket.errors import BrokerUnavailable, HocketError
+from hocket.errors import BrokerUnavailable, HocketError, Refused
 from hocket.leader import LEADER_KEY, LeaderWatch
 from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
 from hocket.stores import Cell, Log
@@ -135,6 +137,7 @@ class Replica:
                 tasks.create_task(self._watch_leader())
                 while True:
                     await self._round(parts, leadership, address)
+                    end_if_cancelled()
         finally:
             await self._health.enter_graceful_shutdown()
             await server.stop(_GRACE_S)
@@ -214,6 +217,9 @@ class Replica:
         if self._term is not None:
             await self._term.heartbeat(beat)
         else:
+            wrong = check_heartbeat(beat, self._known_term)
+            if wrong is not None:  # the bus counts it
+                raise Refused("INVALID_HEARTBEAT", f"heartbeat of {beat.worker[:64]!r}: {wrong}")
             self._leases.heartbeat(beat, self._clock.now_us())
 
     async def _report(self, report: mesh_pb2.StepReport) -> None:

@@ -17,7 +17,12 @@ from grpc_health.v1 import health
 
 from control import garbage
 from control.admission import AdmissionSettings
-from control.config import ControlSettings, profile_csv, scheduler_settings
+from control.config import (
+    ControlSettings,
+    best_effort_wait_us_max,
+    profile_csv,
+    scheduler_settings,
+)
 from control.desk import Desk, Wiring
 from control.intake import CHECK_EVERY_US
 from control.journal import Journal
@@ -91,7 +96,9 @@ class Term:
                 ended_max=settings.ended_max,
                 retention_us=settings.retention_s * 1_000_000,
                 admission=AdmissionSettings(
-                    open_max=settings.requests_open_max, settle_us=settings.lease_us
+                    open_max=settings.requests_open_max,
+                    settle_us=settings.lease_us,
+                    best_effort_wait_us_max=best_effort_wait_us_max(settings),
                 ),
                 replicas=parts.replicas.alive,
             )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import msgspec
-
 from control.requests.records import Record
 from control.scheduler import values
 from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2, types_pb2
@@ -41,12 +39,10 @@ def to_request(
     )
 
 
-def to_variant(request: values.Request, spec: types_pb2.GenerationSpec) -> values.Request:
-    """The scheduler's view of a request with other steps and another shape."""
-    shape = values.Shape(
-        width=spec.shape.width, height=spec.shape.height, frames=max(1, spec.shape.frames)
-    )
-    return msgspec.structs.replace(request, steps=spec.steps, shape=shape)
+def make_variant(spec: types_pb2.GenerationSpec, variant: values.Request) -> None:
+    """Gives a spec the steps and the shape of a variant of its request; frames stay as asked."""
+    spec.steps = variant.steps
+    spec.shape.width, spec.shape.height = variant.shape.width, variant.shape.height
 
 
 def commitment(slo: types_pb2.Slo) -> types_pb2.Commitment.ValueType:

@@ -23,7 +23,12 @@ import nats
 from google.protobuf.message import DecodeError, Message
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.errors import MaxPayloadError, OutboundBufferLimitError, SlowConsumerError
+from nats.errors import (
+    BadSubjectError,
+    MaxPayloadError,
+    OutboundBufferLimitError,
+    SlowConsumerError,
+)
 from nats.js import JetStreamContext
 
 from hocket.cancelling import cancellable
@@ -65,7 +70,7 @@ class Bus:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._tasks: set[asyncio.Task[None]] = set()
-        self._flushes: set[asyncio.Task[None]] = set()
+        self._flushes: set[asyncio.Task[bool]] = set()
         self._failure: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
         self._jetstream = client.jetstream(timeout=_API_WAIT_S)
         self.drops = 0  # messages that a slow subscriber or a full buffer lost
@@ -140,7 +145,8 @@ class Bus:
     async def publish(self, subject: str, message: Message) -> None:
         """Hands a message to the broker, or to the buffer while it is away.
 
-        A full buffer drops it, and so does a broker for which it is too large: counted and logged.
+        A full buffer drops it; so does what the broker would not take, as too large or on a
+        subject that is none: counted and logged.
         """
         content = message.SerializeToString()
         try:
@@ -148,12 +154,12 @@ class Bus:
                 await self._client.publish(subject, content)
                 return
             cause = "the broker does not take them and the buffer is full"
-        except (OutboundBufferLimitError, MaxPayloadError) as error:
+        except (OutboundBufferLimitError, MaxPayloadError, BadSubjectError) as error:
             cause = str(error)
         self.drops += 1
         if _seldom(self.drops):
             what = "dropped %d messages, the last on %s (%d bytes): %s"
-            log.warning(what, self.drops, subject, len(content), cause)
+            log.warning(what, self.drops, subject[:256], len(content), cause)
 
     async def subscribe(
         self, subject: str, kind: type[M], handler: Callable[[M], Awaitable[None]]
@@ -263,7 +269,7 @@ class Bus:
         self._flushes.add(trip)
         trip.add_done_callback(self._flushes.discard)
         done, _ = await asyncio.wait({trip}, timeout=wait_s)
-        return bool(done) and self.connected
+        return bool(done) and not trip.cancelled() and trip.result() and self.connected
 
     async def close(self) -> None:
         """Ends the connection, within a second or so even where the broker stands still."""
@@ -311,9 +317,12 @@ class Bus:
         failure = types_pb2.Failure(reason=reason, message=message)
         await self._answer(raw, failure.SerializeToString(), {_FAILURE: reason})
 
-    async def _round_trip(self) -> None:
-        with suppress(nats.errors.Error, OSError):
+    async def _round_trip(self) -> bool:
+        try:
             await self._client.flush(timeout=_FLUSH_GIVEN_UP_S)
+        except (nats.errors.Error, OSError):
+            return False
+        return True
 
     def _decode(self, kind: type[M], raw: Msg) -> M | None:
         try:

@@ -220,6 +220,12 @@ class Log:
         info = await self._info()
         return None if info is None else int(info.config.max_bytes or -1)
 
+    async def room_and_bound(self) -> tuple[int, int] | None:
+        """Bytes left, and its bound; None: it has none. Raises BrokerUnavailable."""
+        info = await self._info()
+        bound = 0 if info is None else info.config.max_bytes or 0
+        return (bound - int(info.state.bytes), bound) if info is not None and bound > 0 else None
+
     async def count(self) -> int:
         """How many entries it holds. Raises BrokerUnavailable."""
         info = await self._info()
@@ -261,10 +267,11 @@ class Log:
         feed.attach(self._bus.own(self._keep_following(feed, after, subject)))
         return feed
 
-    async def purge(self, subject: str) -> None:
-        """Drops what stands on a subject. Raises BrokerUnavailable."""
+    async def purge(self, subject: str, upto: int = 0) -> None:
+        """Drops what stands on a subject, up to an entry's number. Raises BrokerUnavailable."""
+        seq = upto + 1 if upto else None
         try:
-            await cancellable(self._bus.jetstream.purge_stream(self.name, subject=subject))
+            await cancellable(self._bus.jetstream.purge_stream(self.name, seq, subject))
         except NotFoundError:
             return
         except (nats.errors.Error, OSError) as error:

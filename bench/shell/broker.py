@@ -66,9 +66,11 @@ class Stream:
         tokens = (pattern or ">").split(".")
         return [m for m in self.messages.values() if matches(tokens, m.subject)]
 
-    def remove(self, subject: str) -> None:
-        """Purges a subject."""
+    def remove(self, subject: str, before: int | None = None) -> None:
+        """Purges a subject, of what came before that sequence."""
         for message in self.matching(subject):
+            if before is not None and message.sequence >= before:
+                continue
             del self.messages[message.sequence]
             self.newest.pop(message.subject, None)
 

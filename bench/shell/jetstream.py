@@ -58,8 +58,10 @@ class JetStream:
     async def update_stream(self, config: StreamConfig | None = None, **_: Any) -> None:
         """Streams have one shape here."""
 
-    async def purge_stream(self, name: str, subject: str | None = None) -> None:
-        await self._ask(lambda: self._stream(name).remove(subject or ">"))
+    async def purge_stream(
+        self, name: str, seq: int | None = None, subject: str | None = None
+    ) -> None:
+        await self._ask(lambda: self._stream(name).remove(subject or ">", seq))
 
     async def get_last_msg(self, stream_name: str, subject: str, **_: Any) -> RawStreamMsg:
         return await self.get_msg(stream_name, subject=subject)

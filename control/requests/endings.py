@@ -67,8 +67,10 @@ class Endings:
         self._tell(self._records.end(record.id, ending_event(ended), unix_us))
 
 
-def to_promise(record: Record, term: int, ended: journal_pb2.EndedRequest) -> journal_pb2.Promise:
-    """What is kept of a request that has ended."""
+def to_promise(
+    record: Record, term: int, ended: journal_pb2.EndedRequest | None = None
+) -> journal_pb2.Promise:
+    """What is kept of a request that was promised before, or has ended."""
     promise = journal_pb2.Promise(
         term=term,
         submit=record.submit,

@@ -186,6 +186,10 @@ class Records:
             self.end(record.id, event, stored_unix_us, term=promise.term, counted=False)
         return record
 
+    def detach(self, record: Record) -> None:
+        """It lives by itself from now on, whoever leaves."""
+        record.submit.request.detached = True
+
     def run(self, request: str, sequence: int, step_time_us: int) -> bool:
         """An assignment of it was sent; whether it was the first under this leader."""
         record = self._open[request]

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from control.scheduler.values import Forecast, OnMiss, Request
+import msgspec
+
+from control.requests.degrade import Ladder
+from control.scheduler.values import Forecast, OnMiss, Request, Shape
 
 _ROUNDS_MAX = 8  # of forecasts over a batch; what is late in the last one is refused as it stands
 
@@ -26,10 +29,10 @@ class Forecaster(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Newcomer:
-    """A request at the door, and its cheaper variants, one ladder a shape (see degrade.py)."""
+    """A request at the door, and its cheaper variants (see degrade.py)."""
 
     request: Request
-    ladders: tuple[tuple[Request, ...], ...] = ()
+    ladders: tuple[Ladder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class Verdict:
     forecast: Forecast
     late: bool
     refused: bool
-    variant: tuple[int, int] | None = None  # its ladder, and its place there
+    degraded: bool = False  # it is a variant
 
     @property
     def finish_us(self) -> int:
@@ -73,14 +76,19 @@ def judge(
             verdicts.append(verdict)
             if not verdict.refused:
                 before.append(verdict.request)
-            if (verdict.refused or verdict.variant) and rounds < _ROUNDS_MAX:
+            if (verdict.refused or verdict.degraded) and rounds < _ROUNDS_MAX:
                 break  # those behind it have another future now
     return Verdicts(tuple(verdicts), arrived)
 
 
 def is_late(request: Request, forecast: Forecast) -> bool:
-    """Whether it would miss its deadline."""
-    return request.deadline_us is not None and forecast.finish_us > request.deadline_us
+    """Whether it would miss its deadline; a firm promise holds for most of its futures."""
+    return request.deadline_us is not None and told_us(request, forecast) > request.deadline_us
+
+
+def told_us(request: Request, forecast: Forecast) -> int:
+    """The finish that is compared with its deadline."""
+    return forecast.finish_us_p95 if request.firm else forecast.finish_us
 
 
 def _verdict(
@@ -103,19 +111,24 @@ def _cheapest(
     scheduler: Forecaster, before: Sequence[Request], newcomer: Newcomer, now_us: int
 ) -> Verdict | None:
     """The first variant, in ladder order, that is on time; fewer steps never take longer."""
-    for number, ladder in enumerate(newcomer.ladders):
+    for ladder in newcomer.ladders:
         best: Verdict | None = None
-        low, high = 0, len(ladder) - 1
-        place = high  # the last one first: where it is late, the whole ladder is
+        low, high = ladder.fewest, ladder.most
+        steps = low  # the fewest first: where that is late, the whole ladder is
         while low <= high:
-            request = ladder[place]
+            request = _variant(newcomer.request, ladder, steps)
             forecast = scheduler.forecast((*before, request), now_us)[-1]
             if is_late(request, forecast):
-                low = place + 1
+                high = steps - 1
             else:
-                best = Verdict(request, forecast, False, False, (number, place))
-                high = place - 1
-            place = (low + high) // 2
+                best = Verdict(request, forecast, False, False, degraded=True)
+                low = steps + 1
+            steps = (low + high + 1) // 2
         if best is not None:
             return best
     return None
+
+
+def _variant(request: Request, ladder: Ladder, steps: int) -> Request:
+    shape = Shape(width=ladder.width, height=ladder.height, frames=request.shape.frames)
+    return msgspec.structs.replace(request, steps=steps, shape=shape)

@@ -155,3 +155,49 @@ async def test_many_at_once_with_one_key_are_one_request() -> None:
         assert {g.answers[1].request_id for g in gateways} == {"r0"}
         await asyncio.sleep(0)
     assert stage.shelf.ids(ended=False) == ["r0"]
+
+
+def kept_detached(stage: Stage, request: str) -> list[bool]:
+    """As the promises stream was told, promise by promise."""
+    stored = (p.submit for p in stage.shelf.stored if not p.HasField("ended"))
+    return [s.request.detached for s in stored if s.request_id == request]
+
+
+async def test_an_operation_that_joins_by_its_key_outlives_the_first_caller() -> None:
+    async with running(grace_us=1_000_000) as stage:
+        one, two = stage.attach(), stage.attach()
+        assert await ask(stage, one, "a", 1, idempotency_key="k") == "accepted"
+        stage.shelf.is_open.clear()
+        stage.submit(two, "b", 2, idempotency_key="k", detached=True, follower="")
+        await stage.until(lambda: stage.shelf.begun == 2)
+        assert not two.answers, "it is told when it is durable"
+        stage.shelf.is_open.set()
+        await stage.until(lambda: two.answers)
+        assert two.answers[2].accepted.request_id == "a"
+        assert kept_detached(stage, "a") == [False, True]
+        assert stage.shelf.stored[1].accepted_unix_us == 1_000_001
+        one.say(leaves=[control_pb2.Leave(follower="f-a", returns=False)])
+        await stage.advance(3_000_000)
+        record = stage.desk.records.get("a")
+        assert record is not None and record.is_open
+        await stage.work()
+        assert record.ended is not None and record.ended.HasField("finished")
+        assert stage.shelf.stored[-1].HasField("ended"), "its end is the last word"
+
+
+@pytest.mark.parametrize("begun", [0, 1])
+async def test_an_operation_may_join_before_the_first_answer(begun: int) -> None:
+    async with running(grace_us=1_000_000) as stage:
+        one, two = stage.attach(), stage.attach()
+        stage.shelf.is_open.clear()
+        stage.submit(one, "a", 1, idempotency_key="k")
+        if begun:
+            await stage.until(lambda: stage.shelf.begun)
+        stage.submit(two, "b", 2, idempotency_key="k", detached=True, follower="")
+        await stage.settle()
+        stage.shelf.is_open.set()
+        await stage.until(lambda: one.answers and two.answers)
+        assert kept_detached(stage, "a")[-1]
+        one.say(leaves=[control_pb2.Leave(follower="f-a", returns=False)])
+        await stage.advance(3_000_000)
+        assert stage.desk.records.is_open("a")

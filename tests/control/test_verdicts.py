@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from control import translate
-from control.requests.degrade import ladders
+from control.requests.degrade import Ladder, ladders
 from control.requests.verdicts import Newcomer, judge
 from control.scheduler.values import Forecast, OnMiss, Request, Shape
 from hocket.v1 import generation_pb2, types_pb2
@@ -78,8 +78,7 @@ def test_a_batch_full_of_hopeless_ones_is_not_forecast_for_each() -> None:
 @pytest.mark.parametrize(("by_us", "steps"), [(10, 10), (9, 9), (5, 5), (4, 4), (3, None)])
 def test_the_cheapest_variant_that_is_on_time(by_us: int, steps: int | None) -> None:
     request = asked("a", 10, by_us)
-    ladder = tuple(asked("a", n, by_us) for n in range(9, 3, -1))
-    (found,) = judge(OneWorker(), (), [Newcomer(request, (ladder,))], NOW_US).of
+    (found,) = judge(OneWorker(), (), [Newcomer(request, (Ladder(64, 64, 9, 4),))], NOW_US).of
     if steps is None:
         assert found.late and found.request == request, "nothing fits: best effort, as asked"
     else:
@@ -88,15 +87,10 @@ def test_the_cheapest_variant_that_is_on_time(by_us: int, steps: int | None) -> 
 
 def test_smaller_shapes_come_after_fewer_steps() -> None:
     request = asked("a", 10, 3)
-    small = Shape(width=32, height=32)
-    steps = tuple(asked("a", n, 3) for n in range(9, 4, -1))
-    smaller = tuple(
-        Request(id="a", model="m", shape=small, steps=n, deadline_us=NOW_US + 3)
-        for n in range(10, 4, -1)
-    )
-    (found,) = judge(OneWorker(), (), [Newcomer(request, (steps, smaller))], NOW_US).of
-    assert found.request.shape == small and found.request.steps == 10
-    assert found.variant == (1, 0)
+    found_ladders = (Ladder(64, 64, 9, 5), Ladder(32, 32, 10, 5))
+    (found,) = judge(OneWorker(), (), [Newcomer(request, found_ladders)], NOW_US).of
+    assert found.request.shape == Shape(width=32, height=32) and found.request.steps == 10
+    assert found.degraded
 
 
 MODEL = generation_pb2.ModelInfo(
@@ -107,8 +101,7 @@ SPEC = types_pb2.GenerationSpec(model="m", steps=6, shape=SHAPES[0], prompt="a f
 
 def made(**limits: int) -> list[list[tuple[int, int]]]:
     found = ladders(SPEC, types_pb2.DegradeLimits(**limits), MODEL)
-    assert all(v.prompt == "a fox" for ladder in found for v in ladder)
-    return [[(v.shape.width, v.steps) for v in ladder] for ladder in found]
+    return [[(x.width, n) for n in range(x.most, x.fewest - 1, -1)] for x in found]
 
 
 def test_limits_that_are_zero_allow_no_change() -> None:
@@ -162,8 +155,24 @@ async def test_where_nothing_fits_it_is_run_as_asked() -> None:
 
 
 def test_variants_differ_in_steps_and_shape_only() -> None:
-    request = asked("a", 10, 10)
-    spec = types_pb2.GenerationSpec(steps=3, shape=types_pb2.Shape(width=8, height=16))
-    variant = translate.to_variant(request, spec)
-    assert (variant.steps, variant.shape) == (3, Shape(width=8, height=16))
+    request = asked("a", 10, 1)
+    (found,) = judge(OneWorker(), (), [Newcomer(request, (Ladder(8, 16, 9, 3),))], NOW_US).of
+    variant = found.request
+    assert (variant.steps, variant.shape) == (9, Shape(width=8, height=16))
     assert (variant.id, variant.deadline_us) == (request.id, request.deadline_us)
+    spec = types_pb2.GenerationSpec(prompt="a fox", steps=10, shape=types_pb2.Shape(frames=5))
+    translate.make_variant(spec, variant)
+    assert spec == types_pb2.GenerationSpec(
+        prompt="a fox", steps=9, shape=types_pb2.Shape(width=8, height=16, frames=5)
+    )
+
+
+def test_only_variants_that_are_looked_at_are_made() -> None:
+    """Hundreds of shapes times a hundred steps used to be built before the forecast."""
+    shapes = [types_pb2.Shape(width=8 * n, height=8) for n in range(1, 500)]
+    model = generation_pb2.ModelInfo(name="m", steps_min=1, shapes=shapes)
+    spec = types_pb2.GenerationSpec(model="m", steps=100, prompt="x" * 2000)
+    spec.shape.width, spec.shape.height = 8 * 500, 8
+    found = ladders(spec, types_pb2.DegradeLimits(steps_min=1, width_min=1, height_min=1), model)
+    assert found[0] == Ladder(4000, 8, 99, 1)
+    assert found[-1] == Ladder(8, 8, 100, 1) and len(found) == 500

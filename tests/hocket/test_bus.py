@@ -6,6 +6,7 @@ import asyncio
 import logging
 from pathlib import Path
 
+import nats.errors
 import pytest
 
 from hocket.broker import free_port
@@ -182,3 +183,36 @@ async def test_of_several_brokers_one_that_answers_is_taken(nats_url: str) -> No
     bus = await Bus.connect(f"{gone}, {nats_url}", "test")
     assert await bus.flush()
     await bus.close()
+
+
+class _SilentClient:
+    """A connection whose pings are never answered, or break."""
+
+    is_connected = True
+
+    def __init__(self, ends: BaseException | None = None) -> None:
+        self._ends = ends
+
+    def jetstream(self, timeout: float) -> None:
+        """Nobody asks it anything."""
+
+    async def flush(self, timeout: float) -> None:
+        if self._ends is not None:
+            raise self._ends
+        await asyncio.Event().wait()
+
+
+async def test_a_broker_that_never_answered_has_seen_nothing() -> None:
+    for end in (OSError("reset"), nats.errors.FlushTimeoutError()):
+        assert not await Bus(_SilentClient(end)).flush()  # type: ignore[arg-type]
+    bus = Bus(_SilentClient())  # type: ignore[arg-type]
+    flushing = asyncio.ensure_future(bus.flush())
+    await asyncio.sleep(0)
+    await bus._on_reconnect()  # the ping went with the old connection
+    assert not await flushing
+
+
+async def test_what_no_subject_can_be_is_dropped_and_counted(bus: Bus, subjects: Subjects) -> None:
+    for name in ("a b", "a\r\nb"):
+        await bus.publish(subjects.cluster + ".x." + name, event(1))
+    assert bus.drops == 2 and await bus.flush()
