@@ -87,7 +87,8 @@ async def test_a_new_leader_keeps_what_was_promised() -> None:
         def restore(self, ended: object) -> None: ...
 
     desk = stage.desk
-    recover(book, Restored(), desk.driver, desk.records, desk.wiring.leases, lambda _: None)  # type: ignore[arg-type]
+    leases = desk.wiring.leases
+    recover(book, Restored(), desk.driver, desk.records, leases, lambda _: None)  # type: ignore[arg-type]
     assert {f.request.id: f.on_time for f in facts} == {"kept": True, "late": False}
 
 

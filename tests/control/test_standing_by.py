@@ -15,7 +15,8 @@ from hocket.v1 import mesh_pb2
 
 async def test_heartbeats_are_checked_before_they_give_a_lease() -> None:
     nothing: Bus | Telemetry | None = None
-    replica = Replica(ControlSettings(), ManualClock(5), nothing, nothing, None, None)  # type: ignore[arg-type]
+    settings, clock = ControlSettings(), ManualClock(5)
+    replica = Replica(settings, clock, nothing, nothing, None, None)  # type: ignore[arg-type]
     for name in ("a b", "w0\n", "x" * 5000, ""):
         with pytest.raises(Refused):
             await replica._heartbeat(mesh_pb2.Heartbeat(worker=name, incarnation="i", sequence=1))
