@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 
+from control.promises import Deposed
 from hocket.errors import NotLeader, to_status
 from hocket.v1 import control_pb2, control_pb2_grpc
 
@@ -94,7 +96,8 @@ class Doorway(Servicer):
             over = self._over
             work = asyncio.ensure_future(call(self._servicer))
             if await _first(work, over):
-                return work.result()
+                with suppress(Deposed):  # the next leader is to be asked
+                    return work.result()
         await context.abort_with_status(to_status(NotLeader(self._leader())))
 
     async def _told(self, context: Context, call: Callable[[Servicer], Any]) -> AsyncIterator[Any]:

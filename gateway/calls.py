@@ -36,6 +36,7 @@ from hocket.errors import (
     NotFinished,
     NotReady,
     Refused,
+    RequestFailed,
     UnknownRequest,
     Violation,
 )
@@ -236,7 +237,8 @@ class Calls:
                 )
             except ControlUnavailable:
                 raise self._cause() from None
-        if answer.HasField("rejected"):
+        has_failed = answer.rejected.metadata.get("ended") == "1"
+        if answer.HasField("rejected") and not (has_failed and follower is None):
             raise _refusal(answer.rejected)
         return answer
 
@@ -309,5 +311,8 @@ def _describe(span: Span, name: str, request: GenerateRequest) -> None:
     )
 
 
-def _refusal(failure: Failure) -> Refused:
-    return Refused(failure.reason, failure.message, failure.retry_after_us, dict(failure.metadata))
+def _refusal(failure: Failure) -> Refused | RequestFailed:
+    metadata = dict(failure.metadata)
+    if metadata.pop("ended", ""):  # the request that answers had been accepted
+        return RequestFailed(failure.reason, failure.message, metadata)
+    return Refused(failure.reason, failure.message, failure.retry_after_us, metadata)

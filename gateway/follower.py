@@ -30,6 +30,7 @@ class Follower:
         self.name = f"f-{secrets.token_hex(12)}"
         self.request_id = request_id
         self.cursor = cursor  # of the newest event that has come
+        self.awaits = False  # control's word on what it missed; until then events are no news
         self.progress_dropped = 0
         self._onlooker = onlooker
         self._tenant = tenant
@@ -39,6 +40,7 @@ class Follower:
 
     def as_follow(self) -> Follow:
         """What control is told, at first and after each new stream."""
+        self.awaits = True
         return Follow(
             follower=self.name,
             request_id=self.request_id,
@@ -49,6 +51,7 @@ class Follower:
 
     def told(self, followed: Followed) -> None:
         """Control's answer: what was missed, or that there is nothing to follow."""
+        self.awaits = False
         if followed.HasField("refused"):
             self._refused = _refusal(self.request_id, followed.refused)
             self._came.set()
@@ -56,8 +59,10 @@ class Follower:
             self.put(event)
 
     def put(self, event: RequestEvent) -> None:
-        """Takes an event; one that is not newer than the cursor has been told."""
-        if event.sequence <= self.cursor:
+        """Takes an event; one that is not newer than the cursor has been told, and what comes
+        before control's answer is in it.
+        """
+        if self.awaits or event.sequence <= self.cursor:
             return
         self.cursor = event.sequence
         if len(self._box) >= BACKLOG_MAX:

@@ -164,11 +164,16 @@ class Line:
         self._say()
         try:
             return await answer
+        except asyncio.CancelledError:
+            if follower is not None:  # whom an answer of this very moment has made a follower
+                self.leave(follower, returns=True)
+            raise
         finally:
             self._give_up(number)
 
     def follow(self, follower: Follower) -> None:
         """From now on `follower.next` gives what happens to its request behind its cursor."""
+        follower.awaits = True
         self._followers.add(follower)
         self._outbox.follows[follower.name] = None
         self._say()
@@ -274,12 +279,16 @@ class Line:
     def _answer(self, number: int, answer: SubmitResponse) -> None:
         call = self._calls.pop(number, None)
         if call is None or call.answer.done():
-            if name := self._given_up.pop(number, ""):
+            name = self._given_up.pop(number, "")
+            if call is not None and call.follower is not None:  # it goes in this moment
+                name = call.follower.name
+            if name:
                 self._outbox.leaves[name] = True  # the answer made it a follower
                 self._say()
             return
         if call.follower is not None and not answer.HasField("rejected"):
             call.follower.request_id = answer.request_id or call.submit.request_id
+            call.follower.awaits = call.follower.request_id != call.submit.request_id
             self._followers.add(call.follower)
         call.answer.set_result(answer)
 

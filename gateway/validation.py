@@ -21,6 +21,7 @@ PRIORITY_MAX = 100
 FPS_MAX = 120
 _TENANT = re.compile(r"[A-Za-z0-9._-]{0,64}")
 _KEY = re.compile(r"[A-Za-z0-9._:-]{0,128}")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tabs and ends of lines
 _FOUND_CHARS_MAX = 60
 _ON_MISS = {OnMiss.ON_MISS_BEST_EFFORT, OnMiss.ON_MISS_REJECT, OnMiss.ON_MISS_DEGRADE}
 
@@ -86,6 +87,9 @@ def _complete_terms(request: GenerateRequest, violations: _Violations) -> None:
 
 
 def _check_prompts(spec: GenerationSpec, violations: _Violations) -> None:
+    for name, text in (("prompt", spec.prompt), ("negative_prompt", spec.negative_prompt)):
+        if control := _CONTROL.search(text):
+            violations.add(f"spec.{name}", repr(control[0]), "no control characters")
     allowed = f"1 to {PROMPT_CHARS_MAX} characters"
     if not spec.prompt.strip():
         violations.add("spec.prompt", "an empty prompt" if not spec.prompt else "blanks", allowed)

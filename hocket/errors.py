@@ -266,13 +266,13 @@ _CODES: dict[type[HocketError], grpc.StatusCode] = {
 }
 # Reasons whose code is not that of their class.
 _REASON_CODES: dict[str, grpc.StatusCode] = {
-    "DEADLINE_UNATTAINABLE": grpc.StatusCode.FAILED_PRECONDITION,
+    **dict.fromkeys(("DEADLINE_UNATTAINABLE", "NOT_ENDED"), grpc.StatusCode.FAILED_PRECONDITION),
     "IDEMPOTENCY_KEY_REUSED": grpc.StatusCode.INVALID_ARGUMENT,
     "NO_WORKERS": grpc.StatusCode.UNAVAILABLE,
     "REJECTED_BY_POLICY": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "MODEL_NOT_SERVED": grpc.StatusCode.NOT_FOUND,
     "CANCELLED": grpc.StatusCode.CANCELLED,
-    "REQUEST_ID_REUSED": grpc.StatusCode.INVALID_ARGUMENT,
+    **dict.fromkeys(("REQUEST_ID_REUSED", "INVALID_REQUEST"), grpc.StatusCode.INVALID_ARGUMENT),
     "UNKNOWN_REQUEST": grpc.StatusCode.NOT_FOUND,
     "CALLER_TOO_SLOW": grpc.StatusCode.DEADLINE_EXCEEDED,
     "MEDIA_CORRUPT": grpc.StatusCode.DATA_LOSS,

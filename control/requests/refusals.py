@@ -87,6 +87,7 @@ def repeat(record: Record) -> control_pb2.SubmitResponse:
         answer.already_finished.CopyFrom(record.ended.finished)
     elif record.ended.HasField("failed"):
         answer.rejected.CopyFrom(record.ended.failed)
+        answer.rejected.metadata["ended"] = "1"  # it was promised, and told to have failed
     else:
         answer.rejected.reason = "CANCELLED"
         answer.rejected.message = f"request {record.id} was cancelled"

@@ -7,6 +7,7 @@ from control.requests.records import Record, Records
 from hocket.v1 import control_pb2, generation_pb2
 
 _PAGE, _PAGE_MAX = 100, 1000
+_PAGE_BYTES_MAX = 2 << 20  # half of what a message may have
 
 
 def status(record: Record) -> control_pb2.RequestStatus:
@@ -36,15 +37,16 @@ def page(
     """Newest first; raises ValueError for a token that no page gave."""
     size = min(asked.page_size or _PAGE, _PAGE_MAX)
     tenant = asked.tenant if asked.HasField("tenant") else None
-    answer = control_pb2.ListRequestsResponse()
+    answer, size_bytes = control_pb2.ListRequestsResponse(), 0
     for record in records.newest_first(_place(asked.page_token)):
         if not is_known(record, tenant) or (asked.state and told(record.state) != asked.state):
             continue
-        if len(answer.requests) == size:
+        if len(answer.requests) == size or size_bytes > _PAGE_BYTES_MAX:
             last = answer.requests[-1].metadata
             answer.next_page_token = f"{last.accepted_unix_us}-{last.request_id}"
             break
         answer.requests.append(status(record))
+        size_bytes += answer.requests[-1].ByteSize()
     return answer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -87,8 +88,8 @@ async def test_a_new_leader_keeps_what_was_promised() -> None:
         def restore(self, ended: object) -> None: ...
 
     desk = stage.desk
-    leases = desk.wiring.leases
-    recover(book, Restored(), desk.driver, desk.records, leases, lambda _: None)  # type: ignore[arg-type]
+    promises: Any = Restored()
+    recover(book, promises, desk.driver, desk.records, desk.wiring.leases, lambda _: None)
     assert {f.request.id: f.on_time for f in facts} == {"kept": True, "late": False}
 
 

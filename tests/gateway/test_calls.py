@@ -16,6 +16,7 @@ from hocket.client import request
 from hocket.errors import NotFinished, UnknownRequest
 from hocket.v1.control_pb2 import (
     AttachResponse,
+    Followed,
     ListRequestsRequest,
     ListRequestsResponse,
     RequestStatus,
@@ -141,7 +142,9 @@ async def test_waiting_ends_with_the_request_or_with_its_time() -> None:
         short = asyncio.ensure_future(table.calls.wait("r1", SECOND_US))
         await table.wire.settle()
         assert [f.onlooker for m in table.wire.link.said for f in m.follows] == [True, True]
-        table.wire.link.say()
+        names = [f.follower for m in table.wire.link.said for f in m.follows]
+        told = [Followed(follower=name) for name in names]
+        table.wire.link.say(AttachResponse(term=1, followed=told))
         await table.wire.pass_us(SECOND_US)
         assert not (await short).HasField("ended") and not in_time.done()
         status.ended.CopyFrom(ending("r1"))

@@ -142,7 +142,8 @@ async def test_an_accepted_request_waits_for_control_as_long_as_it_takes() -> No
         up = True
         await wire.pass_us(5 * SECOND_US)
         assert wire.link.follows == [("r1", 0)]
-        wire.link.say(telling(step("r1", 77)))
+        told = Followed(follower=follower.name, missed=[step("r1", 77)])
+        wire.link.say(AttachResponse(followed=[told]))
         assert (await waiting).sequence == 77
 
 
@@ -259,3 +260,51 @@ async def test_a_cancel_is_not_lost_where_the_link_breaks_too(turns: int) -> Non
         running.cancel()
         await wire.settle()
         assert running.cancelled()
+
+
+def accepted_event(name: str) -> RequestEvent:
+    return RequestEvent(request_id=name, sequence=1, accepted=Accepted(request_id=name))
+
+
+async def test_a_second_follower_is_told_from_the_start() -> None:
+    """Events for the first one, on their way before control knew of the second, hid the start."""
+    async with wired("a") as wire:
+        first, answer = submitting(wire, "r1")
+        await wire.settle()
+        wire.link.accept(1, "r1")
+        await answer
+        second = Follower("r1")
+        wire.line.follow(second)
+        joined, joining = submitting(wire, "r2")
+        await wire.settle()
+        wire.link.say(telling(step("r1", 1 << 8 | 7)))
+        wire.link.accept(2, "r1")
+        wire.link.say(telling(step("r1", 1 << 8 | 8)))
+        missed = [accepted_event("r1"), step("r1", 1 << 8 | 8)]
+        for follower in (second, joined):
+            told = Followed(follower=follower.name, missed=missed)
+            wire.link.say(AttachResponse(followed=[told]))
+        wire.link.say(telling(step("r1", 1 << 8 | 9)))
+        await joining
+        await wire.settle()
+        for follower in (second, joined):
+            seen = [(await follower.next()).sequence for _ in range(3)]
+            assert seen == [1, 1 << 8 | 8, 1 << 8 | 9]
+        assert [(await first.next()).sequence & 15 for _ in range(3)] == [7, 8, 9]
+
+
+@pytest.mark.parametrize("answered_first", [True, False])
+async def test_a_caller_that_goes_in_the_moment_of_its_answer_leaves(answered_first: bool) -> None:
+    async with wired("a") as wire:
+        follower, answer = submitting(wire, "r1")
+        await wire.settle()
+        ends = [answer.cancel, lambda: wire.line._answer(1, accepted("r1"))]
+        for end in reversed(ends) if answered_first else ends:
+            end()
+        await wire.settle()
+        assert answer.cancelled() and wire.line.followers == 0
+        assert wire.link.leaves == [(follower.name, True)]
+
+
+def accepted(name: str) -> SubmitResponse:
+    return SubmitResponse(request_id=name, accepted=Accepted(request_id=name))

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.validation import PROMPT_CHARS_MAX, completed
+from gateway.validation import PROMPT_CHARS_MAX, _check_prompts, _Violations, completed
 from hocket import frame_counts, media_types
 from hocket.client import request
 from hocket.errors import InvalidRequest
 from hocket.v1.generation_pb2 import FrameCounts, GenerateRequest, ModelInfo
-from hocket.v1.types_pb2 import OnMiss, Shape
+from hocket.v1.types_pb2 import GenerationSpec, OnMiss, Shape
 from tests.gateway.peer import EMOJI
 
 VIDEO = ModelInfo(
@@ -321,3 +321,17 @@ def test_completed_or_refused_and_completing_twice_changes_nothing(
 def _set(message: object, **fields: object) -> None:
     for name, value in fields.items():
         setattr(message, name, value)
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_control_characters_are_refused_and_line_ends_are_not(name: str) -> None:
+    spec = GenerationSpec(prompt="a fox")
+    setattr(spec, name, "a fox\r\n\tin snow")
+    found = _Violations()
+    _check_prompts(spec, found)
+    assert not found.found
+    for text in ("a\x00", "a\x0cb", "\x7f"):
+        setattr(spec, name, text)
+        found = _Violations()
+        _check_prompts(spec, found)
+        assert [v.field for v in found.found] == [f"spec.{name}"]
