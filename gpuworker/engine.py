@@ -25,7 +25,7 @@ import torch
 from gpuworker import media
 from gpuworker.broken_device import DeviceBroken, is_broken
 from gpuworker.decode import Decodes
-from gpuworker.executor import Listener, Media, RunNote, Stopwatch
+from gpuworker.executor import Listener, Media, RunNote, Stopwatch, failure_of
 from gpuworker.groups import Group, GroupLost, GroupSpent
 from gpuworker.inbox import Inbox
 from gpuworker.latents import CalledOff, LatentMissing, LatentShelf
@@ -366,7 +366,7 @@ class Engine:
     ) -> RunNote:
         """What failed, `named` by whose fault where that is known; `held`: latents are left."""
         size = len(run.members) + (not last)
-        failure = types_pb2.Failure(reason=reason, message=message, metadata=metadata)
+        failure = failure_of(reason, message, metadata)
         told = [m.request_id for m in run.assignment.batch] if last else [named]
         left = {request: self._shelf.steps_done(request) for request in told if held}
         failed_job = mesh_pb2.FailedJob(

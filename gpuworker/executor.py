@@ -14,6 +14,10 @@ from hocket.clock import steady_ns, unix_ns
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
 CLOSE_PATIENCE_S = 10.0
+FAILURE_CHARS_MAX = 4_096  # a compiler's error is as long as its program; control refuses such
+
+
+_CUT = " ... "
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,16 @@ class RunNote:
     def steps_done(self) -> int | None:
         """Of the first job."""
         return self.behind.get(self.assignment.batch[0].request_id)
+
+
+def failure_of(
+    reason: str, message: str, metadata: Mapping[str, str] | None = None
+) -> types_pb2.Failure:
+    """A failure as it is told; of a long message its beginning and its end."""
+    if len(message) > FAILURE_CHARS_MAX:
+        half = FAILURE_CHARS_MAX // 2 - len(_CUT)
+        message = f"{message[:half]}{_CUT}{message[-half:]}"
+    return types_pb2.Failure(reason=reason, message=message, metadata=metadata)
 
 
 Listener = Callable[[RunNote], None]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import nats.errors
 from opentelemetry.trace import Tracer
 
-from gpuworker.executor import RunNote
+from gpuworker.executor import RunNote, failure_of
 from gpuworker.mesh.media_bucket import MediaBucket
 from gpuworker.mesh.outbox import Outbox
 from hocket import spans, telemetry
@@ -258,7 +258,7 @@ def _not_stored(note: RunNote, request: str, problem: str, *, last: bool) -> Run
         assignment=note.assignment,
         behind={request: note.behind[request]},
         last=last,
-        failure=types_pb2.Failure(reason="MEDIA_NOT_STORED", message=problem),
+        failure=failure_of("MEDIA_NOT_STORED", problem),
         failed_job=mesh_pb2.FailedJob(request_id=request, batch=len(note.assignment.batch)),
     )
 

@@ -66,6 +66,25 @@ def test_the_promised_are_kept_before_many_that_nothing_was_promised():
     assert ended["firm"] and len(ended) == 7
 
 
+@pytest.mark.parametrize("priority", [-1_000, -11, 0, 10_000, 1_000_000])
+def test_no_priority_makes_up_for_a_promise_or_takes_one_back(priority):
+    """However low the promised one's is, or high the other's."""
+    world = World(workers=1, policy="hocket")
+    mine, others = min(priority, 0), max(priority, 0)
+    assert admitted(world, request("firm", slo_us=1_200_000, firm=True, priority=mine))
+    for i in range(2):
+        asked = request(f"r{i}", slo_us=1_000_000, at_us=world.now_us, priority=others)
+        admitted(world, asked, on_time=True)
+    assert drained(world)["firm"]
+
+
+@pytest.mark.parametrize("priority", [-100, -11, -10])
+def test_a_low_priority_has_its_deadline_met_where_nobody_else_is(priority):
+    world = World(workers=1, policy="hocket")
+    admitted(world, request("soft", slo_us=3_000_000, priority=priority), on_time=True)
+    assert drained(world) == {"soft": True}
+
+
 def test_a_forecast_changes_nothing():
     """Not what is planned, and not what is answered next."""
     asked = [request(f"q{i}", px=1024, slo_us=3_000_000 + i, firm=i % 2 == 0) for i in range(6)]

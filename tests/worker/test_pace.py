@@ -13,7 +13,7 @@ import torch
 
 from gpuworker.broken_device import DeviceBroken, is_broken
 from gpuworker.engine import Engine
-from gpuworker.executor import RunNote, StepNote
+from gpuworker.executor import FAILURE_CHARS_MAX, RunNote, StepNote
 from gpuworker.inbox import Inbox, StopMark
 from gpuworker.latents import LatentShelf
 from gpuworker.memory import Memory
@@ -119,6 +119,31 @@ def failing(card: ModelCard, at_step: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(card, "step", bounded)
         yield
+
+
+def test_a_failure_is_not_told_at_more_length_than_control_takes(
+    flux: Reference, card: Loaded
+) -> None:
+    desk = Desk(card, flux, Pace())
+    desk.give("text", 1)
+    desk.give("dit", STEPS)
+    notes: list[RunNote] = []
+
+    def heard(note: RunNote) -> None:
+        notes.append(note)
+        if note.failure is not None:
+            desk.inbox.close()
+
+    def wordy(*_: object) -> None:
+        raise ValueError("first" + "x" * 50_000 + "last")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card[0], "step", wordy)
+        desk._engine.run(heard)
+    failure = notes[-1].failure
+    assert failure is not None and failure.reason == "MODEL_ERROR"
+    assert len(failure.message) <= FAILURE_CHARS_MAX
+    assert failure.message.startswith("ValueError: first") and failure.message.endswith("last")
 
 
 def test_a_device_that_is_broken_ends_the_worker_once_that_is_told(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpuworker.executor import RunNote
+from gpuworker.executor import FAILURE_CHARS_MAX, RunNote
 from gpuworker.latents import Shares
 from gpuworker.mesh.outbox import Outbox
 from gpuworker.torch_executor import TorchExecutor
@@ -118,12 +118,14 @@ async def test_a_file_that_breaks_its_upload_is_that_job_s_failure(
     async with desk(nats_url, tmp_path, "broken-upload") as one:
 
         async def broken(*_: object) -> None:
-            raise ZeroDivisionError("planted")
+            raise ZeroDivisionError("planted" + 50_000 * "x")
 
         monkeypatch.setattr(one.agent._reports._bucket, "put", broken)
         await one.assign(assignments=[job(1, "text"), job(2, "vae")])
         await one.report()
         failed = await one.report()
         assert (failed.failure.reason, failed.failed_job.request_id) == ("MEDIA_NOT_STORED", "r")
+        assert "planted" in failed.failure.message
+        assert len(failed.failure.message) <= FAILURE_CHARS_MAX, "control takes no book"
         assert failed.last and not one.running.done()
         assert not one.agent._reports.pending(1)
