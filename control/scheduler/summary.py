@@ -43,7 +43,9 @@ class PromiseSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     firm_kept: int
 
 
-class Summary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Summary(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """Fractions are 0..1; what was rejected, cancelled or failed is a miss."""
 
     requests: int

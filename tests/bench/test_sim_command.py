@@ -52,7 +52,8 @@ def test_one_run_writes_log_and_summary(trace):
     assert sum(isinstance(x, DoneLine) for x in lines) == 12
     assert any(isinstance(x, RunLine) and len(x.gpus) > 1 for x in lines)
     found = json.loads(summary.read_text())
-    assert set(found) == set(Summary.__struct_fields__) and found["requests"] == 12
+    assert set(found) == set(Summary.__struct_fields__) - {"promises"}  # nobody was told anything
+    assert found["requests"] == 12
     assert "attainment" in told and found["plan_ms"]["p99"] > 0
 
 
