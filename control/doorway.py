@@ -106,7 +106,11 @@ class Doorway(Servicer):
             over = self._over
             stream = aiter(call(self._servicer))
             while await _first(step := asyncio.ensure_future(anext(stream, None)), over):
-                if (message := step.result()) is None:
+                try:
+                    message = step.result()
+                except Deposed:  # the next leader is to be asked
+                    break
+                if message is None:
                     return
                 yield message
         await context.abort_with_status(to_status(NotLeader(self._leader())))
@@ -122,4 +126,6 @@ async def _first(work: asyncio.Future[Any], over: asyncio.Event) -> bool:
         if not work.done():
             work.cancel()
             await asyncio.wait({work})
+        elif not work.cancelled():
+            work.exception()  # looked at, even where the caller is gone and nobody asks for it
     return work.done() and not work.cancelled()
