@@ -12,12 +12,11 @@ from typing import Annotated
 
 import typer
 
-from control import garbage
 from control.config import ControlSettings
 from control.scheduler.policies import REGISTRY
 from control.scheduler.policies.hocket.warm import compile_all
 from control.service import serve
-from hocket import telemetry
+from hocket import garbage, telemetry
 from hocket.clock import SystemClock
 from hocket.config import load_or_exit
 from hocket.errors import HocketError

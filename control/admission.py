@@ -37,6 +37,8 @@ from hocket.stores import EntryTooLarge
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
 
 _BATCH_MAX = 512  # forecast together: most of it is for the queue before them
+_RESTS = 2  # a forecast costs as much for few as for many: so many times its own time between two
+_REST_US_MAX = 25_000
 _AT_ONCE = 32  # answers before others on the event loop have a turn
 _APPENDS_MAX = 1024  # under way; a broker that stands still holds up no more
 
@@ -79,6 +81,7 @@ class Admission:
         self._waiting: deque[Offer] = deque()
         self._under_way: dict[str, Request] = {}  # accepted, perhaps not yet at the scheduler
         self._appending = 0
+        self._rest_until_us = 0
         self._detaching = Detaching(promises, records)
         self._wake = asyncio.Event()
 
@@ -210,6 +213,7 @@ class Admission:
                 await self._wait_until(self._settled_us)
             else:
                 await self._wake.wait()
+        await self._clock.sleep_until(self._rest_until_us)
         await self._clock.settle()  # whoever comes in this moment goes along
         return [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH_MAX))]
 
@@ -244,6 +248,9 @@ class Admission:
             return []
         ahead = tuple(self._under_way.values())
         verdicts = await self._driver.ask(lambda s: judge(s, ahead, newcomers, now_us))
+        judged_us = self._clock.now_us()
+        rest_us = min(_RESTS * (judged_us - now_us), _REST_US_MAX)
+        self._rest_until_us = judged_us + rest_us
         for request in ahead:
             if request.id in verdicts.arrived or not self._is_unknown_yet(request.id):
                 self._under_way.pop(request.id, None)

@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 INBOX_MAX = 65_536  # facts; beyond it what a later fact repeats is dropped, and counted
 _REST_US_MAX = 20_000  # between two plans, where they take long
+_RESTS_ASKED, _REST_ASKED_US_MAX = 3, 60_000  # while newcomers are forecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ class Driver:
         self._arrived = asyncio.Event()
         self._wake_us: int | None = None
         self._rest_until_us = 0
+        self._asked = False  # since the last plan
         self.drops: Counter[str] = Counter()  # facts that found the inbox full, by kind
 
     def post(
@@ -121,6 +123,7 @@ class Driver:
 
     async def ask(self, question: Callable[[Scheduler], T]) -> T:
         """The scheduler's answer; behind the turn under way, and without changing anything."""
+        self._asked = True
         return await self._planning.run(lambda: question(self._scheduler))
 
     async def ask_behind(self, question: Callable[[Scheduler], T]) -> T:
@@ -147,6 +150,9 @@ class Driver:
                     question.answer.set_result(answer)
             if turn.plan is not None:
                 rest_us = min(turn.plan_time_us, _REST_US_MAX)
+                if self._asked:
+                    rest_us = min(_RESTS_ASKED * turn.plan_time_us, _REST_ASKED_US_MAX)
+                self._asked = False
                 self._rest_until_us = self._clock.now_us() + rest_us
             await self._outlet.turned(turn)
 

@@ -15,7 +15,6 @@ from typing import NoReturn
 import msgspec
 from grpc_health.v1 import health
 
-from control import garbage
 from control.admission import AdmissionSettings
 from control.config import (
     ControlSettings,
@@ -37,7 +36,7 @@ from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.settings import SettingError, Settings
 from control.standby import Book
-from hocket import media_bucket
+from hocket import garbage, media_bucket
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
 from hocket.errors import WrongConfig

@@ -12,7 +12,7 @@ import typer
 
 from gateway.service import serve
 from gateway.settings import GatewaySettings
-from hocket import telemetry
+from hocket import garbage, telemetry
 from hocket.config import load_or_exit
 from hocket.errors import HocketError
 
@@ -52,6 +52,7 @@ def main(
     }
     settings = load_or_exit(GatewaySettings, options, config)
     telling = telemetry.setup("gateway", "0", settings.state_dir, settings.log_level)
+    garbage.take_over()
     try:
         asyncio.run(serve(settings, telling))
     except HocketError as error:

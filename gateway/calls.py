@@ -210,10 +210,7 @@ class Calls:
         return await self.control.get(name, tenant)
 
     def _complete(self, request: GenerateRequest) -> GenerateRequest:
-        with self.tracer.start_as_current_span(
-            spans.VALIDATE, record_exception=False, set_status_on_exception=True
-        ):
-            effective = validation.completed(request, self.control.models)
+        effective = validation.completed(request, self.control.models)
         if not effective.spec.HasField("seed"):
             effective.spec.seed = secrets.randbits(_SEED_BITS)
         return effective
@@ -230,13 +227,15 @@ class Calls:
             request=effective,
             wish_sha256=wish.digest(asked),
         )
-        with self.tracer.start_as_current_span(spans.SUBMIT, record_exception=False):
-            try:
-                answer = await self.line.submit(
-                    submit, follower, self.submit_wait_us, telemetry.traceparent()
-                )
-            except ControlUnavailable:
-                raise self._cause() from None
+        span = trace.get_current_span()
+        span.add_event(spans.SUBMITTED)
+        try:
+            answer = await self.line.submit(
+                submit, follower, self.submit_wait_us, telemetry.traceparent_of(span)
+            )
+        except ControlUnavailable:
+            raise self._cause() from None
+        span.add_event(spans.ANSWERED)
         has_failed = answer.rejected.metadata.get("ended") == "1"
         if answer.HasField("rejected") and not (has_failed and follower is None):
             raise _refusal(answer.rejected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -11,23 +11,18 @@ from opentelemetry import trace
 
 from hocket import spans
 from hocket.errors import HocketError, to_status
+from hocket.interceptors import Handler, Wrapping
 
-# In quotes: these classes take parameters in grpc's type stubs only.
+# In quotes: the class takes parameters in grpc's type stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 _OURS = ("/hocket.", "/google.longrunning.")
 
 
-class ErrorStatuses(grpc.aio.ServerInterceptor):
+class ErrorStatuses(Wrapping):
     """Ends a call that raised a HocketError with its status."""
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(_OURS):
+    def wrapped(self, handler: Handler, method: str) -> Handler:
+        if not method.startswith(_OURS):
             return handler
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(

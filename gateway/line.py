@@ -1,8 +1,8 @@
 """The gateway's line to the leader of the control plane: one stream, open as long as the gateway.
 
-    callers -- submit, follow, leave --> | gathered while | -- one message --> leader
-                                         | the last write |
-    callers <-- answers, events -------- | was under way  | <-- one message -- leader
+    callers -- submit, follow, leave --> | gathered for   | -- one message --> leader
+                                         | 5 ms behind    |
+    callers <-- answers, events -------- | the last one   | <-- one message -- leader
 
 Each side says something every second. After three seconds of silence, or when the stream breaks,
 the line looks for the leader anew, says again whom it follows and from where on, and repeats what
@@ -39,6 +39,7 @@ K = TypeVar("K", int, str)
 
 BEAT_US = 1_000_000
 SILENCE_US_MAX = 3_000_000
+GATHER_US = 5_000  # between two messages: each costs both sides more than what it carries
 _EXPIRY_CHECK_US = 250_000
 _BACKOFF_US = (50_000, 100_000, 200_000, 400_000, 800_000)
 _GIVEN_UP_MAX = 10_000
@@ -232,10 +233,12 @@ class Line:
         while True:
             self._said.clear()
             self._gather(message)
+            next_us = self._clock.now_us() + GATHER_US
             await link.send(message)
             if not self._outbox:
                 self._emptied.set()
                 await self._said.wait()
+                await self._clock.sleep_until(next_us)
             message = AttachRequest()
 
     async def _receive(self, link: Link, address: str) -> None:

@@ -31,7 +31,7 @@ from gateway.operations import GenerationOperations
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.whereabouts import Addresses, listed
-from hocket import endpoints
+from hocket import endpoints, garbage
 from hocket.bus import Bus, Subjects
 from hocket.channels import SERVER_OPTIONS
 from hocket.clock import SystemClock
@@ -92,6 +92,7 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
             tasks.create_task(cluster.watch()),
             tasks.create_task(line.run()),
             tasks.create_task(_watch_leader(leader)),
+            tasks.create_task(garbage.keep(SystemClock(), lambda: not line.followers)),
         ]
         await server.start()
         try:

@@ -7,19 +7,17 @@ refuses, which under overload, when every call is refused, is most of what a ser
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
-from opentelemetry.context import attach, detach
+from opentelemetry.context import Context, attach, detach
 from opentelemetry.propagate import extract
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_in_context
 from opentelemetry.util.types import AttributeValue
 
-# In quotes: the class takes parameters in grpc's type stubs only.
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
-Call: TypeAlias = "grpc.HandlerCallDetails"
+from hocket.interceptors import Handler, Wrapping
 
 _STATUS = "rpc.grpc.status_code"
 # The server's fault, as OpenTelemetry's conventions for RPC count it.
@@ -36,18 +34,17 @@ _FAULTS = {
 }
 
 
-class ServerSpans(grpc.aio.ServerInterceptor):
+class ServerSpans(Wrapping):
     """The span is the current one while the handler runs. Stands behind `StreamsInOneTask`."""
 
-    def __init__(self, tracer: Tracer, is_traced: Callable[[Call], bool]) -> None:
+    def __init__(self, tracer: Tracer, is_traced: Callable[[str], bool]) -> None:
+        """`is_traced` is asked with the full name of a method."""
+        super().__init__()
         self._tracer = tracer
         self._is_traced = is_traced
 
-    async def intercept_service(
-        self, continuation: Callable[[Call], Awaitable[Handler]], handler_call_details: Call
-    ) -> Handler:
-        handler = await continuation(handler_call_details)
-        if handler is None or not self._is_traced(handler_call_details):
+    def wrapped(self, handler: Handler, method: str) -> Handler:
+        if not self._is_traced(method):
             return handler
         name = "_".join(
             "stream" if streaming else "unary"
@@ -59,9 +56,7 @@ class ServerSpans(grpc.aio.ServerInterceptor):
         wrap = self._stream if handler.response_streaming else self._single
         make = getattr(grpc, f"{name}_rpc_method_handler")
         made: Handler = make(
-            wrap(serve, str(handler_call_details.method)),
-            handler.request_deserializer,
-            handler.response_serializer,
+            wrap(serve, method), handler.request_deserializer, handler.response_serializer
         )
         return made
 
@@ -84,7 +79,7 @@ class ServerSpans(grpc.aio.ServerInterceptor):
     @contextmanager
     def _span(self, method: str, context: Any) -> Iterator[None]:
         told = {key: value for key, value in context.invocation_metadata() or ()}
-        parent = extract(told)
+        parent = extract(told) if "traceparent" in told else Context()
         service, _, name = method.strip("/").rpartition("/")
         attributes: dict[str, AttributeValue] = {
             "rpc.system": "grpc",

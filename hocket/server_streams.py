@@ -12,35 +12,29 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 
 from hocket.errors import RequestFailed, to_status
+from hocket.interceptors import Handler, Wrapping
 
 log = logging.getLogger(__name__)
 
 _GOODBYE_S = 1.0
-# In quotes: the class takes parameters in grpc's type stubs only.
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 
 
-class StreamsInOneTask(grpc.aio.ServerInterceptor):
+class StreamsInOneTask(Wrapping):
     """Belongs in front of all other interceptors."""
 
     def __init__(self, stall_s: float | None = None) -> None:
         """`stall_s`: a caller that takes nothing for so long is ended; None: it never is."""
+        super().__init__()
         self._stall_s = stall_s
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler.response_streaming:
+    def wrapped(self, handler: Handler, method: str) -> Handler:
+        if not handler.response_streaming:
             return handler
         serve = handler.stream_stream if handler.request_streaming else handler.unary_stream
         if not inspect.isasyncgenfunction(serve):
@@ -51,9 +45,7 @@ class StreamsInOneTask(grpc.aio.ServerInterceptor):
             else grpc.unary_stream_rpc_method_handler
         )
         return make(
-            self._written(serve, handler_call_details.method),
-            handler.request_deserializer,
-            handler.response_serializer,
+            self._written(serve, method), handler.request_deserializer, handler.response_serializer
         )
 
     def _written(self, serve: Any, method: str) -> Any:

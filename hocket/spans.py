@@ -9,8 +9,8 @@ from __future__ import annotations
 
 # Spans of the gateway.
 GENERATE = "Generate"  # the whole call
-VALIDATE = "validate"
-SUBMIT = "submit"
+SUBMITTED = "submitted"  # event of it: checked, and on its way to control
+ANSWERED = "answered"  # event of it: control promised, or refused
 MEDIA_FETCH = "media fetch"
 # Spans of control.
 ADMIT = "admit"

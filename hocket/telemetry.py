@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import random
 import re
 import secrets
 import sys
@@ -54,7 +55,7 @@ def setup(service: str, instance: str, state_dir: Path, log_level: str = "info")
     resource = Resource.create({"service.name": service, "service.instance.id": instance})
     # ALWAYS_ON: the local file keeps every request, whatever the caller's sampling flag says.
     provider = TracerProvider(
-        resource=resource, sampler=ALWAYS_ON, id_generator=_SecretIds(), shutdown_on_exit=False
+        resource=resource, sampler=ALWAYS_ON, id_generator=_OwnIds(), shutdown_on_exit=False
     )
     file = SpanFile(state_dir / "traces" / f"{service}-{instance}.jsonl", service, instance)
     provider.add_span_processor(file)
@@ -76,7 +77,7 @@ class Telemetry:
 
     def server_interceptors(self, stall_s: float | None = None) -> list[grpc.aio.ServerInterceptor]:
         """Continue the caller's trace in each RPC served; `stall_s`: see `StreamsInOneTask`."""
-        return [StreamsInOneTask(stall_s), ServerSpans(self.tracer, _is_traced)]
+        return [StreamsInOneTask(stall_s), ServerSpans(self.tracer, _is_a_request)]
 
     def client_interceptors(self) -> list[grpc.aio.ClientInterceptor]:
         """Hand the current trace on in each RPC made."""
@@ -99,9 +100,14 @@ def client_interceptors(
 
 def traceparent(context: Context | None = None) -> str:
     """The W3C traceparent of `context`, or of the current one; empty outside a span."""
-    carrier: dict[str, str] = {}
-    _W3C.inject(carrier, context)
-    return carrier.get("traceparent", "")
+    return traceparent_of(trace.get_current_span(context))
+
+
+def traceparent_of(span: trace.Span) -> str:
+    """The W3C traceparent of a span; empty where it is none."""
+    made = span.get_span_context()
+    told = f"00-{made.trace_id:032x}-{made.span_id:016x}-{made.trace_flags:02x}"
+    return told if made.is_valid else ""
 
 
 @functools.lru_cache(_CONTEXTS_KEPT)
@@ -145,9 +151,7 @@ def record_span(
     if error:
         span.set_status(Status(StatusCode.ERROR, error))
     span.end(end_ns)
-    made = span.get_span_context()
-    told = f"00-{made.trace_id:032x}-{made.span_id:016x}-{made.trace_flags:02x}"
-    return told if made.is_valid else ""
+    return traceparent_of(span)
 
 
 class _CallDetails(Protocol):
@@ -156,18 +160,26 @@ class _CallDetails(Protocol):
 
 
 def _is_traced(call: _CallDetails) -> bool:
-    # Health, reflection, the standing watch and a gateway's line are not part of any request.
     method = call.method.decode() if isinstance(call.method, bytes) else call.method
+    return _is_a_request(method)
+
+
+def _is_a_request(method: str) -> bool:
+    # Health, reflection, the standing watch and a gateway's line are not part of any request.
     return not method.startswith("/grpc.") and not method.endswith(("/WatchCluster", "/Attach"))
 
 
-class _SecretIds(IdGenerator):
-    # The SDK draws ids from `random`, which a worker may seed to make a model's run repeatable.
+class _OwnIds(IdGenerator):
+    # The SDK draws ids from `random`, which a worker may seed to make a model's run repeatable; and
+    # the system, asked for each, lets go of the interpreter.
+    def __init__(self) -> None:
+        self._random = random.Random(secrets.randbits(128))
+
     def generate_span_id(self) -> int:
-        return secrets.randbits(64) or 1
+        return self._random.getrandbits(64) or 1
 
     def generate_trace_id(self) -> int:
-        return secrets.randbits(128) or 1
+        return self._random.getrandbits(128) or 1
 
     def is_trace_id_random(self) -> bool:
         return True

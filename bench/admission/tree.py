@@ -12,7 +12,10 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from hocket import config, endpoints
+from hocket.endpoints import Endpoint
 from hocket.errors import MeshStopped
 
 _START_S = 300.0  # the first one compiles the planner
@@ -84,12 +87,19 @@ async def _until_ready(process: asyncio.subprocess.Process) -> None:
 
 
 def _started(folder: Path) -> Started:
-    found = {name: endpoints.find(folder / "state", name) for name in ("gateway", "control")}
-    gateway, control = found["gateway"], found["control"]
-    if gateway is None or control is None:
-        raise MeshStopped("the mesh of that tree announces no doors")
+    gateway, control = (_door(folder / "state", name) for name in ("gateway", "control"))
     pids = {"gateway": gateway.pid, "control": control.pid}
     return Started(gateway.address, control.address, pids)
+
+
+def _door(state_dir: Path, service: str) -> Endpoint:
+    """As announced; earlier trees had one file for all processes of a service."""
+    found = endpoints.find(state_dir, service)
+    if found is None and (path := state_dir / f"{service}.json").exists():
+        found = msgspec.json.decode(path.read_bytes(), type=Endpoint)
+    if found is None:
+        raise MeshStopped("the mesh of that tree announces no doors")
+    return found
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:

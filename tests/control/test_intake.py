@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from control import garbage
 from control.scheduler.values import Ended, Event, WorkerUp
+from hocket import garbage
 from hocket.clock import ManualClock
 from hocket.v1 import control_pb2, mesh_pb2, types_pb2
 from tests.control.stage import TERM, Stage, running

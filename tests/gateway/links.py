@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from gateway.line import Dial, Line, LinkBroken
+from gateway.line import GATHER_US, Dial, Line, LinkBroken
 from gateway.whereabouts import Addresses
 from hocket.clock import ManualClock
 from hocket.v1.control_pb2 import (
@@ -90,18 +90,26 @@ class Wire:
         return Line("other", Addresses(lambda: ("a",)), self.dial, self.clock, lambda _: None)
 
     async def settle(self) -> None:
+        """Whatever was woken has run, and what the line gathered is said."""
+        await self._turn()
+        said_us = self.clock.now_us() + GATHER_US
+        while (wake_us := self.clock.next_wake_us()) is not None and wake_us <= said_us:
+            self.clock.advance_to(wake_us)
+            await self._turn()
+
+    async def _turn(self) -> None:
         for _ in range(_TURNS):
             await asyncio.sleep(0)
 
     async def pass_us(self, span_us: int) -> None:
         """Time passes, and whoever waited for it goes on, in order."""
         end_us = self.clock.now_us() + span_us
-        await self.settle()
+        await self._turn()
         while (wake_us := self.clock.next_wake_us()) is not None and wake_us <= end_us:
             self.clock.advance_to(wake_us)
-            await self.settle()
+            await self._turn()
         self.clock.advance_to(end_us)
-        await self.settle()
+        await self._turn()
 
 
 @asynccontextmanager

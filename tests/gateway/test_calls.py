@@ -12,6 +12,7 @@ from opentelemetry.trace import NoOpTracer
 
 from gateway import wish
 from gateway.calls import Calls
+from gateway.line import GATHER_US
 from hocket.client import request
 from hocket.errors import NotFinished, UnknownRequest
 from hocket.v1.control_pb2 import (
@@ -117,6 +118,7 @@ async def test_cancelled_at_any_await_nothing_is_left(turns: int) -> None:
                 async for _ in responses:
                     await asyncio.sleep(0)
 
+        await wire.pass_us(GATHER_US)  # behind the line's first word
         calling = asyncio.ensure_future(consume())
         for turn in range(turns):
             if turn == 8:

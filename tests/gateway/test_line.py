@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from gateway.follower import BACKLOG_MAX, Follower
-from gateway.line import BEAT_US, SILENCE_US_MAX
+from gateway.line import BEAT_US, GATHER_US, SILENCE_US_MAX
 from hocket.errors import ControlUnavailable, UnknownRequest
 from hocket.v1.control_pb2 import AttachResponse, Followed, SubmitRequest, SubmitResponse
 from hocket.v1.generation_pb2 import Accepted, Progress
@@ -44,13 +44,30 @@ async def test_what_gathers_during_a_write_goes_in_one_message() -> None:
         assert len(said) == 1 and len(said[0].submits) == 100
         assert wire.link.said[0].gateway == "g"
         assert [s.call for s in said[0].submits] == list(range(1, 101))
-        assert said[0].submits[0].expires_us == WAIT_US
+        assert said[0].submits[0].expires_us == WAIT_US - GATHER_US
         assert said[0].submits[0].traceparent == "tp"
         assert wire.link.follows == [("other", 7)]
         for number in range(1, 101):
             wire.link.accept(number, f"r{number - 1}")
         answers = await asyncio.gather(*calls)
         assert [a.request_id for a in answers] == [f"r{n}" for n in range(100)]
+
+
+async def test_a_quiet_line_says_a_thing_at_once_and_what_follows_it_together() -> None:
+    async with wired("a") as wire:
+        await wire.pass_us(GATHER_US)
+        calls = [submitting(wire, "first")[1]]
+        for _ in range(9):
+            await asyncio.sleep(0)
+        assert wire.link.submits == ["first"]
+        for number in range(50):
+            calls.append(submitting(wire, f"r{number}")[1])
+            await asyncio.sleep(0)
+        assert wire.link.submits == ["first"]
+        await wire.pass_us(GATHER_US)
+        assert [len(m.submits) for m in wire.link.said if m.submits] == [1, 50]
+        for call in calls:
+            call.cancel()
 
 
 async def test_a_large_batch_goes_in_several_messages() -> None:
@@ -208,7 +225,9 @@ async def test_leaving_twice_is_told_once() -> None:
         await wire.settle()
         wire.line.leave(follower, returns=False)
         wire.line.leave(follower, returns=True)
-        await wire.line.emptied()
+        emptied = asyncio.ensure_future(wire.line.emptied())
+        await wire.settle()
+        await emptied
         assert wire.link.leaves == [(follower.name, False)]
 
 
