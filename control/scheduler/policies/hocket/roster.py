@@ -49,6 +49,10 @@ class Prices:
     vae_us: int
     step_us: tuple[float, ...]  # by index of width; NEVER where it cannot
     batch_us: tuple[float, ...]  # of 1, 2, ... jobs at degree 1
+    fastest_us: float = field(init=False)  # of the steps
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fastest_us", min(self.step_us))
 
     def of(self, node: str, width: int) -> float:
         """One call of a node; `width`: index of the width of a step."""
@@ -83,6 +87,10 @@ class Patience(NamedTuple):
         if self.wait_us and waited_us >= bound_us:
             age = max(age, waited_us / bound_us)
         return age
+
+    def lasts(self, idle_us: int, waited_us: int) -> bool:
+        """Nobody's age can be more than zero yet; `waited_us`: at most."""
+        return idle_us <= self.idle_us and (not self.wait_us or waited_us < self.wait_us)
 
 
 @dataclass(slots=True)
@@ -173,13 +181,14 @@ class RosterMaker:
         held: set[int] = set()
         aged: list[tuple[float, int]] = []
         names = {w.name for w in pod.workers}
+        failing = ledger.quarantine.any_failing
         for entry in pod.entries:
-            if ledger.tracked.get(entry.id) is not entry.tracked:
+            tracked, request = entry.tracked, entry.tracked.request
+            if ledger.tracked.get(request.id) is not tracked:
                 continue  # it ended since the last plan
-            if not entry.tracked.outstanding and pod.waits(ledger, entry, roster.free):
+            if failing and not tracked.outstanding and pod.waits(ledger, entry, roster.free):
                 continue
-            request = entry.tracked.request
-            kind = (request.model, request.shape, entry.id if entry.tracked.alone == DIT else "")
+            kind = (request.model, request.shape, request.id if tracked.alone == DIT else "")
             number = numbers.get(kind)
             if number is None:
                 number = numbers[kind] = len(roster.kinds)
@@ -196,13 +205,13 @@ class RosterMaker:
                     continue
                 aged.append((row[AGED], len(rows)))
             if row[AVAIL] > now_us and not entry.hopeful:
-                flight = ledger.board.flights[entry.tracked.outstanding[-1]]
+                flight = ledger.board.flights[tracked.outstanding[-1]]
                 if flight.assignment.step_time_us > self._fill_step_us:
                     roster.slow += int(row[WIDTH])
             rows.append(row)
             roster.entries.append(entry)
             roster.running += row[AVAIL] > now_us
-            roster.promised += entry.tracked.promised
+            roster.promised += tracked.promised
         younger = sorted(aged, reverse=True)[self._patience.places :]
         for at in sorted((at for _, at in younger), reverse=True):
             row, entry = rows.pop(at), roster.entries.pop(at)
@@ -247,10 +256,10 @@ class RosterMaker:
     ) -> tuple[float, ...]:
         """Columns as in `kernel`."""
         tracked, request = entry.tracked, entry.tracked.request
-        text, dit, vae = (tracked.jobs[n] for n in (TEXT, DIT, VAE))
+        text, dit, vae = tracked.jobs[TEXT], tracked.jobs[DIT], tracked.jobs[VAE]
         avail_us, width, steps_left = now_us, 0, request.steps - tracked.steps_done
-        outstanding = tracked.outstanding
-        if outstanding:
+        if text.outstanding or dit.outstanding or vae.outstanding:
+            outstanding = tracked.outstanding
             sequence = outstanding[-1]
             flight = ledger.board.flights[sequence]
             avail_us = flight_end_us(ledger, sequence)
@@ -268,12 +277,14 @@ class RosterMaker:
         decoding = vae.state in (JobState.ASSIGNED, JobState.DONE)
         deadline_us = request.deadline_us
         guard_us = self.guard_us(request, tracked.arrived_us) if tracked.promised else 0
-        age = 0.0
-        if deadline_us is None or not entry.hopeful:
-            step_us = min(prices.step_us)
+        age, idle_us = 0.0, now_us - tracked.progressed_us
+        if (deadline_us is None or not entry.hopeful) and not self._patience.lasts(
+            idle_us, now_us - tracked.arrived_us
+        ):
+            step_us = prices.fastest_us
             own_us = prices.text_us + request.steps * step_us + prices.vae_us
             waited_us = now_us - tracked.arrived_us - tracked.steps_done * step_us
-            age = self._patience.age(now_us - tracked.progressed_us, waited_us, own_us)
+            age = self._patience.age(idle_us, waited_us, own_us)
         return (
             float(number),
             float(text_us),
@@ -290,7 +301,7 @@ class RosterMaker:
 
 def hopeless(row: tuple[float, ...], prices: Prices) -> bool:
     """Begun now and alone, at its fastest, it would still be late."""
-    steps_us = row[STEPS_LEFT] * min(prices.step_us)
+    steps_us = row[STEPS_LEFT] * prices.fastest_us
     end_us = row[AVAIL] + row[TEXT_LEFT] + steps_us + row[VAE_LEFT]
     return end_us > row[DEADLINE] + row[GUARD] + EPS
 
