@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.admission import callers, streams
+from bench.admission import callers, pairs, streams
 from bench.admission.callers import Burst, Doors
 from bench.admission.tree import Started, emulated_mesh
 from hocket.machine import machine_kind
@@ -28,6 +28,11 @@ _REPEATS = {1: 20, 10: 5}  # small bursts vary
 
 def admission_command(
     tree: Annotated[Path, typer.Option(help="Source tree whose mesh is measured.")] = Path("."),
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another tree, measured in turns with the first; tells ratios."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="So many times; medians are told.", min=1)] = 1,
     workers: Annotated[int, typer.Option(help="Emulated workers.", min=1, max=64)] = 8,
     counts: Annotated[str, typer.Option(help="Callers at once, one burst each.")] = ",".join(
         map(str, COUNTS)
@@ -43,19 +48,36 @@ def admission_command(
     ),
 ) -> None:
     """The door under load: accepted a second, times to accepted, stalls, memory of a stream."""
-    if not (tree / "hocket/cli.py").exists():
-        raise typer.BadParameter(f"no source tree of Hocket: {tree}")
+    trees = [tree] if against is None else [tree, against]
+    for one in trees:
+        if not (one / "hocket/cli.py").exists():
+            raise typer.BadParameter(f"no source tree of Hocket: {one}")
     sizes = [int(text) for text in counts.split(",") if text]
-    found = asyncio.run(
-        _measure(tree.resolve(), workers, sizes, create, (paced, rate), open_streams)
-    )
+    found: list[list[dict[str, Any]]] = [[] for _ in trees]
+    for turn in range(rounds):
+        for number, one in enumerate(trees):
+            console.print(f"round {turn + 1} of {rounds}: {one}")
+            # The other tree may be of before CreateGeneration.
+            measured = _measure(
+                one.resolve(), workers, sizes, create and not number, (paced, rate), open_streams
+            )
+            found[number].append(asyncio.run(measured))
     method = "CreateGeneration" if create else "Generate, detached"
-    told = {"machine": machine_kind(), "workers": workers, "method": method, **found}
+    told: dict[str, Any] = {"machine": machine_kind(), "workers": workers, "method": method}
+    told["rounds"] = found[0]
+    if against is not None:
+        told["against"] = found[1]
+        told["ratios"] = pairs.ratios(*([r["bursts"] for r in runs] for runs in found))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(msgspec.json.format(msgspec.json.encode(told), indent=2) + b"\n")
-    console.print(_table(found["bursts"]))
-    if found["streams"] is not None:
-        console.print(found["streams"])
+    for one, runs in zip(trees, found, strict=True):
+        console.print(f"{one}{', medians' if rounds > 1 else ''}")
+        console.print(_table(pairs.medians([run["bursts"] for run in runs])))
+        for run in runs:
+            if run["streams"] is not None:
+                console.print(run["streams"])
+    for name, ratio in told.get("ratios", {}).items():
+        console.print(f"{name}: {ratio['median']:g} times as many a second ({ratio['each']})")
     console.print(f"written to {out}")
 
 
