@@ -9,6 +9,7 @@ trace NAME --set rate=12 --out T.jsonl              the requests of a workload
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import sys
 import tomllib
@@ -21,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.sim.beside import beside
 from bench.sim.case import Case, CaseError, ClusterSpec, load_case
 from bench.sim.costs import CostError, Costs
 from bench.sim.experiment import check_models, load_experiment, parse_seeds, settings_of
@@ -259,11 +261,22 @@ def solver_command(
     policy: Annotated[str, typer.Option(help="Policy.")] = "hocket",
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Of shapes and deadlines.")] = 0,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Also by how much an event loop beside it is held up.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
     """What a plan costs: wall time and operations, with so many workers and open requests."""
     settings = settings_of(policy, read_pairs(set_ or []), Settings(), Costs())
-    result = measure_plans(gpus, requests, rounds, settings, seed, steady_ns)
+    late_ms: list[float] = []
+
+    def measure() -> Result:
+        return measure_plans(gpus, requests, rounds, settings, seed, steady_ns)
+
+    if loop:
+        result, late_ms = asyncio.run(beside(measure))
+    else:
+        result = measure()
     plan_ms, operations = sorted(result.plan_ms), sorted(result.operations)
     figures = {
         "policy": policy,
@@ -276,6 +289,9 @@ def solver_command(
         "operations_p50": percentile(operations, 50),
         "operations_max": operations[-1],
     }
+    if late_ms:
+        figures["loop_late_p99_ms"] = percentile(sorted(late_ms), 99)
+        figures["loop_late_max_ms"] = max(late_ms)
     table = Table(*(k.replace("_", " ") for k in figures))
     table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in figures.values()))
     console.print(table)
