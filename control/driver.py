@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 INBOX_MAX = 65_536  # facts; beyond it what a later fact repeats is dropped, and counted
 _REST_US_MAX = 20_000  # between two plans, where they take long
-_RESTS_ASKED, _REST_ASKED_US_MAX = 3, 60_000  # while newcomers are forecast
+_LONG_US = 5_000  # a plan of a long queue; while newcomers are forecast it gives way to them:
+_RESTS_ASKED, _REST_ASKED_US_MAX = 3, 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class Driver:
                     question.answer.set_result(answer)
             if turn.plan is not None:
                 rest_us = min(turn.plan_time_us, _REST_US_MAX)
-                if self._asked:
+                if self._asked and turn.plan_time_us > _LONG_US:
                     rest_us = min(_RESTS_ASKED * turn.plan_time_us, _REST_ASKED_US_MAX)
                 self._asked = False
                 self._rest_until_us = self._clock.now_us() + rest_us
