@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.sim.beside import beside
+from bench.beside import beside
 from bench.sim.case import Case, CaseError, ClusterSpec, load_case
 from bench.sim.costs import CostError, Costs
 from bench.sim.experiment import check_models, load_experiment, parse_seeds, settings_of

@@ -164,18 +164,7 @@ class RosterMaker:
         noted: questions between plans must not change plans.
         """
         roster = Roster(widths=widths_of(pod))
-        until_us = now_us + ledger.settings.lead_us
-        ends: dict[int, int] = {}
-        for worker in pod.workers:
-            end_us = max(worker.freed_us, now_us)
-            hand = pod.running(ledger, worker.name)
-            for sequence in hand:
-                if sequence not in ends:
-                    ends[sequence] = flight_end_us(ledger, sequence)
-                end_us = max(end_us, ends[sequence])
-            late = any(ends[sequence] <= now_us for sequence in hand)
-            if end_us <= until_us and len(hand) <= 1 and not late:
-                roster.free[worker.name] = end_us
+        roster.free = self._free(ledger, pod, now_us)
         rows: list[tuple[float, ...]] = []
         numbers: dict[Kind, int] = {}
         held: set[int] = set()
@@ -188,20 +177,27 @@ class RosterMaker:
                 continue  # it ended since the last plan
             if failing and not tracked.outstanding and pod.waits(ledger, entry, roster.free):
                 continue
+            waits = self._waits(entry, now_us)
+            if waits and look and request.deadline_us is None:
+                continue  # nobody who asks looks at it
             kind = (request.model, request.shape, request.id if tracked.alone == DIT else "")
             number = numbers.get(kind)
             if number is None:
                 number = numbers[kind] = len(roster.kinds)
                 roster.kinds.append(kind)
                 roster.prices.append(self.price(ledger, pod, roster.widths, request))
+            prices = roster.prices[number]
             if not entry.need and not look:
-                entry.need = need_of(entry, roster.prices[number], roster.widths)
+                entry.need = need_of(entry, prices, roster.widths)
                 self._needs.append(entry.need)
-            row = self._row(ledger, entry, number, roster.prices[number], names, held, now_us)
-            if row[AVAIL] <= now_us and hopeless(row, roster.prices[number]):
+            if waits:
+                row = self._row_of_waiting(entry, number, prices, now_us)
+            else:
+                row = self._row(ledger, entry, number, prices, names, held, now_us)
+            if row[AVAIL] <= now_us and hopeless(row, prices):
                 if row[AGED] <= 0:
                     entry.hopeful = entry.hopeful and look
-                    roster.spare.append((entry, roster.prices[number], int(row[STEPS_LEFT])))
+                    roster.spare.append((entry, prices, int(row[STEPS_LEFT])))
                     continue
                 aged.append((row[AGED], len(rows)))
             if row[AVAIL] > now_us and not entry.hopeful:
@@ -243,6 +239,55 @@ class RosterMaker:
             known = Prices(call(TEXT), call(VAE), tuple(steps), tuple(batches))
             self._prices[key] = known
         return known
+
+    def _free(self, ledger: Ledger, pod: Pod, now_us: int) -> dict[str, int]:
+        """Workers that are idle, or as good as, with when they are."""
+        until_us = now_us + ledger.settings.lead_us
+        ends: dict[int, int] = {}
+        free: dict[str, int] = {}
+        for worker in pod.workers:
+            end_us = max(worker.freed_us, now_us)
+            hand = pod.running(ledger, worker.name)
+            for sequence in hand:
+                if sequence not in ends:
+                    ends[sequence] = flight_end_us(ledger, sequence)
+                end_us = max(end_us, ends[sequence])
+            late = any(ends[sequence] <= now_us for sequence in hand)
+            if end_us <= until_us and len(hand) <= 1 and not late:
+                free[worker.name] = end_us
+        return free
+
+    def _waits(self, entry: Entry, now_us: int) -> bool:
+        """Nothing of it has begun, and it has not waited too long: most of a long queue."""
+        tracked = entry.tracked
+        text, dit, vae = tracked.jobs.values()
+        return (
+            text.state is JobState.READY
+            and vae.state is JobState.BLOCKED
+            and not (tracked.promised or text.outstanding or dit.outstanding or vae.outstanding)
+            and (
+                (entry.hopeful and tracked.request.deadline_us is not None)
+                or self._patience.lasts(now_us - tracked.progressed_us, now_us - tracked.arrived_us)
+            )
+        )
+
+    def _row_of_waiting(
+        self, entry: Entry, number: int, prices: Prices, now_us: int
+    ) -> tuple[float, ...]:
+        """As `_row`, of one that waits."""
+        tracked, request = entry.tracked, entry.tracked.request
+        return (
+            float(number),
+            float(prices.text_us),
+            float(max(0, request.steps - tracked.steps_done)),
+            float(prices.vae_us),
+            -1.0 if request.deadline_us is None else float(request.deadline_us),
+            float(now_us),
+            0.0,
+            self.worth(request),
+            0.0,
+            0.0,
+        )
 
     def _row(
         self,
