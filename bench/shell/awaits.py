@@ -128,8 +128,6 @@ class Trap:
         world = self._world
         assert world is not None
         process.cut_off()
-        if process.name.startswith("control"):
-            world.harmed_us = world.now_us
         world.outside(process.kill())
 
     def _stop(self, process: Process) -> None:

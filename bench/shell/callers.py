@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.longrunning import operations_pb2 as lro
 from google.longrunning import operations_pb2_grpc
+from google.protobuf.message import Message
 
 from hocket.errors import (
     BrokerUnavailable,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _AGAIN_S = 0.3
 _ANSWER_S = 20.0
 _OVER = (*ENDINGS, "refused")
+_SILENCE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 class Callers:
@@ -49,6 +51,7 @@ class Callers:
         async with asyncio.TaskGroup() as tasks:
             for story in self.stories:
                 tasks.create_task(self._play(story), name=story.name)
+        world.answered.set()
 
     @property
     def over(self) -> bool:
@@ -168,20 +171,25 @@ class Callers:
         pause = story.draw()
         for step in ("Submit", "CancelRequest", "Submit", "Submit"):
             for _ in range(20):
-                address = self._world.leader_address()
-                try:
-                    if address:
-                        stub = control_pb2_grpc.ControlServiceStub(self._channel(address))
-                        message = submit if step == "Submit" else named
-                        await getattr(stub, step)(message, timeout=5.0)
-                        break
-                except grpc.aio.AioRpcError:
-                    pass  # whatever it says: what counts is what is stored
+                if await self._tell_leader(step, submit if step == "Submit" else named):
+                    break
                 await asyncio.sleep(0.5)
             await asyncio.sleep(pause.choice((0.0, 0.3, 1.5)))
         story.left_us = self._world.now_us
 
     # ------------------------------------------------------------------------------------------
+
+    async def _tell_leader(self, method: str, message: Message) -> bool:
+        """Whether the leader answered, be it with a refusal: what counts is what is stored."""
+        address = self._world.leader_address()
+        if not address:
+            return False
+        stub = control_pb2_grpc.ControlServiceStub(self._channel(address))
+        try:
+            await getattr(stub, method)(message, timeout=5.0)
+        except grpc.aio.AioRpcError as error:
+            return error.code() not in _SILENCE and not isinstance(from_rpc_error(error), NotReady)
+        return True
 
     async def _for_a_while(self, story: Story) -> None:
         """Listens for a time drawn for it."""

@@ -85,7 +85,7 @@ def control(index: int) -> Role:
             listen=f"control-{index}:0",
             policy=world.policy,
             requests_open_max=world.open_max,
-            lease_us=3_000_000,
+            lease_us=4_000_000,
         )
         (world.state_dir / "toy.csv").write_text(PROFILE)
         stop = asyncio.Event()
@@ -126,7 +126,7 @@ def worker(index: int) -> Role:
             nats_url=_URL,
             state_dir=world.state_dir,
             host=f"host-{index % 2}",
-            heartbeat_us=700_000,
+            heartbeat_us=1_000_000,
         )
         name = f"w{index}"
         host = world.emulated

@@ -30,7 +30,7 @@ _TASKS_TOGETHER = 12  # some come and go all the time: only more of them count
 START_US = 1000 * SECOND_US
 BEGIN_US = START_US + 2 * SECOND_US  # the fleet has come up, the first callers come
 CONTROLS = 2
-_LEADER_US = 6 * SECOND_US  # by then somebody leads again
+_LED_US = 3 * SECOND_US // 2  # a leader that leads so long has taken up what was open
 _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
 _SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
 
@@ -44,6 +44,7 @@ class Run:
     faults: list[Fault]
     callers: Callers
     healed_us: int = 0
+    led_us: int | None = None  # somebody leads since then, once all has healed
     accepted: dict[str, list[int]] = field(default_factory=dict)  # when, by request
     ended: dict[str, list[Entry]] = field(default_factory=dict)
     terms: list[int] = field(default_factory=list)  # of what was stored, in order
@@ -221,10 +222,13 @@ def _open_promises(world: World) -> int:
 
 def _is_quiet(run: Run) -> bool:
     """Whether all is as before the first request; if it is not, it has time to become so."""
-    led = [f for f in run.faults if not f.target or "control" in f.target + f.other]
-    harmed_us = max(run.world.harmed_us, run.healed_us if led else 0)
-    if run.world.now_us < harmed_us + _LEADER_US:
-        return False  # there may be no leader yet
+    if not run.world.is_led():
+        run.led_us = None
+        return False
+    if run.led_us is None:
+        run.led_us = run.world.now_us
+    if run.world.now_us < run.led_us + _LED_US:
+        return False  # what it has to do it has not begun yet
     sizes = _sizes(run.world)
     del sizes["calls"]  # of the callers, who stay
     return all(size <= run.before.get(name, 0) for name, size in sizes.items())

@@ -10,6 +10,7 @@ from hocket.v1 import generation_pb2, types_pb2
 from .roles import MODEL
 
 GATEWAYS = 2
+COME_WITHIN_US = 4_000_000
 ENDINGS = ("finished", "failed", "cancelled")
 BEHAVIOURS = ("wait", "wait", "leave", "move", "cancel", "forget", "watch", "delete", "repeat")
 
@@ -80,7 +81,7 @@ def draw_stories(rng: random.Random, count: int, start_us: int) -> list[Story]:
     while len(stories) < count:
         number = len(stories)
         behaviour = rng.choice(BEHAVIOURS)
-        starts_us = start_us + rng.randrange(6_000_000)
+        starts_us = start_us + rng.randrange(COME_WITHIN_US)
         twins = 2 if behaviour == "wait" and rng.random() < 0.3 else 1
         keyed = behaviour in ("move", "delete") or twins > 1 or rng.random() < 0.7
         wish = generation_pb2.GenerateRequest(

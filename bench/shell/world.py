@@ -12,7 +12,7 @@ from typing import Any
 
 from gpuworker.emulated import EmulatedExecutor
 from hocket.bus import Subjects
-from hocket.leader import read_key
+from hocket.leader import LeaderKey, read_key
 
 from . import roles
 from .broker import Broker
@@ -64,7 +64,7 @@ class World:
     deaths: list[Death] = field(default_factory=list)
     undrained_us: dict[str, int] = field(default_factory=dict)  # when last, by worker
     drained: list[tuple[str, int, int]] = field(default_factory=list)  # worker, from, until
-    harmed_us: int = 0  # when a control replica was killed last
+    answered: asyncio.Event = field(default_factory=asyncio.Event)  # every caller is through
     immortal: int = 0  # tasks of killed processes that refused to end
     past: list[Process] = field(default_factory=list)  # processes that are over
 
@@ -99,8 +99,6 @@ class World:
         """kill -9; `start` gives it a new life."""
         process = self.members[name].process
         if process is not None:
-            if name.startswith("control"):
-                self.harmed_us = self.now_us
             self.immortal += await process.kill()
 
     def terminate(self, name: str) -> None:
@@ -128,10 +126,18 @@ class World:
 
     def leader_address(self) -> str:
         """Where the leader serves, as far as it has said so; "" when it has not."""
-        name = f"KV_{Subjects(roles.CLUSTER).leader_bucket}"
-        found = self.broker.all_of(name)
-        key = read_key(found[-1].data) if found else None
+        key = self._leader_key()
         return key.address if key is not None else ""
+
+    def is_led(self) -> bool:
+        """Whether the process that the leader's key names lives and has taken up its term."""
+        key = self._leader_key()
+        door = self.network.doors.get(key.address) if key is not None and key.term else None
+        return door is not None and not door.process.dead and not door.process.stopped
+
+    def _leader_key(self) -> LeaderKey | None:
+        found = self.broker.all_of(f"KV_{Subjects(roles.CLUSTER).leader_bucket}")
+        return read_key(found[-1].data) if found else None
 
     async def until(self, condition: Callable[[], bool], at_most_us: int) -> bool:
         """Waits for something, looked at ten times a second; whether it came."""
