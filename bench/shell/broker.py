@@ -202,7 +202,7 @@ class Broker:
         """Hands a message to every subscriber, and to streams of its subject; returns to how many
         subscribers.
         """
-        stored = self.stream_of(message.subject)
+        stored = None if message.subject[0] == "_" else self.stream_of(message.subject)
         if stored is not None:
             self.append(self.streams[stored], message.subject, message.data)
         for tap in self.taps:

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .world import World
 
 SECOND_US = 1_000_000
-_BEGIN_WITHIN_US = 5 * SECOND_US
+_BEGIN_WITHIN_US = 4 * SECOND_US
 _ALONE_S = 12.0  # longer than all grace: then nobody is left whom a fault could harm
 _LASTS_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-_LASTS_WEIGHTS = (4, 4, 4, 4, 3, 2, 1, 1)
+_LASTS_WEIGHTS = (6, 6, 6, 6, 4, 3, 1, 1)
 
 
 @dataclass(frozen=True)

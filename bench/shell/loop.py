@@ -155,8 +155,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def __init__(self, start_us: int = 1_000_000_000) -> None:
         super().__init__()
         self.start_us = start_us
+        self.now_us = start_us
         self._now = start_us / 1e6
-        self._now_us = start_us
         self._queue: deque[_Handle] = deque()
         self._timers: list[tuple[float, int, _Handle]] = []
         self._numbers = itertools.count()
@@ -168,10 +168,6 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.set_task_factory(_make_task)
         self.set_exception_handler(_on_exception)
         self.unowned: list[tuple[str, BaseException]] = []  # failures outside of any process
-
-    @property
-    def now_us(self) -> int:
-        return self._now_us
 
     def process(self, name: str) -> Process:
         return Process(self, name)
@@ -242,7 +238,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             result: Any = func(*args)
         except Exception as error:
             settle, result = done.set_exception, error
-        late_us = max(self._now_us + self.thread_us(), self._threads_us.get(id(executor), 0))
+        late_us = max(self.now_us + self.thread_us(), self._threads_us.get(id(executor), 0))
         self._threads_us[id(executor)] = late_us
         self.call_at(late_us / 1e6, lambda: None if done.done() else settle(result))
         return done
@@ -256,32 +252,29 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             while timers and timers[0][0] <= self._now:
                 queue.append(heapq.heappop(timers)[2])
             count = len(queue)
+            self.callbacks += count
             self._since_time_moved += count
             if self._since_time_moved > _CALLBACKS_AN_INSTANT:
-                raise TimeStandsStill(f"at {self._now_us} µs")
+                raise TimeStandsStill(f"at {self.now_us} µs")
             for _ in range(count):
                 handle = queue.popleft()
-                if not handle.is_cancelled:
-                    self._run(handle)
+                if handle.is_cancelled:
+                    continue
+                context = handle.context
+                try:
+                    if context is None:
+                        handle.callback(*handle.args)
+                    elif (owner := context.get(_current)) is not None and owner.stopped:
+                        owner.hold(handle)
+                    else:
+                        context.run(handle.callback, *handle.args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    told = {"message": f"in {handle.callback!r}", "exception": error}
+                    self.call_exception_handler(told)
             if self._stopping:  # type: ignore[attr-defined]
                 return
-
-    def _run(self, handle: _Handle) -> None:
-        context = handle.context
-        try:
-            if context is None:
-                handle.callback(*handle.args)
-            elif (owner := context.get(_current)) is not None and owner.stopped:
-                owner.hold(handle)
-                return
-            else:
-                context.run(handle.callback, *handle.args)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            told = {"message": f"in {handle.callback!r}", "exception": error}
-            self.call_exception_handler(told)
-        self.callbacks += 1
 
     def _move_on(self) -> None:
         """To the next timer."""
@@ -289,10 +282,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         while timers and timers[0][2].is_cancelled:
             heapq.heappop(timers)
         if not timers:
-            raise Deadlock(f"at {self._now_us} µs")
+            raise Deadlock(f"at {self.now_us} µs")
         when = timers[0][0]
         if when > self._now:
-            self._now, self._now_us = when, round(when * 1e6)
+            self._now, self.now_us = when, round(when * 1e6)
             self._since_time_moved = 0
 
 
