@@ -272,7 +272,9 @@ class Call:
         self._later(self._end, grpc.StatusCode.UNAVAILABLE, BROKEN[0], None)
 
     def take(self, data: bytes) -> None:
-        self._later(self._took, data)
+        if not self.done():
+            self._responses.append(data)
+            self._changed.set()
 
     def take_end(self, code: grpc.StatusCode, details: str, trailing: Any) -> None:
         self._later(self._end, code, details, trailing)
@@ -329,11 +331,6 @@ class Call:
     async def _all(self) -> AsyncIterator[Any]:
         while (response := await self.read()) is not grpc.aio.EOF:
             yield response
-
-    def _took(self, data: bytes) -> None:
-        if not self.done():
-            self._responses.append(data)
-            self._changed.set()
 
     def _run_out(self) -> None:
         if not self.done() and self.server is not None and self.channel.door is not None:

@@ -154,10 +154,10 @@ class ServerCall:
         self._inside(self._begin, data)
 
     def take(self, data: bytes) -> None:
-        self._inside(self._take, data)
+        self._take(data)
 
     def half_close(self) -> None:
-        self._inside(self._take, None)
+        self._take(None)
 
     def cancel(self) -> None:
         self._inside(self._cancel)
@@ -184,7 +184,7 @@ class ServerCall:
             self._arrived.set()
         if data is not None:
             self._taken += 1
-            if self._taken % TOLD_EVERY == 0:
+            if self._taken % TOLD_EVERY == 0 and not self._process.dead:
                 self._down.send(self._caller.more_room)
 
     def _more_room(self) -> None:

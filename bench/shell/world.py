@@ -140,10 +140,10 @@ class World:
         return read_key(found[-1].data) if found else None
 
     async def until(self, condition: Callable[[], bool], at_most_us: int) -> bool:
-        """Waits for something, looked at ten times a second; whether it came."""
+        """Waits for something, looked at four times a second; whether it came."""
         end_us = self.now_us + at_most_us
         while not condition() and self.now_us < end_us:  # noqa: ASYNC110  nobody tells
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
         return condition()
 
     async def shut_down(self) -> None:
