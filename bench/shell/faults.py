@@ -13,6 +13,7 @@ import grpc
 from hocket.v1 import control_pb2, control_pb2_grpc
 
 from . import roles
+from .strangers import impersonate, intrude
 
 if TYPE_CHECKING:
     from .world import World
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 SECOND_US = 1_000_000
 _BEGIN_WITHIN_US = 4 * SECOND_US
 _ALONE_S = 12.0  # longer than all grace: then nobody is left whom a fault could harm
+_OF_NOBODY = ("broker stalls", "broker restarts", "broker freezes", "weather", "rogue")
 _LASTS_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _LASTS_WEIGHTS = (6, 6, 6, 6, 4, 3, 1, 1)
 
@@ -53,11 +55,11 @@ def draw_faults(
         target, other = rng.choice(members), ""
         if kind in ("part", "cut"):
             target, other = rng.choice(gateways), rng.choice([*controls, "callers"])
-        elif kind.startswith(("broker stalls", "broker restarts", "broker freezes", "weather")):
+        elif kind.startswith(_OF_NOBODY):
             target = ""
         elif kind == "usurp":
             target = "control"
-        elif kind == "drain":
+        elif kind in ("drain", "twin"):
             target = rng.choice([name for name in members if name.startswith("w")])
         elif rng.random() < 0.3:
             target = rng.choice(controls)
@@ -232,6 +234,7 @@ def _weather(**bad: float) -> Callable[[World, Fault], Coroutine[Any, Any, None]
     return happen
 
 
+STRANGE = ("rogue", "twin")  # kinds that cost nobody anything
 KINDS: dict[str, Callable[[World, Fault], Coroutine[Any, Any, None]]] = {
     "kill": _kill,
     "terminate": _terminate,
@@ -245,6 +248,8 @@ KINDS: dict[str, Callable[[World, Fault], Coroutine[Any, Any, None]]] = {
     "broker held from": _broker_held,
     "part": _part,
     "cut": _cut,
+    "rogue": intrude,
+    "twin": impersonate,
     "weather drops": _weather(drop=0.05),
     "weather doubles": _weather(duplicate=0.05),
     "weather is slow": _weather(slow=0.1, slow_us=800_000),

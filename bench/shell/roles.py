@@ -117,8 +117,10 @@ def gateway(index: int) -> Role:
     return run
 
 
-def worker(index: int) -> Role:
-    """A worker with an emulated executor."""
+def worker(index: int, host: EmulatedHost | None = None, key: str = "") -> Role:
+    """A worker with an emulated executor, on the host that all share or on one of its own; `key`:
+    the executor's in `World.executors`, where that is not the worker's name.
+    """
 
     async def run(world: World, process: Process) -> None:
         settings = WorkerSettings(
@@ -128,11 +130,10 @@ def worker(index: int) -> Role:
             host=f"host-{index % 2}",
             heartbeat_us=1_000_000,
         )
-        name = f"w{index}"
-        host = world.emulated
-        executor = EmulatedExecutor(name, host, GPU)
-        world.executors[name] = executor
-        process.at_death.append(lambda: host.close(name))
+        name, home = f"w{index}", host or world.emulated
+        executor = EmulatedExecutor(name, home, GPU)
+        world.executors[key or name] = executor
+        process.at_death.append(lambda: home.close(name))
         bus = await Bus.connect(_URL, name)
         agent = Agent(name, settings, bus, executor, clock_of(world, process), _TOLD.tracer)
         running = asyncio.get_running_loop().create_task(agent.run())

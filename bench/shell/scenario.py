@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
+
 from hocket.bus import Subjects
 from hocket.subjects import name_of
 from hocket.v1 import journal_pb2, mesh_pb2
@@ -18,11 +20,12 @@ from hocket.v1 import journal_pb2, mesh_pb2
 from . import roles
 from .broker import Message
 from .callers import Callers
-from .faults import Fault, draw_faults, inflict
+from .faults import STRANGE, Fault, draw_faults, inflict
 from .invariants import Entry, Problem, check, outcome_of
 from .loop import Process, SimulatedLoop
 from .runtime import installed
-from .stories import GATEWAYS, Story, draw_stories
+from .stories import GATEWAYS, Story, draw_burst, draw_slow, draw_stories
+from .strangers import STRANGER, troubles
 from .world import World
 
 SECOND_US = 1_000_000
@@ -30,6 +33,7 @@ _TASKS_TOGETHER = 12  # some come and go all the time: only more of them count
 START_US = 1000 * SECOND_US
 BEGIN_US = START_US + 3 * SECOND_US // 2  # the fleet has come up, the first callers come
 CONTROLS = 2
+_BURSTS = _SLOW = 0.06  # of the seeds
 _LED_US = SECOND_US  # a leader that leads so long has taken up what was open
 _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
 _SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
@@ -51,12 +55,20 @@ class Run:
     worked_us: dict[str, int] = field(default_factory=dict)  # last report, by request
     # When something was first assigned, by worker, term and sequence.
     assigned_us: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    # Incarnations that reported, in turns, by worker and term.
+    incarnations: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    troubles: dict[str, int] = field(default_factory=dict)  # as the leader counted them
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
 
     @property
     def calm(self) -> bool:
         return not self.faults and self.world.loop.watched is None
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether nothing went wrong but that strangers came."""
+        return self.world.loop.watched is None and all(f.kind in STRANGE for f in self.faults)
 
     def ends(self, request: str) -> list[Entry]:
         return self.ended.get(request, [])
@@ -113,6 +125,11 @@ def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
     names += [f"w{i}" for i in range(workers)]
     stories = draw_stories(rng, rng.randrange(4, 11), BEGIN_US)
     faults = draw_faults(rng, names, BEGIN_US, kinds)
+    if rng.random() < _BURSTS:
+        stories += draw_burst(rng, BEGIN_US)
+        faults = faults if rng.random() < 0.5 else []
+    if rng.random() < _SLOW:
+        stories.append(draw_slow(rng, BEGIN_US))
     return perform(seed, Script(stories, faults, policy, workers, open_max))
 
 
@@ -165,6 +182,8 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
         await asyncio.sleep(1.0)
         run.after = _sizes(world)
         _read_stored(run)
+        if run.undisturbed and run.faults:
+            run.troubles = await troubles(world)
     return run
 
 
@@ -173,7 +192,10 @@ def _assigns(run: Run) -> Callable[[Message], None]:
 
     def tap(message: Message) -> None:
         if message.subject.startswith(prefix):
-            assign = mesh_pb2.Assign.FromString(message.data)
+            try:
+                assign = mesh_pb2.Assign.FromString(message.data)
+            except DecodeError:
+                return
             for item in assign.assignments:
                 key = (message.subject.removeprefix(prefix), assign.term, item.sequence)
                 run.assigned_us.setdefault(key, run.world.now_us)
@@ -186,7 +208,15 @@ def _reports(run: Run) -> Callable[[Message], None]:
 
     def tap(message: Message) -> None:
         if message.subject.startswith(prefix):
-            report = mesh_pb2.StepReport.FromString(message.data)
+            try:
+                report = mesh_pb2.StepReport.FromString(message.data)
+            except DecodeError:  # a stranger's
+                return
+            if report.incarnation == STRANGER:
+                return
+            turns = run.incarnations.setdefault((report.worker, report.term), [])
+            if turns[-1:] != [report.incarnation]:
+                turns.append(report.incarnation)
             if report.step_time_us and report.node != "vae":  # a result may be stored for long
                 for result in report.results:
                     run.worked_us[result.request_id] = run.world.now_us

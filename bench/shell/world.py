@@ -20,6 +20,7 @@ from .client import Client
 from .link import Network
 from .loop import Process, SimulatedLoop
 from .roles import Role
+from .strangers import Tally
 from .wire import Weather
 
 SECOND_US = 1_000_000
@@ -66,6 +67,7 @@ class World:
     drained: list[tuple[str, int, int]] = field(default_factory=list)  # worker, from, until
     answered: asyncio.Event = field(default_factory=asyncio.Event)  # every caller is through
     immortal: int = 0  # tasks of killed processes that refused to end
+    tally: Tally = field(default_factory=Tally)  # of strangers
     past: list[Process] = field(default_factory=list)  # processes that are over
 
     def __post_init__(self) -> None:
@@ -80,8 +82,9 @@ class World:
     def now_us(self) -> int:
         return self.loop.now_us
 
-    def add(self, name: str, role: Role) -> Member:
-        member = self.members[name] = Member(name, role)
+    def add(self, name: str, role: Role, *, wanted: bool = True) -> Member:
+        """`wanted`: it is started again whenever it ends."""
+        member = self.members[name] = Member(name, role, wanted=wanted)
         self.start(name)
         return member
 
