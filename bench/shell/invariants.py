@@ -163,7 +163,7 @@ def for_somebody(run: Run) -> Iterator[Problem]:
             alone_us = max([run.healed_us, *(s.left_us or 0 for s in stories)])
             if ends[0].at_us > alone_us + GRACE_US + SLACK_US and ends[0].outcome == "finished":
                 yield Problem("made for nobody", request)
-    for request, worked_us in run.worked_us.items():
+    for request, worked_us in run.world.work.at_us.items():
         ends = run.ended.get(request)
         if ends and worked_us > max(ends[0].at_us, run.healed_us) + SLACK_US:
             yield Problem("work behind the end", request)
@@ -192,7 +192,7 @@ def strangers_refused(run: Run) -> Iterator[Problem]:
         name = f"{fault.target} again"
         if fault.kind == "twin" and name not in {d.name for d in run.world.deaths}:
             yield Problem("two workers of one name", f"{name} was not refused")
-    for (worker, term), turns in run.incarnations.items():
+    for (worker, term), turns in run.world.work.turns.items():
         if len(turns) > len(set(turns)):
             yield Problem("two workers of one name", f"{worker} in term {term}: {turns}")
 

@@ -19,6 +19,7 @@ from gateway.settings import GatewaySettings
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
 from gpuworker.emulated import EmulatedExecutor, EmulatedHost
+from gpuworker.executor import Listener, Room, RunNote, always_room
 from hocket.bus import Bus
 from hocket.telemetry import Telemetry
 
@@ -131,7 +132,8 @@ def worker(index: int, host: EmulatedHost | None = None, key: str = "") -> Role:
             heartbeat_us=1_000_000,
         )
         name, home = f"w{index}", host or world.emulated
-        executor = EmulatedExecutor(name, home, GPU)
+        executor = _Observed(name, home, GPU)
+        executor.observer = lambda note: world.work.note(name, process.name, note, world.now_us)
         world.executors[key or name] = executor
         process.at_death.append(lambda: home.close(name))
         bus = await Bus.connect(_URL, name)
@@ -144,10 +146,24 @@ def worker(index: int, host: EmulatedHost | None = None, key: str = "") -> Role:
             if not running.cancelled():
                 raise
         finally:
+            world.executors.pop(key or name, None)
             await executor.close()
             await bus.close()
 
     return run
+
+
+class _Observed(EmulatedExecutor):
+    """Says what it does to whoever observes the world, too."""
+
+    observer: Listener
+
+    def start(self, listener: Listener, room: Room = always_room) -> None:
+        def hear(note: RunNote) -> None:
+            self.observer(note)
+            listener(note)
+
+        super().start(hear, room)
 
 
 def emulated_host(world: World) -> EmulatedHost:

@@ -25,7 +25,7 @@ from .invariants import Entry, Problem, check, outcome_of
 from .loop import Process, SimulatedLoop
 from .runtime import installed
 from .stories import GATEWAYS, Story, draw_burst, draw_slow, draw_stories
-from .strangers import STRANGER, troubles
+from .strangers import troubles
 from .world import World
 
 SECOND_US = 1_000_000
@@ -52,11 +52,8 @@ class Run:
     accepted: dict[str, list[int]] = field(default_factory=dict)  # when, by request
     ended: dict[str, list[Entry]] = field(default_factory=dict)
     terms: list[int] = field(default_factory=list)  # of what was stored, in order
-    worked_us: dict[str, int] = field(default_factory=dict)  # last report, by request
     # When something was first assigned, by worker, term and sequence.
     assigned_us: dict[tuple[str, int, int], int] = field(default_factory=dict)
-    # Incarnations that reported, in turns, by worker and term.
-    incarnations: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     troubles: dict[str, int] = field(default_factory=dict)  # as the leader counted them
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
@@ -169,7 +166,7 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
         for index in range(script.workers):
             world.add(f"w{index}", roles.worker(index))
         run = Run(world, script.stories, script.faults, Callers(world, script.stories))
-        world.broker.taps += [_reports(run), _assigns(run)]
+        world.broker.taps.append(_assigns(run))
         await asyncio.sleep((BEGIN_US - START_US - 100_000) / 1e6)
         run.before = _sizes(world)
         script.begin(world)
@@ -177,14 +174,23 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
         await inflict(world, script.faults)
         run.healed_us = world.now_us
         await world.until(lambda: run.callers.over, _ANSWER_US)
-        await world.until(lambda: _is_quiet(run), _SETTLE_US)
-        await world.kill("callers")
-        await asyncio.sleep(1.0)
-        run.after = _sizes(world)
+        await _settle(run)
         _read_stored(run)
         if run.undisturbed and run.faults:
             run.troubles = await troubles(world)
     return run
+
+
+async def _settle(run: Run) -> None:
+    """Waits until all is as it was, and stays so when the callers are gone, and takes its sizes."""
+    world, end_us = run.world, run.world.now_us + _SETTLE_US
+    await world.until(lambda: _is_quiet(run), _SETTLE_US)
+    await world.kill("callers")
+    while True:
+        await asyncio.sleep(1.0)
+        run.after = _sizes(world)
+        if world.now_us > end_us or all(now <= before for before, now in run.counts().values()):
+            return
 
 
 def _assigns(run: Run) -> Callable[[Message], None]:
@@ -199,27 +205,6 @@ def _assigns(run: Run) -> Callable[[Message], None]:
             for item in assign.assignments:
                 key = (message.subject.removeprefix(prefix), assign.term, item.sequence)
                 run.assigned_us.setdefault(key, run.world.now_us)
-
-    return tap
-
-
-def _reports(run: Run) -> Callable[[Message], None]:
-    prefix = Subjects(roles.CLUSTER).report("")
-
-    def tap(message: Message) -> None:
-        if message.subject.startswith(prefix):
-            try:
-                report = mesh_pb2.StepReport.FromString(message.data)
-            except DecodeError:  # a stranger's
-                return
-            if report.incarnation == STRANGER:
-                return
-            turns = run.incarnations.setdefault((report.worker, report.term), [])
-            if turns[-1:] != [report.incarnation]:
-                turns.append(report.incarnation)
-            if report.step_time_us and report.node != "vae":  # a result may be stored for long
-                for result in report.results:
-                    run.worked_us[result.request_id] = run.world.now_us
 
     return tap
 

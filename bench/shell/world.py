@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuworker.emulated import EmulatedExecutor
+from gpuworker.executor import RunNote
 from hocket.bus import Subjects
 from hocket.leader import LeaderKey, read_key
 
@@ -49,6 +50,24 @@ class Death:
 
 
 @dataclass
+class Work:
+    """What workers did, as their executors say; reports of it may come much later."""
+
+    at_us: dict[str, int] = field(default_factory=dict)  # last, by request
+    # Processes that worked under a name, in turns, by name and term.
+    turns: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+
+    def note(self, worker: str, process: str, note: RunNote, now_us: int) -> None:
+        if not note.steps:
+            return
+        turns = self.turns.setdefault((worker, note.assignment.term), [])
+        if turns[-1:] != [process]:
+            turns.append(process)
+        for member in note.assignment.batch:
+            self.at_us[member.request_id] = now_us
+
+
+@dataclass
 class World:
     """All of it. Make it inside the loop that it runs on."""
 
@@ -67,6 +86,7 @@ class World:
     drained: list[tuple[str, int, int]] = field(default_factory=list)  # worker, from, until
     answered: asyncio.Event = field(default_factory=asyncio.Event)  # every caller is through
     immortal: int = 0  # tasks of killed processes that refused to end
+    work: Work = field(default_factory=Work)
     tally: Tally = field(default_factory=Tally)  # of strangers
     past: list[Process] = field(default_factory=list)  # processes that are over
 
