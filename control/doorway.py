@@ -93,36 +93,39 @@ class Doorway(Servicer):
     async def _asked(self, context: Context, call: Callable[[Servicer], Any]) -> Any:
         """The answer of a call to the leader here."""
         if self._servicer is not None:
-            over = self._over
+            over = asyncio.ensure_future(self._over.wait())
             work = asyncio.ensure_future(call(self._servicer))
-            if await _first(work, over):
-                with suppress(Deposed):  # the next leader is to be asked
-                    return work.result()
+            try:
+                if await _first(work, over):
+                    with suppress(Deposed):  # the next leader is to be asked
+                        return work.result()
+            finally:
+                over.cancel()
         await context.abort_with_status(to_status(NotLeader(self._leader())))
 
     async def _told(self, context: Context, call: Callable[[Servicer], Any]) -> AsyncIterator[Any]:
         """The messages of a streaming call to the leader here."""
         if self._servicer is not None:
-            over = self._over
+            over = asyncio.ensure_future(self._over.wait())
             stream = aiter(call(self._servicer))
-            while await _first(step := asyncio.ensure_future(anext(stream, None)), over):
-                try:
+            try:
+                while await _first(step := asyncio.ensure_future(anext(stream, None)), over):
                     message = step.result()
-                except Deposed:  # the next leader is to be asked
-                    break
-                if message is None:
-                    return
-                yield message
+                    if message is None:
+                        return
+                    yield message
+            except Deposed:  # the next leader is to be asked
+                pass
+            finally:
+                over.cancel()
         await context.abort_with_status(to_status(NotLeader(self._leader())))
 
 
-async def _first(work: asyncio.Future[Any], over: asyncio.Event) -> bool:
+async def _first(work: asyncio.Future[Any], over: asyncio.Future[Any]) -> bool:
     """Whether `work` was done before the leadership was over; else it is cancelled."""
-    end = asyncio.ensure_future(over.wait())
     try:
-        await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, over}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        end.cancel()
         if not work.done():
             work.cancel()
             await asyncio.wait({work})

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from control.planning import Inline, Planning
 from control.scheduler import values
@@ -203,18 +203,18 @@ class Driver:
         return [by_fact[id(fact)] for fact in in_order(item.fact for item in posted)]
 
     async def _wait(self) -> None:
-        waits = [asyncio.ensure_future(self._arrived.wait())]
-        if self._wake_us is not None:
-            waits.append(asyncio.ensure_future(self._wake_at(self._wake_us)))
+        if self._wake_us is None:
+            await self._arrived.wait()
+            return
+        wake = asyncio.ensure_future(self._wake_at(self._wake_us))
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await self._arrived.wait()
         finally:
-            for wait in waits:
-                wait.cancel()
+            wake.cancel()
 
-    async def _wake_at(self, at_us: int) -> Literal[True]:
+    async def _wake_at(self, at_us: int) -> None:
         await self._clock.sleep_until(at_us)
-        return True
+        self._arrived.set()
 
 
 def _counted(scheduler: Scheduler, fact: values.Event) -> frozenset[str]:

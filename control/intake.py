@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 SERVICE = control_pb2.DESCRIPTOR.services_by_name["ControlService"].full_name
 _ETA_KEPT_US = 200_000  # an estimate asks about every open request: not at each step
-CHECK_EVERY_US = 200_000
 _LOOP_PASSES = 10  # until every message that a flush brought has been handled
 _TOLD_MAX = 1024  # incarnations and payloads whose refusal was logged
 
@@ -92,10 +91,10 @@ class Intake:
 
     async def check(self) -> None:
         """Ends leases that are too old, finds lost messages, tells what got slow. Call it every
-        `CHECK_EVERY_US`.
+        `leases.look_every_us`.
         """
         now_us = self.driver.stamp()
-        self.leases.look(now_us, CHECK_EVERY_US)
+        self.leases.look(now_us)
         nothing_heard = self.leases.nothing_heard(now_us)
         if nothing_heard is not None:
             self.driver.post(nothing_heard)

@@ -59,6 +59,7 @@ class Leases:
         self.term = term
         self.refusals = 0  # heartbeats of incarnations that were refused
         self.stale = 0  # heartbeats that came in behind newer ones
+        self.look_every_us = lease_us // 10  # so often `look` and `expire` are due
         self._lease_us = lease_us
         self._looked_us: int | None = None
         self._leases: dict[str, Lease] = {}
@@ -125,11 +126,12 @@ class Leases:
         known.told = weights
         return (msgspec.structs.replace(self._up(beat, now_us), given_up=given_up),)
 
-    def look(self, now_us: int, every_us: int) -> None:
-        """Says that control looks, as it should `every_us` after `looked`; a gap of more than two
-        of these is not held against the workers, who may have stood still with it. A worker is
+    def look(self, now_us: int) -> None:
+        """Says that control looks, as it should `look_every_us` after `looked`; a gap of more than
+        two of these is not held against the workers, who may have stood still with it. A worker is
         excused for one lease at most.
         """
+        every_us = self.look_every_us
         before_us, self._looked_us = self._looked_us, now_us
         if before_us is None or now_us - before_us <= 2 * every_us:
             return

@@ -28,6 +28,7 @@ from hocket.clock import unix_ns
 from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2
 
 _TRUNCATES_KEPT = 64  # a worker
+_AWAY_MAX = 256  # workers whose lease has ended that may come back
 _AT_ONCE = 32  # messages before others on the event loop have a turn
 
 
@@ -73,11 +74,14 @@ class Publisher:
         # As the scheduler was told: what a plan means by a name. Both go with the worker.
         self._incarnations: dict[str, str] = {}
         self._truncates: dict[str, deque[mesh_pb2.Truncate]] = {}  # newest ones, by worker
+        # Workers whose lease has ended, oldest first: what was called off since, they may still run
+        # when they come back.
+        self._away: dict[str, str] = {}  # incarnation, by worker
 
     async def turned(self, turn: Turn) -> None:
         for observed in turn.observed:
             await self._note(observed.fact)
-            self._membership(observed.fact)
+            await self._membership(observed.fact)
             if isinstance(observed.note, mesh_pb2.StepReport):
                 self._reported(observed, observed.note, turn.finish_us)
             for ended in observed.ended:
@@ -110,14 +114,24 @@ class Publisher:
         await self._diary.note(entry)
         await self._breathe()
 
-    def _membership(self, fact: values.Event) -> None:
+    async def _membership(self, fact: values.Event) -> None:
         if isinstance(fact, values.WorkerUp):
-            if self._incarnations.get(fact.worker) != fact.incarnation:
+            away = self._away.pop(fact.worker, None)
+            if fact.incarnation not in (away, self._incarnations.get(fact.worker)):
                 self._truncates.pop(fact.worker, None)  # what they stopped is gone
             self._incarnations[fact.worker] = fact.incarnation
+            if away == fact.incarnation:
+                await self.truncate_again(fact.worker)
         elif isinstance(fact, values.WorkerLost):
-            self._incarnations.pop(fact.worker, None)
-            self._truncates.pop(fact.worker, None)
+            incarnation = self._incarnations.pop(fact.worker, None)
+            if incarnation is None or fact.reason != "lease":
+                self._truncates.pop(fact.worker, None)
+                return
+            self._away[fact.worker] = incarnation
+            while len(self._away) > _AWAY_MAX:
+                oldest = next(iter(self._away))
+                del self._away[oldest]
+                self._truncates.pop(oldest, None)
 
     def _reported(
         self, observed: Observed, report: mesh_pb2.StepReport, finish_us: Mapping[str, int]
@@ -209,7 +223,7 @@ class Publisher:
         return found
 
     async def _truncate(self, truncation: values.Truncation, worker: str) -> None:
-        incarnation = self._incarnations.get(worker)
+        incarnation = self._incarnations.get(worker) or self._away.get(worker)
         if incarnation is None:
             return
         stop = translate.to_truncate(truncation, self._term, incarnation)

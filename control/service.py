@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from control.config import ControlSettings, profile_csv, scheduler_settings
 from control.door import check_heartbeat
 from control.doorway import Doorway
-from control.intake import CHECK_EVERY_US, SERVICE
+from control.intake import SERVICE
 from control.leadership import Leadership
 from control.leases import Leases
 from control.promises import Deposed, Promises, open_stream
@@ -229,10 +229,11 @@ class Replica:
     async def _end_old_leases(self) -> NoReturn:
         """What the leader's check does, for leases that nobody plans with."""
         while True:
-            await self._clock.sleep_until(self._clock.now_us() + CHECK_EVERY_US)
+            await self._clock.sleep_until(self._clock.now_us() + self._leases.look_every_us)
             now_us = self._clock.now_us()
-            self._leases.look(now_us, CHECK_EVERY_US)
-            if await self._bus.flush():
+            self._leases.look(now_us)
+            expiry_us = self._leases.next_expiry_us()
+            if expiry_us is not None and expiry_us <= now_us and await self._bus.flush():
                 self._leases.expire(now_us)
             self._leases.looked(self._clock.now_us())
 

@@ -23,7 +23,6 @@ from control.config import (
     scheduler_settings,
 )
 from control.desk import Desk, Wiring
-from control.intake import CHECK_EVERY_US
 from control.journal import Journal
 from control.latency_store import LatencyStore
 from control.leases import Leases
@@ -189,9 +188,9 @@ class Term:
         return self.desk.records.open_count == 0
 
     async def _check(self) -> NoReturn:
-        clock = self.parts.clock
+        clock, every_us = self.parts.clock, self.parts.leases.look_every_us
         while True:
-            await clock.sleep_until(clock.now_us() + CHECK_EVERY_US)
+            await clock.sleep_until(clock.now_us() + every_us)
             await self.intake.check()
 
     def _superseded(self, heard: int) -> None:

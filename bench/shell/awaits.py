@@ -12,13 +12,10 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hocket.v1 import generation_pb2, types_pb2
-
 from .faults import Fault
 from .loop import Process, Tell
-from .roles import MODEL
 from .scenario import BEGIN_US, Script, Verdict, perform
-from .stories import Story
+from .stories import Story, wish_of
 from .world import World
 
 SECOND_US = 1_000_000
@@ -128,8 +125,6 @@ class Trap:
         world = self._world
         assert world is not None
         process.cut_off()
-        if process.name.startswith("control"):
-            world.harmed_us = world.now_us
         world.outside(process.kill())
 
     def _stop(self, process: Process) -> None:
@@ -145,15 +140,7 @@ def _script(course: str, trap: Trap) -> Script:
     behaviours = {"follow": "wait", "cancel": "cancel", "takeover": "wait"}
     stories = []
     for number in range(2):
-        wish = generation_pb2.GenerateRequest(
-            spec=types_pb2.GenerationSpec(
-                model=MODEL,
-                prompt="a fox",
-                shape=types_pb2.Shape(width=64, height=64),
-                steps=4,
-            ),
-            idempotency_key=f"key-{number}",
-        )
+        wish = wish_of(steps=4, key=f"key-{number}")
         starts_us = BEGIN_US + number * 100_000
         stories.append(Story(f"c{number}", behaviours[course], wish, starts_us, number))
     faults = []

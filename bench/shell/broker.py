@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from .loop import SimulatedLoop
 from .wire import Weather, Wire
@@ -22,8 +23,7 @@ INBOX = "_INBOX."  # subjects of answers: INBOX, the client, a number
 _UNIX_US = 1_900_000_000 * SECOND_US
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One message of a stream or on its way to a subscriber."""
 
     subject: str
@@ -202,7 +202,7 @@ class Broker:
         """Hands a message to every subscriber, and to streams of its subject; returns to how many
         subscribers.
         """
-        stored = self.stream_of(message.subject)
+        stored = None if message.subject[0] == "_" else self.stream_of(message.subject)
         if stored is not None:
             self.append(self.streams[stored], message.subject, message.data)
         for tap in self.taps:
@@ -229,7 +229,7 @@ class Broker:
         """
         found = tuple(self._exact.get(message.subject, {}).values())
         if found and self._copies(message):
-            named = replace(message, subject=subject)
+            named = message._replace(subject=subject)
             for interest in found:
                 interest.connection.down.send(partial(interest.deliver, named))
         return bool(found)

@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.longrunning import operations_pb2 as lro
 from google.longrunning import operations_pb2_grpc
+from google.protobuf.message import Message
 
 from hocket.errors import (
     BrokerUnavailable,
+    CallFailed,
+    NotLeader,
     NotReady,
     Refused,
     RequestFailed,
@@ -24,7 +27,7 @@ from hocket.errors import (
 )
 from hocket.v1 import control_pb2, control_pb2_grpc, generation_pb2, generation_pb2_grpc
 
-from .link import BROKEN
+from .link import BROKEN, WINDOW
 from .loop import Process
 from .roles import gateway_address
 from .stories import ENDINGS, GATEWAYS, Story, Told
@@ -32,9 +35,13 @@ from .stories import ENDINGS, GATEWAYS, Story, Told
 if TYPE_CHECKING:
     from .world import World
 
+NARROW = 4  # messages that a slow caller's connection holds
+_ASLEEP_S = 2.5  # in which more happens to its request than a mailbox holds
+_FULL = ("QUEUE_FULL", "OVERLOADED")
 _AGAIN_S = 0.3
 _ANSWER_S = 20.0
 _OVER = (*ENDINGS, "refused")
+_NO_ANSWER = NotReady | NotLeader | BrokerUnavailable | CallFailed
 
 
 class Callers:
@@ -43,12 +50,13 @@ class Callers:
     def __init__(self, world: World, stories: list[Story]) -> None:
         self._world = world
         self.stories = stories
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[tuple[str, int], grpc.aio.Channel] = {}
 
     async def run(self, world: World, process: Process) -> None:
         async with asyncio.TaskGroup() as tasks:
             for story in self.stories:
                 tasks.create_task(self._play(story), name=story.name)
+        world.answered.set()
 
     @property
     def over(self) -> bool:
@@ -65,6 +73,8 @@ class Callers:
             "watch": self._watch,
             "delete": self._delete,
             "repeat": self._repeat,
+            "burst": self._burst,
+            "slow": self._slow,
         }
         await behaviours[story.behaviour](story)
         story.over = True
@@ -160,6 +170,22 @@ class Callers:
                 story.gateway = (story.gateway + 1) % GATEWAYS
                 await asyncio.sleep(_AGAIN_S)
 
+    async def _burst(self, story: Story) -> None:
+        """Asks once, and takes what it is told."""
+        if not await self._hear(story, self._generate(story)):
+            story.left_us = self._world.now_us
+
+    async def _slow(self, story: Story) -> None:
+        """Reads nothing for a while once it was accepted, over a narrow connection."""
+        over = False
+        async for told in self._generate(story, window=NARROW):
+            over = over or told.kind in _OVER
+            if told.kind == "accepted":
+                await asyncio.sleep(_ASLEEP_S)
+                story.woke_us = self._world.now_us
+        if not over:
+            await self._wait(story)
+
     async def _repeat(self, story: Story) -> None:
         """Is a gateway that submits under a name of its own, cancels, and submits again."""
         submit = control_pb2.SubmitRequest(request_id=f"own-{story.name}", request=story.wish)
@@ -168,20 +194,25 @@ class Callers:
         pause = story.draw()
         for step in ("Submit", "CancelRequest", "Submit", "Submit"):
             for _ in range(20):
-                address = self._world.leader_address()
-                try:
-                    if address:
-                        stub = control_pb2_grpc.ControlServiceStub(self._channel(address))
-                        message = submit if step == "Submit" else named
-                        await getattr(stub, step)(message, timeout=5.0)
-                        break
-                except grpc.aio.AioRpcError:
-                    pass  # whatever it says: what counts is what is stored
+                if await self._tell_leader(step, submit if step == "Submit" else named):
+                    break
                 await asyncio.sleep(0.5)
             await asyncio.sleep(pause.choice((0.0, 0.3, 1.5)))
         story.left_us = self._world.now_us
 
     # ------------------------------------------------------------------------------------------
+
+    async def _tell_leader(self, method: str, message: Message) -> bool:
+        """Whether the leader answered, be it with a refusal: what counts is what is stored."""
+        address = self._world.leader_address()
+        if not address:
+            return False
+        stub = control_pb2_grpc.ControlServiceStub(self._channel(address))
+        try:
+            await getattr(stub, method)(message, timeout=5.0)
+        except grpc.aio.AioRpcError as error:
+            return not isinstance(from_rpc_error(error), _NO_ANSWER)
+        return True
 
     async def _for_a_while(self, story: Story) -> None:
         """Listens for a time drawn for it."""
@@ -220,8 +251,9 @@ class Callers:
                 self._note(story, "accepted", name, cursor=1)
                 return True
 
-    async def _generate(self, story: Story) -> AsyncIterator[Told]:
-        call, chain, accepted = self._stub(story.gateway).Generate(story.wish), _chain(story), False
+    async def _generate(self, story: Story, window: int = 0) -> AsyncIterator[Told]:
+        stub = self._stub(story.gateway, window)
+        call, chain, accepted = stub.Generate(story.wish), _chain(story), False
         try:
             async for response in call:
                 kind = response.WhichOneof("event")
@@ -277,6 +309,8 @@ class Callers:
             case RequestFailed():
                 return self._note(story, "failed", detail=typed.reason)
             case Refused():
+                if typed.reason in _FULL and not typed.retry_after_us:
+                    story.odd.append(f"{typed.reason} without a time to try again")
                 return self._note(story, "refused", detail=typed.reason)
             case NotReady() | BrokerUnavailable():
                 return None
@@ -286,14 +320,16 @@ class Callers:
                 story.odd.append(f"{error.code().name}: {error.details()}")
                 return None
 
-    def _stub(self, gateway: int) -> Any:
-        return generation_pb2_grpc.GenerationServiceStub(self._channel(gateway))
+    def _stub(self, gateway: int, window: int = 0) -> Any:
+        return generation_pb2_grpc.GenerationServiceStub(self._channel(gateway, window))
 
-    def _channel(self, where: int | str) -> grpc.aio.Channel:
+    def _channel(self, where: int | str, window: int = 0) -> grpc.aio.Channel:
         address = gateway_address(where) if isinstance(where, int) else where
-        if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address)
-        return self._channels[address]
+        key = address, window
+        if key not in self._channels:
+            options = [(WINDOW, window)] if window else []
+            self._channels[key] = grpc.aio.insecure_channel(address, options=options)
+        return self._channels[key]
 
 
 def _chain(story: Story) -> int:

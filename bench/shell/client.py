@@ -63,11 +63,12 @@ class Subscription:
         return len(self._backlog)
 
     def push(self, message: Message) -> None:
+        """Outside of the process, which reads it when it runs."""
         self._client.stats["in_msgs"] += 1
         if len(self._backlog) >= self._pending_max:
             this: Any = self
             error = nats.errors.SlowConsumerError(self.subject, "", self.number, this)
-            self._client.tell_error(error)
+            self._client.process.call(self._client.tell_error, error)
             return
         self._backlog.append(Received(self._client, message))
         self._arrived.set()
@@ -277,11 +278,10 @@ class Client:
         return self._asked, answer
 
     def _answered(self, number: int, result: Any, error: Any = None) -> None:
-        """Outside of the process: what waits in it is woken by its own callback."""
+        """Outside of the process: what waits in it goes on when the process runs."""
         answer = self._waiting.get(number)
-        if answer is None:
-            return
-        self.process.call(_settle, answer, result, error)
+        if answer is not None:
+            _settle(answer, result, error)
 
     def _send(self, at_broker: Callable[[Connection], None], size: int) -> None:
         if self.process.dead:
@@ -321,10 +321,8 @@ class Client:
         if connection is not self.connection or subscription not in self.subscriptions:
             return
 
-        def deliver(message: Message) -> None:
-            self.process.call(subscription.push, message)
-
-        interest = Interest(tuple(subscription.subject.split(".")), connection, deliver)
+        pattern = tuple(subscription.subject.split("."))
+        interest = Interest(pattern, connection, subscription.push)
         subscription.number = self.broker.subscribe(interest)
 
     def _take_answer(self, message: Message) -> None:

@@ -25,6 +25,7 @@ from hocket.clock import steady_ns
 console = Console(width=None if sys.stdout.isatty() else 150)
 _SHOWN_MAX = 20  # seeds with problems
 _TOGETHER = 10  # seeds of one piece of work
+_TOLD_EVERY = 1_000  # seeds between two lines of progress, where there is no terminal
 
 
 @explained
@@ -55,6 +56,9 @@ def shell_command(
             found.take(verdict)
             wrong = f", {found.bad} with problems" if found.bad else ""
             progress.update(task, advance=1, description=f"seeds{wrong}")
+            if not console.is_terminal and found.seeds % _TOLD_EVERY == 0:
+                took_s = (steady_ns() - began_ns) / 1e9
+                console.print(f"{found.seeds} of {len(numbers)} seeds in {took_s:.0f} s{wrong}")
     found.show((steady_ns() - began_ns) / 1e9)
     if found.bad:
         raise typer.Exit(1)

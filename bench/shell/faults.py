@@ -13,13 +13,17 @@ import grpc
 from hocket.v1 import control_pb2, control_pb2_grpc
 
 from . import roles
+from .strangers import impersonate, intrude
 
 if TYPE_CHECKING:
     from .world import World
 
 SECOND_US = 1_000_000
+_BEGIN_WITHIN_US = 4 * SECOND_US
+_ALONE_S = 12.0  # longer than all grace: then nobody is left whom a fault could harm
+_OF_NOBODY = ("broker stalls", "broker restarts", "broker freezes", "weather", "rogue")
 _LASTS_S = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-_LASTS_WEIGHTS = (4, 4, 4, 4, 3, 2, 1, 1)
+_LASTS_WEIGHTS = (6, 6, 6, 6, 4, 3, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,15 @@ def draw_faults(
         target, other = rng.choice(members), ""
         if kind in ("part", "cut"):
             target, other = rng.choice(gateways), rng.choice([*controls, "callers"])
-        elif kind.startswith(("broker stalls", "broker restarts", "broker freezes", "weather")):
+        elif kind.startswith(_OF_NOBODY):
             target = ""
         elif kind == "usurp":
             target = "control"
-        elif kind == "drain":
+        elif kind in ("drain", "twin"):
             target = rng.choice([name for name in members if name.startswith("w")])
         elif rng.random() < 0.3:
             target = rng.choice(controls)
-        at_us = start_us + rng.randrange(8 * SECOND_US)
+        at_us = start_us + rng.randrange(_BEGIN_WITHIN_US)
         lasts_us = round(rng.choices(_LASTS_S, _LASTS_WEIGHTS)[0] * (0.5 + rng.random()) * 1e6)
         faults.append(Fault(at_us, kind, target, lasts_us, other))
     return sorted(faults, key=lambda fault: fault.at_us)
@@ -77,15 +81,23 @@ async def _happen(world: World, fault: Fault) -> None:
     await KINDS[fault.kind](world, fault)
 
 
-async def _last(fault: Fault) -> None:
-    await asyncio.sleep(fault.lasts_us / 1e6)
+async def _last(world: World, fault: Fault) -> None:
+    """Its time; less where every caller has its answer and nothing more can come of it."""
+    lasts_s = fault.lasts_us / 1e6
+    try:
+        async with asyncio.timeout(lasts_s):
+            await world.answered.wait()
+    except TimeoutError:
+        return
+    left_s = fault.at_us / 1e6 + lasts_s - world.now_us / 1e6
+    await asyncio.sleep(max(0.0, min(left_s, _ALONE_S)))
 
 
 async def _kill(world: World, fault: Fault) -> None:
     member = world.members[fault.target]
     member.wanted = False
     await world.kill(fault.target)
-    await _last(fault)
+    await _last(world, fault)
     member.wanted = True
     world.start(fault.target)
 
@@ -95,7 +107,7 @@ async def _terminate(world: World, fault: Fault) -> None:
     member.wanted = False
     world.terminate(fault.target)
     await world.until(lambda: member.process is None, 30 * SECOND_US)
-    await _last(fault)
+    await _last(world, fault)
     member.wanted = True
     world.start(fault.target)
 
@@ -105,13 +117,13 @@ async def _stop(world: World, fault: Fault) -> None:
     if process is None or process.dead:
         return
     process.stop()
-    await _last(fault)
+    await _last(world, fault)
     process.resume()
 
 
 async def _broker_stalls(world: World, fault: Fault) -> None:
     world.broker.stall()
-    await _last(fault)
+    await _last(world, fault)
     world.broker.go_on()
 
 
@@ -124,7 +136,7 @@ async def _broker_restarts(world: World, fault: Fault) -> None:
 async def _broker_freezes_and_dies(world: World, fault: Fault) -> None:
     """What was sent to it while it stood still is lost."""
     world.broker.stall()
-    await _last(fault)
+    await _last(world, fault)
     world.broker.crash()
     await asyncio.sleep(0.2)
     world.broker.start()
@@ -134,7 +146,7 @@ async def _usurp(world: World, fault: Fault) -> None:
     """A further control replica comes, and stays for a while."""
     name = f"control-{len(world.members)}"
     world.add(name, roles.control(len(world.members)))
-    await _last(fault)
+    await _last(world, fault)
     world.members[name].wanted = False
     world.terminate(name)
     await world.until(lambda: world.members[name].process is None, 10 * SECOND_US)
@@ -145,7 +157,7 @@ async def _drain(world: World, fault: Fault) -> None:
     if not await _wish(world, fault.target, undo=False):
         return
     since_us = world.now_us
-    await _last(fault)
+    await _last(world, fault)
     until_us = world.now_us
     earlier = world.undrained_us.get(fault.target, 0)
     if await _wish(world, fault.target, undo=True) and earlier < since_us:
@@ -185,7 +197,7 @@ async def _broker_cut(world: World, fault: Fault) -> None:
     for client in clients:
         client.barred = True
         client.cut()
-    await _last(fault)
+    await _last(world, fault)
     for client in clients:
         client.barred = False
 
@@ -195,7 +207,7 @@ async def _broker_held(world: World, fault: Fault) -> None:
     for connection in connections:
         if connection is not None:
             connection.hold()
-    await _last(fault)
+    await _last(world, fault)
     for connection in connections:
         if connection is not None:
             connection.release()
@@ -203,7 +215,7 @@ async def _broker_held(world: World, fault: Fault) -> None:
 
 async def _part(world: World, fault: Fault) -> None:
     world.network.part(fault.target, fault.other)
-    await _last(fault)
+    await _last(world, fault)
     world.network.join(fault.target, fault.other)
 
 
@@ -215,13 +227,14 @@ def _weather(**bad: float) -> Callable[[World, Fault], Coroutine[Any, Any, None]
     async def happen(world: World, fault: Fault) -> None:
         for name, value in bad.items():
             setattr(world.weather, name, value)
-        await _last(fault)
+        await _last(world, fault)
         for name in bad:
             setattr(world.weather, name, 0)
 
     return happen
 
 
+STRANGE = ("rogue", "twin")  # kinds that cost nobody anything
 KINDS: dict[str, Callable[[World, Fault], Coroutine[Any, Any, None]]] = {
     "kill": _kill,
     "terminate": _terminate,
@@ -235,6 +248,8 @@ KINDS: dict[str, Callable[[World, Fault], Coroutine[Any, Any, None]]] = {
     "broker held from": _broker_held,
     "part": _part,
     "cut": _cut,
+    "rogue": intrude,
+    "twin": impersonate,
     "weather drops": _weather(drop=0.05),
     "weather doubles": _weather(duplicate=0.05),
     "weather is slow": _weather(slow=0.1, slow_us=800_000),

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gpuworker.mesh.naming import NameRefused
 from hocket.errors import BrokerUnavailable
 from hocket.v1 import journal_pb2, mesh_pb2
 
+from .callers import NARROW
+from .roles import STEP_US
 from .stories import ENDINGS, Story, Told
 
 if TYPE_CHECKING:
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 SECOND_US = 1_000_000
 GRACE_US = 10 * SECOND_US  # a request without followers is kept so long
 SLACK_US = 5 * SECOND_US  # for noticing, deciding and stopping
+MAILBOX = 32  # events that a gateway keeps for a caller that does not read
+_ON_ITS_WAY = 4  # between mailbox and connection
+_REFUSALS = ("refused heartbeats", "refused reports", "undecodable messages")
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ def for_somebody(run: Run) -> Iterator[Problem]:
             alone_us = max([run.healed_us, *(s.left_us or 0 for s in stories)])
             if ends[0].at_us > alone_us + GRACE_US + SLACK_US and ends[0].outcome == "finished":
                 yield Problem("made for nobody", request)
-    for request, worked_us in run.worked_us.items():
+    for request, worked_us in run.world.work.at_us.items():
         ends = run.ended.get(request)
         if ends and worked_us > max(ends[0].at_us, run.healed_us) + SLACK_US:
             yield Problem("work behind the end", request)
@@ -172,11 +178,46 @@ def drains_hold(run: Run) -> Iterator[Problem]:
                 yield Problem("drain forgotten", told)
 
 
+def strangers_refused(run: Run) -> Iterator[Problem]:
+    """What no door may take is refused and counted; of two workers with one name one works."""
+    tally = run.world.tally
+    if tally.taken:
+        yield Problem("rogue call not refused", tally.taken)
+    if not run.undisturbed:
+        return
+    counted = sum(count for what, count in run.troubles.items() if what in _REFUSALS)
+    if counted < tally.heard:
+        yield Problem("rogue payload not counted", f"{tally.heard} sent, {run.troubles}")
+    for fault in run.faults:
+        name = f"{fault.target} again"
+        if fault.kind == "twin" and name not in {d.name for d in run.world.deaths}:
+            yield Problem("two workers of one name", f"{name} was not refused")
+    for (worker, term), turns in run.world.work.turns.items():
+        if len(turns) > len(set(turns)):
+            yield Problem("two workers of one name", f"{worker} in term {term}: {turns}")
+
+
+def at_once(run: Run) -> Iterator[Problem]:
+    """Each of many who come together has an answer at once; who reads slowly costs a mailbox."""
+    for story in run.stories:
+        if story.behaviour == "burst" and run.undisturbed:
+            first = next((t for t in story.told if t.kind in ("accepted", "refused")), None)
+            if first is None or first.at_us > story.starts_us + SECOND_US:
+                yield Problem("no answer at once", str(story))
+        if story.woke_us is not None:
+            until_us = story.woke_us + STEP_US
+            waited = [t for t in story.told[1:] if t.at_us < until_us]
+            if len(waited) > MAILBOX + NARROW + _ON_ITS_WAY:
+                yield Problem("mailbox without a bound", f"{story}: {len(waited)} had waited")
+
+
 def alive(run: Run) -> Iterator[Problem]:
     """No process ended by itself, and no task died of what nobody expected."""
     for death in run.world.deaths:
         if isinstance(death.error, BrokerUnavailable):
             continue  # it says so where the broker is away when it starts, and is started again
+        if isinstance(death.error, NameRefused) and _has_twin(run, death.name):
+            continue
         yield Problem("died", f"{death.name} of {_named(death.error)}")
     for process in run.processes():
         for where, error in process.errors:
@@ -202,6 +243,8 @@ CHECKS: tuple[Callable[[Run], Iterator[Problem]], ...] = (
     within_room,
     for_somebody,
     drains_hold,
+    strangers_refused,
+    at_once,
     alive,
     nothing_left,
 )
@@ -219,6 +262,13 @@ def outcome_of(ended: journal_pb2.EndedRequest | mesh_pb2.RequestEvent) -> str:
     if ended.HasField("finished"):
         return "finished"
     return "failed" if ended.HasField("failed") else "cancelled"
+
+
+def _has_twin(run: Run, worker: str) -> bool:
+    """Whether another one of its name may have had it first."""
+    first, _, again = worker.partition(" ")
+    twins = any(f.kind == "twin" and f.target == first for f in run.faults)
+    return bool(again) or (twins and not run.undisturbed)
 
 
 def _is_end(told: Told, request: str) -> bool:

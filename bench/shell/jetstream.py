@@ -6,7 +6,7 @@ import base64
 import datetime
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -205,7 +205,7 @@ class Reader:
             raise nats.errors.TimeoutError
         message = self._left.pop()
         numbers = f"1.{message.sequence}.1.{message.unix_us * 1000}.{len(self._left)}"
-        return Received(self._client, replace(message, reply=f"$JS.ACK.s.c.{numbers}"))
+        return Received(self._client, message._replace(reply=f"$JS.ACK.s.c.{numbers}"))
 
     async def unsubscribe(self) -> None:
         self._left.clear()

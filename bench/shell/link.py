@@ -18,12 +18,13 @@ import grpc
 from google.protobuf.message import Message
 
 from .loop import Process, SimulatedLoop
-from .served import TOLD_EVERY, Door, ServerCall
+from .served import Door, ServerCall, told_every
 from .wire import Weather, Wire
 
 _KEEPALIVE_US = 15_000_000
 _RETRY_S = 0.1
 _WINDOW = 256  # messages that a stream sends ahead of its reader
+WINDOW = "hocket.simulated.window"  # channel option: see `Channel.window`
 OK = grpc.StatusCode.OK
 BROKEN = ("connection lost", "failed to connect")  # details of what never reached a server's code
 
@@ -81,8 +82,11 @@ class Network:
 class Channel:
     """A process's connection to an address; made anew whenever it broke."""
 
-    def __init__(self, network: Network, process: Process, address: str) -> None:
+    def __init__(
+        self, network: Network, process: Process, address: str, window: int | None = None
+    ) -> None:
         self.network, self.process, self.address = network, process, address
+        self.window = window or _WINDOW  # responses that come ahead of their reader
         self.door: Door | None = None
         self.calls: list[Call] = []
         self.closed = False
@@ -215,7 +219,8 @@ class Call:
         if self._responses:
             data = self._responses.popleft()
             self._taken += 1
-            if self.server is not None and self._taken % TOLD_EVERY == 0:
+            every = told_every(self.channel.window)
+            if self.server is not None and self._taken % every == 0:
                 self.channel.up.send(self.server.more_room)
             return self._deserialize(data)
         self._raise_unless_ok()
@@ -272,13 +277,15 @@ class Call:
         self._later(self._end, grpc.StatusCode.UNAVAILABLE, BROKEN[0], None)
 
     def take(self, data: bytes) -> None:
-        self._later(self._took, data)
+        if not self.done():
+            self._responses.append(data)
+            self._changed.set()
 
     def take_end(self, code: grpc.StatusCode, details: str, trailing: Any) -> None:
         self._later(self._end, code, details, trailing)
 
     def more_room(self) -> None:
-        for _ in range(TOLD_EVERY):
+        for _ in range(told_every(_WINDOW)):
             self._later(self._room.release)
 
     # ------------------------------------------------------------------------------------------
@@ -329,11 +336,6 @@ class Call:
     async def _all(self) -> AsyncIterator[Any]:
         while (response := await self.read()) is not grpc.aio.EOF:
             yield response
-
-    def _took(self, data: bytes) -> None:
-        if not self.done():
-            self._responses.append(data)
-            self._changed.set()
 
     def _run_out(self) -> None:
         if not self.done() and self.server is not None and self.channel.door is not None:

@@ -126,18 +126,17 @@ def current_process() -> Process | None:
 class _Handle:
     """A callback that waits; asyncio's own handle does as much at five times the cost."""
 
-    __slots__ = ("args", "callback", "context", "is_cancelled", "loop", "when_s")
+    __slots__ = ("args", "callback", "context", "is_cancelled", "when_s")
 
     def __init__(
         self,
-        loop: SimulatedLoop,
         callback: Callable[..., object],
         args: tuple[Any, ...],
         context: Context | None,
         when_s: float,
     ) -> None:
-        self.loop, self.callback, self.args = loop, callback, args
-        self.context, self.when_s, self.is_cancelled = context, when_s, False
+        self.callback, self.args, self.context = callback, args, context
+        self.when_s, self.is_cancelled = when_s, False
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -149,18 +148,6 @@ class _Handle:
     def when(self) -> float:
         return self.when_s
 
-    def run(self) -> None:
-        try:
-            if self.context is None:
-                self.callback(*self.args)
-            else:
-                self.context.run(self.callback, *self.args)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            context = {"message": f"in {self.callback!r}", "exception": error}
-            self.loop.call_exception_handler(context)
-
 
 class SimulatedLoop(asyncio.BaseEventLoop):
     """Runs simulated processes until told to stop. `now_us` is the only time there is."""
@@ -168,8 +155,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def __init__(self, start_us: int = 1_000_000_000) -> None:
         super().__init__()
         self.start_us = start_us
+        self.now_us = start_us
         self._now = start_us / 1e6
-        self._now_us = start_us
         self._queue: deque[_Handle] = deque()
         self._timers: list[tuple[float, int, _Handle]] = []
         self._numbers = itertools.count()
@@ -182,10 +169,6 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.set_exception_handler(_on_exception)
         self.unowned: list[tuple[str, BaseException]] = []  # failures outside of any process
 
-    @property
-    def now_us(self) -> int:
-        return self._now_us
-
     def process(self, name: str) -> Process:
         return Process(self, name)
 
@@ -196,7 +179,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def at_us(self, when_us: int, callback: Callable[..., object], *args: object) -> None:
         """Calls something at an instant, outside of every process."""
         when_s = when_us / 1e6
-        handle = _Handle(self, callback, args, None, when_s)
+        handle = _Handle(callback, args, None, when_s)
         heapq.heappush(self._timers, (when_s, next(self._numbers), handle))
 
     # What asyncio asks of a loop.
@@ -207,9 +190,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> _Handle:
-        handle = _Handle(
-            self, callback, args, copy_context() if context is None else context, self._now
-        )
+        if context is None:
+            context = copy_context()
+        handle = _Handle(callback, args, context, self._now)
         self._queue.append(handle)
         return handle
 
@@ -222,7 +205,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         *args: Any,
         context: Context | None = None,
     ) -> _Handle:
-        handle = _Handle(self, callback, args, copy_context() if context is None else context, when)
+        if context is None:
+            context = copy_context()
+        handle = _Handle(callback, args, context, when)
         heapq.heappush(self._timers, (when, next(self._numbers), handle))
         return handle
 
@@ -234,6 +219,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         context: Context | None = None,
     ) -> _Handle:
         return self.call_at(self._now + delay, callback, *args, context=context)
+
+    get_debug = bool  # False; asked for each future that is made
 
     def _write_to_self(self) -> None:
         """Nobody has to be woken: there is one thread."""
@@ -251,40 +238,54 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             result: Any = func(*args)
         except Exception as error:
             settle, result = done.set_exception, error
-        late_us = max(self._now_us + self.thread_us(), self._threads_us.get(id(executor), 0))
+        late_us = max(self.now_us + self.thread_us(), self._threads_us.get(id(executor), 0))
         self._threads_us[id(executor)] = late_us
         self.call_at(late_us / 1e6, lambda: None if done.done() else settle(result))
         return done
 
     def _run_once(self) -> None:
+        """Runs on until it is told to stop, which asyncio would ask for after each batch."""
         queue, timers = self._queue, self._timers
-        if not queue and not self._stopping:  # type: ignore[attr-defined]
-            while timers and timers[0][2].is_cancelled:
-                heapq.heappop(timers)
-            if not timers:
-                raise Deadlock(f"at {self._now_us} µs")
-            self._move_to(timers[0][0])
-        while timers and timers[0][0] <= self._now:
-            queue.append(heapq.heappop(timers)[2])
-        count = len(queue)
-        self._since_time_moved += count
-        if self._since_time_moved > _CALLBACKS_AN_INSTANT:
-            raise TimeStandsStill(f"at {self._now_us} µs")
-        for _ in range(count):
-            handle = queue.popleft()
-            if handle.is_cancelled:
-                continue
-            if handle.context is not None:
-                owner = handle.context.get(_current)
-                if owner is not None and owner.stopped:
-                    owner.hold(handle)
+        while True:
+            if not queue and not self._stopping:  # type: ignore[attr-defined]
+                self._move_on()
+            while timers and timers[0][0] <= self._now:
+                queue.append(heapq.heappop(timers)[2])
+            count = len(queue)
+            self.callbacks += count
+            self._since_time_moved += count
+            if self._since_time_moved > _CALLBACKS_AN_INSTANT:
+                raise TimeStandsStill(f"at {self.now_us} µs")
+            for _ in range(count):
+                handle = queue.popleft()
+                if handle.is_cancelled:
                     continue
-            self.callbacks += 1
-            handle.run()
+                context = handle.context
+                try:
+                    if context is None:
+                        handle.callback(*handle.args)
+                    elif (owner := context.get(_current)) is not None and owner.stopped:
+                        owner.hold(handle)
+                    else:
+                        context.run(handle.callback, *handle.args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    told = {"message": f"in {handle.callback!r}", "exception": error}
+                    self.call_exception_handler(told)
+            if self._stopping:  # type: ignore[attr-defined]
+                return
 
-    def _move_to(self, when: float) -> None:
+    def _move_on(self) -> None:
+        """To the next timer."""
+        timers = self._timers
+        while timers and timers[0][2].is_cancelled:
+            heapq.heappop(timers)
+        if not timers:
+            raise Deadlock(f"at {self.now_us} µs")
+        when = timers[0][0]
         if when > self._now:
-            self._now, self._now_us = when, round(when * 1e6)
+            self._now, self.now_us = when, round(when * 1e6)
             self._since_time_moved = 0
 
 

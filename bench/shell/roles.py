@@ -19,6 +19,7 @@ from gateway.settings import GatewaySettings
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
 from gpuworker.emulated import EmulatedExecutor, EmulatedHost
+from gpuworker.executor import Listener, Room, RunNote, always_room
 from hocket.bus import Bus
 from hocket.telemetry import Telemetry
 
@@ -85,7 +86,7 @@ def control(index: int) -> Role:
             listen=f"control-{index}:0",
             policy=world.policy,
             requests_open_max=world.open_max,
-            lease_us=3_000_000,
+            lease_us=4_000_000,
         )
         (world.state_dir / "toy.csv").write_text(PROFILE)
         stop = asyncio.Event()
@@ -117,8 +118,10 @@ def gateway(index: int) -> Role:
     return run
 
 
-def worker(index: int) -> Role:
-    """A worker with an emulated executor."""
+def worker(index: int, host: EmulatedHost | None = None, key: str = "") -> Role:
+    """A worker with an emulated executor, on the host that all share or on one of its own; `key`:
+    the executor's in `World.executors`, where that is not the worker's name.
+    """
 
     async def run(world: World, process: Process) -> None:
         settings = WorkerSettings(
@@ -126,13 +129,13 @@ def worker(index: int) -> Role:
             nats_url=_URL,
             state_dir=world.state_dir,
             host=f"host-{index % 2}",
-            heartbeat_us=700_000,
+            heartbeat_us=1_000_000,
         )
-        name = f"w{index}"
-        host = world.emulated
-        executor = EmulatedExecutor(name, host, GPU)
-        world.executors[name] = executor
-        process.at_death.append(lambda: host.close(name))
+        name, home = f"w{index}", host or world.emulated
+        executor = _Observed(name, home, GPU)
+        executor.observer = lambda note: world.work.note(name, process.name, note, world.now_us)
+        world.executors[key or name] = executor
+        process.at_death.append(lambda: home.close(name))
         bus = await Bus.connect(_URL, name)
         agent = Agent(name, settings, bus, executor, clock_of(world, process), _TOLD.tracer)
         running = asyncio.get_running_loop().create_task(agent.run())
@@ -143,10 +146,24 @@ def worker(index: int) -> Role:
             if not running.cancelled():
                 raise
         finally:
+            world.executors.pop(key or name, None)
             await executor.close()
             await bus.close()
 
     return run
+
+
+class _Observed(EmulatedExecutor):
+    """Says what it does to whoever observes the world, too."""
+
+    observer: Listener
+
+    def start(self, listener: Listener, room: Room = always_room) -> None:
+        def hear(note: RunNote) -> None:
+            self.observer(note)
+            listener(note)
+
+        super().start(hear, room)
 
 
 def emulated_host(world: World) -> EmulatedHost:

@@ -21,7 +21,7 @@ from hocket import bus, clock
 
 from .client import Client
 from .jetstream import JetStream
-from .link import Channel
+from .link import WINDOW, Channel
 from .loop import Process, current_process
 from .served import Server
 
@@ -59,8 +59,8 @@ def installed(world: World) -> Iterator[None]:
         world.clients.append(made)
         return made
 
-    def channel(target: str, *_: object, **__: object) -> Channel:
-        return Channel(world.network, here(), target)
+    def channel(target: str, *_: object, options: Any = (), **__: object) -> Channel:
+        return Channel(world.network, here(), target, dict(options or ()).get(WINDOW))
 
     def server(*_: object, interceptors: Sequence[Any] = (), **__: object) -> Server:
         return Server(world.network, here(), tuple(interceptors or ()))

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
+
 from hocket.bus import Subjects
 from hocket.subjects import name_of
 from hocket.v1 import journal_pb2, mesh_pb2
@@ -18,19 +20,21 @@ from hocket.v1 import journal_pb2, mesh_pb2
 from . import roles
 from .broker import Message
 from .callers import Callers
-from .faults import Fault, draw_faults, inflict
+from .faults import STRANGE, Fault, draw_faults, inflict
 from .invariants import Entry, Problem, check, outcome_of
 from .loop import Process, SimulatedLoop
 from .runtime import installed
-from .stories import GATEWAYS, Story, draw_stories
+from .stories import GATEWAYS, Story, draw_burst, draw_slow, draw_stories
+from .strangers import troubles
 from .world import World
 
 SECOND_US = 1_000_000
 _TASKS_TOGETHER = 12  # some come and go all the time: only more of them count
 START_US = 1000 * SECOND_US
-BEGIN_US = START_US + 2 * SECOND_US  # the fleet has come up, the first callers come
+BEGIN_US = START_US + 3 * SECOND_US // 2  # the fleet has come up, the first callers come
 CONTROLS = 2
-_LEADER_US = 6 * SECOND_US  # by then somebody leads again
+_BURSTS = _SLOW = 0.06  # of the seeds
+_LED_US = SECOND_US  # a leader that leads so long has taken up what was open
 _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
 _SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
 
@@ -44,18 +48,24 @@ class Run:
     faults: list[Fault]
     callers: Callers
     healed_us: int = 0
+    led_us: int | None = None  # somebody leads since then, once all has healed
     accepted: dict[str, list[int]] = field(default_factory=dict)  # when, by request
     ended: dict[str, list[Entry]] = field(default_factory=dict)
     terms: list[int] = field(default_factory=list)  # of what was stored, in order
-    worked_us: dict[str, int] = field(default_factory=dict)  # last report, by request
     # When something was first assigned, by worker, term and sequence.
     assigned_us: dict[tuple[str, int, int], int] = field(default_factory=dict)
+    troubles: dict[str, int] = field(default_factory=dict)  # as the leader counted them
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
 
     @property
     def calm(self) -> bool:
         return not self.faults and self.world.loop.watched is None
+
+    @property
+    def undisturbed(self) -> bool:
+        """Whether nothing went wrong but that strangers came."""
+        return self.world.loop.watched is None and all(f.kind in STRANGE for f in self.faults)
 
     def ends(self, request: str) -> list[Entry]:
         return self.ended.get(request, [])
@@ -112,6 +122,11 @@ def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
     names += [f"w{i}" for i in range(workers)]
     stories = draw_stories(rng, rng.randrange(4, 11), BEGIN_US)
     faults = draw_faults(rng, names, BEGIN_US, kinds)
+    if rng.random() < _BURSTS:
+        stories += draw_burst(rng, BEGIN_US)
+        faults = faults if rng.random() < 0.5 else []
+    if rng.random() < _SLOW:
+        stories.append(draw_slow(rng, BEGIN_US))
     return perform(seed, Script(stories, faults, policy, workers, open_max))
 
 
@@ -151,7 +166,7 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
         for index in range(script.workers):
             world.add(f"w{index}", roles.worker(index))
         run = Run(world, script.stories, script.faults, Callers(world, script.stories))
-        world.broker.taps += [_reports(run), _assigns(run)]
+        world.broker.taps.append(_assigns(run))
         await asyncio.sleep((BEGIN_US - START_US - 100_000) / 1e6)
         run.before = _sizes(world)
         script.begin(world)
@@ -159,12 +174,23 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
         await inflict(world, script.faults)
         run.healed_us = world.now_us
         await world.until(lambda: run.callers.over, _ANSWER_US)
-        await world.until(lambda: _is_quiet(run), _SETTLE_US)
-        await world.kill("callers")
+        await _settle(run)
+        _read_stored(run)
+        if run.undisturbed and run.faults:
+            run.troubles = await troubles(world)
+    return run
+
+
+async def _settle(run: Run) -> None:
+    """Waits until all is as it was, and stays so when the callers are gone, and takes its sizes."""
+    world, end_us = run.world, run.world.now_us + _SETTLE_US
+    await world.until(lambda: _is_quiet(run), _SETTLE_US)
+    await world.kill("callers")
+    while True:
         await asyncio.sleep(1.0)
         run.after = _sizes(world)
-        _read_stored(run)
-    return run
+        if world.now_us > end_us or all(now <= before for before, now in run.counts().values()):
+            return
 
 
 def _assigns(run: Run) -> Callable[[Message], None]:
@@ -172,23 +198,13 @@ def _assigns(run: Run) -> Callable[[Message], None]:
 
     def tap(message: Message) -> None:
         if message.subject.startswith(prefix):
-            assign = mesh_pb2.Assign.FromString(message.data)
+            try:
+                assign = mesh_pb2.Assign.FromString(message.data)
+            except DecodeError:
+                return
             for item in assign.assignments:
                 key = (message.subject.removeprefix(prefix), assign.term, item.sequence)
                 run.assigned_us.setdefault(key, run.world.now_us)
-
-    return tap
-
-
-def _reports(run: Run) -> Callable[[Message], None]:
-    prefix = Subjects(roles.CLUSTER).report("")
-
-    def tap(message: Message) -> None:
-        if message.subject.startswith(prefix):
-            report = mesh_pb2.StepReport.FromString(message.data)
-            if report.step_time_us and report.node != "vae":  # a result may be stored for long
-                for result in report.results:
-                    run.worked_us[result.request_id] = run.world.now_us
 
     return tap
 
@@ -221,10 +237,13 @@ def _open_promises(world: World) -> int:
 
 def _is_quiet(run: Run) -> bool:
     """Whether all is as before the first request; if it is not, it has time to become so."""
-    led = [f for f in run.faults if not f.target or "control" in f.target + f.other]
-    harmed_us = max(run.world.harmed_us, run.healed_us if led else 0)
-    if run.world.now_us < harmed_us + _LEADER_US:
-        return False  # there may be no leader yet
+    if not run.world.is_led():
+        run.led_us = None
+        return False
+    if run.led_us is None:
+        run.led_us = run.world.now_us
+    if run.world.now_us < run.led_us + _LED_US:
+        return False  # what it has to do it has not begun yet
     sizes = _sizes(run.world)
     del sizes["calls"]  # of the callers, who stay
     return all(size <= run.before.get(name, 0) for name, size in sizes.items())

@@ -19,12 +19,18 @@ from .wire import Wire
 if TYPE_CHECKING:
     from .link import Network
 
-_WINDOW = 256  # messages that a stream sends ahead of its reader …
-TOLD_EVERY = 64  # … who says so after so many of them
+_WINDOW = 256  # messages that a stream sends ahead of its reader
+
+
+def told_every(window: int) -> int:
+    """After so many messages the reader says that there is room again."""
+    return max(1, window // 4)
 
 
 class Caller(Protocol):
     """The other side of a call (see link.py)."""
+
+    channel: Any
 
     def take(self, data: bytes) -> None: ...
     def take_end(self, code: grpc.StatusCode, details: str, trailing: Any) -> None: ...
@@ -139,7 +145,7 @@ class ServerCall:
     ) -> None:
         self._caller, self._door, self._process = caller, door, door.process
         self._method, self._down, self._ends_us = method, down, ends_us
-        self.channel: Any = getattr(caller, "channel", None)
+        self.channel: Any = caller.channel
         self._handler: Any = None
         self._taken = 0
         self._requests: deque[bytes | None] = deque()  # None: no more will come
@@ -154,10 +160,10 @@ class ServerCall:
         self._inside(self._begin, data)
 
     def take(self, data: bytes) -> None:
-        self._inside(self._take, data)
+        self._take(data)
 
     def half_close(self) -> None:
-        self._inside(self._take, None)
+        self._take(None)
 
     def cancel(self) -> None:
         self._inside(self._cancel)
@@ -174,7 +180,7 @@ class ServerCall:
     def _begin(self, data: bytes | None) -> None:
         if self._over:
             return
-        self._arrived, self._room = asyncio.Event(), asyncio.Semaphore(_WINDOW)
+        self._arrived, self._room = asyncio.Event(), asyncio.Semaphore(self.channel.window)
         loop = asyncio.get_running_loop()
         self._task = loop.create_task(self._serve(data), name=self._method)
 
@@ -184,12 +190,12 @@ class ServerCall:
             self._arrived.set()
         if data is not None:
             self._taken += 1
-            if self._taken % TOLD_EVERY == 0:
+            if self._taken % told_every(_WINDOW) == 0 and not self._process.dead:
                 self._down.send(self._caller.more_room)
 
     def _more_room(self) -> None:
         assert self._room is not None
-        for _ in range(TOLD_EVERY):
+        for _ in range(told_every(self.channel.window)):
             self._room.release()
 
     def _cancel(self) -> None:

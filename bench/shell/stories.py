@@ -10,6 +10,7 @@ from hocket.v1 import generation_pb2, types_pb2
 from .roles import MODEL
 
 GATEWAYS = 2
+COME_WITHIN_US = 4_000_000
 ENDINGS = ("finished", "failed", "cancelled")
 BEHAVIOURS = ("wait", "wait", "leave", "move", "cancel", "forget", "watch", "delete", "repeat")
 
@@ -42,6 +43,7 @@ class Story:
     lost: bool = False  # its stream broke before it knew a name, and it had no key
     odd: list[str] = field(default_factory=list)  # statuses that it cannot understand
     dropped: list[str] = field(default_factory=list)  # by a gateway that lives, once accepted
+    woke_us: int | None = None  # a slow one began to read what had come meanwhile
 
     @property
     def key(self) -> str:
@@ -74,26 +76,44 @@ class Story:
         return f"{self.name} ({self.behaviour}) of …{self.request[-6:]} heard {heard}"
 
 
+def draw_burst(rng: random.Random, start_us: int) -> list[Story]:
+    """Callers who come in one instant and ask once, for almost nothing."""
+    starts_us, count = start_us + rng.randrange(COME_WITHIN_US), rng.randrange(10, 18)
+    return [
+        Story(f"b{number}", "burst", wish_of(steps=2), starts_us, number % GATEWAYS)
+        for number in range(count)
+    ]
+
+
+def draw_slow(rng: random.Random, start_us: int) -> Story:
+    """A caller that does not read for longer than its mailbox has room."""
+    starts_us = start_us + rng.randrange(COME_WITHIN_US)
+    return Story("s0", "slow", wish_of(steps=70, key="slow"), starts_us, rng.randrange(GATEWAYS))
+
+
+def wish_of(steps: int, key: str = "") -> generation_pb2.GenerateRequest:
+    """For a picture of the smallest size."""
+    return generation_pb2.GenerateRequest(
+        spec=types_pb2.GenerationSpec(
+            model=MODEL, prompt="a fox", shape=types_pb2.Shape(width=64, height=64), steps=steps
+        ),
+        idempotency_key=key,
+        progress_every=1,
+    )
+
+
 def draw_stories(rng: random.Random, count: int, start_us: int) -> list[Story]:
     """Callers and their times, as the seed says."""
     stories: list[Story] = []
     while len(stories) < count:
         number = len(stories)
         behaviour = rng.choice(BEHAVIOURS)
-        starts_us = start_us + rng.randrange(6_000_000)
+        starts_us = start_us + rng.randrange(COME_WITHIN_US)
         twins = 2 if behaviour == "wait" and rng.random() < 0.3 else 1
         keyed = behaviour in ("move", "delete") or twins > 1 or rng.random() < 0.7
-        wish = generation_pb2.GenerateRequest(
-            spec=types_pb2.GenerationSpec(
-                model=MODEL,
-                prompt="a fox",
-                shape=types_pb2.Shape(width=64, height=64),
-                steps=rng.randrange(2, 9),
-            ),
-            slo=types_pb2.Slo(deadline_us=rng.choice((0, 0, 2_000_000, 500_000))),
-            idempotency_key=f"key-{number}" if keyed else "",
-            detached=behaviour == "forget",
-        )
+        wish = wish_of(steps=rng.randrange(2, 9), key=f"key-{number}" if keyed else "")
+        wish.slo.deadline_us = rng.choice((0, 0, 2_000_000, 500_000))
+        wish.detached = behaviour == "forget"
         for twin in range(twins):
             own = generation_pb2.GenerateRequest()
             own.CopyFrom(wish)

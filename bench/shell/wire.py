@@ -50,7 +50,8 @@ class Wire:
         at_us = max(self._last_us, self._loop.now_us + late_us)
         self._last_us = at_us
         self._queue.append((at_us, delivery))
-        self._loop.at_us(at_us, self._due)
+        if len(self._queue) == 1:
+            self._loop.at_us(at_us, self._due)
 
     def hold(self) -> None:
         """Nothing comes through until as many `release` as `hold`."""
@@ -71,3 +72,5 @@ class Wire:
         now_us, queue = self._loop.now_us, self._queue
         while queue and not self._holds and queue[0][0] <= now_us:
             queue.popleft()[1]()
+        if queue and not self._holds:
+            self._loop.at_us(queue[0][0], self._due)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gpuworker.emulated import EmulatedExecutor
+from gpuworker.executor import RunNote
 from hocket.bus import Subjects
-from hocket.leader import read_key
+from hocket.leader import LeaderKey, read_key
 
 from . import roles
 from .broker import Broker
@@ -20,6 +21,7 @@ from .client import Client
 from .link import Network
 from .loop import Process, SimulatedLoop
 from .roles import Role
+from .strangers import Tally
 from .wire import Weather
 
 SECOND_US = 1_000_000
@@ -48,6 +50,24 @@ class Death:
 
 
 @dataclass
+class Work:
+    """What workers did, as their executors say; reports of it may come much later."""
+
+    at_us: dict[str, int] = field(default_factory=dict)  # last, by request
+    # Processes that worked under a name, in turns, by name and term.
+    turns: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+
+    def note(self, worker: str, process: str, note: RunNote, now_us: int) -> None:
+        if not note.steps:
+            return
+        turns = self.turns.setdefault((worker, note.assignment.term), [])
+        if turns[-1:] != [process]:
+            turns.append(process)
+        for member in note.assignment.batch:
+            self.at_us[member.request_id] = now_us
+
+
+@dataclass
 class World:
     """All of it. Make it inside the loop that it runs on."""
 
@@ -64,8 +84,10 @@ class World:
     deaths: list[Death] = field(default_factory=list)
     undrained_us: dict[str, int] = field(default_factory=dict)  # when last, by worker
     drained: list[tuple[str, int, int]] = field(default_factory=list)  # worker, from, until
-    harmed_us: int = 0  # when a control replica was killed last
+    answered: asyncio.Event = field(default_factory=asyncio.Event)  # every caller is through
     immortal: int = 0  # tasks of killed processes that refused to end
+    work: Work = field(default_factory=Work)
+    tally: Tally = field(default_factory=Tally)  # of strangers
     past: list[Process] = field(default_factory=list)  # processes that are over
 
     def __post_init__(self) -> None:
@@ -80,8 +102,9 @@ class World:
     def now_us(self) -> int:
         return self.loop.now_us
 
-    def add(self, name: str, role: Role) -> Member:
-        member = self.members[name] = Member(name, role)
+    def add(self, name: str, role: Role, *, wanted: bool = True) -> Member:
+        """`wanted`: it is started again whenever it ends."""
+        member = self.members[name] = Member(name, role, wanted=wanted)
         self.start(name)
         return member
 
@@ -99,8 +122,6 @@ class World:
         """kill -9; `start` gives it a new life."""
         process = self.members[name].process
         if process is not None:
-            if name.startswith("control"):
-                self.harmed_us = self.now_us
             self.immortal += await process.kill()
 
     def terminate(self, name: str) -> None:
@@ -128,16 +149,24 @@ class World:
 
     def leader_address(self) -> str:
         """Where the leader serves, as far as it has said so; "" when it has not."""
-        name = f"KV_{Subjects(roles.CLUSTER).leader_bucket}"
-        found = self.broker.all_of(name)
-        key = read_key(found[-1].data) if found else None
+        key = self._leader_key()
         return key.address if key is not None else ""
 
+    def is_led(self) -> bool:
+        """Whether the process that the leader's key names lives and has taken up its term."""
+        key = self._leader_key()
+        door = self.network.doors.get(key.address) if key is not None and key.term else None
+        return door is not None and not door.process.dead and not door.process.stopped
+
+    def _leader_key(self) -> LeaderKey | None:
+        found = self.broker.all_of(f"KV_{Subjects(roles.CLUSTER).leader_bucket}")
+        return read_key(found[-1].data) if found else None
+
     async def until(self, condition: Callable[[], bool], at_most_us: int) -> bool:
-        """Waits for something, looked at ten times a second; whether it came."""
+        """Waits for something, looked at four times a second; whether it came."""
         end_us = self.now_us + at_most_us
         while not condition() and self.now_us < end_us:  # noqa: ASYNC110  nobody tells
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
         return condition()
 
     async def shut_down(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 
@@ -63,6 +64,28 @@ async def test_a_worker_that_is_gone_leaves_nothing_behind() -> None:
             await stage.beat(f"x{number}", leaving=True)
         assert set(stage.desk.publisher._incarnations) == {"w0"}
         assert set(stage.desk.publisher._truncates) <= {"w0"}
+
+
+async def test_a_worker_that_was_cut_off_hears_what_was_called_off_meanwhile() -> None:
+    async with running() as stage:
+        gateway = stage.attach()
+        stage.submit(gateway, "r")
+        await stage.until(stage.assigned)
+        (lost,) = stage.assigned()
+        await stage.advance(2_000_000)
+        await stage.beat("w1")
+        checking = asyncio.ensure_future(stage.intake.check())
+        await stage.until(checking.done)
+        assert set(stage.desk.wiring.leases.alive) == {"w1"}
+        assert stage.assigned()[-1].group.members == ["w1"], "it goes on elsewhere"
+        before = len(stage.wire.said)
+        await stage.beat("w0", pending_sequences=[lost.sequence])
+        told = [m for _, m in stage.wire.said[before:] if isinstance(m, mesh_pb2.Truncate)]
+        assert [(t.request_id, t.attempt, t.incarnation) for t in told] == [
+            ("r", lost.batch[0].attempt, "a")
+        ]
+        await stage.beat("w0", leaving=True)
+        assert "w0" not in stage.desk.publisher._truncates
 
 
 async def test_latents_of_ended_requests_are_released_by_the_answer_to_a_heartbeat() -> None:

@@ -51,16 +51,16 @@ def test_a_lease_ends_exactly_when_it_is_due() -> None:
 def test_time_in_which_control_was_held_up_counts_for_nobody() -> None:
     """It should look every 200 ms; once it did for 1.5 s not: the workers have as long."""
     leases = Leases(LEASE_US)
-    leases.look(0, 200_000)
+    leases.look(0)
     leases.heartbeat(beat(), 100_000)
-    leases.look(200_000, 200_000)
-    leases.look(1_700_000, 200_000)
+    leases.look(200_000)
+    leases.look(1_700_000)
     due_us = 100_000 + 1_300_000 + LEASE_US
     assert leases.next_expiry_us() == due_us and leases.expire(due_us - 1) == ()
-    leases.look(2_100_000, 200_000)  # a little late is no gap
+    leases.look(2_100_000)  # a little late is no gap
     assert leases.next_expiry_us() == due_us
     leases.looked(4_000_000)  # what it did then took long: that was no pause
-    leases.look(4_200_000, 200_000)
+    leases.look(4_200_000)
     assert leases.next_expiry_us() == due_us
 
 
@@ -68,10 +68,10 @@ def test_a_dead_worker_is_excused_for_one_lease_at_most() -> None:
     leases = Leases(LEASE_US)
     leases.heartbeat(beat(), 0)
     for now_us in range(0, 10 * LEASE_US, LEASE_US):
-        leases.look(now_us, 200_000)
+        leases.look(now_us)
     assert leases.next_expiry_us() == 2 * LEASE_US
     leases.heartbeat(beat(), 10 * LEASE_US)
-    leases.look(11 * LEASE_US, 200_000)
+    leases.look(11 * LEASE_US)
     assert leases.next_expiry_us() == 12 * LEASE_US, "a heartbeat begins anew"
 
 

@@ -5,6 +5,7 @@ The whole of it: `python -m bench shell --seeds 0-9999 --jobs 2`.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,10 +13,14 @@ import pytest
 
 from bench.shell.awaits import PLACES, courses
 from bench.shell.command import play_all
-from bench.shell.scenario import Verdict
-from control import desk
+from bench.shell.scenario import BEGIN_US, Script, Verdict, perform
+from bench.shell.stories import draw_burst, draw_slow
+from control import admission, desk, intake, servicer
+from control.admission import Admission
+from control.leases import Leases
 from control.requests.endings import Endings
 from control.requests.records import Record, ending_event
+from gateway import follower
 from hocket.stores import Guard, Log
 from hocket.v1 import journal_pb2
 
@@ -67,13 +72,14 @@ def test_a_leader_without_a_fence_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
     kinds = ("stop", "broker held from")
     monkeypatch.setattr(Log, "append", unguarded)
-    assert is_found({"terms interleaved", "accepted twice"}, range(38, 60), kinds)
+    assert is_found({"terms interleaved", "accepted twice"}, range(144, 154), kinds)
 
 
 def test_callers_without_a_grace_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     followers = desk.Followers
     monkeypatch.setattr(desk, "Followers", lambda grace_us: followers(0))
-    assert is_found({"lost while its caller moved"}, range(25))
+    wrong = {"lost while its caller moved", "cancelled without a cancel"}
+    assert is_found(wrong, range(25))
 
 
 def test_an_ending_told_before_it_is_stored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +88,50 @@ def test_an_ending_told_before_it_is_stored_is_found(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Endings, "_end", hasty)
     assert is_found({"told an end that is not stored"}, range(5))
+
+
+@pytest.mark.parametrize("check", ["check_heartbeat", "check_report"])
+def test_a_door_that_takes_anything_is_found(monkeypatch: pytest.MonkeyPatch, check: str) -> None:
+    monkeypatch.setattr(intake, check, lambda message, term: None)
+    assert is_found({"rogue payload not counted"}, range(10), ("rogue",))
+
+
+def test_submits_that_nobody_checks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (admission, servicer):
+        monkeypatch.setattr(module, "check_submit", lambda submit: ())
+    assert is_found({"rogue call not refused"}, range(10), ("rogue",))
+
+
+def test_two_workers_of_one_name_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Leases, "refused", lambda self, beat: None)
+    assert is_found({"two workers of one name"}, range(5), ("twin",))
+
+
+def test_a_burst_without_answers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _burst().problems
+    offer = Admission.offer
+
+    def silent(self: Admission, submit: Any, answered: Any, **options: Any) -> None:
+        def unless_full(response: Any, known: bool) -> None:
+            if response.rejected.reason != "QUEUE_FULL":
+                answered(response, known)
+
+        offer(self, submit, unless_full, **options)
+
+    monkeypatch.setattr(Admission, "offer", silent)
+    assert "no answer at once" in {problem.kind for problem in _burst().problems}
+
+
+def _burst() -> Verdict:
+    stories = draw_burst(random.Random(1), BEGIN_US)
+    return perform(1, Script(stories, [], "edf", workers=2, open_max=3))
+
+
+def test_a_mailbox_without_a_bound_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _slow().problems
+    monkeypatch.setattr(follower, "BACKLOG_MAX", 1_000)
+    assert {"mailbox without a bound"} == {problem.kind for problem in _slow().problems}
+
+
+def _slow() -> Verdict:
+    return perform(1, Script([draw_slow(random.Random(1), BEGIN_US)], [], "edf", workers=2))
