@@ -31,9 +31,10 @@ from ...settings import Settings, SettingValue, Spec
 from ...starts import Issue, Planned, Start
 from ...values import DIT, TEXT, VAE, Request
 from .binding import Binder, Wish
-from .filling import BEST_EFFORT, Slow, endangers, fill, first_come
+from .filling import BEST_EFFORT, Slow, fill, first_come
 from .forecast import Forecaster, Newcomer
 from .improve import Limits, start_space
+from .keeping import keep
 from .kernel import (
     COLUMNS,
     KIND,
@@ -235,17 +236,11 @@ class Hocket:
         if not roster.free:
             return False
         soon = False
-        wishes: list[Wish] = []
-        if len(roster.entries) > roster.running:
-            self._search(ledger, pod, roster, now_us)
-            wishes = self._wishes(ledger, roster)
-        room = len(roster.free) - sum(w.width for w in wishes)
-        wishes += fill(ledger, pod, roster, room, self._limits, self._slow)
-        first_come(ledger, roster, wishes, now_us)
-        for wish in wishes:
-            wish.steps = self._steps(wish)
-        if endangers(pod, roster, wishes, now_us):
-            wishes = [w for w in wishes if w.reason != BEST_EFFORT]
+
+        def starts(limits: Limits) -> list[Wish]:
+            return self._starts(ledger, pod, roster, limits, now_us)
+
+        wishes = keep(pod, roster, starts, self._allowed, self._rules, now_us)
         for wish, workers in Binder(ledger, pod, list(roster.free)).bind(wishes):
             before = [t.outstanding[-1] for t in wish.members if t.outstanding]
             ready_us = [flight_end_us(ledger, sequence) for sequence in before]
@@ -259,7 +254,24 @@ class Hocket:
             soon = soon or issued.end_us <= now_us + self._settings.lead_us
         return soon
 
-    def _search(self, ledger: Ledger, pod: Pod, roster: Roster, now_us: int) -> None:
+    def _starts(
+        self, ledger: Ledger, pod: Pod, roster: Roster, limits: Limits, now_us: int
+    ) -> list[Wish]:
+        """What the search wants, and best effort on what that leaves."""
+        wishes: list[Wish] = []
+        if len(roster.entries) > roster.running:
+            self._search(ledger, pod, roster, limits, now_us)
+            wishes = self._wishes(ledger, roster)
+        room = len(roster.free) - sum(w.width for w in wishes)
+        wishes += fill(ledger, pod, roster, room, self._limits, self._slow)
+        first_come(ledger, roster, wishes, now_us)
+        for wish in wishes:
+            wish.steps = self._steps(wish)
+        return wishes
+
+    def _search(
+        self, ledger: Ledger, pod: Pod, roster: Roster, limits: Limits, now_us: int
+    ) -> None:
         """Runs the kernel: `_start` holds what it wants."""
         n = len(roster.entries)
         self._room(n)
@@ -275,7 +287,7 @@ class Hocket:
             roster.tables(),
             self._rules._replace(slack_worth=0.0) if roster.crowded else self._rules,
             roster.saving,
-            self._allowed,
+            limits,
             self._trial,
             type(self._start)(*(a[:n] for a in self._start)),
             self._scratch,
