@@ -54,15 +54,18 @@ def keep(
     limits: Limits,
     rules: Rules,
     now_us: int,
-) -> list[Wish]:
-    """Of the starts that a search within some limits finds, the first with the least trouble."""
+) -> tuple[list[Wish], int]:
+    """Of the starts that a search within some limits finds, the first with the least trouble; and
+    the operations that judging them took.
+    """
     found = starts(limits)
     if not roster.promised or not found:
-        return found
+        return found, 0
     waited = zip(roster.entries, roster.jobs[:, AGED].tolist(), strict=True)
     old = {e.id for e, age in waited if age > 0.0}
     pressing = limits._replace(aged_workers=0)
     judged: list[tuple[Trouble, list[Wish]]] = []
+    operations = 0
     for tried in (limits, pressing, pressing._replace(passes=0)):
         whole = starts(tried) if judged else found
         fill = [w for w in whole if w.reason == BEST_EFFORT]
@@ -72,17 +75,19 @@ def keep(
         for wishes in ways:
             if not wishes and not roster.running:
                 continue  # somebody has to start: nothing else would make the next plan
-            judged.append((_trouble(pod, roster, wishes, rules, now_us), wishes))
-            if judged[-1][0] == (0, 0):
-                return wishes
+            trouble, used = _trouble(pod, roster, wishes, rules, now_us)
+            operations += used
+            judged.append((trouble, wishes))
+            if trouble == (0, 0):
+                return wishes, operations
         if not aged and min(trouble.lost for trouble, _ in judged) == 0:
             break
-    return min(judged, key=lambda t: t[0])[1]
+    return min(judged, key=lambda t: t[0])[1], operations
 
 
 def _trouble(
     pod: Pod, roster: Roster, wishes: Sequence[Wish], rules: Rules, now_us: int
-) -> Trouble:
+) -> tuple[Trouble, int]:
     jobs, on, held = _after(roster, wishes, now_us)
     until = min((us for us in jobs[:, AVAIL].tolist() if us > now_us), default=NEVER)
     ways = [jobs]
@@ -91,14 +96,16 @@ def _trouble(
         for i in held:
             waiting[i, AVAIL], waiting[i, WIDTH] = until, 0.0
         ways.append(waiting)
-    lost = relaxed = 0
+    lost = relaxed = operations = 0
+    tables = roster.tables()
     for way in ways:
         space = scratch(len(way))
-        more, _ = relax(float(now_us), len(pod.workers), way, on, roster.tables(), rules, space)
+        more, used = relax(float(now_us), len(pod.workers), way, on, tables, rules, space)
         firm = (way[:, WEIGHT] >= PROMISED_WORTH) & (on == 1)
         lost += int((firm & (space.floats[FINISH] < 0.0)).sum())
         relaxed += more
-    return Trouble(lost, relaxed)
+        operations += used
+    return Trouble(lost, relaxed), operations
 
 
 def _after(roster: Roster, wishes: Sequence[Wish], now_us: int) -> tuple[Floats, Ints, list[int]]:
