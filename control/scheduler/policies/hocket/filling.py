@@ -1,36 +1,17 @@
-"""Best effort on what the decision leaves free, and who of equals goes first.
-
-Nobody is filled in at the cost of a firm promise: a rollout with the fill and one without it say
-whether somebody would get late by it.
-"""
+"""Best effort on what the decision leaves free, and who of equals goes first."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from ... import denoise
 from ...ledger import Ledger
 from ...tracker import Tracked
-from ...values import DIT, TEXT, VAE
+from ...values import DIT
 from .binding import Wish
 from .improve import Limits
-from .kernel import (
-    AVAIL,
-    FINISH,
-    NEVER,
-    PROMISED_WORTH,
-    STEPS_LEFT,
-    TEXT_LEFT,
-    VAE_LEFT,
-    WEIGHT,
-    WIDTH,
-    Rules,
-    rollout,
-    scratch,
-)
+from .kernel import AVAIL
 from .pods import Pod
 from .roster import Roster
 
@@ -67,44 +48,6 @@ def fill(
                 slow_room -= width if long else 0
                 break
     return wishes
-
-
-def endangers(pod: Pod, roster: Roster, wishes: Sequence[Wish], now_us: int) -> bool:
-    """The best effort among these starts makes somebody late whom a firm promise was made."""
-    others = [w for w in wishes if w.reason != BEST_EFFORT]
-    if not roster.promised or len(others) == len(wishes):
-        return False
-    late = _late(pod, roster, wishes, now_us)
-    return bool(late) and late > _late(pod, roster, others, now_us)
-
-
-def _late(pod: Pod, roster: Roster, wishes: Sequence[Wish], now_us: int) -> int:
-    """Promises that are not kept in a rollout from these starts; who is held waits for an end."""
-    rank = {e.id: i for i, e in enumerate(roster.entries)}
-    more = sum(t.id not in rank for w in wishes for t in w.members)
-    n = len(rank)
-    jobs = np.vstack([roster.jobs, np.zeros((more, roster.jobs.shape[1]))])
-    on = np.zeros(n + more, np.int64)
-    on[:n] = [e.hopeful for e in roster.entries]
-    started: set[int] = set()
-    for wish in wishes:
-        for place, tracked in enumerate(wish.members):
-            i = rank.get(tracked.id, n + more - 1)
-            more -= tracked.id not in rank
-            started.add(i)
-            jobs[i, WIDTH] = 0 if place else wish.width
-            jobs[i, AVAIL] = now_us + wish.took_us * wish.steps
-            left = {TEXT: TEXT_LEFT, DIT: STEPS_LEFT, VAE: VAE_LEFT}[wish.node]
-            jobs[i, left] = max(0.0, jobs[i, left] - wish.steps) if wish.node == DIT else 0.0
-    until = min((us for us in jobs[:, AVAIL].tolist() if us > now_us), default=NEVER)
-    for i in range(n):
-        if on[i] and i not in started and jobs[i, AVAIL] <= now_us and until < NEVER:
-            jobs[i, AVAIL], jobs[i, WIDTH] = until, 0.0
-    space = scratch(len(jobs))
-    rules = Rules(0.0, 0.0, 0.05)
-    rollout(float(now_us), len(pod.workers), jobs, on, roster.tables(), rules, space)
-    firm = (jobs[:, WEIGHT] >= PROMISED_WORTH) & (on == 1)
-    return int((firm & (space.floats[FINISH] < 0.0)).sum())
 
 
 def first_come(ledger: Ledger, roster: Roster, wishes: Sequence[Wish], now_us: int) -> None:

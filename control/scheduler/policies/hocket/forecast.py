@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...ledger import Ledger
 from ...values import Request
@@ -44,7 +45,7 @@ from .kernel import (
 )
 from .pods import Pod, Pods, work_us
 from .roster import Roster, RosterMaker
-from .search import give_up
+from .search import give_up, relax
 
 GROWTH = 0.5  # newcomers that go in together, of those taken in before
 FAR_US = 1e15  # the deadline of who has none
@@ -80,7 +81,8 @@ class _Future:
     guests: list[_Guest] = field(default_factory=list)
     taken: list[_Guest] = field(default_factory=list)
     work_us: int = 0
-    lost: int = 0  # promises that are not kept without newcomers either
+    # Rows of the roster whose promise is not kept without newcomers either.
+    lost: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     operations: int = 0
 
 
@@ -183,9 +185,9 @@ class Forecaster:
         """Answers for all guests of a pod, in order."""
         left = list(future.guests)
         roster = future.roster
-        on = [e.hopeful or e.tracked.promised for e in roster.entries]
+        future.lost = np.zeros(len(roster.entries), np.int64)
         if roster.promised:
-            future.lost = self._lost(roster.jobs, self._play(future, roster.jobs, _flags(on)))
+            future.lost = self._lost_without(future)
         while left:
             if future.operations > self._limits.operations_max:
                 self._all_at_once(future, left)
@@ -199,11 +201,24 @@ class Forecaster:
                 late.answer = LATE
                 left = [g for g in left if not self._as_late(g, late)]
 
+    def _lost_without(self, future: _Future) -> Ints:
+        """Whose promises are not kept without newcomers either. Whose guard is used up already is
+        held to its deadline, as the planner does: no newcomer may cost it that.
+        """
+        roster = future.roster
+        on = _flags([e.hopeful or e.tracked.promised for e in roster.entries])
+        space = scratch(len(on))
+        gpus, tables, now = len(future.pod.workers), roster.tables(), float(self._now_us)
+        _, used = relax(now, gpus, roster.jobs, on, tables, self._rules, space)
+        future.operations += used
+        _, finish = self._together(future, [])
+        return _broken(roster.jobs, finish).astype(np.int64)
+
     def _all_at_once(self, future: _Future, guests: list[_Guest]) -> None:
         """One answer for all that are left, once what a forecast may cost is spent."""
         rows, finish = self._together(future, guests)
         first = len(rows) - len(guests)
-        lost = self._lost(rows, finish) > future.lost
+        lost = self._costs(future, rows, finish)
         for guest, finish_us in zip(guests, finish[first:].tolist(), strict=True):
             guest.answer = LATE if lost or finish_us <= 0 else Newcomer(int(finish_us), late=False)
 
@@ -241,7 +256,7 @@ class Forecaster:
             if not guest.promised and guest.request.firm and not self._worth_it(future, guest):
                 return None
         rows, finish = self._together(future, more)
-        if self._lost(rows, finish) > future.lost:
+        if self._costs(future, rows, finish):
             return None
         first = len(rows) - len(more)
         if (finish[first:] <= 0.0).any():
@@ -267,8 +282,11 @@ class Forecaster:
         finish: Floats = space.floats[FINISH]
         return finish
 
-    def _lost(self, jobs: Floats, finish: Floats) -> int:
-        return int(((jobs[:, WEIGHT] >= PROMISED_WORTH) & (finish < 0.0)).sum())
+    def _costs(self, future: _Future, rows: Floats, finish: Floats) -> bool:
+        """Somebody's promise is not kept that is without newcomers."""
+        broken = _broken(rows, finish)
+        broken[: len(future.lost)] &= future.lost == 0
+        return bool(broken.any())
 
     # ------------------------------------------------------------------------------ what it costs
 
@@ -315,6 +333,10 @@ class Forecaster:
         space = scratch(len(jobs))
         future.operations += give_up(now, gpus, jobs, on, tables, self._rules, self._limits, space)
         return float((jobs[:, WEIGHT] * on).sum())
+
+
+def _broken(jobs: Floats, finish: Floats) -> NDArray[np.bool_]:
+    return (jobs[:, WEIGHT] >= PROMISED_WORTH) & (finish < 0.0)
 
 
 def _flags(on: list[bool]) -> Ints:

@@ -31,13 +31,12 @@ from ...settings import Settings, SettingValue, Spec
 from ...starts import Issue, Planned, Start
 from ...values import DIT, TEXT, VAE, Request
 from .binding import Binder, Wish
-from .filling import BEST_EFFORT, Slow, endangers, fill, first_come
+from .filling import Slow, fill, first_come
 from .forecast import Forecaster, Newcomer
 from .improve import Limits, start_space
+from .keeping import keep
 from .kernel import (
     COLUMNS,
-    KIND,
-    STEPS_LEFT,
     Floats,
     Rules,
     scratch,
@@ -46,6 +45,7 @@ from .pods import Entry, Pod, Pods
 from .roster import Guard, Patience, Roster, RosterMaker, flight_end_us
 from .search import decide
 from .wakes import Wakes
+from .wishes import wanted
 
 NODES = (TEXT, DIT, VAE)
 ENTRY_OPERATIONS = 200  # what a row of the roster costs, in operations of the kernel
@@ -235,17 +235,16 @@ class Hocket:
         if not roster.free:
             return False
         soon = False
-        wishes: list[Wish] = []
-        if len(roster.entries) > roster.running:
-            self._search(ledger, pod, roster, now_us)
-            wishes = self._wishes(ledger, roster)
-        room = len(roster.free) - sum(w.width for w in wishes)
-        wishes += fill(ledger, pod, roster, room, self._limits, self._slow)
-        first_come(ledger, roster, wishes, now_us)
-        for wish in wishes:
-            wish.steps = self._steps(wish)
-        if endangers(pod, roster, wishes, now_us):
-            wishes = [w for w in wishes if w.reason != BEST_EFFORT]
+
+        spent = self.operations
+
+        def starts(limits: Limits) -> list[Wish]:
+            left = max(1_000, limits.operations_max - (self.operations - spent))
+            allowed = limits._replace(operations_max=left)
+            return self._starts(ledger, pod, roster, allowed, now_us)
+
+        wishes, used = keep(pod, roster, starts, self._allowed, self._rules, now_us)
+        self.operations += used
         for wish, workers in Binder(ledger, pod, list(roster.free)).bind(wishes):
             before = [t.outstanding[-1] for t in wish.members if t.outstanding]
             ready_us = [flight_end_us(ledger, sequence) for sequence in before]
@@ -259,7 +258,25 @@ class Hocket:
             soon = soon or issued.end_us <= now_us + self._settings.lead_us
         return soon
 
-    def _search(self, ledger: Ledger, pod: Pod, roster: Roster, now_us: int) -> None:
+    def _starts(
+        self, ledger: Ledger, pod: Pod, roster: Roster, limits: Limits, now_us: int
+    ) -> list[Wish]:
+        """What the search wants, and best effort on what that leaves."""
+        wishes: list[Wish] = []
+        if len(roster.entries) > roster.running:
+            self._search(ledger, pod, roster, limits, now_us)
+            n = len(roster.entries)
+            wishes = wanted(ledger, roster, self._start.choice[:n], self._start.head[:n])
+        room = len(roster.free) - sum(w.width for w in wishes)
+        wishes += fill(ledger, pod, roster, room, self._limits, self._slow)
+        first_come(ledger, roster, wishes, now_us)
+        for wish in wishes:
+            wish.steps = self._steps(wish)
+        return wishes
+
+    def _search(
+        self, ledger: Ledger, pod: Pod, roster: Roster, limits: Limits, now_us: int
+    ) -> None:
         """Runs the kernel: `_start` holds what it wants."""
         n = len(roster.entries)
         self._room(n)
@@ -275,7 +292,7 @@ class Hocket:
             roster.tables(),
             self._rules._replace(slack_worth=0.0) if roster.crowded else self._rules,
             roster.saving,
-            self._allowed,
+            limits,
             self._trial,
             type(self._start)(*(a[:n] for a in self._start)),
             self._scratch,
@@ -293,30 +310,6 @@ class Hocket:
         again = (given_up[first:] + given_up[:first])[:retries]
         pod.retried = again[-1] if again else pod.retried
         return [e.hopeful or e.tracked.promised or e.key in again for e in roster.entries]
-
-    def _wishes(self, ledger: Ledger, roster: Roster) -> list[Wish]:
-        """The kernel's start, in deadline order."""
-        n = len(roster.entries)
-        choice, head = self._start.choice[:n].tolist(), self._start.head[:n].tolist()
-        members: dict[int, list[int]] = {}
-        for i in range(n):
-            if choice[i] >= 0:
-                members.setdefault(head[i], []).append(i)
-        wishes: list[Wish] = []
-        for first, batch in members.items():
-            entry = roster.entries[first]
-            tracked = entry.tracked
-            node = denoise.next_node(ledger, tracked)
-            price = roster.prices[int(roster.jobs[first, KIND])]
-            took_us = price.of(node, choice[first])
-            if len(batch) > 1:
-                took_us = price.batch_us[len(batch) - 1]
-            left = min(int(roster.jobs[i, STEPS_LEFT]) for i in batch)
-            reason = "on-time" if entry.hopeful else BEST_EFFORT
-            width = roster.widths[choice[first]]
-            tracks = [roster.entries[i].tracked for i in batch]
-            wishes.append(Wish(tracks, node, width, left, reason, took_us))
-        return wishes
 
     def _steps(self, wish: Wish) -> int:
         """How many of those left are committed at once."""

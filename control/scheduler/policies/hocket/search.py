@@ -111,17 +111,46 @@ def give_up(
             jobs[late, GUARD] = 0.0
             continue
         if operations >= 2 * limits.operations_max:
-            for i in range(late, on.shape[0]):
-                on[i] = 0 if s.floats[FINISH, i] < 0.0 else on[i]
-            break
-        if operations >= limits.operations_max:
-            on[late] = 0
+            if not _cut(late, jobs, on, s):
+                break
         elif jobs[late, WEIGHT] >= PROMISED_WORTH:
-            operations += _make_room(now, gpus, late, jobs, on, tab, rules, limits, s)
+            tries = limits.yielding if operations < limits.operations_max else 1
+            operations += _make_room(now, gpus, late, jobs, on, tab, rules, tries, s)
+        elif operations >= limits.operations_max:
+            on[late] = 0
         else:
             operations += _drop_one(now, gpus, late, jobs, on, tab, rules, limits, s)
         wanted -= 1
     return operations
+
+
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
+def relax(
+    now: float, gpus: int, jobs: Floats, on: Ints, tab: Tables, rules: Rules, s: Scratch
+) -> tuple[int, int]:
+    """Holds to its deadline who cannot keep its guard, as `give_up` does, and gives up nobody.
+    How many, and operations; FINISH tells of each job.
+    """
+    relaxed = 0
+    _, operations = rollout(now, gpus, jobs, on, tab, rules, s)
+    for _ in range(jobs.shape[0]):
+        late = _first_guarded(jobs, on, s)
+        if late < 0:
+            break
+        jobs[late, DEADLINE] += jobs[late, GUARD]
+        jobs[late, GUARD] = 0.0
+        relaxed += 1
+        _, used = rollout(now, gpus, jobs, on, tab, rules, s)
+        operations += used
+    return relaxed, operations
+
+
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _first_guarded(jobs: Floats, on: Ints, s: Scratch) -> int:
+    for i in range(on.shape[0]):
+        if on[i] and jobs[i, GUARD] > 0.0 and s.floats[FINISH, i] < 0.0:
+            return i
+    return -1
 
 
 @njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
@@ -133,7 +162,7 @@ def _make_room(
     on: Ints,
     tab: Tables,
     rules: Rules,
-    limits: Limits,
+    tries: int,
     s: Scratch,
 ) -> int:
     """Gives up one that nothing was promised, where that can save `late`, which was; else `late`.
@@ -154,7 +183,7 @@ def _make_room(
     best = late
     best_score = -1.0
     below = NEVER
-    for _ in range(max(1, limits.yielding) if saved else 0):
+    for _ in range(max(1, tries) if saved else 0):
         i = _most_unpromised(below, jobs, on, tab)
         if i < 0:
             break
@@ -166,6 +195,35 @@ def _make_room(
             best = i
     on[best] = 0
     return operations
+
+
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _cut(late: int, jobs: Floats, on: Ints, s: Scratch) -> bool:
+    """Gives up many at once: all who are late and were promised nothing; where one who was is the
+    first, all whom nothing was promised; where only such are left, all who are late. Whether
+    another rollout has to say what became of the promised.
+    """
+    firm = jobs[late, WEIGHT] >= PROMISED_WORTH
+    others = firm and _any_unpromised(jobs, on)
+    again = others
+    for i in range(on.shape[0]):
+        promised = jobs[i, WEIGHT] >= PROMISED_WORTH
+        is_late = s.floats[FINISH, i] < 0.0
+        if others:
+            on[i] = on[i] if promised else 0
+        elif is_late and (firm or not promised):
+            on[i] = 0
+        elif is_late and on[i]:
+            again = True
+    return again
+
+
+@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+def _any_unpromised(jobs: Floats, on: Ints) -> bool:
+    for i in range(on.shape[0]):  # noqa: SIM110 (no generators here)
+        if on[i] and jobs[i, WEIGHT] < PROMISED_WORTH:
+            return True
+    return False
 
 
 @njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
