@@ -128,7 +128,7 @@ async def test_a_cancel_overtakes_the_promise() -> None:
         stage.shelf.is_open.clear()
         stage.submit(gateway, "r")
         await stage.until(lambda: stage.shelf.begun)
-        stage.desk.admission.cancel("r")
+        stage.cancel("r")
         stage.shelf.is_open.set()
         await stage.work()
         assert gateway.kinds("r") == ["cancelled"]
