@@ -260,7 +260,7 @@ class Admission:
             if verdict.refused:
                 finish_us = told_us(verdict.request, verdict.forecast)
                 failure = translate.to_unattainable(
-                    verdict.request, finish_us, now_us, alone=not depth
+                    verdict.request, finish_us, now_us, hopeless=verdict.hopeless or not depth
                 )
                 self._refuse(offer, failure)
                 continue

@@ -90,12 +90,14 @@ async def test_a_leader_that_is_killed_behind_its_answer_to_a_cancel(
             assert all(await asyncio.gather(*map(one.cancel, requests)))
             process.kill()
             process.wait(10)
-            async with replica(nats_url, subjects.cluster, tmp_path / "b") as second:
-                async with asking(await second.leads()) as two:
-                    for request in requests:
-                        asked = control_pb2.GetRequestRequest(request_id=request)
-                        status = (await two.stub.GetRequest(asked)).status
-                        assert status.ended.HasField("cancelled")
+            async with (
+                replica(nats_url, subjects.cluster, tmp_path / "b") as second,
+                asking(await second.leads()) as two,
+            ):
+                for request in requests:
+                    asked = control_pb2.GetRequestRequest(request_id=request)
+                    status = (await two.stub.GetRequest(asked)).status
+                    assert status.ended.HasField("cancelled")
     finally:
         beating.cancel()
         process.kill()
