@@ -41,10 +41,8 @@ class FenceRoom:
                 return
             if self._clock.now_us() >= self._tell_us:
                 self._tell_us = self._clock.now_us() + _TELL_EVERY_US
-                log.warning(
-                    "%s, all of it open requests: nobody can lead; a larger promises_bytes_max helps",
-                    full,
-                )
+                told = "of open requests: nobody can lead; a larger promises_bytes_max helps"
+                log.warning("%s, %s", full, told)
         except BrokerUnavailable as error:
             log.debug("no room was made in the promises stream: %s", error)
         await self._clock.sleep_until(self._clock.now_us() + _AGAIN_US)
