@@ -217,8 +217,12 @@ class Replica:
 
     async def _hear(self) -> None:
         subjects = self._subjects
-        await self._bus.subscribe(subjects.heartbeat("*"), mesh_pb2.Heartbeat, self._heartbeat)
-        await self._bus.subscribe(subjects.report("*"), mesh_pb2.StepReport, self._report)
+        await self._bus.subscribe(
+            subjects.heartbeat("*"), mesh_pb2.Heartbeat, self._heartbeat, speaker=_worker
+        )
+        await self._bus.subscribe(
+            subjects.report("*"), mesh_pb2.StepReport, self._report, speaker=_worker
+        )
 
     async def _heartbeat(self, beat: mesh_pb2.Heartbeat) -> None:
         if self._term is not None:
@@ -294,6 +298,10 @@ async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
                     log.info("%s; trying again", error)
                     await asyncio.sleep(_AGAIN_S)
     return await work()
+
+
+def _worker(said: mesh_pb2.Heartbeat | mesh_pb2.StepReport) -> str:
+    return said.worker
 
 
 def _host(listen: str) -> str:
