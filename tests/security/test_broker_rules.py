@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import msgspec
 import nats
 import nats.errors
 import pytest
@@ -16,10 +17,15 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import StreamConfig
 
+from bench.replay import entries_from_broker
 from hocket.broker import free_port, nats_server_binary
-from hocket.bus import Subjects
+from hocket.bus import Bus, Subjects
+from hocket.leader import LEADER_KEY, LeaderKey, LeaderWatch
 from hocket.security.broker_rules import API, configuration, inbox_of
 from hocket.security.certificates import make_all
+from hocket.security.identity import broker_access
+from hocket.stores import Cell, Log, LogShape
+from hocket.v1.journal_pb2 import JournalEntry
 from tests.security.conftest import identity
 
 CLUSTER = "matrix"
@@ -287,6 +293,38 @@ async def test_what_the_broker_answers_gets_nowhere_but_to_the_asker(
         assert (await heard.next_msg(5.0)).subject == S.assign("last")
         newest = await jetstream.get_last_msg(S.promises_stream, PROMISE)
         assert newest.data == b"promised"
+
+
+async def test_who_has_no_consumers_reads_and_watches_all_the_same(
+    broker: str, certificates: Path
+) -> None:
+    """An operator reads the diary; a gateway hears who leads, and who leads then."""
+
+    async def connected_as(role: str) -> Bus:
+        access = broker_access(identity(certificates, role), role)
+        return await Bus.connect(broker, role, access=access)
+
+    control, gateway = await connected_as("control"), await connected_as("gateway")
+    shape = LogShape(S.journal_stream, (S.journal("*"),))
+    diary = await Log.open(control, shape)
+    for number in range(5):
+        entry = JournalEntry(term=1, sequence=number + 1, observed_json="{}")
+        await diary.append(S.journal("observed_json"), entry.SerializeToString())
+    found = await entries_from_broker(broker, CLUSTER, certificates / "operator")
+    assert [entry.sequence for entry in found] == [1, 2, 3, 4, 5]
+    cell = await Cell.open(control, S.leader_bucket, LEADER_KEY)
+    watch = LeaderWatch(gateway, CLUSTER)
+    async with asyncio.timeout(30):
+        known = await cell.get()
+        revision = known[1] if known is not None else 0
+        for address in ("h:1", "h:2"):
+            key = msgspec.json.encode(LeaderKey(address=address, term=1))
+            revision = await cell.update(key, revision) or 0
+            while await watch.next() != address:
+                pass
+    await watch.close()
+    for bus in (control, gateway):
+        await bus.close()
 
 
 @pytest.mark.parametrize("role", ROLES)
