@@ -113,6 +113,9 @@ def memory(
 @app.command("replay")
 def replay_command(
     nats_url: Annotated[str, typer.Option(help="Broker that holds the journal.")] = "",
+    tls_dir: Annotated[
+        Path | None, typer.Option(help="An operator's folder of `hocket certs`.")
+    ] = None,
     journal: Annotated[Path | None, typer.Option(help="Saved journal instead.")] = None,
     cluster: Annotated[str, typer.Option(help="Name of the cluster.")] = "local",
     term: Annotated[int | None, typer.Option(help="Term to replay; default: the newest.")] = None,
@@ -123,7 +126,11 @@ def replay_command(
     if not nats_url and journal is None:
         raise typer.BadParameter("name a broker (--nats-url) or a saved journal (--journal)")
     try:
-        entries = load(journal) if journal else asyncio.run(entries_from_broker(nats_url, cluster))
+        entries = (
+            load(journal)
+            if journal
+            else asyncio.run(entries_from_broker(nats_url, cluster, tls_dir))
+        )
         found = replay(entries, term)
     except (JournalIncomplete, HocketError, OSError) as error:
         console.print(f"[red]{error}")

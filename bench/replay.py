@@ -26,6 +26,7 @@ from control.scheduler.schedule_log import ScheduleLog
 from control.scheduler.settings import Settings
 from control.scheduler.values import Arrived, Event
 from hocket.bus import Bus, Subjects
+from hocket.security.identity import Identity, broker_access
 from hocket.v1.journal_pb2 import JournalEntry
 
 
@@ -99,9 +100,12 @@ def _observe(found: Replay, scheduler: Scheduler, fact: Event) -> None:
     found.facts += 1
 
 
-async def entries_from_broker(url: str, cluster: str) -> list[JournalEntry]:
-    """All entries of a cluster's journal."""
-    bus = await Bus.connect(url, "replay")
+async def entries_from_broker(
+    url: str, cluster: str, tls_dir: Path | None = None
+) -> list[JournalEntry]:
+    """All entries of a cluster's journal. `tls_dir`: an operator's certificates, where in use."""
+    access = broker_access(Identity.load(tls_dir), "operator")
+    bus = await Bus.connect(url, "replay", access=access)
     try:
         return [stored.entry async for stored in read(bus, Subjects(cluster))]
     finally:

@@ -132,11 +132,18 @@ class Admission:
         self.offer(submit, answered, wanted=lambda: not answer.cancelled(), traceparent=traceparent)
         return await answer
 
-    def cancel(self, request: str) -> None:
-        """Its caller wants no answer any more but this: nothing of it shall run."""
+    async def cancel(self, request: str) -> None:
+        """Its caller wants no answer any more but this: nothing of it shall run. Returns once it is
+        refused or promised, where its promise may be on its way to the broker.
+        """
         offer = self._offers.get(request)
-        if offer is not None:
-            offer.is_cancelled = True
+        if offer is None:
+            return
+        offer.is_cancelled = True
+        if request in self._under_way:
+            answered = asyncio.Event()
+            offer.answered.append(lambda *_: answered.set())
+            await answered.wait()
 
     def wake(self) -> None:
         """The first workers are there."""
@@ -260,7 +267,7 @@ class Admission:
             if verdict.refused:
                 finish_us = told_us(verdict.request, verdict.forecast)
                 failure = translate.to_unattainable(
-                    verdict.request, finish_us, now_us, alone=not depth
+                    verdict.request, finish_us, now_us, hopeless=verdict.hopeless or not depth
                 )
                 self._refuse(offer, failure)
                 continue

@@ -128,7 +128,7 @@ class Desk:
         )
         events.attachments = attachments
         servicer = ControlServicer(
-            driver, w.promises, records, w.leases, admission, attachments, view
+            driver, w.promises, records, w.leases, admission, attachments, endings, view
         )
         return cls(
             w,

@@ -12,10 +12,29 @@ from typing import Any
 
 from control.promises import Deposed
 from hocket.errors import NotLeader, to_status
-from hocket.v1 import control_pb2, control_pb2_grpc
+from hocket.v1 import control_pb2_grpc
 
 Servicer = control_pb2_grpc.ControlServiceServicer
 Context = Any  # grpc's type is generic over each call's messages
+
+
+def _answered(method: str) -> Any:
+    """A call with one answer, passed on."""
+
+    async def call(door: Doorway, asked: Any, context: Context) -> Any:
+        return await door._asked(context, lambda led: getattr(led, method)(asked, context))
+
+    return call
+
+
+def _streamed(method: str) -> Any:
+    """A call with a stream of answers, passed on."""
+
+    async def call(door: Doorway, asked: Any, context: Context) -> AsyncIterator[Any]:
+        async for answer in door._told(context, lambda led: getattr(led, method)(asked, context)):
+            yield answer
+
+    return call
 
 
 class Doorway(Servicer):
@@ -36,59 +55,14 @@ class Doorway(Servicer):
         self._servicer = None
         self._over.set()
 
-    async def Submit(
-        self, request: control_pb2.SubmitRequest, context: Context
-    ) -> control_pb2.SubmitResponse:
-        answer: control_pb2.SubmitResponse
-        answer = await self._asked(context, lambda led: led.Submit(request, context))
-        return answer
-
-    async def Attach(
-        self, request_iterator: Any, context: Context
-    ) -> AsyncIterator[control_pb2.AttachResponse]:
-        async for message in self._told(context, lambda led: led.Attach(request_iterator, context)):
-            yield message
-
-    async def GetRequest(
-        self, request: control_pb2.GetRequestRequest, context: Context
-    ) -> control_pb2.GetRequestResponse:
-        answer: control_pb2.GetRequestResponse
-        answer = await self._asked(context, lambda led: led.GetRequest(request, context))
-        return answer
-
-    async def ListRequests(
-        self, request: control_pb2.ListRequestsRequest, context: Context
-    ) -> control_pb2.ListRequestsResponse:
-        answer: control_pb2.ListRequestsResponse
-        answer = await self._asked(context, lambda led: led.ListRequests(request, context))
-        return answer
-
-    async def DeleteRequest(
-        self, request: control_pb2.DeleteRequestRequest, context: Context
-    ) -> control_pb2.DeleteRequestResponse:
-        answer: control_pb2.DeleteRequestResponse
-        answer = await self._asked(context, lambda led: led.DeleteRequest(request, context))
-        return answer
-
-    async def CancelRequest(
-        self, request: control_pb2.CancelRequestRequest, context: Context
-    ) -> control_pb2.CancelRequestResponse:
-        answer: control_pb2.CancelRequestResponse
-        answer = await self._asked(context, lambda led: led.CancelRequest(request, context))
-        return answer
-
-    async def WatchCluster(
-        self, request: control_pb2.WatchClusterRequest, context: Context
-    ) -> AsyncIterator[control_pb2.WatchClusterResponse]:
-        async for message in self._told(context, lambda led: led.WatchCluster(request, context)):
-            yield message
-
-    async def DrainWorker(
-        self, request: control_pb2.DrainWorkerRequest, context: Context
-    ) -> control_pb2.DrainWorkerResponse:
-        answer: control_pb2.DrainWorkerResponse
-        answer = await self._asked(context, lambda led: led.DrainWorker(request, context))
-        return answer
+    Submit = _answered("Submit")
+    Attach = _streamed("Attach")
+    GetRequest = _answered("GetRequest")
+    ListRequests = _answered("ListRequests")
+    DeleteRequest = _answered("DeleteRequest")
+    CancelRequest = _answered("CancelRequest")
+    DrainWorker = _answered("DrainWorker")
+    WatchCluster = _streamed("WatchCluster")
 
     async def _asked(self, context: Context, call: Callable[[Servicer], Any]) -> Any:
         """The answer of a call to the leader here."""

@@ -31,6 +31,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
+from control.fence_room import FenceRoom
 from control.room import Room, no_room
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
@@ -154,10 +155,14 @@ class Promises:
         Raises Deposed when another one has taken it over meanwhile.
         """
         fence = journal_pb2.Fence(term=term, owner=secrets.token_hex(8))
+        room = FenceRoom(stream, subjects, clock, LANES)
         while True:
             try:
                 fences = await _write_fences(stream, subjects, fence)
-            except (OutcomeUnknown, BrokerUnavailable, LogFull) as error:
+            except LogFull as full:
+                fences = None
+                await room.make(full)
+            except (OutcomeUnknown, BrokerUnavailable) as error:
                 log.debug("the promises stream was not taken over: %s", error)
                 fences = None
                 await clock.sleep_until(clock.now_us() + _AGAIN_US)

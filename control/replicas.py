@@ -7,13 +7,14 @@ from typing import NoReturn
 
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
+from hocket.endpoints import STANDBY
 from hocket.v1 import control_pb2
 
 _EVERY_US = 1_000_000
 _GONE_US = 4_000_000  # one that was not heard for longer is not told of
 _KNOWN_MAX = 64
 
-LEADER, STANDBY = "leader", "standby"
+LEADER = "leader"
 
 
 @dataclass

@@ -28,7 +28,7 @@ from control.intake import SERVICE
 from control.leadership import Leadership
 from control.leases import Leases
 from control.promises import Deposed, Promises, open_stream
-from control.replicas import LEADER, STANDBY, Replicas
+from control.replicas import LEADER, Replicas
 from control.roles import RoleCheck
 from control.standby import Standby
 from control.term import Parts, Term, build_scheduler
@@ -37,6 +37,7 @@ from hocket.bus import Bus, Subjects
 from hocket.cancelling import end_if_cancelled
 from hocket.channels import SERVER_OPTIONS
 from hocket.clock import Clock
+from hocket.endpoints import STANDBY
 from hocket.errors import BrokerUnavailable, HocketError, Refused
 from hocket.leader import LEADER_KEY, LeaderWatch
 from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
@@ -50,7 +51,7 @@ T = TypeVar("T")
 _GRACE_S = 0.5  # for answers under way; streams have ended by then
 _OPEN_WAIT_S = 20.0  # for a broker whose JetStream is not ready
 _AGAIN_S = 0.2
-_DOOR = "control"  # where the leader of a state folder is announced
+_DOOR = "control"  # as replicas are announced in their state folder
 
 
 async def serve(
@@ -131,6 +132,7 @@ class Replica:
             ttl_us=self._settings.leader_ttl_us,
         )
         await self._hear()
+        self._announce(address, STANDBY)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(replicas.run())
@@ -139,6 +141,7 @@ class Replica:
                     await self._round(parts, leadership, address)
                     end_if_cancelled()
         finally:
+            endpoints.withdraw(self._settings.state_dir, _DOOR)
             await self._health.enter_graceful_shutdown()
             await server.stop(_GRACE_S)
 
@@ -192,16 +195,20 @@ class Replica:
             await term.intake.publish_health()
             await term.parts.replicas.announce()
             await leadership.tell(term.term, self._is_ours)
-            endpoints.announce(self._settings.state_dir, _DOOR, address)
+            self._announce(address, LEADER)
             log.info("control leads term %d at %s, policy %s", term.term, address, term.policy)
             await term.run()
         finally:
             self._term = None
             term.parts.replicas.role = STANDBY
             self._doorway.shut()
-            endpoints.withdraw(self._settings.state_dir, _DOOR)
+            self._announce(address, STANDBY)
             await self._not_serving()
             await term.close()
+
+    def _announce(self, address: str, role: str) -> None:
+        """Tells other processes of this state folder."""
+        endpoints.announce(self._settings.state_dir, _DOOR, address, role)
 
     async def _is_ours(self) -> bool:
         return self._promises is None or await self._promises.is_ours()
@@ -210,8 +217,12 @@ class Replica:
 
     async def _hear(self) -> None:
         subjects = self._subjects
-        await self._bus.subscribe(subjects.heartbeat("*"), mesh_pb2.Heartbeat, self._heartbeat)
-        await self._bus.subscribe(subjects.report("*"), mesh_pb2.StepReport, self._report)
+        await self._bus.subscribe(
+            subjects.heartbeat("*"), mesh_pb2.Heartbeat, self._heartbeat, speaker=_worker
+        )
+        await self._bus.subscribe(
+            subjects.report("*"), mesh_pb2.StepReport, self._report, speaker=_worker
+        )
 
     async def _heartbeat(self, beat: mesh_pb2.Heartbeat) -> None:
         if self._term is not None:
@@ -288,6 +299,10 @@ async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
                     log.info("%s; trying again", error)
                     await asyncio.sleep(_AGAIN_S)
     return await work()
+
+
+def _worker(said: mesh_pb2.Heartbeat | mesh_pb2.StepReport) -> str:
+    return said.worker
 
 
 def _host(listen: str) -> str:

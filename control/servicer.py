@@ -19,7 +19,7 @@ from control.driver import Driver
 from control.leases import Leases
 from control.requests import telling
 from control.requests.attach import Attachments, GrpcLine
-from control.requests.endings import Promises
+from control.requests.endings import Endings, Promises
 from control.requests.lifecycle import RequestState
 from control.requests.records import Record, Records
 from control.scheduler.values import CancelRequested, DrainRequested
@@ -52,6 +52,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         leases: Leases,
         admission: Admission,
         attachments: Attachments,
+        endings: Endings,
         view: ClusterView,
     ) -> None:
         self._driver = driver
@@ -60,6 +61,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self._leases = leases
         self._admission = admission
         self._attachments = attachments
+        self._endings = endings
         self._view = view
 
     async def Submit(
@@ -134,16 +136,13 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         tenant = request.tenant if request.HasField("tenant") else None
         if record is None or tenant not in (None, record.tenant):
             await _abort(context, UnknownRequest(request.request_id))
-        if record.state is RequestState.RECEIVED:
-            self._admission.cancel(record.id)
-        elif record.is_open:
-            self.cancel(record.id)
         running = record.state is RequestState.RECEIVED or record.is_open
+        if record.state is RequestState.RECEIVED:
+            await self._admission.cancel(record.id)
+        elif record.is_open:
+            self._driver.post(CancelRequested(at_us=self._driver.stamp(), request=record.id))
+        await self._endings.over(record)  # else the next leader would run it
         return control_pb2.CancelRequestResponse(was_running=running)
-
-    def cancel(self, request: str) -> None:
-        """Stops an open request at its next step boundary."""
-        self._driver.post(CancelRequested(at_us=self._driver.stamp(), request=request))
 
     async def DrainWorker(
         self,

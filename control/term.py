@@ -181,8 +181,10 @@ class Term:
 
     async def _keep_media_bucket(self) -> NoReturn:
         parts, settings = self.parts, self.parts.settings
-        size, kept_s = settings.media_bytes_max, settings.media_kept_s
-        await media_bucket.keep(parts.bus, parts.subjects, parts.clock, size, kept_s)
+        bounds = media_bucket.Bounds(
+            settings.media_bytes_max, settings.media_kept_s, settings.stream_replicas
+        )
+        await media_bucket.keep(parts.bus, parts.subjects, parts.clock, bounds)
 
     def _is_idle(self) -> bool:
         return self.desk.records.open_count == 0

@@ -233,10 +233,10 @@ def to_plan_record(plan: values.Plan, digest: str, plan_time_us: int) -> journal
 
 
 def to_unattainable(
-    request: values.Request, finish_us: int, now_us: int, *, alone: bool
+    request: values.Request, finish_us: int, now_us: int, *, hopeless: bool
 ) -> types_pb2.Failure:
-    """The refusal of a request that cannot be on time; `alone`: no other's work is in its way, so
-    that waiting helps nothing.
+    """The refusal of a request that cannot be on time; `hopeless`: nor on an idle cluster, so that
+    another try helps nothing.
     """
     assert request.deadline_us is not None
     late_us = finish_us - request.deadline_us
@@ -246,6 +246,6 @@ def to_unattainable(
             f"predicted to take {(finish_us - now_us) / 1e6:.2f} s, "
             f"{late_us / 1e6:.2f} s more than the deadline allows"
         ),
-        retry_after_us=0 if alone else late_us,
+        retry_after_us=0 if hopeless else late_us,
         metadata={"predicted_latency_us": str(finish_us - now_us)},
     )

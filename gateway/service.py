@@ -33,7 +33,7 @@ from gateway.settings import GatewaySettings
 from gateway.whereabouts import Addresses, listed
 from hocket import endpoints, garbage
 from hocket.bus import Bus, Subjects
-from hocket.channels import SERVER_OPTIONS
+from hocket.channels import server_options
 from hocket.clock import SystemClock
 from hocket.leader import LeaderWatch
 from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
@@ -146,8 +146,9 @@ def _server(
     identity: Identity | None,
 ) -> tuple[grpc.aio.Server, str]:
     interceptors = telemetry.server_interceptors(settings.caller_stall_s)
+    options = server_options(settings.keepalive_s)
     # No bound on RPCs here: it would count cancels and health checks too.
-    server = grpc.aio.server(interceptors=[*interceptors, ErrorStatuses()], options=SERVER_OPTIONS)
+    server = grpc.aio.server(interceptors=[*interceptors, ErrorStatuses()], options=options)
     limit, callers = CallLimit(settings.calls_max), Access(settings.api_keys, SystemClock())
     add_GenerationServiceServicer_to_server(GenerationServicer(calls, limit, callers), server)
     add_OperationsServicer_to_server(GenerationOperations(calls, limit, callers), server)

@@ -22,6 +22,7 @@ class GatewaySettings(Common, frozen=True, kw_only=True):
     api_keys: Path | None = None  # file of `hocket keys`; none: callers say themselves who they are
     client_certs: bool = False  # with tls_dir: callers show a certificate of the cluster's CA, too
     calls_max: Annotated[int, Meta(ge=1, le=100_000)] = 4096  # streams and waits served at once
+    keepalive_s: Seconds = 20.0  # a silent caller is asked whether it lives; it has half as long
     caller_stall_s: Seconds = 60.0  # a caller that takes nothing for so long is ended
     media_timeout_s: Seconds = 60.0  # how long the broker may be away before a fetch is given up
     submit_timeout_s: Seconds = 10.0  # how long a new request waits for control

@@ -62,17 +62,21 @@ class BrokerAccess:
     """What a client shows to get in: further keyword options of nats-py's `Client.connect`."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
+    # How JetStream's API is called in an account that has none of its own: it has no consumers.
+    api: str = ""
 
 
 class Bus:
     """One connection to the broker. Create it with `connect`; close it with `close`."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, api: str = "") -> None:
+        """`api`: see `BrokerAccess`."""
         self._client = client
+        self.has_consumers = not api
         self._tasks: set[asyncio.Task[None]] = set()
         self._flushes: set[asyncio.Task[bool]] = set()
         self._failure: asyncio.Future[NoReturn] = asyncio.get_running_loop().create_future()
-        self._jetstream = client.jetstream(timeout=_API_WAIT_S)
+        self._jetstream = client.jetstream(timeout=_API_WAIT_S, **({"prefix": api} if api else {}))
         self.drops = 0  # messages that a slow subscriber or a full buffer lost
         self.undecodable = 0  # messages that were no protobuf of the expected type
         self.refused = 0  # messages whose handler raised a typed error
@@ -87,8 +91,8 @@ class Bus:
         """
         urls = [part.strip() for part in url.split(",") if part.strip()]
         await _wait_for_port(url, urls, timeout_s)
-        client = Client()
-        bus = cls(client)
+        client, access = Client(), access or BrokerAccess()
+        bus = cls(client, access.api)
         try:
             async with asyncio.timeout(timeout_s):
                 await client.connect(
@@ -102,7 +106,7 @@ class Bus:
                     error_cb=bus._on_error,
                     disconnected_cb=bus._on_disconnect,
                     reconnected_cb=bus._on_reconnect,
-                    **(access.options if access is not None else {}),
+                    **access.options,
                 )
         except (OSError, nats.errors.Error) as error:
             raise BrokerUnavailable(url=url, cause=str(error) or "no answer") from error
@@ -162,11 +166,18 @@ class Bus:
             log.warning(what, self.drops, subject[:256], len(content), cause)
 
     async def subscribe(
-        self, subject: str, kind: type[M], handler: Callable[[M], Awaitable[None]]
+        self,
+        subject: str,
+        kind: type[M],
+        handler: Callable[[M], Awaitable[None]],
+        *,
+        speaker: Callable[[M], str] | None = None,
     ) -> None:
         """Calls `handler` with each message on `subject`, one at a time, in order.
 
         A typed error that it raises is logged and counted; any other one is a bug: see `failed`.
+        With `speaker`, which says whom a message is from, one whose subject ends with another name
+        is refused: the broker's permissions are by subject.
         """
 
         async def on_message(raw: Msg) -> None:
@@ -174,6 +185,8 @@ class Bus:
             if message is None:
                 return
             try:
+                if speaker is not None:
+                    _check_speaker(raw.subject, speaker(message))
                 await handler(message)
             except HocketError as error:
                 self._refuse(raw.subject, error)
@@ -351,6 +364,11 @@ class Bus:
         for trip in tuple(self._flushes):  # their pings went with the old connection
             trip.cancel()
         log.info("broker connection restored")
+
+
+def _check_speaker(subject: str, name: str) -> None:
+    if subject.rpartition(".")[2] != name:
+        raise Refused("NOT_ITSELF", f"it says that it is from {name[:64]!r}")
 
 
 def _seldom(count: int) -> bool:

@@ -37,3 +37,16 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.server.max_pending_requests_hard_limit", CALLS_WAITING_MAX),
     ("grpc.server_max_unrequested_time_in_server", 300),
 ]
+
+
+def server_options(keepalive_s: float) -> list[tuple[str, int]]:
+    """SERVER_OPTIONS with other pings: each so long after the last word of a peer, which has half
+    as long for its answer.
+    """
+    wait_ms = max(1, round(keepalive_s * 1000))
+    pings = {
+        "grpc.keepalive_time_ms": wait_ms,
+        "grpc.keepalive_timeout_ms": max(1, wait_ms // 2),
+        "grpc.http2.ping_timeout_ms": max(1, wait_ms // 2),
+    }
+    return list({**dict(SERVER_OPTIONS), **pings}.items())

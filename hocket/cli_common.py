@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
@@ -147,8 +147,11 @@ def pixels(option: str, text: str) -> tuple[int, int]:
 
 async def _leading(found: CommandSettings) -> str:
     """Address of the control replica that answers; of several only the leader does."""
-    only = _announced(found.state_dir, "control", "--control")
     known = endpoints.living(found.state_dir, "control")
+    replicas = endpoints.living(found.state_dir, "control", standing_by=True)
+    if replicas and not known:
+        raise NotReady(_nobody_leads(replicas))
+    only = _announced(found.state_dir, "control", "--control")
     identity = Identity.load(found.tls_dir)
     if len(known) < 2:
         return only
@@ -160,7 +163,12 @@ async def _leading(found: CommandSettings) -> str:
                     return one.address
             except grpc.aio.AioRpcError:
                 continue  # stands by, or is about to end
-    raise NotReady(f"none of the {len(known)} control replicas here leads at the moment")
+    raise NotReady(_nobody_leads(replicas))
+
+
+def _nobody_leads(replicas: Sequence[endpoints.Endpoint]) -> str:
+    where = ", ".join(f"{one.address} (pid {one.pid}, {one.role})" for one in replicas)
+    return f"none of the control replicas here leads at the moment: {where}"
 
 
 def _announced(state_dir: Path, service: str, option: str) -> str:

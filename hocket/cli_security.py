@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -38,6 +39,13 @@ def certs(
         Path | None,
         typer.Option(help="Where the broker's folder will lie on its host; default: here."),
     ] = None,
+    worker_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST=COUNT",
+            help="Workers HOST-0 … HOST-(COUNT-1) get a certificate of their own; repeatable.",
+        ),
+    ] = None,
     days: Annotated[int, typer.Option(min=1, max=3650, help="How long they are valid.")] = 825,
 ) -> None:
     """Makes a CA, a folder of certificates for each role, and the broker's configuration.
@@ -46,16 +54,34 @@ def certs(
     is kept: delete a role's folder to make it anew.
     """
     try:
-        make_all(folder, host or [], days)
+        workers = _workers(worker_host or [])
+        make_all(folder, host or [], days, tuple(workers))
         at = installed_at or (folder / "broker").resolve()
-        text = broker_rules.configuration(cluster, at, broker_listen, broker_store)
+        text = broker_rules.configuration(cluster, at, broker_listen, broker_store, workers)
         (folder / "broker" / "nats-server.conf").write_text(text)
     except (WrongConfig, OSError) as error:
         complaints.print(str(error), markup=False)
         raise typer.Exit(2) from None
     console.print(f"{folder / 'ca'}: keep ca.key where no service runs", soft_wrap=True)
     for role in ROLES:
+        if role == "worker" and workers:
+            continue
         console.print(f"{folder / role}: {_USES[role]}", soft_wrap=True, markup=False)
+    for name in workers:
+        where = folder / f"worker-{name}"
+        console.print(f"{where}: {_USES['worker']}", soft_wrap=True, markup=False)
+
+
+def _workers(said: list[str]) -> dict[str, int]:
+    """How many workers each host has. Raises WrongConfig."""
+    found: dict[str, int] = {}
+    for item in said:
+        match = re.fullmatch(r"([a-z0-9][a-z0-9-]{0,39})=([0-9]{1,3})", item)
+        if match is None or not int(match[2]):
+            allowed = "HOST=COUNT, with the host as in its workers' names: gpu-1=8"
+            raise WrongConfig("--worker-host", item, allowed)
+        found[match[1]] = int(match[2])
+    return found
 
 
 _USES = {

@@ -7,15 +7,18 @@ background; here whoever reads is told (`Broken`) and begins again behind what i
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import datetime
 
 import nats.errors
 from nats.aio.msg import Msg
 from nats.js import api
+from nats.js.errors import NotFoundError
 
 from hocket.bus import Bus
 from hocket.cancelling import cancellable
-from hocket.errors import HocketError
+from hocket.errors import BrokerUnavailable, HocketError
 from hocket.feed import Feed
 
 _HEARTBEAT_S = 1.0
@@ -125,3 +128,28 @@ def _stamp_ns(reply: str) -> int:
     """As nats-py's metadata, without its rounding: `$JS.ACK.…`, of 9 tokens or of more."""
     parts = reply.split(".")
     return int(parts[7] if len(parts) == 9 else parts[9])
+
+
+async def one_by_one(bus: Bus, stream: str, subject: str, upto: int) -> AsyncIterator[Entry]:
+    """Entries up to number `upto`, oldest first, each asked for: where there are no consumers.
+
+    Raises BrokerUnavailable.
+    """
+    after = 0
+    while after < upto:
+        try:
+            found = await cancellable(
+                bus.jetstream.get_msg(stream, seq=after + 1, subject=subject, next=True)
+            )
+        except NotFoundError:
+            return
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable("JetStream", str(error) or "no answer") from error
+        after = int(found.seq or upto)
+        if after <= upto:
+            yield Entry(found.subject or "", found.data or b"", after, unix_us_of(found.time))
+
+
+def unix_us_of(stamp: datetime | None) -> int:
+    """A stamp of the broker's, in µs since 1970."""
+    return round(stamp.timestamp() * 1e6) if stamp is not None else 0

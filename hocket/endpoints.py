@@ -2,7 +2,9 @@
 each process, so that two gateways never overwrite each other.
 
 A service announces its door once it is ready to serve, so the file is also the readiness signal of
-`hocket up`. A file left by a dead process counts as absent; the next announcement removes it.
+`hocket up`. A replica of control that does not lead announces that it stands by: it answers no
+calls, and counts only where it is asked for. A file left by a dead process counts as absent; the
+next announcement removes it.
 """
 
 from __future__ import annotations
@@ -12,23 +14,27 @@ from pathlib import Path
 
 import msgspec
 
+STANDBY = "standby"
+
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     """An open door."""
 
     address: str  # "host:port"
     pid: int  # the process that opened it
+    role: str = ""  # of a replica of control: "leader" or "standby"
 
 
-def announce(state_dir: Path, service: str, address: str) -> None:
+def announce(state_dir: Path, service: str, address: str, role: str = "") -> None:
     """Tells other processes where `service` listens. Written whole or not at all."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    for path, endpoint in _announced(state_dir, service):
-        if not _lives(endpoint.pid):
+    for path, known in _announced(state_dir, service):
+        if not _lives(known.pid):
             path.unlink(missing_ok=True)
     target = _path(state_dir, service, os.getpid())
+    endpoint = Endpoint(address=address, pid=os.getpid(), role=role)
     draft = target.with_suffix(".draft")
-    draft.write_bytes(msgspec.json.encode(Endpoint(address=address, pid=os.getpid())) + b"\n")
+    draft.write_bytes(msgspec.json.encode(endpoint) + b"\n")
     draft.replace(target)
 
 
@@ -38,14 +44,17 @@ def withdraw(state_dir: Path, service: str) -> None:
 
 
 def find(state_dir: Path, service: str) -> Endpoint | None:
-    """A door of `service`, the newest one; None when no living process has announced one."""
+    """A door of `service`, the newest that serves; None when no living process has one."""
     found = living(state_dir, service)
     return found[0] if found else None
 
 
-def living(state_dir: Path, service: str) -> tuple[Endpoint, ...]:
-    """All doors of `service` whose processes live, the newest first."""
-    return tuple(e for _, e in _announced(state_dir, service) if _lives(e.pid))
+def living(state_dir: Path, service: str, *, standing_by: bool = False) -> tuple[Endpoint, ...]:
+    """All doors of `service` whose processes live, the newest first; of those that stand by only
+    where they are wanted, too.
+    """
+    known = (e for _, e in _announced(state_dir, service) if _lives(e.pid))
+    return tuple(e for e in known if standing_by or e.role != STANDBY)
 
 
 def clear(state_dir: Path, service: str) -> None:

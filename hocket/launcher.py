@@ -159,6 +159,8 @@ async def _start_controls(plan: MeshPlan, url: str, children: Children, report: 
             child = await children.start(_numbered("control", index), command, stop_rank=1)
             if index == 0:  # it also compiles what the others then find compiled
                 address = await _announced(plan, child, "control", _CONTROL_START_S)
+            else:
+                await _announced(plan, child, "control", pid=child.process.pid)
     finally:
         teller.cancel()
     standing_by = f", {plan.controls - 1} standing by" if plan.controls > 1 else ""
@@ -268,10 +270,12 @@ async def _announced(
     limit_s: float = _SERVICE_START_S,
     pid: int = 0,
 ) -> str:
-    """Address of a service once it has announced itself; of that process, where one is named."""
+    """Address of a service once it has announced itself; of that process, where one is named,
+    also if it stands by.
+    """
 
     def doors() -> list[str]:
-        known = endpoints.living(plan.state_dir, service)
+        known = endpoints.living(plan.state_dir, service, standing_by=bool(pid))
         return [one.address for one in known if pid in (0, one.pid)]
 
     async def known() -> bool:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from contextlib import suppress
 
 import msgspec
 
 from hocket.bus import Bus, Subjects
+from hocket.errors import BrokerUnavailable
 from hocket.feed import Feed
 from hocket.stores import Cell
 
 log = logging.getLogger(__name__)
 
 LEADER_KEY = "leader"
+_ASK_EVERY_S = 0.2
 
 
 class LeaderKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +42,7 @@ class LeaderWatch:
     """Tells where the leader is, now and whenever it changes: by `next`, or by `async for`."""
 
     def __init__(self, bus: Bus, cluster: str) -> None:
+        self._bus = bus
         self._cell = Cell(bus, Subjects(cluster).leader_bucket, LEADER_KEY)
         self._feed: Feed[bytes | None] | None = None
         self._first = True
@@ -48,13 +53,30 @@ class LeaderWatch:
         leads. Waits while the broker is away.
         """
         if self._feed is None:
-            self._feed = await self._cell.watch()
+            self._feed = await (self._cell.watch() if self._bus.has_consumers else self._asked())
         while True:
             key = read_key(await self._feed.next())
             address = key.address if key is not None and key.term else ""
             if self._first or address != self.address:
                 self._first, self.address = False, address
                 return address
+
+    async def _asked(self) -> Feed[bytes | None]:
+        """What a watch says, where the broker gives this account none."""
+        feed: Feed[bytes | None] = Feed(16)
+        feed.attach(self._bus.own(self._keep_asking(feed)))
+        return feed
+
+    async def _keep_asking(self, feed: Feed[bytes | None]) -> None:
+        told: list[bytes | None] = []
+        while True:
+            with suppress(BrokerUnavailable):
+                found = await self._cell.get()
+                value = found[0] if found is not None else None
+                if told != [value]:
+                    told = [value]
+                    feed.put(value)
+            await asyncio.sleep(_ASK_EVERY_S)
 
     def __aiter__(self) -> LeaderWatch:
         return self

@@ -16,7 +16,6 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 
 import nats.errors
 from nats.js import api
@@ -24,7 +23,7 @@ from nats.js.errors import APIError, NotFoundError
 
 from hocket.bus import Bus
 from hocket.cancelling import cancellable
-from hocket.deliveries import Broken, Delivery, Entry
+from hocket.deliveries import Broken, Delivery, Entry, one_by_one, unix_us_of
 from hocket.errors import BrokerUnavailable, HocketError
 from hocket.feed import Feed
 
@@ -212,7 +211,7 @@ class Log:
             subject=found.subject or subject,
             data=found.data or b"",
             sequence=int(found.seq or 0),
-            unix_us=_unix_us(found.time),
+            unix_us=unix_us_of(found.time),
         )
 
     async def bytes_max(self) -> int | None:
@@ -242,6 +241,10 @@ class Log:
         """
         upto = await self.last_sequence()
         if not upto:
+            return
+        if history and not self._bus.has_consumers:
+            async for entry in one_by_one(self._bus, self.name, subject, upto):
+                yield entry
             return
         try:
             delivery = await Delivery.open(self._bus, self.name, subject, newest=not history)
@@ -388,7 +391,3 @@ class Cell:
                 finally:
                     await delivery.close()
             await asyncio.sleep(_AGAIN_S)
-
-
-def _unix_us(stamp: datetime | None) -> int:
-    return round(stamp.timestamp() * 1e6) if stamp is not None else 0

@@ -50,6 +50,7 @@ class Stream:
     one_a_subject: bool
     age_us: int = 0  # of a message when it goes; 0: it stays
     marks: bool = False  # what has gone by age leaves an empty message for a while
+    bounds: tuple[int, float, int] = (-1, 0.0, 1)  # bytes, age in s, copies: told, not obeyed
     messages: dict[int, Message] = field(default_factory=dict)  # by sequence, ascending
     newest: dict[str, int] = field(default_factory=dict)  # sequence by subject
     last: int = 0

@@ -127,6 +127,7 @@ class Callers:
                 self._failed(story, error)
                 await asyncio.sleep(_AGAIN_S)
             else:
+                story.cancelled_us = self._world.now_us
                 break
         await waiting
 

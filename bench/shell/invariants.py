@@ -129,6 +129,15 @@ def stored(run: Run) -> Iterator[Problem]:
                     yield Problem("told an end that is not stored", f"{story} {outcomes}")
 
 
+def cancels_hold(run: Run) -> Iterator[Problem]:
+    """Whoever was told that a request is called off can rely on it: its end is stored by then."""
+    for story in run.stories:
+        ends = run.ended.get(story.request)
+        told_us = story.cancelled_us
+        if told_us is not None and (not ends or ends[0].at_us > told_us):
+            yield Problem("a cancel was acknowledged before it was stored", str(story))
+
+
 def one_leader(run: Run) -> Iterator[Problem]:
     """Once a term has written, no earlier one does."""
     for before, after in itertools.pairwise(run.terms):
@@ -239,6 +248,7 @@ CHECKS: tuple[Callable[[Run], Iterator[Problem]], ...] = (
     typed,
     in_order,
     stored,
+    cancels_hold,
     one_leader,
     within_room,
     for_somebody,

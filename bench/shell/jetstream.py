@@ -56,7 +56,10 @@ class JetStream:
         await self._ask(lambda: void(self._client.broker.stream(name, made)))
 
     async def update_stream(self, config: StreamConfig | None = None, **_: Any) -> None:
-        """Streams have one shape here."""
+        """Streams have one shape here, but for what is told of them."""
+        assert config is not None and config.name is not None
+        name, bounds = config.name, _bounds(config)
+        await self._ask(lambda: setattr(self._stream(name), "bounds", bounds))
 
     async def purge_stream(
         self, name: str, seq: int | None = None, subject: str | None = None
@@ -112,7 +115,9 @@ class JetStream:
             state = SimpleNamespace(
                 subjects=subjects, last_seq=stream.last, messages=len(stream.messages)
             )
-            return SimpleNamespace(state=state, config=SimpleNamespace(max_bytes=-1))
+            size, age_s, copies = stream.bounds
+            config = StreamConfig(name, max_bytes=size, max_age=age_s, num_replicas=copies)
+            return SimpleNamespace(state=state, config=config)
 
         return await self._ask(info)
 
@@ -173,7 +178,10 @@ class JetStream:
         return Objects(self, self._client, name)
 
     async def create_object_store(self, name: str, config: Any = None) -> Objects:
-        made = partial(Stream, (), True)
+        bounds = (-1, 0.0, 1)
+        if config is not None:
+            bounds = (config.max_bytes or -1, config.ttl or 0.0, config.replicas)
+        made = partial(Stream, (), True, bounds=bounds)
         await self._ask(lambda: void(self._client.broker.stream(f"OBJ_{name}", made)))
         return Objects(self, self._client, name)
 
@@ -286,6 +294,10 @@ class Objects:
 
     def _about(self, name: str) -> str:
         return f"$O.{self._name}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
+
+
+def _bounds(config: StreamConfig) -> tuple[int, float, int]:
+    return config.max_bytes or -1, config.max_age or 0.0, config.num_replicas or 1
 
 
 def _number(head: Mapping[str, Any], name: str) -> int | None:

@@ -39,6 +39,7 @@ class Story:
     told: list[Told] = field(default_factory=list)
     chain: int = 0
     left_us: int | None = None  # it gave up then
+    cancelled_us: int | None = None  # its Cancel was acknowledged then
     over: bool = False  # it learned an end, or gave up
     lost: bool = False  # its stream broke before it knew a name, and it had no key
     odd: list[str] = field(default_factory=list)  # statuses that it cannot understand

@@ -43,6 +43,7 @@ class Endings:
         self._records = records
         self._tell = tell
         self._queue: asyncio.Queue[tuple[Record, journal_pb2.EndedRequest]] = asyncio.Queue()
+        self._awaited: dict[str, asyncio.Event] = {}  # by request
 
     @property
     def pending(self) -> int:
@@ -51,6 +52,11 @@ class Endings:
     def put(self, record: Record, ended: journal_pb2.EndedRequest) -> None:
         """`record` was taken with `Records.begin_end`: it comes here once."""
         self._queue.put_nowait((record, ended))
+
+    async def over(self, record: Record) -> None:
+        """Returns once an open request's ending is stored, so that it never runs again."""
+        if record.is_open:
+            await self._awaited.setdefault(record.id, asyncio.Event()).wait()
 
     async def run(self) -> None:
         """Works until cancelled."""
@@ -65,6 +71,9 @@ class Endings:
     async def _end(self, record: Record, ended: journal_pb2.EndedRequest) -> None:
         unix_us = await self._promises.append(to_promise(record, self._promises.term, ended))
         self._tell(self._records.end(record.id, ending_event(ended), unix_us))
+        awaited = self._awaited.pop(record.id, None)
+        if awaited is not None:
+            awaited.set()
 
 
 def to_promise(

@@ -24,6 +24,8 @@ class Forecaster(Protocol):
 
     def forecast(self, requests: Sequence[Request], now_us: int) -> Sequence[Forecast]: ...
 
+    def forecast_alone(self, request: Request, now_us: int) -> Forecast: ...
+
     def job(self, request_id: str) -> object | None: ...
 
 
@@ -44,6 +46,7 @@ class Verdict:
     late: bool
     refused: bool
     degraded: bool = False  # it is a variant
+    hopeless: bool = False  # refused, and would be if nobody else wanted anything
 
     @property
     def finish_us(self) -> int:
@@ -104,7 +107,10 @@ def _verdict(
     found = _cheapest(scheduler, before, newcomer, now_us)
     if found is not None:
         return found
-    return Verdict(request, forecast, late=True, refused=request.on_miss is OnMiss.REJECT)
+    if request.on_miss is not OnMiss.REJECT:
+        return Verdict(request, forecast, late=True, refused=False)
+    hopeless = is_late(request, scheduler.forecast_alone(request, now_us))
+    return Verdict(request, forecast, late=True, refused=True, hopeless=hopeless)
 
 
 def _cheapest(

@@ -166,6 +166,12 @@ class Scheduler:
             for request, finish_us in zip(requests, finishes, strict=True)
         )
 
+    def forecast_alone(self, request: Request, now_us: int) -> Forecast:
+        """When a newcomer would finish if nobody else wanted anything: no wait makes it sooner."""
+        finish_us = now_us + self._estimates.alone_us(request)
+        told_us = self._commitments.finish_us_p95(request, now_us, finish_us)
+        return Forecast(finish_us=finish_us, finish_us_p95=told_us)
+
     def promise_figures(self) -> PromiseFigures:
         """What became of the requests that were told a finish when they arrived."""
         return self._commitments.figures()

@@ -30,6 +30,7 @@ class Planner(Protocol):
     """What `core.Scheduler` asks."""
 
     operations: int  # of the last plan, where the planner counts them
+    foresees: bool  # newcomers are judged by its own forecast, at safe times
 
     def plan(self, ledger: Ledger, now_us: int, issue: Issue) -> Planned:
         """Decides what goes out now, and issues it."""
@@ -52,6 +53,7 @@ class WindowPlanner:
     """Encode and decode at once wherever there is room; denoising by windows of the round grid."""
 
     operations = 0
+    foresees = False
 
     def __init__(self, policy: Policy, ledger: Ledger) -> None:
         self._policy = policy
@@ -153,6 +155,7 @@ class EventPlanner:
     """Asks an event policy at every end of an assignment and every arrival."""
 
     operations = 0
+    foresees = False
 
     def __init__(self, policy: EventPolicy, ledger: Ledger) -> None:
         self._policy = policy

@@ -61,6 +61,15 @@ class Estimates:
             told.append(finish_us)
         return told
 
+    def alone_us(self, request: Request) -> int:
+        """What a newcomer would take if nobody else wanted anything, by the same estimate."""
+        ledger, rates = self._ledger, self._ledger.rates(request)
+        if not self._planner.foresees or not rates.safe_us:
+            own_us = self._stage_us(request, TEXT) + request.steps * self._step_us(request)
+            return own_us + self._stage_us(request, VAE)
+        text_us = ledger.predict_usable(request, TEXT, 1, 1).safe_us
+        return text_us + request.steps * min(rates.safe_us.values()) + rates.decode_safe_us
+
     def _fluid_us(self, request: Request, now_us: int) -> int:
         own_us = self._stage_us(request, TEXT) + request.steps * self._step_us(request)
         own_us += self._stage_us(request, VAE)

@@ -17,7 +17,7 @@ from nats.js.errors import APIError, NotFoundError
 
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
-from hocket.media_bucket import opened
+from hocket.media_bucket import Bounds, opened
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ class MediaBucket:
         self._bucket = subjects.media_bucket
         self._stream = f"OBJ_{self._bucket}"
         self._clock = clock
-        self._bytes_max = bytes_max
-        self._kept_s = kept_s
+        self._bounds = Bounds(bytes_max, kept_s)
 
     async def put(self, name: str, content: bytes) -> None:
         """Stores a file under a name, waiting for a broker that is away for up to ten minutes.
@@ -81,7 +80,7 @@ class MediaBucket:
                 raise NotStored(problem)
 
     async def _put(self, name: str, content: bytes) -> None:
-        store = await opened(self._bus, self._bucket, self._bytes_max, self._kept_s)
+        store = await opened(self._bus, self._bucket, self._bounds)
         for left in reversed(range(_EVICTIONS_MAX)):
             try:
                 await store.put(name, io.BytesIO(content))

@@ -2,6 +2,7 @@
 
     DIR/ca/       ca.pem, ca.key          stays with whoever runs the cluster
     DIR/<role>/   ca.pem, cert.pem, key.pem and, for the broker, nats-server.conf
+    DIR/worker-<host>/   likewise, where each host of workers gets its own
 
 A certificate's common name and first DNS name are `hocket-<role>`: by it control and the broker
 tell roles apart, and by it a client knows that it reached the right kind of service, whatever the
@@ -28,11 +29,14 @@ def common_name(role: str) -> str:
     return f"hocket-{role}"
 
 
-def make_all(folder: Path, hosts: Sequence[str], days: int) -> None:
+def make_all(
+    folder: Path, hosts: Sequence[str], days: int, worker_hosts: Sequence[str] = ()
+) -> None:
     """Makes what is not there yet: a CA, and a folder for each role. Keys are for their owner only.
 
     `hosts`: names and addresses under which callers reach the gateway. An existing CA is kept, so
-    that a role's folder that was deleted is made anew under it. Raises WrongConfig.
+    that a role's folder that was deleted is made anew under it. `worker_hosts`: hosts of workers,
+    each of which gets a folder `worker-<host>`. Raises WrongConfig.
     """
     if shutil.which("openssl") is None:
         raise WrongConfig("hocket certs", str(folder), "a machine with the openssl command")
@@ -44,7 +48,13 @@ def make_all(folder: Path, hosts: Sequence[str], days: int) -> None:
         _make_ca(ca, days)
     for role in ROLES:
         if not (folder / role / "key.pem").exists():
-            _make_role(ca, folder / role, role, hosts if role == "gateway" else (), days)
+            names = [common_name(role), *(hosts if role == "gateway" else ())]
+            _make_role(ca, folder / role, role, names, days)
+    for host in worker_hosts:
+        own = folder / f"worker-{host}"
+        if not (own / "key.pem").exists():  # the broker goes by the first name that it knows
+            names = [common_name(own.name), common_name("worker")]
+            _make_role(ca, own, "worker", names, days)
 
 
 def _make_ca(folder: Path, days: int) -> None:
@@ -58,18 +68,17 @@ def _make_ca(folder: Path, days: int) -> None:
     (folder / "ca.key").chmod(0o600)
 
 
-def _make_role(ca: Path, folder: Path, role: str, hosts: Sequence[str], days: int) -> None:
+def _make_role(ca: Path, folder: Path, role: str, names: Sequence[str], days: int) -> None:
     folder.mkdir(mode=0o700, exist_ok=True)
     request, extensions = folder / "request.pem", folder / "extensions"
-    name = common_name(role)
     _openssl(
-        *("req", "-new", *_CURVE, "-subj", f"/O=hocket/CN={name}"),
+        *("req", "-new", *_CURVE, "-subj", f"/O=hocket/CN={common_name(role)}"),
         *("-keyout", str(folder / "key.pem"), "-out", str(request)),
     )
     (folder / "key.pem").chmod(0o600)
-    names = ",".join((f"DNS:{name}", *(_checked(host) for host in (*hosts, *_LOCAL))))
+    others = ",".join(_checked(name) for name in (*names, *_LOCAL))
     extensions.write_text(
-        f"subjectAltName={names}\nextendedKeyUsage=serverAuth,clientAuth\n"
+        f"subjectAltName={others}\nextendedKeyUsage=serverAuth,clientAuth\n"
         "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"
     )
     _openssl(

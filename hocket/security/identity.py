@@ -19,7 +19,7 @@ import grpc
 
 from hocket.bus import BrokerAccess
 from hocket.errors import WrongConfig
-from hocket.security.broker_rules import inbox_of
+from hocket.security.broker_rules import api_of, inbox_of
 from hocket.security.certificates import common_name
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,8 @@ def broker_access(identity: Identity | None, role: str) -> BrokerAccess:
             "tls": identity.ssl_context(),
             "tls_hostname": common_name("broker"),
             "inbox_prefix": inbox_of(role).encode(),
-        }
+        },
+        api_of(role),
     )
 
 

@@ -1,7 +1,12 @@
-"""Promises of a test."""
+"""Promises of a test, and their stream."""
 
 from __future__ import annotations
 
+from control.promises import Promises
+from control.standby import Book
+from hocket.bus import Subjects
+from hocket.clock import SystemClock
+from hocket.stores import Log
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
 
 PROMPT = "a fox"
@@ -26,3 +31,20 @@ def ended(request: str) -> journal_pb2.Promise:
     promise.ended.request_id = request
     promise.ended.cancelled.steps_done = 2
     return promise
+
+
+async def taken(
+    stream: Log, subjects: Subjects, term: int, retention_s: float = 600.0, ended_max: int = 1000
+) -> Promises:
+    """A new leader's pen."""
+    return await Promises.take(
+        stream, subjects, term, SystemClock(), retention_s=retention_s, ended_max=ended_max
+    )
+
+
+async def book_of(stream: Log, subjects: Subjects) -> Book:
+    """What a stream says."""
+    book = Book(subjects)
+    async for entry in stream.read(subjects.promises):
+        book.take(entry)
+    return book

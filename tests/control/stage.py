@@ -240,6 +240,15 @@ class Stage:
         )
         await self.settle()
 
+    def cancel(self, request: str) -> None:
+        """As a Cancel does whose answer nobody waits for."""
+        asked = control_pb2.CancelRequestRequest(request_id=request)
+
+        async def call() -> None:
+            await self.desk.servicer.CancelRequest(asked, None)  # type: ignore[arg-type]
+
+        self.own(call())
+
     async def work(self, *, media: str = "made") -> None:
         """Workers do what they were told until nothing is left to do."""
         await self.settle()

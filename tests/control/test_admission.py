@@ -128,7 +128,7 @@ async def test_a_cancel_overtakes_the_promise() -> None:
         stage.shelf.is_open.clear()
         stage.submit(gateway, "r")
         await stage.until(lambda: stage.shelf.begun)
-        stage.desk.admission.cancel("r")
+        stage.cancel("r")
         stage.shelf.is_open.set()
         await stage.work()
         assert gateway.kinds("r") == ["cancelled"]
@@ -162,6 +162,17 @@ async def test_a_deadline_behind_others_is_worth_another_try() -> None:
         slo = types_pb2.Slo(deadline_us=31 * STEP_US, on_miss=types_pb2.ON_MISS_REJECT)
         failure = await refused(stage, submit_of("b", slo=slo))
         assert failure.reason == "DEADLINE_UNATTAINABLE" and failure.retry_after_us > 0
+
+
+async def test_a_deadline_that_an_idle_cluster_would_miss_is_worth_no_other_try() -> None:
+    async with running() as stage:
+        gateway = stage.attach()
+        stage.submit(gateway, "busy", steps=100)
+        await stage.until(lambda: gateway.answers)
+        slo = types_pb2.Slo(deadline_us=4 * STEP_US, on_miss=types_pb2.ON_MISS_REJECT)
+        failure = await refused(stage, submit_of("b", slo=slo, steps=4))
+        assert failure.reason == "DEADLINE_UNATTAINABLE"
+        assert failure.retry_after_us == 0, "its encode and decode take a step's time each"
 
 
 async def test_who_is_refused_is_in_nobodys_way() -> None:

@@ -14,6 +14,7 @@ from nats.js.api import RetentionPolicy, StreamConfig
 from bench.replay import JournalIncomplete, entries_from_broker, replay
 from control.journal import Journal, joined, pieces, read
 from control.latency_store import LATENCIES, LatencyStore
+from control.promises import open_stream
 from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
 from control.scheduler.latency import LatencyModel
@@ -24,6 +25,7 @@ from hocket.bus import Bus, Subjects
 from hocket.stores import Cell, Log
 from hocket.v1 import journal_pb2
 from tests.brokers import running_broker
+from tests.control.made import book_of, promised, taken
 from tests.control.replica import asking, beat_for_ever, replica
 from tests.mesh.test_latency_store import learned
 
@@ -132,6 +134,27 @@ async def test_the_diary_loses_its_oldest_entries(
     entries = await entries_from_broker(nats_url, subjects.cluster)
     assert entries and entries[0].sequence > 1 and entries[-1].sequence == 500
     assert {entry.term for entry in entries} == {7}
+
+
+async def test_a_diary_that_overflows_takes_no_promise_along(
+    nats_url: str, bus: Bus, subjects: Subjects
+) -> None:
+    """They were one stream: after so many facts the oldest promise was gone, and with it what a new
+    leader would have taken up.
+    """
+    stream = await open_stream(bus, subjects, bytes_max=1 << 20)
+    promises = await taken(stream, subjects, 1)
+    await promises.append(promised("long-video"))
+    diary = await Journal.open(bus, subjects, term=1, bytes_max=20_000)
+    for number in range(500):
+        await diary.note(journal_pb2.JournalEntry(stamped_us=number, observed_json="x" * 100))
+    journal = Log(bus, subjects.journal_stream)
+    async with asyncio.timeout(WAIT_S):
+        while await journal.last_sequence() < 500:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert (await entries_from_broker(nats_url, subjects.cluster))[0].sequence > 1
+    await taken(stream, subjects, 2)
+    assert set((await book_of(stream, subjects)).open) == {"long-video"}
 
 
 async def test_an_entry_that_no_broker_takes_is_dropped_with_a_line(

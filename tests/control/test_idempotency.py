@@ -25,7 +25,7 @@ async def test_a_cancelled_request_does_not_rise_again() -> None:
     async with running() as stage:
         gateway = stage.attach()
         assert await ask(stage, gateway, "x1", 1, idempotency_key="k") == "accepted"
-        stage.desk.servicer.cancel("x1")
+        stage.cancel("x1")
         await stage.work()
         assert gateway.kinds("x1")[-1] == "cancelled"
         assert await ask(stage, gateway, "x1", 2, idempotency_key="k") == "CANCELLED"

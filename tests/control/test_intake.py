@@ -52,7 +52,7 @@ async def test_an_assignment_names_the_process_that_the_scheduler_meant() -> Non
         stage.submit(gateway, "s", call=2)
         await stage.settle()
         assert stage.wire.of(mesh_pb2.Assign)[-1].incarnation == "b"
-        stage.desk.servicer.cancel("s")
+        stage.cancel("s")
         await stage.settle()
         assert {t.incarnation for t in stage.wire.of(mesh_pb2.Truncate)} <= {"b"}
 

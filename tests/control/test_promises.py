@@ -10,30 +10,14 @@ import pytest
 from control.promises import LANES, Deposed, Promises, open_stream
 from control.standby import Book, Standby
 from hocket.bus import Bus, Subjects
-from hocket.clock import SystemClock
-from hocket.errors import Refused, WrongConfig
-from hocket.stores import Entry, EntryTooLarge, Log, LogFull, OutcomeUnknown
+from hocket.errors import WrongConfig
+from hocket.stores import Entry, EntryTooLarge, Log, OutcomeUnknown
 from hocket.v1 import journal_pb2
 from tests.brokers import running_broker
-from tests.control.made import PROMPT, ended, promised
+from tests.control.made import PROMPT, book_of, ended, promised, taken
 
 WAIT_S = 30.0
 TRY_S = 0.2  # an append that is not answered for so long is tried again
-
-
-async def taken(
-    stream: Log, subjects: Subjects, term: int, retention_s: float = 600.0, ended_max: int = 1000
-) -> Promises:
-    return await Promises.take(
-        stream, subjects, term, SystemClock(), retention_s=retention_s, ended_max=ended_max
-    )
-
-
-async def book_of(stream: Log, subjects: Subjects) -> Book:
-    book = Book(subjects)
-    async for entry in stream.read(subjects.promises):
-        book.take(entry)
-    return book
 
 
 async def test_a_deposed_leader_promises_nothing_more(bus: Bus, subjects: Subjects) -> None:
@@ -126,23 +110,6 @@ async def test_ended_requests_go_after_the_retention(bus: Bus, subjects: Subject
             await asyncio.sleep(0.05)
     book = await book_of(stream, subjects)
     assert set(book.open) == {"open"} and not book.ended
-
-
-async def test_a_full_stream_forgets_what_has_ended_and_then_refuses(
-    bus: Bus, subjects: Subjects
-) -> None:
-    stream = await open_stream(bus, subjects, bytes_max=20_000)
-    promises = await taken(stream, subjects, 1)
-    for i in range(20):
-        await promises.append(ended(f"e{i}"))
-    with pytest.raises(Refused) as refused:
-        for i in range(200):
-            await promises.append(promised(f"r{i}"))
-    assert refused.value.reason == "QUEUE_FULL" and refused.value.retry_after_us
-    book = await book_of(stream, subjects)
-    assert len(book.open) > 20 and not book.ended
-    await promises.append(ended("r0"))
-    assert "r0" in (await book_of(stream, subjects)).ended, "there is room for an end"
 
 
 async def test_too_little_space_names_the_setting(bus: Bus, subjects: Subjects) -> None:
@@ -310,62 +277,3 @@ async def test_ages_are_the_brokers_stamps(bus: Bus, subjects: Subjects) -> None
     fenced_us = later.at_us(later.fence.unix_us)
     assert age_us >= 0 and later.at_us(stored.unix_us) == fenced_us - age_us
     assert journal_pb2.Fence.FromString(later.fence.data).term == 2
-
-
-async def _full(stream: Log, subjects: Subjects) -> None:
-    """No byte is left, whoever kept some for what."""
-    size = 4000
-    for number in range(1000):
-        try:
-            await stream.append(subjects.promise(f"x{number}"), b"\xff" * size)
-        except LogFull:
-            if size < 10:
-                return
-            size //= 2
-    raise AssertionError("there is still room")
-
-
-async def test_a_new_leader_takes_a_full_stream_over(bus: Bus, subjects: Subjects) -> None:
-    stream = await open_stream(bus, subjects, bytes_max=40_000)
-    old = await taken(stream, subjects, 1)
-    await _full(stream, subjects)
-    async with asyncio.timeout(WAIT_S):
-        new = await taken(stream, subjects, 2)
-    assert new.term == 2 and await new.is_ours()
-    with pytest.raises(Deposed):
-        await old.append(ended("a"))
-
-
-async def test_an_end_waits_for_room_and_nothing_goes_for_it(bus: Bus, subjects: Subjects) -> None:
-    stream = await open_stream(bus, subjects, bytes_max=40_000)
-    promises = await taken(stream, subjects, 1)
-    await promises.append(promised("a"))
-    await _full(stream, subjects)
-    larger = ended("a")
-    larger.ended.failed.message = "x" * 3000
-    ending = asyncio.ensure_future(promises.append(larger))
-    with pytest.raises(Refused):
-        await promises.append(promised("b"))
-    await asyncio.wait({ending}, timeout=0.5)
-    assert not ending.done() and set((await book_of(stream, subjects)).open) == {"a"}
-    await stream.purge(subjects.promise("x0"))
-    async with asyncio.timeout(WAIT_S):
-        await ending
-    assert set((await book_of(stream, subjects)).ended) == {"a"}
-
-
-async def test_ends_and_wishes_have_room_where_promises_have_none(
-    bus: Bus, subjects: Subjects
-) -> None:
-    stream = await open_stream(bus, subjects, bytes_max=100_000)
-    promises = await taken(stream, subjects, 1)
-    with pytest.raises(Refused):
-        for number in range(1000):
-            await promises.append(promised(f"r{number}"))
-    told = await stream.room_and_bound()
-    assert told is not None and told[0] >= 5_000
-    async with asyncio.timeout(WAIT_S):
-        await promises.drain("w0", True)
-        await promises.append(ended("r0"))
-        await promises.forget("r0")
-        await taken(stream, subjects, 2)

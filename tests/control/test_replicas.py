@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -99,6 +100,48 @@ async def test_a_leader_that_was_stopped_by_a_signal_comes_back_as_standby(
         process.kill()
         process.wait(10)
         await watch.close()
+
+
+async def test_each_replica_announces_itself_with_its_role(
+    nats_url: str, bus: Bus, subjects: Subjects, worker: None, tmp_path: Path
+) -> None:
+    """Two of one state folder: `hocket status` shows both, and who leads when the leader dies."""
+    doors = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    processes = []
+
+    def announced() -> dict[str, str]:
+        known = endpoints.living(tmp_path, "control", standing_by=True)
+        return {one.address: one.role for one in known}
+
+    async def shown() -> str:
+        command = [sys.executable, "-m", "hocket.cli", "status", f"--state-dir={tmp_path}"]
+        pipe = asyncio.subprocess.PIPE
+        asked = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+        out, wrong = await asked.communicate()
+        return (out + wrong).decode()
+
+    try:
+        async with asyncio.timeout(WAIT_S):
+            for door in doors:
+                processes.append(started(nats_url, subjects.cluster, tmp_path, door))
+                await until(lambda door=door: door in announced())
+            await until(lambda: "leader" in announced().values())
+            (leads,) = (door for door, role in announced().items() if role == "leader")
+            (stands_by,) = (door for door, role in announced().items() if role == "standby")
+            async with asking(leads) as client:
+                await client.cluster_with(lambda c: len(c.replicas) == 2 and len(c.workers) == 1)
+            rows = [line.split() for line in (await shown()).splitlines()]
+            roles = {row[0]: row[1] for row in rows if row and row[0] in doors}
+            assert roles == {leads: "leader", stands_by: "standby"}
+            processes[doors.index(leads)].kill()
+            processes[doors.index(leads)].wait(10)
+            await until(lambda: announced() == {stands_by: "leader"})
+            processes[doors.index(stands_by)].terminate()
+            await until(lambda: announced() == {})
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(10)
 
 
 async def test_control_outlasts_a_broker_that_stands_still(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ class OneWorker:
             found.append(Forecast(finish_us=end_us, finish_us_p95=2 * end_us))
         return found
 
+    def forecast_alone(self, request: Request, now_us: int) -> Forecast:
+        (found,) = OneWorker().forecast((request,), now_us)
+        return found
+
     def job(self, request_id: str) -> object | None:
         return object() if request_id in self.inside else None
 

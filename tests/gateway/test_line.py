@@ -164,6 +164,28 @@ async def test_an_accepted_request_waits_for_control_as_long_as_it_takes() -> No
         assert (await waiting).sequence == 77
 
 
+async def test_waiting_costs_control_nothing() -> None:
+    """A queued request is silent for as long as it takes: nobody asks again what became of it."""
+    async with wired("a") as wire:
+        requests = [f"r{number}" for number in range(50)]
+        waiting = []
+        for number, request in enumerate(requests, 1):
+            follower, answer = submitting(wire, request)
+            await wire.settle()
+            wire.link.accept(number, request)
+            await answer
+            waiting.append(asyncio.ensure_future(follower.next()))
+        link, said = wire.link, len(wire.link.said)
+        for _ in range(120):
+            link.say()
+            await wire.pass_us(SECOND_US)
+        assert wire.link is link and not any(one.done() for one in waiting)
+        assert link.submits == requests and link.follows == []
+        assert all(not message.ListFields() for message in link.said[said:]), "it says: I live"
+        for one in waiting:
+            one.cancel()
+
+
 async def test_a_submit_without_an_answer_expires() -> None:
     async with wired("a", greet=lambda _: False) as wire:
         _, answer = submitting(wire, "r1", wait_us=2 * SECOND_US)

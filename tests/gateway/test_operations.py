@@ -16,6 +16,7 @@ from hocket.errors import (
     HocketError,
     InvalidRequest,
     NotFinished,
+    RequestFailed,
     UnknownRequest,
     from_rpc_error,
     from_rpc_status,
@@ -115,6 +116,57 @@ async def test_a_repeated_key_gives_the_first_operation(staged: Staging) -> None
         first = await generation.CreateGeneration(WANTED)
         again = await generation.CreateGeneration(WANTED)
         assert again.name == first.name and metadata_of(again).progress.step == 2
+
+
+ENDINGS = {
+    "finished": RequestEvent(finished=Finished(latency_us=5)),
+    "failed": RequestEvent(failed=Failure(reason="MODEL_ERROR", message="it broke")),
+    "cancelled": RequestEvent(cancelled=Cancelled(steps_done=3)),
+}
+
+
+@pytest.mark.parametrize("ending", ["finished", "failed"])
+async def test_a_repeated_key_of_what_has_ended_gives_the_ended_operation(
+    staged: Staging, ending: str
+) -> None:
+    """As it ended, with its own id: not a refusal, and not one that never ends."""
+
+    async def repeat(peer: Peer, submit: SubmitRequest) -> SubmitResponse:
+        first = peer.submits[0]
+        if submit.request_id == first.request_id:
+            return accepted(first)
+        event = ENDINGS[ending]
+        await peer.tell(first.request_id, event)
+        if ending == "finished":
+            return SubmitResponse(request_id=first.request_id, already_finished=event.finished)
+        answer = SubmitResponse(request_id=first.request_id, rejected=event.failed)
+        answer.rejected.metadata["ended"] = "1"  # as control says that it had been promised
+        return answer
+
+    async with staged(repeat) as stage, doors(stage) as (_, generation):
+        first = await generation.CreateGeneration(WANTED)
+        assert not first.done
+        again = await generation.CreateGeneration(WANTED)
+    assert again.name == first.name and again.done
+    if ending == "finished":
+        finished = Finished()
+        assert again.response.Unpack(finished) and finished.latency_us == 5
+    else:
+        assert from_rpc_status(again.error).reason == "MODEL_ERROR"
+
+
+async def test_generate_with_the_key_of_what_failed_ends_as_that_did(staged: Staging) -> None:
+    """It was promised, and failed: that is no refusal, which would be worth another try."""
+
+    async def failed(peer: Peer, submit: SubmitRequest) -> SubmitResponse:
+        rejected = Failure(reason="MODEL_ERROR", message="it broke", metadata={"ended": "1"})
+        return SubmitResponse(request_id="0" * 26, rejected=rejected)
+
+    async with staged(failed) as stage:
+        with pytest.raises(RequestFailed) as caught:
+            await stage.client.generate_media("a fox")
+        assert (caught.value.reason, caught.value.metadata) == ("MODEL_ERROR", {})
+        assert stage.peer.followers == {}
 
 
 async def test_listing_by_state_and_page(staged: Staging) -> None:

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from control.scheduler.policies import REGISTRY
+from hocket import endpoints
 from hocket.cli import app
 from hocket.cli_common import pixels, seconds
 from hocket.cli_generate import (
@@ -51,6 +52,13 @@ def test_help_names_every_policy() -> None:
     assert len(POLICIES) == len(set(POLICIES)) and set(POLICIES) == set(REGISTRY)
     _, told = hocket("up", "--help")
     assert "disagfusion" in told
+
+
+def test_while_nobody_leads_it_says_who_stands_by(tmp_path: Path) -> None:
+    endpoints.announce(tmp_path, "control", "127.0.0.1:1", endpoints.STANDBY)
+    status, told = hocket("status", f"--state-dir={tmp_path}")
+    assert status == 1 and told.startswith("NOT_READY: none of the control replicas here leads")
+    assert "127.0.0.1:1 (pid" in told and "standby)" in told
 
 
 def test_a_mesh_passes_its_batches_on() -> None:

@@ -66,6 +66,16 @@ def test_services_whose_names_begin_alike_are_told_apart(tmp_path: Path) -> None
     assert endpoints.find(tmp_path, "w1") is None and endpoints.find(tmp_path, "w11") is not None
 
 
+def test_who_stands_by_counts_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    endpoints.announce(tmp_path, "control", "h:1", endpoints.STANDBY)
+    assert endpoints.find(tmp_path, "control") is None
+    assert endpoints.living(tmp_path, "control") == ()
+    (found,) = endpoints.living(tmp_path, "control", standing_by=True)
+    assert (found.address, found.role) == ("h:1", "standby")
+    endpoints.announce(tmp_path, "control", "h:1", "leader")
+    assert endpoints.find(tmp_path, "control") == endpoints.living(tmp_path, "control")[0]
+
+
 def test_a_broken_file_is_no_endpoint(tmp_path: Path) -> None:
     (tmp_path / "gateway@1.json").write_text("{")
     assert endpoints.find(tmp_path, "gateway") is None

@@ -82,6 +82,16 @@ def test_callers_without_a_grace_are_found(monkeypatch: pytest.MonkeyPatch) -> N
     assert is_found(wrong, range(25))
 
 
+def test_a_cancel_that_is_acknowledged_before_its_end_is_stored_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def hasty(self: Endings, record: Record) -> None:
+        """As control answered at first."""
+
+    monkeypatch.setattr(Endings, "over", hasty)
+    assert is_found({"a cancel was acknowledged before it was stored"}, range(9, 14))
+
+
 def test_an_ending_told_before_it_is_stored_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     async def hasty(self: Endings, record: Record, ended: journal_pb2.EndedRequest) -> None:
         self._tell(self._records.end(record.id, ending_event(ended), 1))

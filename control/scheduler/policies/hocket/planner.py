@@ -88,6 +88,7 @@ class Hocket:
         "steal": Spec(True),  # an idle pod takes waiting requests from others
         "preload": Spec(True),  # workers hold the weights that fit before the first request
     }
+    foresees = True
 
     def __init__(self, settings: Settings, read: Mapping[str, SettingValue]) -> None:
         self._settings = settings
