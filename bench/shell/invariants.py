@@ -26,7 +26,12 @@ GRACE_US = 10 * SECOND_US  # a request without followers is kept so long
 SLACK_US = 5 * SECOND_US  # for noticing, deciding and stopping
 MAILBOX = 32  # events that a gateway keeps for a caller that does not read
 _ON_ITS_WAY = 4  # between mailbox and connection
-_REFUSALS = ("refused heartbeats", "refused reports", "undecodable messages")
+_REFUSALS = (
+    "refused heartbeats",
+    "refused reports",
+    "refused messages",
+    "undecodable messages",
+)
 
 
 @dataclass(frozen=True)
