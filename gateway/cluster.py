@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import grpc
 
 from gateway.grpc_link import Doors
-from hocket.errors import ControlUnavailable, NotLeader, NoWorkers, from_rpc_error
+from hocket.errors import BrokerAway, ControlUnavailable, NotLeader, NoWorkers, from_rpc_error
 from hocket.v1.control_pb2 import (
     CancelRequestRequest,
     DeleteRequestRequest,
@@ -42,10 +42,16 @@ _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 class Cluster:
     """Kept up to date by `watch`, which runs as long as the gateway does."""
 
-    def __init__(self, doors: Doors, on_change: Callable[[bool], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        doors: Doors,
+        on_change: Callable[[bool], Awaitable[None]],
+        broker_away: Callable[[], bool] = lambda: False,
+    ) -> None:
         """`on_change(ready)` hears when the cluster begins or ceases to be able to serve."""
         self._doors = doors
         self._on_change = on_change
+        self._broker_away = broker_away
         self._leader = ""
         self._moved = asyncio.Event()
         self._state: WatchClusterResponse | None = None
@@ -87,8 +93,9 @@ class Cluster:
     ) -> T:
         """Asks the leader, and asks again when the connection is lost or another one leads.
 
-        Only for questions that may be asked twice. Raises control's own typed errors, and
-        ControlUnavailable when it does not answer within `timeout_s`.
+        Only for questions that may be asked twice. Raises control's own typed errors, and when it
+        does not answer within `timeout_s` BrokerAway (what it answers must be stored first) or
+        ControlUnavailable.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -104,7 +111,7 @@ class Cluster:
                             _raise_if_cancelled()
                     await asyncio.sleep(_RETRY_S)
         except TimeoutError:
-            raise ControlUnavailable() from None
+            raise (BrokerAway() if self._broker_away() else ControlUnavailable()) from None
 
     async def get(self, request_id: str, tenant: str | None) -> RequestStatus:
         """State of one request; raises UnknownRequest."""

@@ -80,7 +80,7 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
 
         doors = Doors(telemetry.client_interceptors(), identity)
         stack.push_async_callback(doors.close)
-        cluster = Cluster(doors, on_change)
+        cluster = Cluster(doors, on_change, lambda: not bus.connected)
         leader = LeaderWatch(bus, settings.cluster)
         stack.push_async_callback(leader.close)
         line = _line(settings, doors, cluster, leader)

@@ -63,12 +63,17 @@ class Estimates:
 
     def alone_us(self, request: Request) -> int:
         """What a newcomer would take if nobody else wanted anything, by the same estimate."""
-        ledger, rates = self._ledger, self._ledger.rates(request)
-        if not self._planner.foresees or not rates.safe_us:
-            own_us = self._stage_us(request, TEXT) + request.steps * self._step_us(request)
-            return own_us + self._stage_us(request, VAE)
-        text_us = ledger.predict_usable(request, TEXT, 1, 1).safe_us
-        return text_us + request.steps * min(rates.safe_us.values()) + rates.decode_safe_us
+        rates = self._ledger.rates(request)
+        if self._planner.foresees and rates.degrees:  # at safe times, on the fastest kind
+            return min(self._safe_us(request, rates.degrees, (gpu,)) for gpu in rates.gpus)
+        own_us = self._stage_us(request, TEXT) + request.steps * self._step_us(request)
+        return own_us + self._stage_us(request, VAE)
+
+    def _safe_us(self, request: Request, degrees: Sequence[int], gpus: tuple[str, ...]) -> int:
+        predict = self._ledger.predict
+        step_us = min(predict(request, DIT, degree, gpus).safe_us for degree in degrees)
+        stages_us = sum(predict(request, node, 1, gpus).safe_us for node in (TEXT, VAE))
+        return stages_us + request.steps * step_us
 
     def _fluid_us(self, request: Request, now_us: int) -> int:
         own_us = self._stage_us(request, TEXT) + request.steps * self._step_us(request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
 
@@ -110,6 +111,7 @@ async def test_a_stream_full_of_open_requests_says_what_helps(
 ) -> None:
     """Nothing of it may go: it waits for room, and takes it when there is some."""
     stream = await open_stream(bus, subjects, bytes_max=60_000)
+    caplog.set_level(logging.WARNING)
     kept = await _full_of(stream, subjects, has_ended=False)
     taking = asyncio.ensure_future(taken(stream, subjects, 1))
     async with asyncio.timeout(WAIT_S):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ async def shape(bus: Bus, subjects: Subjects) -> StreamConfig:
 async def test_a_bucket_without_bounds_gets_them_and_keeps_what_is_in_it(
     bus: Bus, subjects: Subjects, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING)
     old = await bus.jetstream.create_object_store(subjects.media_bucket)
     await old.put("file", b"made before")
     assert ((await shape(bus, subjects)).max_bytes or -1) < 0
@@ -50,6 +52,7 @@ async def test_bounds_that_are_set_are_those_of_an_older_bucket(
     bus: Bus, subjects: Subjects, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also below what is in it."""
+    caplog.set_level(logging.WARNING)
     config = ObjectStoreConfig(max_bytes=8 << 20, ttl=60.0)
     old = await bus.jetstream.create_object_store(subjects.media_bucket, config)
     for number in range(4):

@@ -38,3 +38,19 @@ def test_a_queue_changes_nothing_of_it(policy: str) -> None:
     assert scheduler.forecast_alone(request, 0) == idle
     (queued,) = scheduler.forecast((request,), 0)
     assert queued.finish_us > 2 * idle.finish_us
+
+
+def test_of_several_kinds_of_gpu_the_fastest_counts() -> None:
+    """A request that only the slow ones are too slow for is worth another try."""
+    rows = "".join(
+        f"m,{gpu},{node},64,64,1,1,1,{call_us}\n"
+        for gpu, call_us in (("fast", 1_000), ("slow", 9_000))
+        for node in ("text", "dit", "vae")
+    )
+    profile = Profile.from_csv("model,gpu,node,width,height,frames,degree,batch,call_us\n" + rows)
+    scheduler = Scheduler(Settings(policy="hocket"), profile)
+    for gpu in ("fast", "slow"):
+        facts = (ModelFacts(name="m"),)
+        up = WorkerUp(at_us=0, worker=gpu, incarnation="a", gpu=gpu, models=facts)
+        scheduler.observe(up)
+    assert 12_000 <= scheduler.forecast_alone(asked("r", 10), 0).finish_us < 9_000 * 12

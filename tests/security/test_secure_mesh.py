@@ -18,6 +18,7 @@ from hocket.client import HocketClient
 from hocket.errors import AccessDenied, CallFailed, HocketError, UnknownRequest
 from hocket.security import api_keys
 from hocket.security.broker_rules import configuration
+from hocket.security.certificates import make_all
 from hocket.security.identity import Identity, open_channel
 from hocket.v1.control_pb2 import WatchClusterRequest
 from hocket.v1.control_pb2_grpc import ControlServiceStub
@@ -25,6 +26,7 @@ from tests.security.conftest import identity
 from tests.waiting import WAIT_S, until
 
 CLUSTER = "secure"
+ON_CPU = ("--device=cpu",)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +37,11 @@ def mesh(
     state, port, door = tmp_path_factory.mktemp("mesh"), free_port(), free_port()
     conf = certificates / "broker" / "secure.conf"
     conf.write_text(
-        configuration(CLUSTER, certificates / "broker", f"127.0.0.1:{port}", str(state / "nats"))
+        configuration(
+            CLUSTER, certificates / "broker", f"127.0.0.1:{port}", str(state / "nats"), {"gpu": 2}
+        )
     )
+    make_all(certificates, [], 2, ["gpu"])
     keys = state / "keys.json"
     secrets = {tenant: api_keys.add(keys, tenant)[1] for tenant in ("acme", "other")}
 
@@ -57,7 +62,7 @@ def mesh(
 
         start([str(nats_server_binary()), "-c", str(conf)])
         start(service("control", "control", "--policy=fixed-2"))
-        start(service("gpuworker", "worker", "--count=2", "--name-prefix=w", "--device=cpu"))
+        start(service("gpuworker", "worker-gpu", "--count=2", "--name-prefix=gpu-", *ON_CPU))
         start(service("gateway", "gateway", f"--listen=127.0.0.1:{door}", f"--api-keys={keys}"))
         yield f"127.0.0.1:{door}", state, secrets
 
@@ -107,7 +112,7 @@ async def test_a_group_makes_a_picture_and_its_tenant_alone_sees_it(
             await other.create("a red apple", tenant="acme")
         assert [made async for made in other.list()] == []
 
-    worker = endpoints.find(state, "w0")
+    worker = endpoints.find(state, "gpu-0")
     assert worker is not None
     stranger = Rendezvous()
     with pytest.raises(BlobLost):
