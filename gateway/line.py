@@ -129,6 +129,7 @@ class Line:
         self._followers = Followers()
         self._outbox = _Outbox()
         self._said: asyncio.Event = asyncio.Event()  # the outbox was changed, or a beat is due
+        self._called: asyncio.Event = asyncio.Event()  # there is a submit without an answer
         self._emptied: asyncio.Event = asyncio.Event()  # all that was said is on its way
         self._open = False  # a stream is there, or being opened
         self._heard_us = 0
@@ -161,6 +162,7 @@ class Line:
         answer: asyncio.Future[SubmitResponse] = asyncio.get_running_loop().create_future()
         expires_at_us = self._clock.now_us() + wait_us
         self._calls[number] = _Call(submit, follower, expires_at_us, traceparent, answer)
+        self._called.set()
         self._outbox.submits[number] = None
         self._say()
         try:
@@ -263,6 +265,9 @@ class Line:
 
     async def _expire(self) -> None:
         while True:
+            if not self._calls:
+                self._called.clear()
+                await self._called.wait()
             await self._clock.sleep_until(self._clock.now_us() + _EXPIRY_CHECK_US)
             now_us = self._clock.now_us()
             for call in tuple(self._calls.values()):

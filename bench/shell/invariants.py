@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SECOND_US = 1_000_000
 GRACE_US = 10 * SECOND_US  # a request without followers is kept so long
 SLACK_US = 5 * SECOND_US  # for noticing, deciding and stopping
+WORKS_ON_US = 8 * SECOND_US  # the same where a worker's heartbeats have to show it: four and a bit
 MAILBOX = 32  # events that a gateway keeps for a caller that does not read
 _ON_ITS_WAY = 4  # between mailbox and connection
 _REFUSALS = (
@@ -179,7 +180,7 @@ def for_somebody(run: Run) -> Iterator[Problem]:
                 yield Problem("made for nobody", request)
     for request, worked_us in run.world.work.at_us.items():
         ends = run.ended.get(request)
-        if ends and worked_us > max(ends[0].at_us, run.healed_us) + SLACK_US:
+        if ends and worked_us > max(ends[0].at_us, run.healed_us) + WORKS_ON_US:
             yield Problem("work behind the end", request)
 
 

@@ -359,6 +359,9 @@ class _Stepped(Awaitable[T]):
             error = None
             try:
                 yield waits
+            except GeneratorExit:  # the world is over, and this with it
+                self._work.close()
+                raise
             except BaseException as raised:
                 error = raised
 

@@ -86,7 +86,7 @@ def control(index: int) -> Role:
             listen=f"control-{index}:0",
             policy=world.policy,
             requests_open_max=world.open_max,
-            lease_us=4_000_000,
+            lease_us=5_000_000,
         )
         (world.state_dir / "toy.csv").write_text(PROFILE)
         stop = asyncio.Event()
@@ -129,7 +129,7 @@ def worker(index: int, host: EmulatedHost | None = None, key: str = "") -> Role:
             nats_url=_URL,
             state_dir=world.state_dir,
             host=f"host-{index % 2}",
-            heartbeat_us=1_000_000,
+            heartbeat_us=1_250_000,
         )
         name, home = f"w{index}", host or world.emulated
         executor = _Observed(name, home, GPU)

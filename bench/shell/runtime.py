@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import grpc
 
-from control import config
+from control import config, promises
 from hocket import bus, clock
 
 from .client import Client
@@ -28,6 +28,7 @@ from .served import Server
 if TYPE_CHECKING:
     from .world import World
 
+_LANES = 4  # of promises: each costs every new leader an append, and every standby a message
 _UNIX_NS = 1_800_000_000 * 10**9
 
 
@@ -75,6 +76,7 @@ def installed(world: World) -> Iterator[None]:
         (grpc.aio, "secure_channel", lambda target, credentials, **k: channel(target)),
         (grpc.aio, "server", server),
         (clock, "time", _Time(world)),
+        (promises, "LANES", _LANES),
         (config, "_ASSETS", world.state_dir),  # its profile alone: reading all takes milliseconds
         (secrets, "token_hex", _hex(draw)),
         (secrets, "token_bytes", lambda size=32: draw.randbytes(size)),

@@ -33,7 +33,7 @@ _TASKS_TOGETHER = 12  # some come and go all the time: only more of them count
 START_US = 1000 * SECOND_US
 BEGIN_US = START_US + 3 * SECOND_US // 2  # the fleet has come up, the first callers come
 CONTROLS = 2
-_BURSTS = _SLOW = 0.06  # of the seeds
+_BURSTS = _SLOW = 0.03  # of the seeds
 _LED_US = SECOND_US  # a leader that leads so long has taken up what was open
 _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
 _SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks

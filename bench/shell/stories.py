@@ -89,7 +89,7 @@ def draw_burst(rng: random.Random, start_us: int) -> list[Story]:
 def draw_slow(rng: random.Random, start_us: int) -> Story:
     """A caller that does not read for longer than its mailbox has room."""
     starts_us = start_us + rng.randrange(COME_WITHIN_US)
-    return Story("s0", "slow", wish_of(steps=70, key="slow"), starts_us, rng.randrange(GATEWAYS))
+    return Story("s0", "slow", wish_of(steps=50, key="slow"), starts_us, rng.randrange(GATEWAYS))
 
 
 def wish_of(steps: int, key: str = "") -> generation_pb2.GenerateRequest:
