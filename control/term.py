@@ -136,6 +136,7 @@ class Term:
             desk.records,
             parts.leases,
             desk.attachments.expect_followers,
+            scheduler,
         )
         return term
 
