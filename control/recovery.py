@@ -3,7 +3,8 @@ about a worker.
 
 All of it comes from the promises stream. Their latents may still lie on workers, whose heartbeats
 say so: then they go on from there. Where nobody holds one, they start again from the encode node,
-which gives the same picture, since everything is drawn from the seed. Ages are differences of the
+which gives the same picture, since everything is drawn from the seed. What was told, and what came
+of it, calibrates the new leader's answers from its first one on. Ages are differences of the
 broker's own stamps (the new leader's Fence minus the request's): two hosts' clocks are never
 compared.
 """
@@ -18,7 +19,8 @@ from control.driver import Driver
 from control.leases import Leases
 from control.promises import Promises
 from control.requests import Records
-from control.scheduler.values import Arrived, DrainRequested
+from control.scheduler.core import Scheduler
+from control.scheduler.values import Arrived, DrainRequested, Ended
 from control.standby import Book
 
 log = logging.getLogger(__name__)
@@ -31,20 +33,30 @@ def recover(
     records: Records,
     leases: Leases,
     expect_followers: Callable[[str], None],
+    scheduler: Scheduler,
 ) -> int:
-    """Restores records, and posts an arrival for each open one, wishes, and workers that live;
-    returns the number of open ones.
+    """Restores records and what was learned from answers, and posts an arrival for each open one,
+    wishes, and workers that live; returns the number of open ones. Before the first turn.
     """
+    past: list[tuple[Arrived, Ended | None]] = []
     for kept in (*book.ended.values(), *book.open.values()):
         unix_us = kept.promise.accepted_unix_us or kept.unix_us
         accepted_us = min(driver.stamp(), promises.at_us(unix_us))
         record = records.restore(kept.promise, accepted_us, kept.unix_us)
+        request = translate.to_request(record.id, record.submit.request, accepted_us)
+        answer = kept.promise.answer
+        on_time = answer.predicted_on_time
+        if answer.predicted_latency_us:
+            promised_us = accepted_us + answer.predicted_latency_us
+            told = Arrived(
+                at_us=accepted_us, request=request, promised_us=promised_us, on_time=on_time
+            )
+            past.append((told, translate.from_ended(kept.promise, accepted_us)))
         if not kept.promise.HasField("ended"):
-            request = translate.to_request(record.id, record.submit.request, accepted_us)
-            on_time = kept.promise.answer.predicted_on_time
             driver.post(Arrived(at_us=driver.stamp(), request=request, on_time=on_time))
             if not record.detached:
                 expect_followers(record.id)
+    scheduler.restore_promises(past)
     promises.restore(book.ended)
     for worker in sorted(book.draining):
         driver.post(DrainRequested(at_us=driver.stamp(), worker=worker))

@@ -135,6 +135,7 @@ class Term:
             desk.records,
             parts.leases,
             desk.attachments.expect_followers,
+            scheduler,
         )
         return term
 

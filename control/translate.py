@@ -207,6 +207,26 @@ def to_ended(ended: values.Ended, record: Record) -> journal_pb2.EndedRequest:
     return outcome
 
 
+def from_ended(promise: journal_pb2.Promise, accepted_us: int) -> values.Ended | None:
+    """How a request ended that was accepted at `accepted_us`; None while it is open. Of one that
+    did not succeed nobody kept when.
+    """
+    if not promise.HasField("ended"):
+        return None
+    ended, outcome = promise.ended, values.Outcome.FAILED
+    if ended.HasField("finished"):
+        outcome = values.Outcome.DONE
+    elif ended.HasField("cancelled"):
+        outcome = values.Outcome.CANCELLED
+    return values.Ended(
+        request=promise.submit.request_id,
+        outcome=outcome,
+        at_us=accepted_us + ended.finished.latency_us,
+        on_time=ended.finished.on_time,
+        steps_done=ended.cancelled.steps_done,
+    )
+
+
 def _turned_away(ended: values.Ended, record: Record, steps_total: int) -> types_pb2.Failure:
     """By the policy's own admission; its reason goes with it."""
     reason = ended.reason or "UNSAID"

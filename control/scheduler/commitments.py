@@ -7,13 +7,15 @@ The *ratios* of a class (firm, soft, best effort) give the p95 of a forecast; th
 kept, so that a quantile follows what changes. The *margin* is what a firm promise needs beyond its
 predicted latency: each broken one raises it by much, each kept one lowers it by little, in the
 proportion that settles where `FIRM_BROKEN` of them are broken (adaptive conformal inference, Gibbs
-and Candes 2021). Both are learned from facts alone, so that a replay learns the same.
+and Candes 2021). Both are learned from facts alone, so that a replay learns the same; and a new
+leader learns them once more from what was told and what came of it before its time (`restore`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -120,6 +122,17 @@ class Commitments:
             self._firm_kept += end.on_time
             change = -FIRM_BROKEN if end.on_time else 1.0 - FIRM_BROKEN
             self.margin = min(MARGIN_MAX, max(0.0, self.margin + MARGIN_GAIN * change))
+
+    def restore(self, past: Iterable[tuple[Arrived, Ended | None]]) -> None:
+        """Learns from answers of an earlier scheduler and what came of them, in the order of their
+        ends; None: not ended yet. Before the first fact. They are learned from, and not counted.
+        """
+        for arrived, end in past:
+            self.told(arrived)
+            if end is not None:
+                self.ended(end)
+        self._promised = self._kept = self._firm_promised = self._firm_kept = 0
+        self._with_deadline = self._on_time = 0
 
     def finish_us_p95(self, request: Request, now_us: int, finish_us: int) -> int:
         """p95 of a forecast. A firm one is not after its deadline exactly if it may be promised:

@@ -22,7 +22,7 @@ Same facts and same times give the same plans, digit for digit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from . import denoise, facts, failures, prediction
 from .board import Flight
@@ -218,6 +218,12 @@ class Scheduler:
         """Takes over what an earlier scheduler had learned; before the first fact."""
         self._estimates.forget()
         self._ledger.latency.restore(snapshot)
+
+    def restore_promises(self, past: Iterable[tuple[Arrived, Ended | None]]) -> None:
+        """Learns from what was told before: arrivals as they were, in the order of their ends, with
+        what became of them (None: they are inside still); before the first fact.
+        """
+        self._commitments.restore(past)
 
     def slow_workers(self) -> dict[str, Slowness]:
         """The workers known to be slower than their peers, by name."""

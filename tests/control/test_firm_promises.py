@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 import pytest
 
 from control.config import ControlSettings, best_effort_wait_us_max
 from control.recovery import recover
+from control.scheduler.commitments import FIRM_BROKEN, MARGIN_GAIN
 from control.scheduler.core import Scheduler
-from control.scheduler.values import Arrived, Event, Forecast, Request
+from control.scheduler.values import Arrived, Ended, Event, Forecast, Outcome, Request
 from control.standby import Book, Kept
-from hocket.v1 import journal_pb2, types_pb2
+from hocket.v1 import generation_pb2, journal_pb2, types_pb2
 from tests.control.stage import STEP_US, Stage, running, submit_of
 
 FIRM = types_pb2.COMMITMENT_FIRM
@@ -71,6 +71,28 @@ async def test_firm_ones_go_by_the_cautious_forecast(
             assert refused.metadata["predicted_latency_us"] == str(8 * STEP_US)
 
 
+class Restored:
+    """A new leader's pen."""
+
+    def at_us(self, unix_us: int) -> int:
+        return unix_us
+
+    def restore(self, ended: object) -> None: ...
+
+
+def recovered(stage: Stage, book: Book) -> None:
+    desk, promises = stage.desk, Restored()
+    recover(
+        book,
+        promises,  # type: ignore[arg-type]
+        desk.driver,
+        desk.records,
+        desk.wiring.leases,
+        lambda _: None,
+        desk.wiring.scheduler,
+    )
+
+
 async def test_a_new_leader_keeps_what_was_promised() -> None:
     stage = Stage()
     facts = heard(stage)
@@ -81,16 +103,47 @@ async def test_a_new_leader_keeps_what_was_promised() -> None:
         promise.answer.predicted_on_time = name == "kept"
         book.open[name] = Kept(promise, 5)
 
-    class Restored:
-        def at_us(self, unix_us: int) -> int:
-            return unix_us
-
-        def restore(self, ended: object) -> None: ...
-
-    desk = stage.desk
-    promises: Any = Restored()
-    recover(book, promises, desk.driver, desk.records, desk.wiring.leases, lambda _: None)
+    recovered(stage, book)
     assert {f.request.id: f.on_time for f in facts} == {"kept": True, "late": False}
+
+
+def ended(name: str, latency_us: int, *, on_time: bool) -> Kept:
+    """A firm yes, promised for 2 s, and what came of it."""
+    slo = types_pb2.Slo(deadline_us=9_000_000, commitment=FIRM)
+    promise = journal_pb2.Promise(submit=submit_of(name, slo=slo, detached=True))
+    promise.answer.CopyFrom(
+        generation_pb2.Accepted(predicted_on_time=True, predicted_latency_us=2_000_000)
+    )
+    promise.ended.request_id = name
+    promise.ended.finished.latency_us = latency_us
+    promise.ended.finished.on_time = on_time
+    return Kept(promise, 5)
+
+
+async def test_a_new_leader_has_learned_from_the_promises_of_an_earlier_one() -> None:
+    """The margin of a broken one, the tail of forecasts; and it knows what open ones were told."""
+    stage = Stage()
+    book = Book(stage.desk.wiring.subjects)
+    for i in range(40):
+        book.ended[f"r{i}"] = ended(f"r{i}", 3_000_000, on_time=True)
+    book.ended["broken"] = ended("broken", 9_500_000, on_time=False)
+    gone = ended("gone", 0, on_time=False)
+    gone.promise.ended.cancelled.steps_done = 3
+    book.ended["gone"] = gone
+    still = ended("open", 0, on_time=False)
+    still.promise.ClearField("ended")
+    book.open["open"] = still
+    recovered(stage, book)
+    scheduler = stage.desk.wiring.scheduler
+    figures = scheduler.promise_figures()
+    assert figures.margin == pytest.approx(MARGIN_GAIN * (1 - FIRM_BROKEN))
+    assert figures.latency_ratio_p95["firm"] == pytest.approx(1.5)
+    assert figures.promised == figures.firm_promised == 0, "counts are of this leader"
+    await stage.settle()
+    end = Ended(request="open", outcome=Outcome.DONE, at_us=9_500_005, on_time=False, steps_done=28)
+    scheduler._commitments.ended(end)
+    assert scheduler.promise_figures().firm_promised == 1
+    assert scheduler.promise_figures().margin > figures.margin
 
 
 def test_the_bound_on_best_effort_is_the_policy_s() -> None:
