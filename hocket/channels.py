@@ -9,10 +9,13 @@ from __future__ import annotations
 MESSAGE_BYTES_MAX = 4 << 20  # media travel in chunks far below this
 CALLS_WAITING_MAX = 65_536  # calls that no handler has picked up yet
 
+# A gateway that stands still must be noticed while control still waits for its followers to come
+# back (`follower_grace_us`, from the third second of its silence on).
+NOTICED_MS_MAX = 6_000
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_time_ms", NOTICED_MS_MAX // 2),
+    ("grpc.keepalive_timeout_ms", NOTICED_MS_MAX // 2),
+    ("grpc.http2.ping_timeout_ms", NOTICED_MS_MAX // 2),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -26,7 +29,7 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.ping_timeout_ms", 10_000),  # its minute is what counts, not the line above
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.so_reuseport", 0),  # two servers on one port is a mistake, not a feature
