@@ -162,7 +162,9 @@ async def test_calls_leave_nothing_in_memory(staged: Staging) -> None:
             for _ in range(10):  # the test's own client closes its generators in tasks
                 gc.collect()
                 await asyncio.sleep(0)
-            found = Counter(type(o).__name__ for o in gc.get_objects() if issubclass(type(o), kinds))
+            found = Counter(
+                type(o).__name__ for o in gc.get_objects() if issubclass(type(o), kinds)
+            )
             found["tasks"] = len(asyncio.all_tasks())
             found["subscriptions"] = len(_client(stage.peer)._subs)
             return found
