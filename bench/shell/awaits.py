@@ -107,7 +107,8 @@ class Trap:
         return lambda: self._waits(process, call)
 
     def _waits(self, process: Process, call: Any) -> None:
-        if self.sprung or not self._counts:
+        world = self._world
+        if self.sprung or not self._counts or world is None or world.over:
             return
         if self._left:
             self._left -= 1

@@ -237,6 +237,8 @@ def alive(run: Run) -> Iterator[Problem]:
     for process in run.processes():
         for where, error in process.errors:
             yield Problem("unexpected error", f"{process.name} {where}: {_named(error)}")
+    if run.world.immortal:
+        yield Problem("immortal", f"{run.world.immortal} tasks of killed processes did not end")
     for where, error in run.world.loop.unowned:
         yield Problem("unexpected error", f"{where}: {_named(error)}")
 

@@ -165,6 +165,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.thread_us: Callable[[], int] = int  # what work in a thread takes; 0
         self._threads_us: dict[int, int] = {}  # by executor: its last piece of work ends then
         self.watched: Callable[[Process, Coroutine[Any, Any, Any]], Tell | None] | None = None
+        self.owners: dict[int, Process] = {}  # by id of a task that it made: the newest of that id
         self.set_task_factory(_make_task)
         self.set_exception_handler(_on_exception)
         self.unowned: list[tuple[str, BaseException]] = []  # failures outside of any process
@@ -335,6 +336,9 @@ def _make_task(
     task: asyncio.Task[T] = asyncio.Task(work, loop=loop, context=context)
     if owner is not None:
         owner.adopt(task)
+        loop.owners[id(task)] = owner
+    else:
+        loop.owners.pop(id(task), None)
     return task
 
 
@@ -373,9 +377,7 @@ def _on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
     if error is None:
         return
     task = context.get("task") or context.get("future")
-    owner = None
-    if isinstance(task, asyncio.Task):
-        owner = task.get_context().get(_current) if hasattr(task, "get_context") else None
+    owner = loop.owners.get(id(task)) if isinstance(task, asyncio.Task) else None
     if owner is not None and owner.dead:
         return
     found = (str(context.get("message")), error)

@@ -117,10 +117,10 @@ def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
     rng = random.Random(seed)
     policy = rng.choice(("edf", "fixed-1"))
     open_max = rng.choice((10_000, 10_000, 3))
-    workers = rng.randrange(2, 5)
+    workers = rng.randrange(2, 4)
     names = [f"control-{i}" for i in range(CONTROLS)] + [f"gateway-{i}" for i in range(GATEWAYS)]
     names += [f"w{i}" for i in range(workers)]
-    stories = draw_stories(rng, rng.randrange(4, 11), BEGIN_US)
+    stories = draw_stories(rng, rng.randrange(3, 9), BEGIN_US)
     faults = draw_faults(rng, names, BEGIN_US, kinds)
     if rng.random() < _BURSTS:
         stories += draw_burst(rng, BEGIN_US)

@@ -112,7 +112,7 @@ def draw_stories(rng: random.Random, count: int, start_us: int) -> list[Story]:
         starts_us = start_us + rng.randrange(COME_WITHIN_US)
         twins = 2 if behaviour == "wait" and rng.random() < 0.3 else 1
         keyed = behaviour in ("move", "delete") or twins > 1 or rng.random() < 0.7
-        wish = wish_of(steps=rng.randrange(2, 9), key=f"key-{number}" if keyed else "")
+        wish = wish_of(steps=rng.randrange(2, 7), key=f"key-{number}" if keyed else "")
         wish.slo.deadline_us = rng.choice((0, 0, 2_000_000, 500_000))
         wish.detached = behaviour == "forget"
         for twin in range(twins):

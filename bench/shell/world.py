@@ -85,6 +85,7 @@ class World:
     undrained_us: dict[str, int] = field(default_factory=dict)  # when last, by worker
     drained: list[tuple[str, int, int]] = field(default_factory=list)  # worker, from, until
     answered: asyncio.Event = field(default_factory=asyncio.Event)  # every caller is through
+    over: bool = False  # it is being shut down: what happens now is nobody's concern
     immortal: int = 0  # tasks of killed processes that refused to end
     work: Work = field(default_factory=Work)
     tally: Tally = field(default_factory=Tally)  # of strangers
@@ -171,6 +172,7 @@ class World:
 
     async def shut_down(self) -> None:
         """Kills whatever still runs."""
+        self.over = True
         for member in self.members.values():
             member.wanted = False
         for name in self.members:

@@ -72,7 +72,7 @@ def test_a_leader_without_a_fence_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
     kinds = ("stop", "broker held from")
     monkeypatch.setattr(Log, "append", unguarded)
-    assert is_found({"terms interleaved", "accepted twice"}, range(144, 154), kinds)
+    assert is_found({"terms interleaved", "accepted twice"}, range(104, 112), kinds)
 
 
 def test_callers_without_a_grace_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

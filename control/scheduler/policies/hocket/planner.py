@@ -77,7 +77,7 @@ class Hocket:
         "aged_workers": Spec(1, low=0),  # for such best effort, in each pod
         "priority_worth": Spec(0.1, low=0.0),  # of one level of priority, in deadlines
         "guard": Spec(0.05, low=0.0, high=0.5),  # part of a firm promise's time kept in hand
-        "guard_us_max": Spec(2_000_000, low=0),
+        "guard_us_max": Spec(6_000_000, low=0),
         # Of those like the last arrivals, a firm promise may cost so many (in deadlines) their
         # place beyond its own; below 0: any number.
         "echo_loss": Spec(1.5, low=-1.0),
