@@ -18,11 +18,11 @@ from control import translate
 from control.desk import Desk, Wiring
 from control.driver import Driver, Turn
 from control.journal import Journal
-from control.leases import Leases
 from control.publisher import Publisher
 from control.requests import Records
 from control.scheduler import values
 from control.scheduler.core import Scheduler
+from control.workers.leases import Leases
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
 from gpuworker.emulated import EmulatedExecutor, EmulatedHost

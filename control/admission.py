@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from opentelemetry.trace import Tracer
 
 from control import translate
-from control.door import check_submit
 from control.driver import Driver
+from control.entrance.door import check_submit
 from control.requests import refusals, wishes
 from control.requests.degrade import ladders
 from control.requests.detaching import Detaching

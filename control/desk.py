@@ -18,10 +18,8 @@ from grpc_health.v1 import health
 from opentelemetry.trace import Tracer
 
 from control.admission import Admission, AdmissionSettings
-from control.cluster_view import ClusterView
 from control.driver import Driver, Outlet
-from control.intake import Intake
-from control.leases import Leases
+from control.entrance.servicer import ControlServicer
 from control.planning import Inline, Planning
 from control.publisher import Diary, Publisher
 from control.requests.attach import Attachments
@@ -30,7 +28,9 @@ from control.requests.followers import Followers
 from control.requests.records import Records
 from control.scheduler.core import Scheduler
 from control.scheduler.values import CancelRequested
-from control.servicer import ControlServicer
+from control.workers.cluster_view import ClusterView
+from control.workers.intake import Intake
+from control.workers.leases import Leases
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
 from hocket.v1 import control_pb2, mesh_pb2

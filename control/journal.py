@@ -12,7 +12,7 @@ import zlib
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
-from control.promises import open_bounded
+from control.leading.promises import open_bounded
 from hocket.bus import Bus, Subjects
 from hocket.errors import BrokerUnavailable, WrongConfig
 from hocket.stores import Log, LogShape

@@ -18,10 +18,10 @@ from opentelemetry.trace import Tracer
 
 from control import translate
 from control.driver import Observed, Turn
-from control.leases import Leases
 from control.requests.endings import Endings
 from control.requests.records import Record, Records
 from control.scheduler import values
+from control.workers.leases import Leases
 from hocket import spans, telemetry
 from hocket.bus import Subjects
 from hocket.clock import unix_ns

@@ -22,16 +22,16 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from control.config import ControlSettings, profile_csv, scheduler_settings
-from control.door import check_heartbeat
-from control.doorway import Doorway
-from control.intake import SERVICE
-from control.leadership import Leadership
-from control.leases import Leases
-from control.promises import Deposed, Promises, open_stream
-from control.replicas import LEADER, Replicas
-from control.roles import RoleCheck
-from control.standby import Standby
-from control.term import Parts, Term, build_scheduler
+from control.entrance.door import check_heartbeat
+from control.entrance.doorway import Doorway
+from control.entrance.roles import RoleCheck
+from control.leading.leadership import Leadership
+from control.leading.promises import Deposed, Promises, open_stream
+from control.leading.replicas import LEADER, Replicas
+from control.leading.standby import Standby
+from control.leading.term import Parts, Term, build_scheduler
+from control.workers.intake import SERVICE
+from control.workers.leases import Leases
 from hocket import endpoints
 from hocket.bus import Bus, Subjects
 from hocket.cancelling import end_if_cancelled

@@ -71,7 +71,7 @@ def test_import_contracts() -> None:
     ("old", "new", "told"),
     [
         ('modules = ["time", ', 'modules = ["msgspec", "time", ', "msgspec"),
-        ('["control", "control.*"]', '["control.scheduler.policies.hocket.*"]', "numba"),
+        ('["control", "control.*", ', '["control.scheduler.policies.hocket.*", ', "numba"),
         ('["hocket", "gateway"]', '["hocket", "gateway", "control"]', "numba"),
     ],
 )

@@ -16,7 +16,8 @@ from unittest.mock import patch
 
 import grpc
 
-from control import config, promises
+from control import config
+from control.leading import promises
 from hocket import bus, clock
 
 from .client import Client

@@ -17,7 +17,7 @@ _TOGETHER_MAX = 256  # appends under way
 
 
 class Promises(Protocol):
-    """The promises stream, as far as a request's life needs it (see control/promises.py)."""
+    """The promises stream, as far as a request's life needs it (see leading/promises.py)."""
 
     @property
     def term(self) -> int: ...

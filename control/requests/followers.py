@@ -1,6 +1,6 @@
 """Who waits for which request: followers, their lines, and the grace to come back.
 
-Pure bookkeeping, like control/leases.py: words of gateways and the time go in, requests that nobody
+Pure bookkeeping, like workers/leases.py: words of gateways and the time go in, requests that nobody
 waits for come out. A follower belongs to one line (a gateway's stream). When the line ends, or the
 follower is told to come back, its grace begins; it may return by any line, under its name or as
 another follower of the same request.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from control.promises import Promises
-from control.standby import Book
+from control.leading.promises import Promises
+from control.leading.standby import Book
 from hocket.bus import Subjects
 from hocket.clock import SystemClock
 from hocket.stores import Log

@@ -16,11 +16,11 @@ from opentelemetry.trace import NoOpTracer
 
 from control.admission import AdmissionSettings
 from control.desk import Desk, Wiring
-from control.intake import Intake
-from control.leases import Leases
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
+from control.workers.intake import Intake
+from control.workers.leases import Leases
 from hocket.bus import Subjects
 from hocket.clock import ManualClock
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2

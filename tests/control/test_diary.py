@@ -14,7 +14,7 @@ from nats.js.api import RetentionPolicy, StreamConfig
 from bench.replay import JournalIncomplete, entries_from_broker, replay
 from control.journal import Journal, joined, pieces, read
 from control.latency_store import LATENCIES, LatencyStore
-from control.promises import open_stream
+from control.leading.promises import open_stream
 from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
 from control.scheduler.latency import LatencyModel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from control.doorway import Doorway
+from control.entrance.doorway import Doorway
 from hocket.v1.control_pb2 import DESCRIPTOR
 
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from control.promises import Deposed, open_stream
+from control.leading.promises import Deposed, open_stream
 from hocket.bus import Bus, Subjects
 from hocket.errors import Refused
 from hocket.stores import Log, LogFull

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control.leases import Leases
-from control.lost_messages import LostMessages
 from control.scheduler.values import Assignment, GroupHeld, Layout, WorkerLost, WorkerUp
+from control.workers.leases import Leases
+from control.workers.lost_messages import LostMessages
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
 LEASE_US = 2_000_000

@@ -10,8 +10,8 @@ from typing import NoReturn
 
 import pytest
 
-from control.leadership import Leadership
-from control.promises import Deposed, Promises, open_stream
+from control.leading.leadership import Leadership
+from control.leading.promises import Deposed, Promises, open_stream
 from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
 from hocket.errors import BrokerUnavailable

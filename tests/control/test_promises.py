@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from control.promises import LANES, Deposed, Promises, open_stream
-from control.standby import Book, Standby
+from control.leading.promises import LANES, Deposed, Promises, open_stream
+from control.leading.standby import Book, Standby
 from hocket.bus import Bus, Subjects
 from hocket.errors import WrongConfig
 from hocket.stores import Entry, EntryTooLarge, Log, OutcomeUnknown

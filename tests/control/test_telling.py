@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from control.doorway import Doorway
-from control.promises import Deposed
+from control.entrance.doorway import Doorway
+from control.leading.promises import Deposed
 from control.requests import refusals, telling
 from control.requests.records import Records, ending_event
 from hocket.errors import Refused, RequestFailed, status_code

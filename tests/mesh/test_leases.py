@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from control.leases import Leases
 from control.scheduler.values import ModelFacts, WorkerLost, WorkerUp
+from control.workers.leases import Leases
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
 LEASE_US = 2_000_000

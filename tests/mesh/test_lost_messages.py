@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from control.lost_messages import LostMessages
 from control.scheduler.values import Assignment, Holder, Layout, Member
+from control.workers.lost_messages import LostMessages
 from hocket.v1 import mesh_pb2
 
 TERM = 3

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from control.roles import RoleCheck
+from control.entrance.roles import RoleCheck
 from hocket.channels import CHANNEL_OPTIONS, SERVER_OPTIONS
 from hocket.errors import AccessDenied, WrongConfig, status_code
 from hocket.security.identity import Identity, add_port, is_loopback, open_channel

@@ -15,11 +15,13 @@ from bench.shell.awaits import PLACES, courses
 from bench.shell.command import play_all
 from bench.shell.scenario import BEGIN_US, Script, Verdict, perform
 from bench.shell.stories import draw_burst, draw_slow
-from control import admission, desk, intake, servicer
+from control import admission, desk
 from control.admission import Admission
-from control.leases import Leases
+from control.entrance import servicer
 from control.requests.endings import Endings
 from control.requests.records import Record, ending_event
+from control.workers import intake
+from control.workers.leases import Leases
 from gateway import follower
 from hocket.stores import Guard, Log
 from hocket.v1 import journal_pb2

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
-from control.promises import Deposed
+from control.leading.promises import Deposed
 from hocket.errors import NotLeader, to_status
 from hocket.v1 import control_pb2_grpc
 

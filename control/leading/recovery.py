@@ -16,12 +16,12 @@ from collections.abc import Callable
 
 from control import translate
 from control.driver import Driver
-from control.leases import Leases
-from control.promises import Promises
+from control.leading.promises import Promises
+from control.leading.standby import Book
 from control.requests import Records
 from control.scheduler.core import Scheduler
 from control.scheduler.values import Arrived, DrainRequested, Ended
-from control.standby import Book
+from control.workers.leases import Leases
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ from typing import NoReturn, TypeAlias, TypeVar
 import grpc
 
 from control.admission import Admission
-from control.cluster_view import ClusterView
-from control.door import check_submit
 from control.driver import Driver
-from control.leases import Leases
+from control.entrance.door import check_submit
 from control.requests import telling
 from control.requests.attach import Attachments, GrpcLine
 from control.requests.endings import Endings, Promises
 from control.requests.lifecycle import RequestState
 from control.requests.records import Record, Records
 from control.scheduler.values import CancelRequested, DrainRequested
+from control.workers.cluster_view import ClusterView
+from control.workers.leases import Leases
 from hocket import telemetry
 from hocket.errors import (
     HocketError,

@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from control.driver import Driver
-from control.leases import Lease, Leases
 from control.requests.records import Records
 from control.scheduler.core import Scheduler
 from control.scheduler.resilience.quarantine import Quarantined
 from control.scheduler.stragglers import Slowness
+from control.workers.leases import Lease, Leases
 from hocket.clock import Clock
 from hocket.v1 import control_pb2, generation_pb2
 

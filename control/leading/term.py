@@ -25,16 +25,16 @@ from control.config import (
 from control.desk import Desk, Wiring
 from control.journal import Journal
 from control.latency_store import LatencyStore
-from control.leases import Leases
+from control.leading.promises import TERM_MAX, Deposed, Promises
+from control.leading.recovery import recover
+from control.leading.replicas import Replicas
+from control.leading.standby import Book
 from control.planning import PlannerThread
-from control.promises import TERM_MAX, Deposed, Promises
-from control.recovery import recover
-from control.replicas import Replicas
 from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.settings import SettingError, Settings
-from control.standby import Book
+from control.workers.leases import Leases
 from hocket import garbage, media_bucket
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock

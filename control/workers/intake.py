@@ -17,11 +17,8 @@ from functools import partial
 from grpc_health.v1 import health, health_pb2
 
 from control import translate
-from control.cluster_view import ClusterView
-from control.door import check_heartbeat, check_report
 from control.driver import Driver
-from control.leases import Leases
-from control.lost_messages import LostMessages
+from control.entrance.door import check_heartbeat, check_report
 from control.publisher import Publisher
 from control.requests.records import Record, Records
 from control.scheduler.core import Scheduler
@@ -29,6 +26,9 @@ from control.scheduler.drift import Shift
 from control.scheduler.ledger import Notice
 from control.scheduler.resilience.quarantine import Quarantined
 from control.scheduler.values import Assignment, WorkerLost, WorkerUp
+from control.workers.cluster_view import ClusterView
+from control.workers.leases import Leases
+from control.workers.lost_messages import LostMessages
 from hocket import telemetry
 from hocket.bus import Bus, Subjects
 from hocket.v1 import control_pb2, mesh_pb2

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import msgspec
 
-from control.promises import Deposed
+from control.leading.promises import Deposed
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable
 from hocket.leader import LeaderKey, read_key

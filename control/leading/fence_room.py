@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from control.standby import Book
+from control.leading.standby import Book
 from hocket.bus import Subjects
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable

@@ -31,8 +31,8 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from control.fence_room import FenceRoom
-from control.room import Room, no_room
+from control.leading.fence_room import FenceRoom
+from control.leading.room import Room, no_room
 from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable, HocketError, WrongConfig

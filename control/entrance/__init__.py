@@ -1,0 +1,1 @@
+"""Where calls and messages come in: who may, what makes sense, who answers."""

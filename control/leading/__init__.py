@@ -1,0 +1,1 @@
+"""What makes a replica the leader, and what a leader owns: key, promises stream, term."""

@@ -1,0 +1,1 @@
+"""What is known of the workers, and what they say."""
