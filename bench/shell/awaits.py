@@ -108,7 +108,7 @@ class Trap:
 
     def _waits(self, process: Process, call: Any) -> None:
         world = self._world
-        if self.sprung or not self._counts or world is None or world.over:
+        if self.sprung or not self._counts or world is None or world.over or process.dead:
             return
         if self._left:
             self._left -= 1
