@@ -77,10 +77,11 @@ class Callers:
             following = asyncio.ensure_future(self._follow(call, story, doors))
             try:
                 await asyncio.wait([following], timeout=call.patience_s)
-                while not following.done():
+                while not (following.done() or story.ended):
                     await self._cancel(story, doors)
                     await asyncio.wait([following], timeout=1.0)
-                await following
+                if following.done():
+                    await following
             finally:
                 following.cancel()
 
@@ -191,12 +192,13 @@ class Callers:
         return False
 
     async def _cancel(self, story: Story, doors: list[Gateway]) -> None:
-        """One try; its answer does not matter, the stream tells the end."""
+        """One try: an acknowledged cancel is the end, else the stream tells it."""
         if not story.ids:
             return
         with suppress(HocketError, TimeoutError):
             async with asyncio.timeout(_CALL_S):
-                await doors[-1].client.cancel(story.ids[-1])
+                if await doors[-1].client.cancel(story.ids[-1]) and not story.ended:
+                    self._end(story, CANCELLED)
 
     def _end(self, story: Story, how: str, problem: str = "") -> None:
         story.ended, story.ended_s = how, self.now_s()

@@ -45,7 +45,7 @@ def told_well(story: Story) -> list[str]:
     """One call's view: one request, one end, and the right file."""
     name = f"{story.behaviour} {story.key}"
     found = []
-    if len(story.ids) > 1:
+    if len(story.ids) > 1 and story.behaviour != wishes.CANCELLER:
         found.append(f"{name}: doubled, one key had the requests {', '.join(story.ids)}")
     if not story.ended:
         found.append(f"{name}: lost, it never ended")
@@ -70,6 +70,8 @@ def accepted_is_ended(history: History, written: list[Written]) -> list[str]:
         for request_id in story.ids:
             if request_id not in records:
                 found.append(f"{story.key}: accepted as {request_id}, written down nowhere")
+            elif request_id != story.ids[-1] and story.behaviour == wishes.CANCELLER:
+                continue  # asked again by its key, behind a cancel that took effect unheard
             elif story.ended == FINISHED and records[request_id].state != FINISHED:
                 state = records[request_id].state
                 found.append(f"{story.key}: finished for its caller, written down as {state}")
@@ -85,7 +87,7 @@ def accepted_is_ended(history: History, written: list[Written]) -> list[str]:
 def nothing_for_nobody(history: History, written: list[Written]) -> list[str]:
     """No request that no caller knows has run to its end; no key has two requests.
 
-    A caller that left before it heard `accepted` may come back within the grace, and the requests
+    A key whose request its caller cancelled makes another one when it is used again. A caller that left before it heard `accepted` may come back within the grace, and the requests
     here are shorter than that: those are known by their key.
     """
     seen = {request_id for story in history.stories.values() for request_id in story.ids}
@@ -95,7 +97,12 @@ def nothing_for_nobody(history: History, written: list[Written]) -> list[str]:
         for one in written
         if one.state == FINISHED and one.request_id not in seen and one.key not in left
     ]
-    keys = Counter(one.key for one in written if one.key)
+    cancelling = {s.key for s in history.stories.values() if s.behaviour == wishes.CANCELLER}
+    keys = Counter(
+        one.key
+        for one in written
+        if one.key and not (one.state == CANCELLED and one.key in cancelling)
+    )
     return found + [f"{key}: {count} requests" for key, count in keys.items() if count > 1]
 
 
