@@ -87,8 +87,9 @@ def accepted_is_ended(history: History, written: list[Written]) -> list[str]:
 def nothing_for_nobody(history: History, written: list[Written]) -> list[str]:
     """No request that no caller knows has run to its end; no key has two requests.
 
-    A key whose request its caller cancelled makes another one when it is used again. A caller that left before it heard `accepted` may come back within the grace, and the requests
-    here are shorter than that: those are known by their key.
+    A key whose request its caller cancelled makes another one when it is used again. A caller that
+    left before it heard `accepted` may come back within the grace, and the requests here are
+    shorter than that: those are known by their key.
     """
     seen = {request_id for story in history.stories.values() for request_id in story.ids}
     left = {s.key for s in history.stories.values() if s.ended in (QUIT, GIVEN_UP) and not s.ids}
