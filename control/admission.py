@@ -254,7 +254,9 @@ class Admission:
         if not offers:
             return []
         ahead = tuple(self._under_way.values())
-        verdicts = await self._driver.ask(lambda s: judge(s, ahead, newcomers, now_us))
+        verdicts = await self._driver.ask(
+            lambda s: judge(s, ahead, newcomers, now_us), for_newcomers=True
+        )
         judged_us = self._clock.now_us()
         rest_us = min(_RESTS * (judged_us - now_us), _REST_US_MAX)
         self._rest_until_us = judged_us + rest_us
@@ -342,8 +344,10 @@ class Admission:
         """The one act: stored, known, answered, and on its way to the scheduler."""
         offer, request = decided.offer, decided.request
         self._appending += 1
+        stored = decided.promise.submit.request
+        stored.detached = offer.record.detached
         try:
-            unix_us = await self._append(offer.record, decided.promise)
+            unix_us = await self._promises.append(decided.promise)
         except (Refused, EntryTooLarge) as full:
             self._under_way.pop(request.id, None)
             self._refuse(offer, refusals.of(full))
@@ -361,27 +365,27 @@ class Admission:
                 on_time=decided.on_time,
             )
         )
-        self._answer(offer, control_pb2.SubmitResponse(request_id=request.id, accepted=accepted))
+        response = control_pb2.SubmitResponse(request_id=request.id, accepted=accepted)
+        self._answer(offer, response, detaches=offer.record.detached and not stored.detached)
         if offer.is_cancelled:
             self._driver.post(CancelRequested(at_us=self._driver.stamp(), request=request.id))
-
-    async def _append(self, record: Record, promise: journal_pb2.Promise) -> int:
-        """Stores it, and again where a caller that leaves it alone has joined meanwhile."""
-        promise.submit.request.detached = record.detached
-        unix_us = await self._promises.append(promise)
-        if record.detached and not promise.submit.request.detached:
-            promise.submit.request.detached, promise.accepted_unix_us = True, unix_us
-            await self._promises.append(promise)
-        return unix_us
 
     def _refuse(self, offer: Offer, failure: types_pb2.Failure) -> None:
         self._records.refuse(offer.record)
         self._answer(offer, refusals.rejected(offer.record.submit, failure))
 
-    def _answer(self, offer: Offer, response: control_pb2.SubmitResponse) -> None:
+    def _answer(
+        self, offer: Offer, response: control_pb2.SubmitResponse, *, detaches: bool = False
+    ) -> None:
+        """`detaches`: one who joined meanwhile leaves it alone, and that is to be stored yet."""
         del self._offers[offer.record.id]
-        for number, answered in enumerate(offer.answered):
-            answered(response, number > 0)
+        first, *joined = offer.answered
+        first(response, False)
+        for answered in joined:
+            if detaches:
+                self._detach(offer.record, answered)
+            else:
+                answered(response, True)
 
     def _span(self, offer: Offer) -> str:
         return telemetry.record_span(

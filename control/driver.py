@@ -122,9 +122,9 @@ class Driver:
         """Time for a fact that arrives now."""
         return self._clock.now_us()
 
-    async def ask(self, question: Callable[[Scheduler], T]) -> T:
+    async def ask(self, question: Callable[[Scheduler], T], *, for_newcomers: bool = False) -> T:
         """The scheduler's answer; behind the turn under way, and without changing anything."""
-        self._asked = True
+        self._asked = self._asked or for_newcomers
         return await self._planning.run(lambda: question(self._scheduler))
 
     async def ask_behind(self, question: Callable[[Scheduler], T]) -> T:

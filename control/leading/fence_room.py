@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 _ENTRY_BYTES = 512  # that a Fence takes at most
 _TOGETHER = 32  # requests forgotten between two looks at the room
 _AGAIN_US = 200_000
+_LOOK_EVERY_US = 5_000_000  # the whole stream is read for it
 _TELL_EVERY_US = 10_000_000
 
 
@@ -33,12 +34,15 @@ class FenceRoom:
         self._clock = clock
         self._need = fences * _ENTRY_BYTES
         self._tell_us = 0
+        self._look_us = 0  # no sooner: nothing had ended
 
     async def make(self, full: LogFull) -> None:
         """Returns when it is time for another try."""
         try:
-            if await self._forget_ended(full):
-                return
+            if self._clock.now_us() >= self._look_us:
+                if await self._forget_ended(full):
+                    return
+                self._look_us = self._clock.now_us() + _LOOK_EVERY_US
             if self._clock.now_us() >= self._tell_us:
                 self._tell_us = self._clock.now_us() + _TELL_EVERY_US
                 told = "of open requests: nobody can lead; a larger promises_bytes_max helps"

@@ -429,7 +429,7 @@ class Accepted(_message.Message):
     """How binding `predicted_on_time` is; never COMMITMENT_UNSPECIFIED."""
     best_effort_wait_us_max: _builtins.int
     """A request without a deadline (or past it) is served within this time, in microseconds, as the operator has set it;
-    0: no bound is set.
+    0: no bound is set. Firm promises go before it.
     """
     @_builtins.property
     def effective_spec(self) -> _types_pb2.GenerationSpec:

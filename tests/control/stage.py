@@ -16,6 +16,7 @@ from opentelemetry.trace import NoOpTracer
 
 from control.admission import AdmissionSettings
 from control.desk import Desk, Wiring
+from control.leading.room import no_room
 from control.scheduler.core import Scheduler
 from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
@@ -40,6 +41,7 @@ class Shelf:
     forgotten: list[str] = field(default_factory=list)
     wishes: list[tuple[str, bool]] = field(default_factory=list)
     begun: int = 0
+    room: int | None = None  # appends until there is none
     told: list[str] = field(default_factory=list)  # what clients heard when it was stored
     is_open: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -49,6 +51,8 @@ class Shelf:
     async def append(self, promise: journal_pb2.Promise) -> int:
         self.begun += 1
         await self.is_open.wait()
+        if self.room == len(self.stored):
+            raise no_room()
         kept = journal_pb2.Promise()
         kept.CopyFrom(promise)
         self.stored.append(kept)

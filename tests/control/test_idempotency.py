@@ -185,6 +185,23 @@ async def test_an_operation_that_joins_by_its_key_outlives_the_first_caller() ->
         assert stage.shelf.stored[-1].HasField("ended"), "its end is the last word"
 
 
+async def test_what_is_stored_is_accepted_though_a_joiner_finds_no_room() -> None:
+    """The first caller used to be refused, too, and its request stayed open for nobody."""
+    async with running() as stage:
+        one, two = stage.attach(), stage.attach()
+        stage.shelf.room = 1
+        stage.shelf.is_open.clear()
+        stage.submit(one, "a", 1, idempotency_key="k")
+        await stage.until(lambda: stage.shelf.begun)
+        stage.submit(two, "b", 2, idempotency_key="k", detached=True, follower="")
+        await stage.settle()
+        stage.shelf.is_open.set()
+        await stage.until(lambda: one.answers and two.answers)
+        assert one.answers[1].HasField("accepted")
+        assert two.answers[2].rejected.reason == "QUEUE_FULL"
+        assert stage.desk.records.is_open("a")
+
+
 @pytest.mark.parametrize("begun", [0, 1])
 async def test_an_operation_may_join_before_the_first_answer(begun: int) -> None:
     async with running(grace_us=1_000_000) as stage:
