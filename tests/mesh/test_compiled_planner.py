@@ -53,6 +53,36 @@ def test_a_run_needs_nothing_that_warming_did_not_compile() -> None:
     assert len(known) == 2 and decide.signatures == known
 
 
+FIRM = """
+from control.scheduler.policies.hocket import guards, kernel, search
+from control.scheduler.policies.hocket.warm import compile_all
+from tests.scheduler.driving import World
+from tests.scheduler.test_firm_promises import admitted, drained, request
+
+def compiled():
+    entrances = (search.decide, search.give_up, guards.relax, kernel.rollout)
+    return [list(entrance.signatures) for entrance in entrances]
+
+compile_all()
+known = compiled()
+for workers, requests in ((1, 1), (1, 8), (8, 8)):
+    world = World(workers=workers, policy="hocket", lead_us=20_000)
+    for i in range(requests):
+        assert admitted(world, request(f"r{i}", slo_us=20_000_000 + i, firm=True))
+        world.plan()
+    assert all(drained(world).values())
+assert compiled() == known, (known, compiled())
+"""
+
+
+def test_firm_promises_need_nothing_that_warming_did_not_compile() -> None:
+    """In a process of its own: nothing else has called the kernels there."""
+    made = subprocess.run(
+        [sys.executable, "-c", FIRM], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert made.returncode == 0, made.stderr
+
+
 def imported(folder: Path) -> subprocess.CompletedProcess[str]:
     """Imports the planner of a copy of control, for a user who has no home."""
     environment = {**os.environ, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null"}

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from ...ledger import Ledger
 from ...values import Request
+from .guards import relax
 from .improve import Limits
 from .kernel import (
     COLUMNS,
@@ -45,7 +46,7 @@ from .kernel import (
 )
 from .pods import Pod, Pods, work_us
 from .roster import Roster, RosterMaker
-from .search import give_up, relax
+from .search import give_up
 
 GROWTH = 0.5  # newcomers that go in together, of those taken in before
 FAR_US = 1e15  # the deadline of who has none
@@ -84,6 +85,7 @@ class _Future:
     # Rows of the roster whose promise is not kept without newcomers either.
     lost: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     operations: int = 0
+    before: int = 0  # of these, what holding promises to their deadlines took
 
 
 class Forecaster:
@@ -120,6 +122,11 @@ class Forecaster:
         for future in self._futures.values():
             self._settle(future)
         return [NOBODY if guest is None else guest.answer for guest in guests]
+
+    @property
+    def operations(self) -> int:
+        """Of the kernel, in all."""
+        return sum(future.operations for future in self._futures.values())
 
     # ------------------------------------------------------------------------------ who goes where
 
@@ -189,7 +196,7 @@ class Forecaster:
         if roster.promised:
             future.lost = self._lost_without(future)
         while left:
-            if future.operations > self._limits.operations_max:
+            if future.operations - future.before > self._limits.operations_max:
                 self._all_at_once(future, left)
                 return
             block = left[: max(1, int(GROWTH * len(future.taken)))]
@@ -209,8 +216,10 @@ class Forecaster:
         on = _flags([e.hopeful or e.tracked.promised for e in roster.entries])
         space = scratch(len(on))
         gpus, tables, now = len(future.pod.workers), roster.tables(), float(self._now_us)
-        _, used = relax(now, gpus, roster.jobs, on, tables, self._rules, space)
+        most = self._limits.operations_max
+        _, used = relax(now, gpus, roster.jobs, on, tables, self._rules, most, space)
         future.operations += used
+        future.before = used
         _, finish = self._together(future, [])
         return _broken(roster.jobs, finish).astype(np.int64)
 

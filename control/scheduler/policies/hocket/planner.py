@@ -237,12 +237,8 @@ class Hocket:
             return False
         soon = False
 
-        spent = self.operations
-
-        def starts(limits: Limits) -> list[Wish]:
-            left = max(1_000, limits.operations_max - (self.operations - spent))
-            allowed = limits._replace(operations_max=left)
-            return self._starts(ledger, pod, roster, allowed, now_us)
+        def starts(limits: Limits) -> tuple[list[Wish], int]:
+            return self._starts(ledger, pod, roster, limits, now_us)
 
         wishes, used = keep(pod, roster, starts, self._allowed, self._rules, now_us)
         self.operations += used
@@ -261,11 +257,12 @@ class Hocket:
 
     def _starts(
         self, ledger: Ledger, pod: Pod, roster: Roster, limits: Limits, now_us: int
-    ) -> list[Wish]:
-        """What the search wants, and best effort on what that leaves."""
+    ) -> tuple[list[Wish], int]:
+        """What the search wants, and best effort on what that leaves; operations."""
         wishes: list[Wish] = []
+        operations = 0
         if len(roster.entries) > roster.running:
-            self._search(ledger, pod, roster, limits, now_us)
+            operations = self._search(ledger, pod, roster, limits, now_us)
             n = len(roster.entries)
             wishes = wanted(ledger, roster, self._start.choice[:n], self._start.head[:n])
         room = len(roster.free) - sum(w.width for w in wishes)
@@ -273,17 +270,15 @@ class Hocket:
         first_come(ledger, roster, wishes, now_us)
         for wish in wishes:
             wish.steps = self._steps(wish)
-        return wishes
+        return wishes, operations
 
-    def _search(
-        self, ledger: Ledger, pod: Pod, roster: Roster, limits: Limits, now_us: int
-    ) -> None:
-        """Runs the kernel: `_start` holds what it wants."""
+    def _search(self, ledger: Ledger, pod: Pod, roster: Roster, limits: Limits, now_us: int) -> int:
+        """Runs the kernel: `_start` holds what it wants. Operations."""
         n = len(roster.entries)
         self._room(n)
         on = self._on[:n]
         on[:] = self._considered(pod, roster)
-        self.operations += decide(
+        operations: int = decide(
             float(now_us),
             len(pod.workers),
             len(roster.free),
@@ -300,6 +295,7 @@ class Hocket:
         )
         for entry, hopeful in zip(roster.entries, on.tolist(), strict=True):
             entry.hopeful = bool(hopeful)
+        return operations
 
     def _considered(self, pod: Pod, roster: Roster) -> list[bool]:
         """Who may be counted on: all, or in a crowd those counted on before and a few others."""

@@ -3,13 +3,15 @@
     give up ──▶ base start ──▶ improve ──▶ fill
     (jointly, by rollouts)     (one start differently, by rollouts)   (best effort, short steps)
 
-Compiled (numba); bounded by `operations_max`: when they are spent, what stands is kept.
+Compiled (numba); bounded by `operations_max`: when they are spent, what stands is kept, and who is
+late is held to its deadline or given up together with others, so that a few more rollouts end it.
 """
 
 from __future__ import annotations
 
 from numba import njit
 
+from .guards import spend_guards
 from .improve import BUSY, HOLD, Limits, Start, denoises, improve
 from .kernel import (
     AGED,
@@ -37,7 +39,7 @@ from .kernel import (
 )
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def decide(
     now: float,
     gpus: int,
@@ -75,7 +77,7 @@ def decide(
     return operations
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def give_up(
     now: float,
     gpus: int,
@@ -92,6 +94,7 @@ def give_up(
     later, where that leaves a better rollout.
     """
     operations = 0
+    relaxed = 0
     wanted = 0
     for i in range(jobs.shape[0]):
         begin = max(now, jobs[i, AVAIL])
@@ -107,8 +110,8 @@ def give_up(
         if late < 0:
             break
         if jobs[late, GUARD] > 0.0:
-            jobs[late, DEADLINE] += jobs[late, GUARD]
-            jobs[late, GUARD] = 0.0
+            spent = operations >= limits.operations_max
+            relaxed += spend_guards(late, relaxed, spent, jobs, on, s)
             continue
         if operations >= 2 * limits.operations_max:
             if not _cut(late, jobs, on, s):
@@ -125,35 +128,6 @@ def give_up(
 
 
 @njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
-def relax(
-    now: float, gpus: int, jobs: Floats, on: Ints, tab: Tables, rules: Rules, s: Scratch
-) -> tuple[int, int]:
-    """Holds to its deadline who cannot keep its guard, as `give_up` does, and gives up nobody.
-    How many, and operations; FINISH tells of each job.
-    """
-    relaxed = 0
-    _, operations = rollout(now, gpus, jobs, on, tab, rules, s)
-    for _ in range(jobs.shape[0]):
-        late = _first_guarded(jobs, on, s)
-        if late < 0:
-            break
-        jobs[late, DEADLINE] += jobs[late, GUARD]
-        jobs[late, GUARD] = 0.0
-        relaxed += 1
-        _, used = rollout(now, gpus, jobs, on, tab, rules, s)
-        operations += used
-    return relaxed, operations
-
-
-@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
-def _first_guarded(jobs: Floats, on: Ints, s: Scratch) -> int:
-    for i in range(on.shape[0]):
-        if on[i] and jobs[i, GUARD] > 0.0 and s.floats[FINISH, i] < 0.0:
-            return i
-    return -1
-
-
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _make_room(
     now: float,
     gpus: int,
@@ -197,7 +171,7 @@ def _make_room(
     return operations
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _cut(late: int, jobs: Floats, on: Ints, s: Scratch) -> bool:
     """Gives up many at once: all who are late and were promised nothing; where one who was is the
     first, all whom nothing was promised; where only such are left, all who are late. Whether
@@ -218,7 +192,7 @@ def _cut(late: int, jobs: Floats, on: Ints, s: Scratch) -> bool:
     return again
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _any_unpromised(jobs: Floats, on: Ints) -> bool:
     for i in range(on.shape[0]):  # noqa: SIM110 (no generators here)
         if on[i] and jobs[i, WEIGHT] < PROMISED_WORTH:
@@ -226,7 +200,7 @@ def _any_unpromised(jobs: Floats, on: Ints) -> bool:
     return False
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _most_unpromised(below: float, jobs: Floats, on: Ints, tab: Tables) -> int:
     """Of those that nothing was promised, the one with the most work under `below`; -1: none."""
     found = -1
@@ -239,7 +213,7 @@ def _most_unpromised(below: float, jobs: Floats, on: Ints, tab: Tables) -> int:
     return found
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _first_late(on: Ints, s: Scratch) -> int:
     for i in range(on.shape[0]):
         if on[i] and s.floats[FINISH, i] < 0.0:
@@ -247,7 +221,7 @@ def _first_late(on: Ints, s: Scratch) -> int:
     return -1
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _drop_one(
     now: float,
     gpus: int,
@@ -278,7 +252,7 @@ def _drop_one(
     return operations
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _without(
     i: int, now: float, gpus: int, jobs: Floats, on: Ints, tab: Tables, rules: Rules, s: Scratch
 ) -> tuple[float, int]:
@@ -289,12 +263,12 @@ def _without(
     return score, used
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _work_us(jobs: Floats, i: int, tab: Tables) -> float:
     return jobs[i, STEPS_LEFT] * tab.step_us[int(jobs[i, KIND]), 0] + jobs[i, VAE_LEFT]
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _most_work(late: int, below: float, jobs: Floats, on: Ints, tab: Tables) -> int:
     """Of those worth less than `late` and due no later, the one with the most work under `below`.
 
@@ -310,7 +284,7 @@ def _most_work(late: int, below: float, jobs: Floats, on: Ints, tab: Tables) -> 
     return found
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _aged(
     now: float,
     free: int,
@@ -340,7 +314,7 @@ def _aged(
     return room
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _base(now: float, room: int, jobs: Floats, on: Ints, tab: Tables, start: Start) -> None:
     """The base rule's start at this instant."""
     n = jobs.shape[0]
@@ -368,7 +342,7 @@ def _base(now: float, room: int, jobs: Floats, on: Ints, tab: Tables, start: Sta
                 start.choice[i] = k
 
 
-@njit(cache=True, _nrt=False)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, _nrt=False)  # type: ignore[untyped-decorator]
 def _fill(
     gpus: int, free: int, jobs: Floats, on: Ints, tab: Tables, limits: Limits, start: Start
 ) -> None:
