@@ -301,6 +301,9 @@ class WeightStore:
     def _victims(self, wish: Wish) -> tuple[PartName, ...] | None:
         """What has to leave for a part; None where that is not to be had now."""
         before = {w.part for w in self._wishes.values() if w.order <= wish.order}
+        before.add(wish.part)
+        if self._waiting is not None:  # whose wish a newer leader may have forgotten
+            before.add(self._waiting.part)
         later: dict[PartName, Order] = {}
         for order in sorted(self._wishes, reverse=True):
             later[self._wishes[order].part] = order  # the first one stays

@@ -18,7 +18,7 @@ from torch import nn
 
 from gpuworker.models.loading import load_card
 from gpuworker.weights import BudgetTooSmall, Order, PartName, StoreClosed, WeightStore, Wish
-from tests.waiting import until
+from tests.waiting import WAIT_S, until
 from tests.worker.families import FAMILIES
 from tests.worker.worker_pool import CPU
 
@@ -187,6 +187,30 @@ def test_a_part_larger_than_the_budget_is_refused_at_start(folder: Path) -> None
 def test_after_a_failed_allocation_all_others_leave(two: Shelfful) -> None:
     two.store.evict_others(keep=A_DIT)
     assert two.resident == [A_DIT]
+
+
+def test_a_new_leader_takes_no_part_from_who_waits_for_it(
+    two: Shelfful, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wish was forgotten while the compute thread waited for its load; then the part made room
+    for its own activations, and the worker took its store for closed.
+    """
+    loading, go = threading.Event(), threading.Event()
+    load = two.store._load
+
+    def slowly(*args: object) -> None:
+        loading.set()
+        go.wait(WAIT_S)
+        load(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(two.store, "_load", slowly)
+    leader = threading.Thread(
+        target=lambda: (loading.wait(WAIT_S), two.store.forget_before(2), go.set())
+    )
+    leader.start()
+    with two.store.use(wish(1, B_DIT, activations=PART_BYTES + 1)):
+        assert two.right(B_DIT)
+    leader.join()
 
 
 @pytest.mark.parametrize("seed", range(4))
