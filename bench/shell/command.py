@@ -50,16 +50,18 @@ def shell_command(
         return
     numbers = list(parse_seeds(seeds))
     began_ns, found = steady_ns(), Findings()
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("seeds", total=len(numbers))
-        for verdict in verdicts(numbers, jobs, chosen):
-            found.take(verdict)
-            wrong = f", {found.bad} with problems" if found.bad else ""
-            progress.update(task, advance=1, description=f"seeds{wrong}")
-            if not console.is_terminal and found.seeds % _TOLD_EVERY == 0:
-                took_s = (steady_ns() - began_ns) / 1e9
-                console.print(f"{found.seeds} of {len(numbers)} seeds in {took_s:.0f} s{wrong}")
-    found.show((steady_ns() - began_ns) / 1e9)
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("seeds", total=len(numbers))
+            for verdict in verdicts(numbers, jobs, chosen):
+                found.take(verdict)
+                wrong = f", {found.bad} with problems" if found.bad else ""
+                progress.update(task, advance=1, description=f"seeds{wrong}")
+                if not console.is_terminal and found.seeds % _TOLD_EVERY == 0:
+                    took_s = (steady_ns() - began_ns) / 1e9
+                    console.print(f"{found.seeds} of {len(numbers)} seeds in {took_s:.0f} s{wrong}")
+    finally:  # of an interrupted run, what it had found
+        found.show((steady_ns() - began_ns) / 1e9)
     if found.bad:
         raise typer.Exit(1)
 
