@@ -202,6 +202,8 @@ def _assigns(run: Run) -> Callable[[Message], None]:
                 assign = mesh_pb2.Assign.FromString(message.data)
             except DecodeError:
                 return
+            if not assign.incarnation:
+                return  # a stranger's
             for item in assign.assignments:
                 key = (message.subject.removeprefix(prefix), assign.term, item.sequence)
                 run.assigned_us.setdefault(key, run.world.now_us)
