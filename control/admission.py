@@ -97,14 +97,14 @@ class Admission:
         """Calls `answered` once, now or later. `expires_us` is absolute; `wanted` is asked before
         anything is promised.
         """
-        violations = check_submit(submit)
-        if violations:
-            answered(refusals.invalid(submit, violations), False)
-            return
         wish = wishes.digest(submit)
         known = self._records.get(submit.request_id) or self._records.same_key(submit)
         if known is not None:
             self._answer_known(known, submit, wish, answered, wanted, expires_us)
+            return
+        violations = check_submit(submit)
+        if violations:
+            answered(refusals.invalid(submit, violations), False)
             return
         refusal = self._no_room()
         if refusal is not None:

@@ -35,6 +35,7 @@ from hocket.errors import (
     InvalidRequest,
     NotFinished,
     NotReady,
+    NoWorkers,
     Refused,
     RequestFailed,
     UnknownRequest,
@@ -101,10 +102,10 @@ class Calls:
         span = trace.get_current_span()
         span.update_name(spans.GENERATE)
         follower = Follower(_new_id())
-        effective = self._complete(request)
+        effective, absent = self._complete(request)
         _describe(span, follower.request_id, effective)
         try:
-            answer = await self._submit(request, effective, follower)
+            answer = await self._submit(request, effective, follower, absent=absent)
             span.set_attribute(spans.REQUEST, follower.request_id)
             accepted = await self._accepted(answer, effective, span)
             yield GenerateResponse(accepted=accepted, cursor=str(ACCEPTED_CURSOR))
@@ -130,11 +131,11 @@ class Calls:
     async def create(self, request: GenerateRequest) -> RequestStatus:
         """A request that lives by itself: its state right after its acceptance, or now, where the
         idempotency key led to an earlier one."""
-        effective = self._complete(request)
+        effective, absent = self._complete(request)
         effective.detached = True
         name = _new_id()
         _describe(trace.get_current_span(), name, effective)
-        answer = await self._submit(request, effective, None, name)
+        answer = await self._submit(request, effective, None, name, absent=absent)
         if answer.request_id not in ("", name) or not answer.HasField("accepted"):
             return await self.control.get(answer.request_id, None)
         metadata = GenerationMetadata(
@@ -209,11 +210,21 @@ class Calls:
             raise UnknownRequest(name)
         return await self.control.get(name, tenant)
 
-    def _complete(self, request: GenerateRequest) -> GenerateRequest:
-        effective = validation.completed(request, self.control.models)
+    def _complete(self, request: GenerateRequest) -> tuple[GenerateRequest, NoWorkers | None]:
+        """With its defaults; or as it is, where no worker says what they are, and its key may name
+        a request that is under way: control knows."""
+        try:
+            effective = validation.completed(request, self.control.models)
+        except NoWorkers as absent:
+            if not request.idempotency_key:
+                raise
+            effective = GenerateRequest()
+            effective.CopyFrom(request)
+            effective.progress_every = max(1, request.progress_every)
+            return effective, absent
         if not effective.spec.HasField("seed"):
             effective.spec.seed = secrets.randbits(_SEED_BITS)
-        return effective
+        return effective, None
 
     async def _submit(
         self,
@@ -221,7 +232,10 @@ class Calls:
         effective: GenerateRequest,
         follower: Follower | None,
         name: str = "",
+        *,
+        absent: NoWorkers | None = None,
     ) -> SubmitResponse:
+        """Control's answer. `absent`: what is raised where it knows of no such request."""
         submit = SubmitRequest(
             request_id=follower.request_id if follower is not None else name,
             request=effective,
@@ -237,6 +251,8 @@ class Calls:
             raise self._cause() from None
         span.add_event(spans.ANSWERED)
         has_failed = answer.rejected.metadata.get("ended") == "1"
+        if absent is not None and answer.HasField("rejected") and not has_failed:
+            raise absent
         if answer.HasField("rejected") and not (has_failed and follower is None):
             raise _refusal(answer.rejected)
         return answer

@@ -185,6 +185,19 @@ async def test_an_operation_that_joins_by_its_key_outlives_the_first_caller() ->
         assert stage.shelf.stored[-1].HasField("ended"), "its end is the last word"
 
 
+async def test_a_known_key_is_answered_whatever_else_is_asked_without_defaults() -> None:
+    """A gateway that hears of no worker cannot fill them in; the wish tells that it is the same."""
+    async with running() as stage:
+        one, two = stage.attach(), stage.attach()
+        first = submit_of("a", wish=b"w" * 32, idempotency_key="k")
+        one.say(submits=[control_pb2.AttachedSubmit(call=1, submit=first, follower="f-a")])
+        await stage.until(lambda: one.answers)
+        submit = submit_of("b", wish=b"w" * 32, steps=0, idempotency_key="k")
+        two.say(submits=[control_pb2.AttachedSubmit(call=2, submit=submit, follower="f-b")])
+        await stage.until(lambda: two.answers)
+        assert two.answers[2].accepted.request_id == "a"
+
+
 async def test_what_is_stored_is_accepted_though_a_joiner_finds_no_room() -> None:
     """The first caller used to be refused, too, and its request stayed open for nobody."""
     async with running() as stage:

@@ -32,7 +32,7 @@ from hocket.v1.generation_pb2 import (
 )
 from hocket.v1.generation_pb2_grpc import GenerationServiceStub
 from hocket.v1.mesh_pb2 import RequestEvent
-from hocket.v1.types_pb2 import GenerationSpec
+from hocket.v1.types_pb2 import Failure, GenerationSpec
 from tests.gateway.conftest import SERVING, Stage, Staging
 from tests.gateway.peer import Peer, accepted, done, running_peer, step
 from tests.gateway.test_calls import stalled_calls
@@ -40,6 +40,20 @@ from tests.gateway.test_servicer import PICTURE, accept_only, finish
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 EARLIER = "0" * 26
+
+
+async def nobody_works(peer: Peer, submit: SubmitRequest) -> SubmitResponse:
+    failure = Failure(reason="NO_WORKERS", message="no worker has a living lease")
+    return SubmitResponse(request_id=submit.request_id, rejected=failure)
+
+
+async def test_a_key_finds_its_request_while_no_worker_is_there(staged: Staging) -> None:
+    """It used to be refused at the gateway, until control had given its followers up."""
+    async with staged(finish) as stage:
+        stage.peer.workers()
+        await stage.health("", NOT_SERVING)
+        media, _ = await stage.client.generate_media("a fox", idempotency_key="k")
+        assert media == PICTURE
 
 
 async def watched(stage: Stage, request_id: str, cursor: str = "") -> list[tuple[str, str]]:
@@ -153,7 +167,7 @@ async def test_without_control_a_new_request_is_refused_by_its_name(staged: Stag
     async with staged(finish, control="") as stage:
         with pytest.raises(ControlUnavailable, match="not been found"):
             await stage.client.generate_media("a red fox")
-    async with staged(finish) as stage:
+    async with staged(nobody_works) as stage:
         stage.peer.workers()
         await stage.health("", NOT_SERVING)
         with pytest.raises(NoWorkers):

@@ -206,7 +206,12 @@ async def test_a_malformed_request_never_reaches_control(staged: Staging) -> Non
 
 async def test_health_follows_the_workers(staged: Staging) -> None:
     not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-    async with staged(finish, workers=()) as stage:
+
+    async def nobody_works(peer: Peer, submit: SubmitRequest) -> SubmitResponse:
+        failure = Failure(reason="NO_WORKERS", message="no worker has a living lease")
+        return SubmitResponse(request_id=submit.request_id, rejected=failure)
+
+    async with staged(nobody_works, workers=()) as stage:
         for name in ("", "hocket.v1.GenerationService"):
             await stage.health(name, not_serving)
         with pytest.raises(NotReady):
