@@ -85,9 +85,11 @@ async def test_follow_goes_on_behind_a_number(log: Log, subjects: Subjects) -> N
 
 async def test_an_entry_with_a_time_to_live_goes(log: Log, subjects: Subjects) -> None:
     await log.append(subjects.promise("a"), b"", ttl_s=1.0)
+    await log.append(subjects.promise("b"), b"")
     async with asyncio.timeout(WAIT_S):
         while await log.newest(subjects.promise("a")) is not None:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
+    assert await log.newest(subjects.promise("b")) is not None, "the other one stays"
 
 
 async def test_a_full_stream_refuses_and_drops_nothing(bus: Bus, subjects: Subjects) -> None:

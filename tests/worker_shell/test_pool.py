@@ -98,5 +98,6 @@ async def test_who_is_refused_or_wrongly_set_stays_away(tmp_path: Path) -> None:
 async def test_workers_never_outlive_the_pool(tmp_path: Path) -> None:
     async with pool(tmp_path, 2) as process:
         await until(lambda: pid(tmp_path, 0) and pid(tmp_path, 1))
+        assert alive(pid(tmp_path, 0)) and alive(pid(tmp_path, 1))
         process.kill()
         await until(lambda: not alive(pid(tmp_path, 0)) and not alive(pid(tmp_path, 1)))
