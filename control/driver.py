@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 INBOX_MAX = 65_536  # facts; beyond it what a later fact repeats is dropped, and counted
 _REST_US_MAX = 20_000  # between two plans, where they take long
-_LONG_US = 5_000  # a plan of a long queue; while newcomers are forecast it gives way to them:
-_RESTS_ASKED, _REST_ASKED_US_MAX = 3, 60_000
+_LONG_US = 5_000  # a plan of a long queue; while newcomers are forecast it gives way to them,
+_RESTS_ASKED, _REST_ASKED_US_MAX = 4, 200_000  # though workers may be idle meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,7 @@ class Driver:
         self._wake_us: int | None = None
         self._rest_until_us = 0
         self._asked = False  # since the last plan
+        self._gives_way = False  # the last plan took long while newcomers were forecast
         self.drops: Counter[str] = Counter()  # facts that found the inbox full, by kind
 
     def post(
@@ -151,7 +152,8 @@ class Driver:
                     question.answer.set_result(answer)
             if turn.plan is not None:
                 rest_us = min(turn.plan_time_us, _REST_US_MAX)
-                if self._asked and turn.plan_time_us > _LONG_US:
+                self._gives_way = self._asked and turn.plan_time_us > _LONG_US
+                if self._gives_way:
                     rest_us = min(_RESTS_ASKED * turn.plan_time_us, _REST_ASKED_US_MAX)
                 self._asked = False
                 self._rest_until_us = self._clock.now_us() + rest_us
@@ -193,7 +195,7 @@ class Driver:
             self._arrived.clear()
             await self._wait()
         rest_until_us = self._rest_until_us
-        if self._wake_us is not None:
+        if self._wake_us is not None and not self._gives_way:  # as its wakes come one by one
             rest_until_us = min(rest_until_us, self._wake_us)
         if rest_until_us > self._clock.now_us():  # a plan took long: let more facts gather
             await self._clock.sleep_until(rest_until_us)
