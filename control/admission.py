@@ -255,7 +255,7 @@ class Admission:
             return []
         ahead = tuple(self._under_way.values())
         verdicts = await self._driver.ask(
-            lambda s: judge(s, ahead, newcomers, now_us), for_newcomers=True
+            lambda s: judge(s, ahead, newcomers, now_us), newcomers=len(newcomers)
         )
         judged_us = self._clock.now_us()
         rest_us = min(_RESTS * (judged_us - now_us), _REST_US_MAX)

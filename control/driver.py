@@ -30,8 +30,9 @@ T = TypeVar("T")
 
 INBOX_MAX = 65_536  # facts; beyond it what a later fact repeats is dropped, and counted
 _REST_US_MAX = 20_000  # between two plans, where they take long
-_LONG_US = 5_000  # a plan of a long queue; while newcomers are forecast it gives way to them,
-_RESTS_ASKED, _REST_ASKED_US_MAX = 4, 200_000  # though workers may be idle meanwhile
+_LONG_US = 5_000  # a plan of a long queue. In a flood of newcomers it gives way to their forecasts
+_FLOOD, _FLOOD_US = 16, 250_000  # so many in one forecast, that long ago at most
+_RESTS_FLOODED, _REST_FLOODED_US_MAX = 4, 200_000  # and workers may be idle meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,8 @@ class Driver:
         self._arrived = asyncio.Event()
         self._wake_us: int | None = None
         self._rest_until_us = 0
-        self._asked = False  # since the last plan
-        self._gives_way = False  # the last plan took long while newcomers were forecast
+        self._flooded_until_us = 0
+        self._gives_way = False  # the last plan took long in a flood of newcomers
         self.drops: Counter[str] = Counter()  # facts that found the inbox full, by kind
 
     def post(
@@ -123,9 +124,13 @@ class Driver:
         """Time for a fact that arrives now."""
         return self._clock.now_us()
 
-    async def ask(self, question: Callable[[Scheduler], T], *, for_newcomers: bool = False) -> T:
-        """The scheduler's answer; behind the turn under way, and without changing anything."""
-        self._asked = self._asked or for_newcomers
+    async def ask(self, question: Callable[[Scheduler], T], *, newcomers: int = 0) -> T:
+        """The scheduler's answer; behind the turn under way, and without changing anything.
+
+        `newcomers`: how many it is about.
+        """
+        if newcomers >= _FLOOD:
+            self._flooded_until_us = self._clock.now_us() + _FLOOD_US
         return await self._planning.run(lambda: question(self._scheduler))
 
     async def ask_behind(self, question: Callable[[Scheduler], T]) -> T:
@@ -151,12 +156,12 @@ class Driver:
                 if not question.answer.done():
                     question.answer.set_result(answer)
             if turn.plan is not None:
-                rest_us = min(turn.plan_time_us, _REST_US_MAX)
-                self._gives_way = self._asked and turn.plan_time_us > _LONG_US
+                now_us, took_us = self._clock.now_us(), turn.plan_time_us
+                self._gives_way = took_us > _LONG_US and now_us < self._flooded_until_us
+                rest_us = min(took_us, _REST_US_MAX)
                 if self._gives_way:
-                    rest_us = min(_RESTS_ASKED * turn.plan_time_us, _REST_ASKED_US_MAX)
-                self._asked = False
-                self._rest_until_us = self._clock.now_us() + rest_us
+                    rest_us = min(_RESTS_FLOODED * took_us, _REST_FLOODED_US_MAX)
+                self._rest_until_us = now_us + rest_us
             await self._outlet.turned(turn)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from control import driver as driving
 from control.driver import Driver, Turn
 from control.planning import PlannerThread
 from control.scheduler import values
-from hocket.clock import SystemClock
+from hocket.clock import ManualClock, SystemClock
 
 WAIT_S = 30.0
 
@@ -130,6 +130,42 @@ async def test_a_fact_that_is_no_news_when_its_turn_comes_is_not_shown() -> None
     async with asyncio.timeout(WAIT_S):
         await outlet.came.wait()
     assert [f.worker for f in scheduler.seen if isinstance(f, values.WorkerLost)] == ["w0"]
+    driven.cancel()
+
+
+class LongPlans(SlowScheduler):
+    """Its plans take 20 ms of a manual clock, and it wants the next one 1 ms later."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.at_us: list[int] = []
+
+    def plan(self, now_us: int) -> values.Plan:
+        self.at_us.append(now_us)
+        self.clock.advance_to(now_us + 20_000)
+        return values.Plan(round=1, now_us=now_us, start_us=now_us)
+
+    def wake_us(self) -> int | None:
+        return self.at_us[-1] + 21_000 if self.at_us else 0
+
+
+@pytest.mark.parametrize(("newcomers", "pause_us"), [(0, 1_000), (3, 1_000), (16, 80_000)])
+async def test_plans_of_a_long_queue_give_way_to_a_flood_of_newcomers(
+    newcomers: int, pause_us: int
+) -> None:
+    clock = ManualClock()
+    scheduler = LongPlans(clock)
+    driver = Driver(scheduler, clock, Turns())  # type: ignore[arg-type]
+    await driver.ask(lambda s: None, newcomers=newcomers)
+    driver.post(lost(driver, "w0"))
+    driven = asyncio.ensure_future(driver.run())
+    async with asyncio.timeout(WAIT_S):
+        while len(scheduler.at_us) < 2:
+            await asyncio.sleep(0)
+            if not clock.settled() and (at_us := clock.next_wake_us()) is not None:
+                clock.advance_to(at_us)
+    assert scheduler.at_us[1] - scheduler.at_us[0] == 20_000 + pause_us
     driven.cancel()
 
 
