@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import NoReturn
 
 from PIL import Image
@@ -27,6 +28,7 @@ from gpuworker.executor import (
     always_room,
 )
 from gpuworker.inbox import Inbox, StopMark
+from hocket.cancelling import one_done
 from hocket.v1 import mesh_pb2, types_pb2
 
 __all__ = ["EmulatedExecutor", "EmulatedHost"]
@@ -181,20 +183,19 @@ class EmulatedExecutor:
     async def _lead(
         self, assignment: mesh_pb2.Assignment, meeting: Meeting, listener: Listener
     ) -> None:
-        host, members = self._host, assignment.batch
+        host, members, text = self._host, assignment.batch, assignment.node == "text"
 
         def staying() -> list[mesh_pb2.BatchMember]:
             stay = self._inbox.staying(assignment)
             return [m for m in members if m.request_id in stay]
 
         def ready() -> bool:
+            stay = staying()
             here = meeting.came == meeting.members
-            latents = assignment.node == "text" or all(host.holds(m) for m in staying())
-            return (here and latents) or not staying()
+            return not stay or (here and (text or all(host.holds(m) for m in stay)))
 
         def decided() -> bool:
-            passed = assignment.node != "text" and any(host.have_passed(m) for m in staying())
-            return ready() or passed
+            return ready() or (not text and any(host.have_passed(m) for m in staying()))
 
         if not (await self._in_time(assignment, decided) and ready()):
             listener(self._in_vain(assignment, meeting))
@@ -228,7 +229,7 @@ class EmulatedExecutor:
             asyncio.ensure_future(clock.sleep_until(clock.now_us() + timeout_us)),
         ]
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await one_done(*waits)
         finally:
             for wait in waits:
                 wait.cancel()
@@ -311,6 +312,7 @@ def _behind(assignment: mesh_pb2.Assignment, made: int, requests: Sequence[str])
     }
 
 
+@cache
 def _blank_png() -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (8, 8), (128, 128, 128)).save(out, "PNG")

@@ -52,6 +52,8 @@ class Delivery:
     def __init__(self, messages: Feed[Msg], pending: int) -> None:
         self._messages = messages
         self._seen = 0
+        self._waits_since_s: float | None = None  # whoever reads it; None: nobody waits
+        self._watch: asyncio.TimerHandle | None = None  # one for many messages
         self.pending = pending  # entries that matched when it was opened
 
     @classmethod
@@ -94,29 +96,43 @@ class Delivery:
     async def next(self) -> tuple[Entry, int]:
         """The next entry, and how many more match now. Raises Broken."""
         while True:
-            try:
-                async with asyncio.timeout(_SILENCE_S):
-                    message = await self._messages.next()
-            except TimeoutError as error:
-                raise Broken("the delivery fell silent") from error
+            message = await self._next()
             if not message.reply:
                 self._beat(message)
                 continue
-            meta = message.metadata
-            if meta.sequence.consumer != self._seen + 1:
+            sequence, delivered, stamp_ns, pending = _numbers(message.reply)
+            if delivered != self._seen + 1:
                 raise Broken("entries are missing in the delivery")
             self._seen += 1
-            entry = Entry(
-                subject=message.subject,
-                data=message.data,
-                sequence=meta.sequence.stream,
-                unix_us=_stamp_ns(message.reply) // 1000,
-            )
-            return entry, meta.num_pending
+            return Entry(message.subject, message.data, sequence, stamp_ns // 1000), pending
 
     async def close(self) -> None:
         """The broker forgets a consumer that nobody listens to."""
+        if self._watch is not None:
+            self._watch.cancel()
         await self._messages.close()
+
+    async def _next(self) -> Msg:
+        if not self._messages.pending:
+            loop = asyncio.get_running_loop()
+            self._waits_since_s = loop.time()
+            if self._watch is None:
+                self._watch = loop.call_later(_SILENCE_S, self._look)
+        try:
+            return await self._messages.next()
+        finally:
+            self._waits_since_s = None
+
+    def _look(self) -> None:
+        """Whether the reader has waited too long by now; else looks again when it will have."""
+        self._watch, since_s = None, self._waits_since_s
+        if since_s is None or self._messages.pending:
+            return
+        loop = asyncio.get_running_loop()
+        if since_s + _SILENCE_S > loop.time():
+            self._watch = loop.call_at(since_s + _SILENCE_S, self._look)
+        else:
+            self._messages.end(Broken("the delivery fell silent"))
 
     def _beat(self, message: Msg) -> None:
         told = (message.headers or {}).get(_LAST_DELIVERED)
@@ -124,10 +140,17 @@ class Delivery:
             raise Broken("entries are missing in the delivery")
 
 
-def _stamp_ns(reply: str) -> int:
-    """As nats-py's metadata, without its rounding: `$JS.ACK.…`, of 9 tokens or of more."""
+def _numbers(reply: str) -> tuple[int, int, int, int]:
+    """An entry's number in the stream and in the delivery, its stamp in ns, and how many more
+    match: as nats-py's metadata, without its rounding and its cost. Raises Broken.
+    """
     parts = reply.split(".")
-    return int(parts[7] if len(parts) == 9 else parts[9])
+    first = 5 if len(parts) == 9 else 7  # `$JS.ACK.…`, without a domain or with one
+    try:
+        sequence, delivered, stamp_ns, pending = map(int, parts[first : first + 4])
+    except ValueError as error:
+        raise Broken(f"no delivery has a reply such as {reply[:64]!r}") from error
+    return sequence, delivered, stamp_ns, pending
 
 
 async def one_by_one(bus: Bus, stream: str, subject: str, upto: int) -> AsyncIterator[Entry]:

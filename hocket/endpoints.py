@@ -66,7 +66,15 @@ def clear(state_dir: Path, service: str) -> None:
 def _announced(state_dir: Path, service: str) -> list[tuple[Path, Endpoint]]:
     """As written, the newest first; files that cannot be read are left out."""
     found: list[tuple[int, Path, Endpoint]] = []
-    for path in state_dir.glob(f"{service}@*.json"):
+    begins, ends = f"{service}@", ".json"
+    try:
+        names = os.listdir(state_dir)
+    except OSError:  # there is none, or none of ours
+        return []
+    for name in names:
+        if not (name.startswith(begins) and name.endswith(ends)):
+            continue
+        path = state_dir / name
         try:
             endpoint = msgspec.json.decode(path.read_bytes(), type=Endpoint)
             found.append((path.stat().st_mtime_ns, path, endpoint))

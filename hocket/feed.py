@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -20,7 +21,12 @@ class Feed(Generic[T]):
     """
 
     def __init__(self, limit: int) -> None:
-        self._queue: asyncio.Queue[T] = asyncio.Queue(limit)
+        assert limit > 0, "a feed has a bound"
+        self._limit = limit
+        self._items: deque[T] = deque()
+        self._takers: deque[asyncio.Future[None]] = deque()  # each is woken by one item …
+        self._givers: deque[asyncio.Future[None]] = deque()  # … and by room for one
+        self._error: Exception | None = None
         self._subscription: Subscription | None = None
         self._task: asyncio.Task[None] | None = None
         self.drops = 0
@@ -34,23 +40,39 @@ class Feed(Generic[T]):
 
     def put(self, item: T) -> None:
         """Takes an item at once, at the oldest one's cost where there is no room."""
-        if self._queue.full():
-            self._queue.get_nowait()
+        if len(self._items) >= self._limit:
+            self._items.popleft()
             self.drops += 1
-        self._queue.put_nowait(item)
+        self._items.append(item)
+        _wake(self._takers)
 
     async def offer(self, item: T) -> None:
         """Takes an item once there is room."""
-        await self._queue.put(item)
+        while len(self._items) >= self._limit:
+            await _turn(self._givers)
+        self._items.append(item)
+        _wake(self._takers)
 
     async def next(self) -> T:
-        """The next item, once there is one."""
-        return await self._queue.get()
+        """The next item, once there is one; raises what the feed was ended with behind the last."""
+        while not self._items:
+            if self._error is not None:
+                raise self._error
+            await _turn(self._takers)
+        item = self._items.popleft()
+        _wake(self._givers)
+        return item
+
+    def end(self, error: Exception) -> None:
+        """Nothing more will come: whoever waits, or asks later, gets the error."""
+        self._error = error
+        while self._takers:
+            _wake(self._takers)
 
     @property
     def pending(self) -> int:
         """Items that have come and were not taken yet."""
-        return self._queue.qsize()
+        return len(self._items)
 
     async def close(self) -> None:
         """Ends what fills this feed. Closing twice is no error."""
@@ -62,3 +84,25 @@ class Feed(Generic[T]):
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+async def _turn(waiting: deque[asyncio.Future[None]]) -> None:
+    """Waits to be woken. Woken and cancelled at once, it wakes the next one in its place."""
+    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    waiting.append(waiter)
+    try:
+        await waiter
+    except asyncio.CancelledError:
+        if not waiter.cancelled():
+            _wake(waiting)
+        elif waiter in waiting:
+            waiting.remove(waiter)
+        raise
+
+
+def _wake(waiting: deque[asyncio.Future[None]]) -> None:
+    while waiting:
+        waiter = waiting.popleft()
+        if not waiter.done():
+            waiter.set_result(None)
+            return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache
 from typing import NamedTuple
 
 from .loop import SimulatedLoop
@@ -64,8 +64,11 @@ class Stream:
 
     def matching(self, pattern: str) -> list[Message]:
         """Stored messages on such subjects, oldest first; "" is all."""
-        tokens = (pattern or ">").split(".")
-        return [m for m in self.messages.values() if matches(tokens, m.subject)]
+        if self.one_a_subject and pattern and "*" not in pattern and ">" not in pattern:
+            newest = self.get(pattern)
+            return [] if newest is None else [newest]
+        fits = matcher(pattern or ">")
+        return [m for m in self.messages.values() if fits(m.subject)]
 
     def remove(self, subject: str, before: int | None = None) -> None:
         """Purges a subject, of what came before that sequence."""
@@ -80,7 +83,7 @@ class Stream:
 class Interest:
     """A subscription as the broker knows it."""
 
-    pattern: tuple[str, ...]
+    pattern: str
     connection: Connection
     deliver: Callable[[Message], None]
 
@@ -184,7 +187,7 @@ class Broker:
             self._wild[self._ids] = interest
             self._wild_found.clear()
         else:
-            self._exact.setdefault(".".join(interest.pattern), {})[self._ids] = interest
+            self._exact.setdefault(interest.pattern, {})[self._ids] = interest
         return self._ids
 
     def unsubscribe(self, number: int) -> None:
@@ -194,7 +197,7 @@ class Broker:
         if self._wild.pop(number, None) is not None:
             self._wild_found.clear()
         else:
-            subject = ".".join(interest.pattern)
+            subject = interest.pattern
             self._exact[subject].pop(number, None)
             if not self._exact[subject]:
                 del self._exact[subject]
@@ -215,12 +218,12 @@ class Broker:
             found += self._wild_of(subject)
         for interest in found:
             for _ in range(self._copies(message)):
-                interest.connection.down.send(partial(interest.deliver, message))
+                interest.connection.down.send(interest.deliver, message)
         return len(found)
 
     def _wild_of(self, subject: str) -> list[Interest]:
         if subject not in self._wild_found:
-            found = [i for i in self._wild.values() if matches(i.pattern, subject)]
+            found = [i for i in self._wild.values() if matcher(i.pattern)(subject)]
             self._wild_found[subject] = found
         return self._wild_found[subject]
 
@@ -230,9 +233,10 @@ class Broker:
         """
         found = tuple(self._exact.get(message.subject, {}).values())
         if found and self._copies(message):
-            named = message._replace(subject=subject)
+            _, data, reply, sequence, unix_us, headers = message
+            named = Message(subject, data, reply, sequence, unix_us, headers)
             for interest in found:
-                interest.connection.down.send(partial(interest.deliver, named))
+                interest.connection.down.send(interest.deliver, named)
         return bool(found)
 
     def _copies(self, message: Message) -> int:
@@ -265,7 +269,7 @@ class Broker:
         """Name of the stream that takes a subject."""
         if subject not in self._stream_names:
             patterns = ((n, p) for n, s in self.streams.items() for p in s.subjects)
-            found = (name for name, pattern in patterns if matches(pattern.split("."), subject))
+            found = (name for name, pattern in patterns if matcher(pattern)(subject))
             self._stream_names[subject] = next(found, None)
         return self._stream_names[subject]
 
@@ -319,15 +323,24 @@ class Broker:
                 self.append(stream, message.subject, b"")
 
 
-def matches(pattern: tuple[str, ...] | list[str], subject: str) -> bool:
+@lru_cache(maxsize=4096)
+def matcher(pattern: str) -> Callable[[str], bool]:
     """NATS wildcards: "*" is one token, ">" at the end one or more."""
-    tokens = subject.split(".")
-    for index, part in enumerate(pattern):
-        if part == ">":
-            return len(tokens) > index
-        if index >= len(tokens) or part not in ("*", tokens[index]):
+    parts = pattern.split(".")
+    if pattern == ">":
+        return lambda subject: True
+    if "*" not in parts:
+        if parts[-1] != ">":
+            return pattern.__eq__
+        return lambda subject: subject.startswith(pattern[:-1]) and len(subject) >= len(pattern)
+
+    def fits(subject: str) -> bool:
+        tokens = subject.split(".")
+        if len(tokens) < len(parts) or (len(tokens) > len(parts) and parts[-1] != ">"):
             return False
-    return len(tokens) == len(pattern)
+        return all(p in ("*", ">", token) for p, token in zip(parts, tokens, strict=False))
+
+    return fits
 
 
 def _nothing() -> None:

@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import nats.errors
-from nats.aio.msg import Msg
 
 from .broker import DELIVERY, INBOX, Broker, Connection, Interest, Message
 from .loop import Process
+from .waits import Bell
 
 if TYPE_CHECKING:
     from .jetstream import JetStream
@@ -24,19 +24,17 @@ if TYPE_CHECKING:
 _RETRY_S = 0.1
 _BUFFER_BYTES_MAX = 2 << 20  # of what is sent while the broker is away
 Callback = Callable[["Received"], Awaitable[None]]
+AtBroker = Callable[..., None]  # of the connection that it comes over, and what more there is
 
 
 class Received:
     """A message as a handler sees it."""
 
+    __slots__ = ("_client", "data", "headers", "reply", "subject")
+
     def __init__(self, client: Client, message: Message) -> None:
         self._client = client
-        self.subject, self.data, self.reply = message.subject, message.data, message.reply
-        self.headers = message.headers
-
-    @property
-    def metadata(self) -> Msg.Metadata:
-        return Msg.Metadata._from_reply(self.reply)
+        self.subject, self.data, self.reply, _, _, self.headers = message
 
     async def respond(self, data: bytes) -> None:
         await self._client.publish(self.reply, data)
@@ -53,7 +51,7 @@ class Subscription:
         self._client = client
         self._pending_max = pending_max
         self._backlog: deque[Received] = deque()
-        self._arrived = asyncio.Event()
+        self._arrived = Bell(client.process.loop)
         self._task = None
         if callback is not None:
             self._task = asyncio.get_running_loop().create_task(self._serve(callback))
@@ -71,7 +69,7 @@ class Subscription:
             self._client.process.call(self._client.tell_error, error)
             return
         self._backlog.append(Received(self._client, message))
-        self._arrived.set()
+        self._arrived.ring()
 
     async def next_msg(self, timeout: float | None = 1.0) -> Received:
         try:
@@ -87,15 +85,16 @@ class Subscription:
 
     async def _next(self) -> Received:
         while not self._backlog:
-            self._arrived.clear()
-            await self._arrived.wait()
+            await self._arrived.rung()
         return self._backlog.popleft()
 
     async def _serve(self, callback: Callback) -> None:
+        backlog = self._backlog
         while True:
-            message = await self._next()
+            while not backlog:
+                await self._arrived.rung()
             try:
-                await callback(message)
+                await callback(backlog.popleft())
             except asyncio.CancelledError:
                 raise
             except Exception as error:
@@ -116,7 +115,7 @@ class Client:
         self.barred = False  # the network lets no new connection through
         self.subscriptions: list[Subscription] = []
         self.connection: Connection | None = None
-        self._buffer: list[tuple[int, Callable[[Connection], None]]] = []
+        self._buffer: list[tuple[AtBroker, tuple[Any, ...]]] = []
         self._buffered = 0
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._asked = 0
@@ -155,7 +154,7 @@ class Client:
             raise nats.errors.MaxPayloadError
         self.stats["out_msgs"] += 1
         message = Message(subject, payload, reply, headers=headers)
-        self._send(lambda c: void(self.broker.publish(message, c)), len(payload) + len(subject))
+        self._send(len(payload) + len(subject), self._publish, message)
 
     async def subscribe(
         self,
@@ -169,7 +168,7 @@ class Client:
         subscription = Subscription(self, subject, cb, pending_msgs_limit)
         self.subscriptions.append(subscription)
         if self.connection is not None:
-            self._send(lambda c: self._tell_interest(c, subscription), 0)
+            self._send(0, self._tell_interest, subscription)
         return subscription
 
     async def request(
@@ -182,9 +181,9 @@ class Client:
             message = Message(subject, payload, f"{INBOX}{self.name}.{number}")
             if not self.broker.publish(message, connection):
                 error = nats.errors.NoRespondersError
-                connection.down.send(lambda: self._answered(number, None, error))
+                connection.down.send(self._answered, number, None, error)
 
-        self._send(ask, len(payload))
+        self._send(len(payload), ask)
         message = await self.answer(number, answer, timeout)
         return Received(self, message)
 
@@ -193,9 +192,9 @@ class Client:
         number, answer = self._expect()
 
         def ping(connection: Connection) -> None:
-            connection.down.send(lambda: self._answered(number, True))
+            connection.down.send(self._answered, number, True)
 
-        self._send(ping, 0)
+        self._send(0, ping)
         try:
             await self.answer(number, answer, timeout)
         except nats.errors.TimeoutError:
@@ -210,7 +209,7 @@ class Client:
         if self.connection is not None:
             connection, self.connection = self.connection, None
             connection.on_reset = _nothing
-            connection.up.send(lambda: self.broker.reset(connection))
+            connection.up.send(self.broker.reset, connection)
         for task in tuple(self._background):
             task.cancel()
 
@@ -237,19 +236,21 @@ class Client:
                 error = raised
             lost = stores and self.broker.rng.random() < self.broker.weather.lost_answer
             if not lost:
-                connection.down.send(lambda: self._answered(number, result, error))
+                connection.down.send(self._answered, number, result, error)
 
-        self._send(at_broker, 64)
+        self._send(64, at_broker)
         return await self.answer(number, answer, timeout_s)
 
     async def answer(self, number: int, answer: asyncio.Future[Any], timeout_s: float) -> Any:
+        timer = self.process.loop.call_later(timeout_s, self._run_out, number)
         try:
-            async with asyncio.timeout(timeout_s):
-                return await answer
-        except TimeoutError:
-            raise nats.errors.TimeoutError from None
+            result = await answer
         finally:
-            self._waiting.pop(number, None)
+            timer.cancel()
+            in_time = self._waiting.pop(number, None) is not None
+        if not in_time:
+            raise nats.errors.TimeoutError
+        return result
 
     def tell_error(self, error: Exception) -> None:
         tell = self._options.get("error_cb")
@@ -260,7 +261,7 @@ class Client:
         if subscription in self.subscriptions:
             self.subscriptions.remove(subscription)
             if self.connection is not None:  # its number is known once it has come there
-                self._send(lambda c: self.broker.unsubscribe(subscription.number), 0)
+                self._send(0, self._drop_interest, subscription)
 
     # what the world does to it
 
@@ -273,7 +274,7 @@ class Client:
 
     def _expect(self) -> tuple[int, asyncio.Future[Any]]:
         self._asked += 1
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        answer = self.process.loop.create_future()
         self._waiting[self._asked] = answer
         return self._asked, answer
 
@@ -283,7 +284,11 @@ class Client:
         if answer is not None:
             _settle(answer, result, error)
 
-    def _send(self, at_broker: Callable[[Connection], None], size: int) -> None:
+    def _run_out(self, number: int) -> None:
+        """Nobody waits for that answer any more."""
+        _settle(self._waiting.pop(number), None, None)
+
+    def _send(self, size: int, at_broker: AtBroker, *args: Any) -> None:
         if self.process.dead:
             raise asyncio.CancelledError
         connection = self.connection
@@ -292,9 +297,9 @@ class Client:
             if self._buffered > _BUFFER_BYTES_MAX:
                 self._buffered -= size
                 raise nats.errors.OutboundBufferLimitError
-            self._buffer.append((size, at_broker))
+            self._buffer.append((at_broker, args))
         else:
-            connection.up.send(lambda: at_broker(connection))
+            connection.up.send(at_broker, connection, *args)
 
     async def _attach_in_the_end(self) -> None:
         while not self.is_closed and not self._attach():  # noqa: ASYNC110  nobody tells
@@ -308,21 +313,26 @@ class Client:
             return False
         self.connection = connection
         connection.on_reset = self._on_reset
-        inbox = Interest((*INBOX[:-1].split("."), self.name), connection, self._take_answer)
-        connection.up.send(lambda: void(self.broker.subscribe(inbox)))
+        inbox = Interest(f"{INBOX}{self.name}", connection, self._take_answer)
+        connection.up.send(self.broker.subscribe, inbox)
         for subscription in self.subscriptions:
-            self._send(lambda c, s=subscription: self._tell_interest(c, s), 0)  # type: ignore[misc]
+            self._send(0, self._tell_interest, subscription)
         buffer, self._buffer, self._buffered = self._buffer, [], 0
-        for _, at_broker in buffer:
-            self._send(at_broker, 0)
+        for at_broker, args in buffer:
+            self._send(0, at_broker, *args)
         return True
+
+    def _publish(self, connection: Connection, message: Message) -> None:
+        self.broker.publish(message, connection)
+
+    def _drop_interest(self, connection: Connection, subscription: Subscription) -> None:
+        self.broker.unsubscribe(subscription.number)
 
     def _tell_interest(self, connection: Connection, subscription: Subscription) -> None:
         if connection is not self.connection or subscription not in self.subscriptions:
             return
 
-        pattern = tuple(subscription.subject.split("."))
-        interest = Interest(pattern, connection, subscription.push)
+        interest = Interest(subscription.subject, connection, subscription.push)
         subscription.number = self.broker.subscribe(interest)
 
     def _take_answer(self, message: Message) -> None:
@@ -377,7 +387,3 @@ def _nothing() -> None:
 
 def _no_jetstream(client: Client, timeout_s: float) -> JetStream:
     raise NotImplementedError
-
-
-def void(_: object) -> None:
-    """Takes a result that nobody wants."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections import Counter
@@ -156,15 +155,8 @@ def verdicts(seeds: Iterable[int], jobs: int, kinds: tuple[str, ...]) -> Iterato
 
 
 def play_all(seeds: list[int], kinds: tuple[str, ...]) -> list[Verdict]:
-    """Several seeds; garbage is collected behind them, not a hundred times within each."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        return [play(seed, kinds) for seed in seeds]
-    finally:
-        gc.unfreeze()
-        gc.enable()
+    """Several seeds."""
+    return [play(seed, kinds) for seed in seeds]
 
 
 def _pieces(seeds: Iterable[int]) -> Iterator[list[int]]:

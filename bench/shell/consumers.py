@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nats.js import api
 
-from .broker import Broker, Message, Stream, matches
+from .broker import Broker, Message, Stream, matcher
 
 _LAST = "Nats-Last-Consumer"
 
@@ -17,7 +17,7 @@ class Consumer:
     ) -> None:
         self._broker, self._name, self._stream = broker, name, stream
         self._subject = config.deliver_subject or ""
-        self._pattern = (config.filter_subject or ">").split(".")
+        self._wants = matcher(config.filter_subject or ">")
         self._beat_us = round((config.idle_heartbeat or 5.0) * 1e6)
         self._delivered = 0
         found = stream.matching(config.filter_subject or "")
@@ -39,7 +39,7 @@ class Consumer:
         self._broker.loop.at_us(self._broker.loop.now_us + self._beat_us, self._beat)
 
     def _follow(self, message: Message) -> None:
-        if matches(self._pattern, message.subject):
+        if self._wants(message.subject):
             self._deliver(message, 0)
 
     def _deliver(self, message: Message, pending: int) -> None:

@@ -15,7 +15,7 @@ import nats.errors
 from nats.js.api import ConsumerConfig, RawStreamMsg, StreamConfig
 from nats.js.errors import APIError, KeyWrongLastSequenceError, NotFoundError
 
-from .broker import Message, Stream, WrongLast, matches
+from .broker import Message, Stream, WrongLast, matcher
 from .client import Client, Received
 from .consumers import Consumer
 
@@ -110,8 +110,8 @@ class JetStream:
     async def stream_info(self, name: str, subjects_filter: str | None = None) -> Any:
         def info() -> Any:
             stream = self._stream(name)
-            pattern = (subjects_filter or ">").split(".")
-            subjects = {s: 1 for s in stream.newest if matches(pattern, s)}
+            wanted = matcher(subjects_filter or ">")
+            subjects = {s: 1 for s in stream.newest if wanted(s)}
             state = SimpleNamespace(
                 subjects=subjects, last_seq=stream.last, messages=len(stream.messages)
             )

@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 
 from .loop import Process, SimulatedLoop
 from .served import Door, ServerCall, told_every
+from .waits import Bell
 from .wire import Weather, Wire
 
 _KEEPALIVE_US = 15_000_000
@@ -185,7 +186,7 @@ class Call:
         self._serialize, self._deserialize = codec
         loop = asyncio.get_running_loop()
         self._responses: deque[bytes] = deque()
-        self._changed = asyncio.Event()
+        self._changed = Bell(channel.network.loop)
         self._status: tuple[grpc.StatusCode, str, Any] | None = None
         self._room = asyncio.Semaphore(_WINDOW)
         self._taken = 0
@@ -211,8 +212,7 @@ class Call:
         """The next response; grpc.aio.EOF behind the last. A cancelled read cancels the call."""
         try:
             while not self._responses and self._status is None:
-                self._changed.clear()
-                await self._changed.wait()
+                await self._changed.rung()
         except asyncio.CancelledError:
             self.cancel()
             raise
@@ -236,7 +236,7 @@ class Call:
             await self.code()
             self._raise_unless_ok()
         else:
-            self.channel.up.send(lambda: server.take(data))
+            self.channel.up.send(server.take, data)
 
     async def done_writing(self) -> None:
         await self.wait_for_connection()
@@ -264,8 +264,7 @@ class Call:
 
     async def code(self) -> grpc.StatusCode:
         while self._status is None:
-            self._changed.clear()
-            await self._changed.wait()
+            await self._changed.rung()
         return self._status[0]
 
     # what the network does; outside of the process
@@ -279,7 +278,7 @@ class Call:
     def take(self, data: bytes) -> None:
         if not self.done():
             self._responses.append(data)
-            self._changed.set()
+            self._changed.ring()
 
     def take_end(self, code: grpc.StatusCode, details: str, trailing: Any) -> None:
         self._later(self._end, code, details, trailing)
@@ -310,7 +309,7 @@ class Call:
         data = self._serialize(request) if isinstance(request, Message) else None
         down = self.channel.down
         self.server = server = ServerCall(self, door, self.method, down, self._ends_us)
-        self.channel.up.send(lambda: server.begin(data))
+        self.channel.up.send(server.begin, data)
         self._connected.set_result(None)
         if data is None and request is not None:
             loop = asyncio.get_running_loop()
@@ -350,7 +349,7 @@ class Call:
             self.channel.calls.remove(self)
         if not self._connected.done():
             self._connected.set_result(None)
-        self._changed.set()
+        self._changed.ring()
         if self._ends_us is not None:
             self._timer.cancel()
         if self._feeding is not None:

@@ -11,13 +11,14 @@ a run is a function of what is put in.
 from __future__ import annotations
 
 import asyncio
-import heapq
 import itertools
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Executor
 from contextvars import Context, ContextVar, copy_context
+from functools import partial
+from heapq import heappop, heappush
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
@@ -124,19 +125,16 @@ def current_process() -> Process | None:
 
 
 class _Handle:
-    """A callback that waits; asyncio's own handle does as much at five times the cost."""
+    """A callback that waits; asyncio's own handle does as much at five times the cost. Made by
+    `_handle_of` or, where it counts, in place: a constructor would take longer than the rest.
+    """
 
-    __slots__ = ("args", "callback", "context", "is_cancelled", "when_s")
+    __slots__ = ("args", "callback", "context", "is_cancelled")
 
-    def __init__(
-        self,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        context: Context | None,
-        when_s: float,
-    ) -> None:
-        self.callback, self.args, self.context = callback, args, context
-        self.when_s, self.is_cancelled = when_s, False
+    callback: Callable[..., object]
+    args: tuple[Any, ...]
+    context: Context | None
+    is_cancelled: bool
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -145,8 +143,16 @@ class _Handle:
     def cancelled(self) -> bool:
         return self.is_cancelled
 
-    def when(self) -> float:
-        return self.when_s
+
+_new: Callable[[type[_Handle]], _Handle] = object.__new__
+
+
+def _handle_of(callback: Callable[..., object], args: tuple[Any, ...] = ()) -> _Handle:
+    """Of something outside of every process."""
+    handle = _new(_Handle)
+    handle.callback, handle.args, handle.context = callback, args, None
+    handle.is_cancelled = False
+    return handle
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
@@ -166,7 +172,8 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._threads_us: dict[int, int] = {}  # by executor: its last piece of work ends then
         self.watched: Callable[[Process, Coroutine[Any, Any, Any]], Tell | None] | None = None
         self.owners: dict[int, Process] = {}  # by id of a task that it made: the newest of that id
-        self.set_task_factory(_make_task)
+        # Without a Python frame: asked for more often than anything else.
+        self.create_future = partial(asyncio.Future, loop=self)  # type: ignore[method-assign]
         self.set_exception_handler(_on_exception)
         self.unowned: list[tuple[str, BaseException]] = []  # failures outside of any process
 
@@ -179,9 +186,17 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
     def at_us(self, when_us: int, callback: Callable[..., object], *args: object) -> None:
         """Calls something at an instant, outside of every process."""
-        when_s = when_us / 1e6
-        handle = _Handle(callback, args, None, when_s)
-        heapq.heappush(self._timers, (when_s, next(self._numbers), handle))
+        handle = _handle_of(callback, args)
+        heappush(self._timers, (when_us / 1e6, next(self._numbers), handle))
+
+    def alarm(self, callback: Callable[[], object]) -> Callable[[int], None]:
+        """For what is called again and again: what it returns does as `at_us` with the callback."""
+        timers, numbers, handle = self._timers, self._numbers, _handle_of(callback)
+
+        def at_us(when_us: int) -> None:
+            heappush(timers, (when_us / 1e6, next(numbers), handle))
+
+        return at_us
 
     # What asyncio asks of a loop.
 
@@ -191,9 +206,11 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> _Handle:
-        if context is None:
-            context = copy_context()
-        handle = _Handle(callback, args, context, self._now)
+        handle = _new(_Handle)
+        handle.callback = callback
+        handle.args = args
+        handle.context = copy_context() if context is None else context
+        handle.is_cancelled = False
         self._queue.append(handle)
         return handle
 
@@ -206,10 +223,12 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         *args: Any,
         context: Context | None = None,
     ) -> _Handle:
-        if context is None:
-            context = copy_context()
-        handle = _Handle(callback, args, context, when)
-        heapq.heappush(self._timers, (when, next(self._numbers), handle))
+        handle = _new(_Handle)
+        handle.callback = callback
+        handle.args = args
+        handle.context = copy_context() if context is None else context
+        handle.is_cancelled = False
+        heappush(self._timers, (when, next(self._numbers), handle))
         return handle
 
     def call_later(  # type: ignore[override]
@@ -220,6 +239,27 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         context: Context | None = None,
     ) -> _Handle:
         return self.call_at(self._now + delay, callback, *args, context=context)
+
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, T] | Generator[Any, None, T],
+        *,
+        name: object = None,
+        context: Context | None = None,
+    ) -> asyncio.Task[T]:
+        owner = _current.get() if context is None else context.get(_current)
+        if self.watched is not None and owner is not None and isinstance(coro, Coroutine):
+            tell = self.watched(owner, coro)
+            if tell is not None:
+                coro = stepped(coro, tell)
+        named = "" if name is None else str(name)  # asyncio would make one up, at some cost
+        task: asyncio.Task[T] = asyncio.Task(coro, loop=self, name=named, context=context)
+        if owner is not None:
+            owner.adopt(task)
+            self.owners[id(task)] = owner
+        else:
+            self.owners.pop(id(task), None)
+        return task
 
     get_debug = bool  # False; asked for each future that is made
 
@@ -247,18 +287,19 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def _run_once(self) -> None:
         """Runs on until it is told to stop, which asyncio would ask for after each batch."""
         queue, timers = self._queue, self._timers
-        while True:
-            if not queue and not self._stopping:  # type: ignore[attr-defined]
+        take, add = queue.popleft, queue.append
+        while not self._stopping:  # type: ignore[attr-defined]
+            if not queue:
                 self._move_on()
             while timers and timers[0][0] <= self._now:
-                queue.append(heapq.heappop(timers)[2])
+                add(heappop(timers)[2])
             count = len(queue)
             self.callbacks += count
             self._since_time_moved += count
             if self._since_time_moved > _CALLBACKS_AN_INSTANT:
                 raise TimeStandsStill(f"at {self.now_us} µs")
             for _ in range(count):
-                handle = queue.popleft()
+                handle = take()
                 if handle.is_cancelled:
                     continue
                 context = handle.context
@@ -274,72 +315,24 @@ class SimulatedLoop(asyncio.BaseEventLoop):
                 except BaseException as error:
                     told = {"message": f"in {handle.callback!r}", "exception": error}
                     self.call_exception_handler(told)
-            if self._stopping:  # type: ignore[attr-defined]
-                return
 
     def _move_on(self) -> None:
         """To the next timer."""
         timers = self._timers
-        while timers and timers[0][2].is_cancelled:
-            heapq.heappop(timers)
-        if not timers:
-            raise Deadlock(f"at {self.now_us} µs")
-        when = timers[0][0]
-        if when > self._now:
-            self._now, self.now_us = when, round(when * 1e6)
-            self._since_time_moved = 0
-
-
-class SimulatedClock:
-    """`hocket.clock.Clock` of one process: the loop's time, and an origin of its own."""
-
-    def __init__(self, loop: SimulatedLoop, origin_us: int = 0) -> None:
-        self._loop = loop
-        self._origin_us = origin_us
-
-    def now_us(self) -> int:
-        return self._loop.now_us - self._origin_us
-
-    async def sleep_until(self, at_us: int) -> None:
-        while at_us > self.now_us():
-            waiter: asyncio.Future[None] = self._loop.create_future()
-            timer = self._loop.call_at((at_us + self._origin_us) / 1e6, _wake, waiter)
-            try:
-                await waiter
-            finally:
-                timer.cancel()
-
-    async def settle(self) -> None:
-        await asyncio.sleep(0)
+        while timers:
+            when, _, handle = timers[0]
+            if handle.is_cancelled:
+                heappop(timers)
+                continue
+            if when > self._now:
+                self._now, self.now_us = when, round(when * 1e6)
+                self._since_time_moved = 0
+            return
+        raise Deadlock(f"at {self.now_us} µs")
 
 
 def _nothing() -> None:
     """A process that has not said what SIGTERM means to it."""
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
-def _make_task(
-    loop: asyncio.AbstractEventLoop,
-    work: Coroutine[Any, Any, T] | Generator[Any, None, T],
-    context: Context | None = None,
-) -> asyncio.Task[T]:
-    owner = context.get(_current) if context is not None else _current.get()
-    assert isinstance(loop, SimulatedLoop)
-    if loop.watched is not None and owner is not None and isinstance(work, Coroutine):
-        tell = loop.watched(owner, work)
-        if tell is not None:
-            work = stepped(work, tell)
-    task: asyncio.Task[T] = asyncio.Task(work, loop=loop, context=context)
-    if owner is not None:
-        owner.adopt(task)
-        loop.owners[id(task)] = owner
-    else:
-        loop.owners.pop(id(task), None)
-    return task
 
 
 async def stepped(work: Coroutine[Any, Any, T], tell: Tell) -> T:

@@ -23,7 +23,8 @@ from gpuworker.executor import Listener, Room, RunNote, always_room
 from hocket.bus import Bus
 from hocket.telemetry import Telemetry
 
-from .loop import Process, SimulatedClock
+from .loop import Process
+from .waits import SimulatedClock
 
 if TYPE_CHECKING:
     from .world import World
@@ -88,7 +89,9 @@ def control(index: int) -> Role:
             requests_open_max=world.open_max,
             lease_us=5_000_000,
         )
-        (world.state_dir / "toy.csv").write_text(PROFILE)
+        profile = world.state_dir / "toy.csv"
+        if not profile.exists():
+            profile.write_text(PROFILE)
         stop = asyncio.Event()
         process.on_terminate = stop.set
         await control_service.serve(settings, clock_of(world, process), _TOLD, stop)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from google.protobuf.message import DecodeError
@@ -136,7 +139,10 @@ def perform(seed: int, script: Script) -> Verdict:
     loop = SimulatedLoop(START_US)
     asyncio.set_event_loop(loop)
     try:
-        with tempfile.TemporaryDirectory(prefix="shell-", dir=_fast_folder()) as folder:
+        with (
+            _garbage_left(),
+            tempfile.TemporaryDirectory(prefix="shell-", dir=_fast_folder()) as folder,
+        ):
             run = loop.run_until_complete(_perform(seed, loop, Path(folder), script))
             problems = tuple(check(run))
             loop.run_until_complete(run.world.shut_down())
@@ -153,6 +159,25 @@ def perform(seed: int, script: Script) -> Verdict:
         simulated_s=(loop.now_us - loop.start_us) / 1e6,
         digest=run.digest(),
     )
+
+
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """Garbage is collected behind a run, not a dozen times within it; what was there after the
+    first run (modules, for the most part) is not looked through each time.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect()
+        _set_aside()
+
+
+@cache
+def _set_aside() -> None:
+    gc.freeze()
 
 
 async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script) -> Run:

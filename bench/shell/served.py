@@ -14,6 +14,7 @@ import grpc
 from google.protobuf.message import Message
 
 from .loop import Process
+from .waits import Bell
 from .wire import Wire
 
 if TYPE_CHECKING:
@@ -149,8 +150,9 @@ class ServerCall:
         self._handler: Any = None
         self._taken = 0
         self._requests: deque[bytes | None] = deque()  # None: no more will come
-        self._arrived: asyncio.Event | None = None
-        self._room: asyncio.Semaphore | None = None
+        self._arrived = Bell(door.process.loop)
+        self._room = caller.channel.window  # messages that may go ahead of their reader
+        self._has_room = Bell(door.process.loop)
         self._task: asyncio.Task[None] | None = None
         self._over = False
 
@@ -159,11 +161,16 @@ class ServerCall:
     def begin(self, data: bytes | None) -> None:
         self._inside(self._begin, data)
 
-    def take(self, data: bytes) -> None:
-        self._take(data)
+    def take(self, data: bytes | None) -> None:
+        self._requests.append(data)
+        self._arrived.ring()
+        if data is not None:
+            self._taken += 1
+            if self._taken % told_every(_WINDOW) == 0 and not self._process.dead:
+                self._down.send(self._caller.more_room)
 
     def half_close(self) -> None:
-        self._take(None)
+        self.take(None)
 
     def cancel(self) -> None:
         self._inside(self._cancel)
@@ -180,23 +187,12 @@ class ServerCall:
     def _begin(self, data: bytes | None) -> None:
         if self._over:
             return
-        self._arrived, self._room = asyncio.Event(), asyncio.Semaphore(self.channel.window)
         loop = asyncio.get_running_loop()
         self._task = loop.create_task(self._serve(data), name=self._method)
 
-    def _take(self, data: bytes | None) -> None:
-        self._requests.append(data)
-        if self._arrived is not None:
-            self._arrived.set()
-        if data is not None:
-            self._taken += 1
-            if self._taken % told_every(_WINDOW) == 0 and not self._process.dead:
-                self._down.send(self._caller.more_room)
-
     def _more_room(self) -> None:
-        assert self._room is not None
-        for _ in range(told_every(self.channel.window)):
-            self._room.release()
+        self._room += told_every(self.channel.window)
+        self._has_room.ring()
 
     def _cancel(self) -> None:
         self._over = True
@@ -220,7 +216,7 @@ class ServerCall:
         self._over = True
         context.ended()
         if not self._process.dead:
-            self._down.send(lambda: self._caller.take_end(code, details, trailing))
+            self._down.send(self._caller.take_end, code, details, trailing)
 
     async def _answer(self, context: ServerContext, data: bytes | None) -> None:
         handler = self._handler
@@ -242,10 +238,8 @@ class ServerCall:
             await self.send(response)
 
     async def next_request(self) -> Any:
-        assert self._arrived is not None
         while not self._requests:
-            self._arrived.clear()
-            await self._arrived.wait()
+            await self._arrived.rung()
         data = self._requests[0]
         if data is None:
             return grpc.aio.EOF
@@ -253,14 +247,15 @@ class ServerCall:
         return self._handler.request_deserializer(data)
 
     async def send(self, response: Message) -> None:
-        assert self._room is not None
         if self._over:
             raise asyncio.InvalidStateError("RPC already finished.")
         if self._handler.response_streaming:
-            await self._room.acquire()
+            while not self._room:
+                await self._has_room.rung()
+            self._room -= 1
         data = self._handler.response_serializer(response)
         if not self._process.dead:
-            self._down.send(lambda: self._caller.take(data))
+            self._down.send(self._caller.take, data)
 
     @property
     def is_over(self) -> bool:

@@ -6,10 +6,11 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .loop import SimulatedLoop
 
-Delivery = Callable[[], None]
+Delivery = Callable[..., object]
 
 
 @dataclass
@@ -32,26 +33,31 @@ class Wire:
 
     def __init__(self, loop: SimulatedLoop, rng: random.Random, weather: Weather) -> None:
         self._loop = loop
-        self._rng = rng
+        self._random = rng.random
         self._weather = weather
-        self._queue: deque[tuple[int, Delivery]] = deque()
+        self._queue: deque[tuple[int, Delivery, tuple[Any, ...]]] = deque()
         self._last_us = 0
         self._holds = 0
+        self._look_at = loop.alarm(self._due)
 
     @property
     def under_way(self) -> int:
         return len(self._queue)
 
-    def send(self, delivery: Delivery) -> None:
-        weather, rng = self._weather, self._rng
-        late_us = int(weather.delay_us * (0.5 + rng.random()))
-        if weather.slow and rng.random() < weather.slow:
-            late_us += int(weather.slow_us * rng.random())
-        at_us = max(self._last_us, self._loop.now_us + late_us)
-        self._last_us = at_us
-        self._queue.append((at_us, delivery))
+    def send(self, delivery: Delivery, *args: Any) -> None:
+        """Calls the delivery with these, at the far end."""
+        weather, random = self._weather, self._random
+        late_us = int(weather.delay_us * (0.5 + random()))
+        if weather.slow and random() < weather.slow:
+            late_us += int(weather.slow_us * random())
+        at_us = self._loop.now_us + late_us
+        if at_us < self._last_us:
+            at_us = self._last_us
+        else:
+            self._last_us = at_us
+        self._queue.append((at_us, delivery, args))
         if len(self._queue) == 1:
-            self._loop.at_us(at_us, self._due)
+            self._look_at(at_us)
 
     def hold(self) -> None:
         """Nothing comes through until as many `release` as `hold`."""
@@ -71,6 +77,7 @@ class Wire:
     def _due(self) -> None:
         now_us, queue = self._loop.now_us, self._queue
         while queue and not self._holds and queue[0][0] <= now_us:
-            queue.popleft()[1]()
+            _, deliver, args = queue.popleft()
+            deliver(*args)
         if queue and not self._holds:
-            self._loop.at_us(queue[0][0], self._due)
+            self._look_at(queue[0][0])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from functools import lru_cache
 
 from google.protobuf.message import Message
@@ -109,21 +109,23 @@ def _check_spec(spec: types_pb2.GenerationSpec, need: Callable[[str, bool, str],
 def _heartbeat(beat: mesh_pb2.Heartbeat, term: int) -> None:
     _worker(beat.worker)
     _is_term(beat.term, term)
+    device = beat.device
     for what, name in (
-        ("incarnation", beat.incarnation),
-        ("store address", beat.store_address),
-        ("host", beat.host),
-        ("device", beat.device.kind),
-        ("device", beat.device.profile_name),
-        ("device", beat.device.name),
+        ("incarnation is no name", beat.incarnation),
+        ("store address is no name", beat.store_address),
+        ("host is no name", beat.host),
+        ("device is no name", device.kind),
+        ("device is no name", device.profile_name),
+        ("device is no name", device.name),
     ):
-        _need(_is_name(name), f"{what} is no name")
+        _need(_is_name(name), what)
     _need(bool(beat.incarnation), "no incarnation is named")
     _need(beat.sequence <= SEQUENCE_MAX, "its number is out of range")
     _few(beat.models, MODELS_MAX, "models")
     for model in beat.models:
         wrong = _wrong_with_model(model.SerializeToString(deterministic=True))
-        _need(wrong is None, f"model {_shown(model.name)}: {wrong}")
+        if wrong is not None:
+            raise _Refused(f"model {_shown(model.name)}: {wrong}")
     _few(beat.latents, ITEMS_MAX, "latents")
     for latent in beat.latents:
         _request(latent.request_id)
@@ -139,8 +141,10 @@ def _heartbeat(beat: mesh_pb2.Heartbeat, term: int) -> None:
 def _memory(memory: types_pb2.Memory) -> None:
     _few(memory.parts, ITEMS_MAX, "weights")
     for part in memory.parts:
-        _need(bool(_MODEL.fullmatch(part.model)), f"weights of {_shown(part.model)}")
-        _need(bool(_NODE.fullmatch(part.node)), f"weights of node {_shown(part.node)}")
+        if not _MODEL.fullmatch(part.model):
+            raise _Refused(f"weights of {_shown(part.model)}")
+        if not _NODE.fullmatch(part.node):
+            raise _Refused(f"weights of node {_shown(part.node)}")
         _need(part.load_time_us <= TIME_US_MAX, "weights take too long to load")
         _need(max(part.size_bytes, part.peak_bytes) <= SEQUENCE_MAX, "weights are too large")
     _need(memory.budget_bytes <= SEQUENCE_MAX, "its memory is out of range")
@@ -168,7 +172,8 @@ def _report(report: mesh_pb2.StepReport, term: int) -> None:
     _worker(report.worker)
     _is_term(report.term, term)
     _need(report.sequence <= SEQUENCE_MAX, "its assignment is out of range")
-    _need(bool(_NODE.fullmatch(report.node)), f"node {_shown(report.node)}")
+    if not _NODE.fullmatch(report.node):
+        raise _Refused(f"node {_shown(report.node)}")
     _members(report.members)
     _few(report.results, BATCH_MAX, "results")
     for result in report.results:
@@ -198,22 +203,24 @@ def _report(report: mesh_pb2.StepReport, term: int) -> None:
 
 
 def _worker(name: str) -> None:
-    _need(bool(_WORKER.fullmatch(name)), f"worker {_shown(name)} does not match {_WORKER.pattern}")
+    if not _WORKER.fullmatch(name):
+        raise _Refused(f"worker {_shown(name)} does not match {_WORKER.pattern}")
 
 
 def _request(name: str) -> None:
-    _need(bool(_REQUEST.fullmatch(name)), f"request {_shown(name)} does not match its pattern")
+    if not _REQUEST.fullmatch(name):
+        raise _Refused(f"request {_shown(name)} does not match its pattern")
 
 
-def _members(names: Iterable[str]) -> None:
-    listed = list(names)
-    _few(listed, MEMBERS_MAX, "members")
-    for name in listed:
+def _members(names: Sequence[str]) -> None:
+    _few(names, MEMBERS_MAX, "members")
+    for name in names:
         _worker(name)
 
 
 def _is_term(said: int, term: int) -> None:
-    _need(said <= term + TERMS_AHEAD_MAX, f"term {said} is out of reach of {term}")
+    if said > term + TERMS_AHEAD_MAX:
+        raise _Refused(f"term {said} is out of reach of {term}")
 
 
 def _is_name(name: str) -> bool:
@@ -246,7 +253,8 @@ def _sound(message: Message) -> None:
 
 
 def _few(items: Sized, most: int, what: str) -> None:
-    _need(len(items) <= most, f"more than {most} {what}")
+    if len(items) > most:
+        raise _Refused(f"more than {most} {what}")
 
 
 def _need(right: bool, otherwise: str) -> None:

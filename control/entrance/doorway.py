@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from control.leading.promises import Deposed
+from hocket.cancelling import one_done
 from hocket.errors import NotLeader, to_status
 from hocket.v1 import control_pb2_grpc
 
@@ -80,10 +81,11 @@ class Doorway(Servicer):
     async def _told(self, context: Context, call: Callable[[Servicer], Any]) -> AsyncIterator[Any]:
         """The messages of a streaming call to the leader here."""
         if self._servicer is not None:
-            over = asyncio.ensure_future(self._over.wait())
+            loop = asyncio.get_running_loop()
+            over = loop.create_task(self._over.wait())
             stream = aiter(call(self._servicer))
             try:
-                while await _first(step := asyncio.ensure_future(anext(stream, None)), over):
+                while await _first(step := loop.create_task(anext(stream, None)), over):
                     message = step.result()
                     if message is None:
                         return
@@ -98,7 +100,7 @@ class Doorway(Servicer):
 async def _first(work: asyncio.Future[Any], over: asyncio.Future[Any]) -> bool:
     """Whether `work` was done before the leadership was over; else it is cancelled."""
     try:
-        await asyncio.wait({work, over}, return_when=asyncio.FIRST_COMPLETED)
+        await one_done(work, over)
     finally:
         if not work.done():
             work.cancel()

@@ -66,7 +66,10 @@ class Outbox:
     def told(self, note: RunNote) -> None:
         """A note that was taken is on its way to control."""
         with self._changed:
-            self._keys -= Counter([(note.assignment.term, note.assignment.sequence)])
+            key = (note.assignment.term, note.assignment.sequence)
+            self._keys[key] -= 1
+            if not self._keys[key]:
+                del self._keys[key]
 
     def untold(self, term: int) -> tuple[int, ...]:
         """Assignments of a term of which something is still to be told, by sequence number."""

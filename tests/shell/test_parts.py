@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 import pytest
 
-from bench.shell.broker import Broker, Stream, WrongLast
+from bench.shell.broker import Broker, Connection, Stream, WrongLast, matcher
 from bench.shell.client import Client, Received
 from bench.shell.jetstream import JetStream
-from bench.shell.loop import Deadlock, Process, SimulatedClock, SimulatedLoop
+from bench.shell.loop import Deadlock, Process, SimulatedLoop
+from bench.shell.waits import SimulatedClock
 from bench.shell.wire import Weather, Wire
 from hocket.bus import Bus
+from hocket.deliveries import Broken, Delivery, _numbers
 from hocket.stores import Cell, Guard, Log, LogMoved, LogShape, OutcomeUnknown
 
 T = TypeVar("T")
@@ -191,3 +193,77 @@ def test_an_answer_that_is_lost_leaves_the_outcome_unknown() -> None:
         return await process.start(uses()), len(broker.all_of("s"))
 
     assert run(course) == ("OutcomeUnknown", 1)
+
+
+def _read_one(disturb: Callable[[Process, Connection], None]) -> tuple[str, int]:
+    """What comes of reading a delivery that is disturbed, and after how many µs."""
+
+    async def course(loop: SimulatedLoop) -> tuple[str, int]:
+        broker = Broker(loop, random.Random(0), Weather())
+        process, bus = await _bus(loop, broker)
+
+        async def reads() -> tuple[str, int]:
+            await Log.open(bus, LogShape("s", ("a",)))
+            delivery = await Delivery.open(bus, "s", "a")
+            disturb(process, broker.connections[0])
+            began_us = loop.now_us
+            try:
+                entry, _ = await delivery.next()
+                found = entry.data.decode()
+            except Broken as broken:
+                found = broken.cause
+            await delivery.close()
+            return found, loop.now_us - began_us
+
+        reading = process.start(reads())
+        await asyncio.sleep(7.0)
+        broker.append(broker.streams["s"], "a", b"one")
+        await asyncio.sleep(3.0)
+        process.resume()
+        return await reading
+
+    return run(course)
+
+
+def test_a_delivery_is_waited_for_as_long_as_its_heart_beats() -> None:
+    found, after_us = _read_one(lambda process, connection: None)
+    assert (found, after_us // 1_000_000) == ("one", 6)
+
+
+def test_a_delivery_that_falls_silent_is_broken() -> None:
+    found, after_us = _read_one(lambda process, connection: connection.hold())
+    assert (found, after_us) == ("the delivery fell silent", 3_000_000)
+
+
+def test_what_came_while_a_process_stood_still_was_no_silence() -> None:
+    found, after_us = _read_one(lambda process, connection: process.stop())
+    assert (found, after_us // 1_000_000) == ("one", 9)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["$JS.ACK.s.c.1.7.3.5000.2", "$JS.ACK._.account.s.c.1.7.3.5000.2.token"],
+)
+def test_a_delivery_tells_its_numbers(reply: str) -> None:
+    assert _numbers(reply) == (7, 3, 5000, 2)
+
+
+@pytest.mark.parametrize("reply", ["anybody", "$JS.ACK.s.c.1.x.3.5000.2", "$JS.ACK.s.c.1.7.3"])
+def test_a_reply_that_no_delivery_has_breaks_it(reply: str) -> None:
+    with pytest.raises(Broken):
+        _numbers(reply)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fitting", "other"),
+    [
+        (">", ("a", "a.b"), ()),
+        ("a.b", ("a.b",), ("a", "a.b.c", "a.bc")),
+        ("a.>", ("a.b", "a.b.c"), ("a", "a.", "ab.c")),
+        ("a.*.c", ("a.b.c",), ("a.c", "a.b.b.c", "a.b.d")),
+        ("*.b.>", ("a.b.c", "a.b.c.d"), ("a.b", "a.c.b")),
+    ],
+)
+def test_wildcards(pattern: str, fitting: tuple[str, ...], other: tuple[str, ...]) -> None:
+    assert all(map(matcher(pattern), fitting))
+    assert not any(map(matcher(pattern), other))
