@@ -18,6 +18,7 @@ from bench.admission.command import admission_command
 from bench.bound import bound_command
 from bench.chaos.command import chaos_command
 from bench.chaos.three_hosts import hosts_command
+from bench.digests import digests_command
 from bench.gpu.command import gpu_command
 from bench.latency_command import latency_command
 from bench.live_command import live_command
@@ -151,6 +152,7 @@ app.command("sim")(sim_command)
 app.command("live")(live_command)
 app.command("solver")(solver_command)
 app.command("trace")(trace_command)
+app.command("digests")(digests_command)
 app.command("soak")(soak_command)
 app.command("shell")(shell_command)
 app.command("latency")(latency_command)

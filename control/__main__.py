@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from control.config import ControlSettings
-from control.scheduler.policies import REGISTRY
 from control.scheduler.policies.hocket.warm import compile_all
+from control.scheduler.policies.registry import REGISTRY
 from control.service import serve
 from hocket import garbage, telemetry
 from hocket.clock import SystemClock

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
-from control.scheduler.policies import REGISTRY
+from control.scheduler.policies.registry import REGISTRY
 from control.scheduler.profile import OPTIONAL, REQUIRED
 from control.scheduler.settings import SettingError, Settings, read_policy_settings
 from hocket.config import Common

@@ -10,7 +10,8 @@ from .arrivals import stream
 from .case import ASSETS, Case, ClusterSpec
 from .loop import Loop, Result, Timer
 from .trace import TraceRequest
-from .workloads import FLUX_PX, FLUX_STEPS, alone_us, request
+from .workload_base import alone_us, request
+from .workloads import FLUX_PX, FLUX_STEPS
 
 PROFILE = "flux.1-dev_h100_h28.csv"
 WORKERS_A_HOST = 8

@@ -7,7 +7,7 @@ import msgspec
 from .arrivals import during, pick, renewals, stream
 from .case import CaseError
 from .trace import TraceRequest
-from .workloads import Parameters, alone_us, request
+from .workload_base import Parameters, alone_us, request
 
 # LegoDiffusion's artifact: rate of its production trace at request scale 1, its irregularity, how
 # its three tenants share it, and the mean times of the unmodified pipelines that make the SLOs.

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from hocket.v1 import control_pb2
-
-if TYPE_CHECKING:
-    from control.requests.records import Record
+from hocket.v1 import control_pb2, mesh_pb2
 
 
 @dataclass
@@ -20,15 +16,14 @@ class Figures:
     with_deadline: int = 0
     on_time: int = 0
 
-    def count(self, record: Record) -> None:
-        """Counts a request that has just ended."""
-        ended = record.ended
-        if ended is None or ended.HasField("cancelled") or not _has_deadline(record):
+    def count(self, ended: mesh_pb2.RequestEvent, *, promised: bool) -> None:
+        """Counts a request with a deadline that has just ended; `promised`: it was told so."""
+        if ended.HasField("cancelled"):
             return
         on_time = ended.HasField("finished") and ended.finished.on_time
         self.with_deadline += 1
         self.on_time += on_time
-        if record.accepted.predicted_on_time:
+        if promised:
             self.promised += 1
             self.kept += on_time
 
@@ -39,7 +34,3 @@ class Figures:
             with_deadline=self.with_deadline,
             on_time=self.on_time,
         )
-
-
-def _has_deadline(record: Record) -> bool:
-    return bool(record.submit.request.slo.deadline_us)

@@ -245,8 +245,8 @@ class Records:
         event.sequence = (self._term if term is None else term) << 32 | _LAST_COUNT
         record.ended, record.ended_unix_us = event, unix_us
         record.predicted_us.clear()
-        if counted:
-            self.figures.count(record)
+        if counted and record.submit.request.slo.deadline_us:
+            self.figures.count(event, promised=record.accepted.predicted_on_time)
         _strip(record)
         self._ended[request] = record
         if record.state is RequestState.CANCELLED:  # whoever asks again wants it made

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from . import denoise, facts, failures, prediction
+from . import facts, failures, prediction
 from .board import Flight
 from .cells import LatencySnapshot
 from .cluster import Cluster
@@ -41,6 +41,7 @@ from .resilience import evacuation
 from .resilience.quarantine import Quarantined
 from .scene import Start
 from .settings import Settings
+from .standing import standing_for, workers_before
 from .stragglers import Slowness
 from .tracker import Tracked
 from .values import (
@@ -130,7 +131,7 @@ class Scheduler:
             released=tuple(released),
             loads=tuple(loads),
             ended=tuple(ended),
-            fetches=ledger.evacuation.plan(ledger, now_us),
+            fetches=evacuation.plan(ledger, now_us),
         )
 
     # -------------------------------------------------------------------------------- questions
@@ -145,7 +146,7 @@ class Scheduler:
         times = (
             self._planner.wake_us(ledger, self._planned_us),
             ledger.overdue.next_us(ledger.board, ledger.cluster),
-            ledger.evacuation.next_us(),
+            ledger.fetches.next_us(),
         )
         return min((us for us in times if us is not None), default=None)
 
@@ -253,7 +254,7 @@ class Scheduler:
         """
         known = self._ledger.cluster.workers.get(worker)
         suspect = known is not None and known.state is WorkerState.SUSPECT
-        return suspect or self._ledger.evacuation.awaits(worker)
+        return suspect or self._ledger.fetches.awaits(worker)
 
     def take_notices(self) -> tuple[Notice, ...]:
         """Who turned out to be slow or fine, or fails too often, and what got slower or faster for
@@ -321,7 +322,7 @@ class Scheduler:
 
     def _member(self, tracked: Tracked, start: Start) -> Member:
         """Sources that are in the group come first: a copy on the spot needs no transfer."""
-        first_step, holders = denoise.standing_for(self._ledger, tracked, start.node)
+        first_step, holders = standing_for(self._ledger, tracked, start.node)
         holders = tuple(sorted(holders, key=lambda h: (h.worker not in start.workers, h.worker)))
         return Member(
             request=tracked.id, first_step=first_step, attempt=tracked.attempt, holders=holders
@@ -340,7 +341,7 @@ class Scheduler:
         load_us = max(sum(load.load_us for load in each) for each in loads)
         if start.node == TEXT:
             return load_us
-        where = denoise.workers_before(ledger, tracked)
+        where = workers_before(ledger, tracked)
         return load_us + ledger.moving.cost_us(
             ledger.cluster, where, start.workers, decode=start.node == VAE
         )

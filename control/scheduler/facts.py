@@ -9,6 +9,7 @@ from .board import Flight
 from .ledger import Ledger
 from .lifecycle import JobState, WorkerState
 from .profile import CellKey
+from .resilience import evacuation
 from .stragglers import own_excesses
 from .tracker import Tracked
 from .values import (
@@ -155,8 +156,8 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
         ledger.cluster.give_up(fact.given_up, {f.assignment.workers for f in flights})
     if known is None:
         ledger.forget_workers(fact.at_us)
-    if ledger.evacuation.came(ledger, worker.name) or worker.leaving:
-        ledger.due = ledger.due or ledger.evacuation.due(ledger)
+    if evacuation.came(ledger, worker.name) or worker.leaving:
+        ledger.due = ledger.due or evacuation.due(ledger)
     if news:
         for tracked in list(ledger.tracked.values()):
             latents.profit(ledger, tracked.id)
@@ -168,7 +169,7 @@ def _drain(ledger: Ledger, fact: DrainRequested) -> tuple[Ended, ...]:
     ledger.drain(fact.worker, fact.draining)
     if fact.worker in ledger.cluster.workers:
         again = not fact.draining and bool(ledger.tracked)
-        ledger.due = ledger.due or again or ledger.evacuation.due(ledger)
+        ledger.due = ledger.due or again or evacuation.due(ledger)
     return ()
 
 

@@ -15,7 +15,7 @@ from .lifecycle import JobState, WorkerState
 from .memory_limits import MemoryLimits
 from .moving import Moving
 from .residency import Residency
-from .resilience.evacuation import Evacuation
+from .resilience.fetches import FetchesUnderWay
 from .resilience.overdue import Overdue
 from .resilience.quarantine import Quarantine, Quarantined
 from .settings import Settings
@@ -59,7 +59,7 @@ class Ledger:
     stragglers: Stragglers = field(init=False)
     quarantine: Quarantine = field(init=False)
     overdue: Overdue = field(init=False)
-    evacuation: Evacuation = field(default_factory=Evacuation)
+    fetches: FetchesUnderWay = field(default_factory=FetchesUnderWay)
     drained: dict[str, None] = field(default_factory=dict)  # names: operators' wishes
     notices: deque[Notice] = field(default_factory=lambda: deque(maxlen=NOTICES_MAX))
     board: Board = field(default_factory=Board)

@@ -1,59 +1,31 @@
 """How plans come about: by windows (rounds) or at events.
 
-A *planner* turns the ledger into starts. `WindowPlanner` serves policies that choose widths for a
-span of time (`policies.base.Policy`), `EventPlanner` those that decide what starts now
-(`policies.base.EventPolicy`). Both number rounds; neither changes the ledger.
+A planner (`policies.base.Planner`) turns the ledger into starts. `WindowPlanner` serves policies
+that choose widths for a span of time (`policies.base.Policy`), `EventPlanner` those that decide
+what starts now (`policies.base.EventPolicy`). Both number rounds; neither changes the ledger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping
 
 from . import denoise, stages
 from .board import Forecast
 from .ledger import Ledger
 from .lifecycle import JobState
-from .policies import make_policy
-from .policies.base import EventPolicy, Policy
-from .policies.hocket.forecast import NOBODY, Newcomer
-from .policies.hocket.planner import Hocket
+from .policies.base import EventPolicy, Planner, Policy
+from .policies.registry import make_policy
 from .resilience import elsewhere
 from .rounds import RoundGrid
 from .scene import Scene
 from .settings import Settings
+from .standing import standing
 from .starts import Issue, Planned, Start
-from .values import DIT, TEXT, VAE, Request
+from .values import DIT, TEXT, VAE
 
 
-class Planner(Protocol):
-    """What `core.Scheduler` asks."""
-
-    operations: int  # of the last plan, where the planner counts them
-    foresees: bool  # newcomers are judged by its own forecast, at safe times
-
-    def plan(self, ledger: Ledger, now_us: int, issue: Issue) -> Planned:
-        """Decides what goes out now, and issues it."""
-        ...
-
-    def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
-        """When to plan if no fact comes before."""
-        ...
-
-    def likely_degree(self, step_us: dict[int, int]) -> int:
-        """The degree at which most steps of a request will run, for estimates."""
-        ...
-
-    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
-        """When requests that arrived now would be done, as far as it makes such a forecast."""
-        ...
-
-
-class WindowPlanner:
+class WindowPlanner(Planner):
     """Encode and decode at once wherever there is room; denoising by windows of the round grid."""
-
-    operations = 0
-    foresees = False
 
     def __init__(self, policy: Policy, ledger: Ledger) -> None:
         self._policy = policy
@@ -90,12 +62,8 @@ class WindowPlanner:
         later = [e for e in lead_ends(ledger, forecast) if e > planned_us]
         return min([*later, planned_us + self._round_us(ledger)])
 
-    def likely_degree(self, step_us: dict[int, int]) -> int:
+    def likely_degree(self, step_us: Mapping[int, int]) -> int:
         return self._policy.likely_degree(step_us)
-
-    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
-        """It makes no forecasts."""
-        return [NOBODY] * len(requests)
 
     def _round_us(self, ledger: Ledger) -> int:
         """tau: as set, or `step_granularity` steps of the slowest shape in flight.
@@ -125,7 +93,7 @@ class WindowPlanner:
         for tracked in ledger.tracked.values():
             if not denoising and tracked.jobs[DIT].state is not JobState.READY:
                 continue
-            where = denoise.standing(ledger, tracked, forecast, 0)
+            where = standing(ledger, tracked, forecast, 0)
             if where is None or where.first_step >= tracked.request.steps:
                 continue
             if any(w.can(tracked.request.model) for w in usable):
@@ -151,11 +119,8 @@ class WindowPlanner:
         ledger.stages_wait = room.short
 
 
-class EventPlanner:
+class EventPlanner(Planner):
     """Asks an event policy at every end of an assignment and every arrival."""
-
-    operations = 0
-    foresees = False
 
     def __init__(self, policy: EventPolicy, ledger: Ledger) -> None:
         self._policy = policy
@@ -208,12 +173,8 @@ class EventPlanner:
             times += [e for e in lead_ends(ledger, forecast) if e > planned_us]
         return min(times, default=None)
 
-    def likely_degree(self, step_us: dict[int, int]) -> int:
+    def likely_degree(self, step_us: Mapping[int, int]) -> int:
         return self._policy.likely_degree(step_us)
-
-    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
-        """It makes no forecasts."""
-        return [NOBODY] * len(requests)
 
 
 def lead_ends(ledger: Ledger, forecast: Forecast) -> list[int]:
@@ -228,7 +189,7 @@ def lead_ends(ledger: Ledger, forecast: Forecast) -> list[int]:
 def make_planner(settings: Settings, ledger: Ledger) -> Planner:
     """The planner of the policy that the settings name. Raises: SettingError."""
     policy = make_policy(settings)
-    if isinstance(policy, Hocket):
+    if isinstance(policy, Planner):
         return policy
     if isinstance(policy, EventPolicy):
         return EventPlanner(policy, ledger)

@@ -14,7 +14,7 @@ from itertools import accumulate
 from .board import Forecast
 from .ledger import Ledger
 from .lifecycle import JobState
-from .planners import Planner
+from .policies.base import Planner
 from .tracker import Tracked
 from .values import DIT, TEXT, VAE, Request, Shape
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from . import denoise
 from .board import Forecast
 from .cluster import Worker
 from .ledger import Ledger
 from .lifecycle import JobState
 from .placement import Demand, Placement
+from .standing import standing
 from .starts import Decision, Start
 from .tracker import Tracked
 from .values import DIT, TEXT, VAE, Holder, Request
@@ -218,7 +218,7 @@ def _works(ledger: Ledger, forecast: Forecast, now_us: int, until_us: int) -> It
             done, left = tracked.steps_done, tracked.request.steps - tracked.steps_done
             yield _work(tracked, DIT, now_us, done, left, tracked.group, tracked.latest())
         elif dit is JobState.ASSIGNED and until_us > now_us:  # else its report is still to come
-            where = denoise.standing(ledger, tracked, forecast, now_us)
+            where = standing(ledger, tracked, forecast, now_us)
             left = 0 if where is None else tracked.request.steps - where.first_step
             if where is not None and left > 0 and where.available_us <= until_us:
                 yield _work(

@@ -9,7 +9,7 @@ from bench.sim.case import CaseError, models_of
 from bench.sim.costs import Costs
 from bench.sim.experiment import load_experiment, parse_seeds, run_row, settings_of
 from control.scheduler.loads import LoadTable
-from control.scheduler.policies import REGISTRY
+from control.scheduler.policies.registry import REGISTRY
 from control.scheduler.profile import Profile
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.summary import Summary

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from control.scheduler.policies import REGISTRY
+from control.scheduler.policies.registry import REGISTRY
 from hocket import endpoints
 from hocket.cli import app
 from hocket.cli_common import pixels, seconds

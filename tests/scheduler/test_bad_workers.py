@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from control.scheduler.policies import REGISTRY
+from control.scheduler.policies.registry import REGISTRY
 from control.scheduler.resilience.quarantine import Quarantined
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.values import Outcome

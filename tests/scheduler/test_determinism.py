@@ -16,7 +16,7 @@ from bench.sim.case import Fault
 from bench.sim.costs import Costs
 from bench.sim.loop import run
 from control.scheduler import stages
-from control.scheduler.policies import REGISTRY
+from control.scheduler.policies.registry import REGISTRY
 from tests.scheduler.driving import case
 
 if "--by-hash" in sys.argv:

@@ -5,10 +5,10 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control.scheduler.policies import make_policy
 from control.scheduler.policies.allocation import minimal_allocation
 from control.scheduler.policies.base import Candidate, steps_in
 from control.scheduler.policies.knapsack import Item, pack
+from control.scheduler.policies.registry import make_policy
 from control.scheduler.rounds import Window, WindowKind
 from control.scheduler.settings import Settings
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bench.sim.case import Fault
 from bench.sim.costs import Costs, Straggler
 from bench.sim.loop import Loop, run
-from control.scheduler.policies import REGISTRY
+from control.scheduler.policies.registry import REGISTRY
 from control.scheduler.schedule_log import LostLine, RunLine
 from control.scheduler.settings import Settings
 from control.scheduler.values import DIT, Outcome, StepsEnded

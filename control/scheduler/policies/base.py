@@ -1,5 +1,5 @@
-"""What a policy is. Two kinds: those that choose widths for a window (a round), and those that
-decide at events what starts.
+"""What a policy is. Three kinds: those that choose widths for a window (a round), those that decide
+at events what starts, and planners, which turn the ledger into starts by themselves.
 
 A window policy decides widths, not places and not times: `placement.py` binds widths to workers,
 and an assignment's steps follow from the start that the binding gives.
@@ -8,17 +8,16 @@ and an assignment's steps follow from the start that the binding gives.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
+from ..ledger import Ledger
 from ..rounds import Window
+from ..scene import Scene
 from ..settings import Settings, SettingValue, Spec
-from ..starts import Decision
-
-if TYPE_CHECKING:
-    from ..scene import Scene
-    from .hocket.planner import Hocket
+from ..starts import Decision, Issue, Planned
+from ..values import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +102,42 @@ class EventPolicy(ABC):
         return min(step_us, key=lambda k: (step_us[k], k))
 
 
+class Newcomer(NamedTuple):
+    """What a forecast says of one newcomer."""
+
+    finish_us: int | None  # None: late, or nobody can run it
+    late: bool
+
+
+NOBODY = Newcomer(None, late=False)
+
+
+class Planner(ABC):
+    """Turns the ledger into starts; never changes it otherwise."""
+
+    operations: int = 0  # of the last plan, where the planner counts them
+    foresees: ClassVar[bool] = False  # newcomers are judged by its own forecast, at safe times
+
+    @abstractmethod
+    def plan(self, ledger: Ledger, now_us: int, issue: Issue) -> Planned:
+        """Decides what goes out now, and issues it."""
+
+    @abstractmethod
+    def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
+        """When to plan if no fact comes before."""
+
+    @abstractmethod
+    def likely_degree(self, step_us: Mapping[int, int]) -> int:
+        """The degree at which most steps of a request will run, for estimates."""
+
+    def newcomers(self, ledger: Ledger, requests: Sequence[Request], now_us: int) -> list[Newcomer]:
+        """When requests that arrived now would be done, as far as it makes such a forecast."""
+        return [NOBODY] * len(requests)
+
+
 @dataclass(frozen=True, slots=True)
 class Registered:
     """How a policy is made: its settings, and a maker that gets all of them, checked."""
 
     specs: Mapping[str, Spec]
-    make: Callable[[Settings, Mapping[str, SettingValue]], Policy | EventPolicy | Hocket]
+    make: Callable[[Settings, Mapping[str, SettingValue]], Policy | EventPolicy | Planner]

@@ -9,98 +9,71 @@ entered like any other, when its worker tells of it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
 
 from ..cluster import Cluster, Worker
+from ..ledger import Ledger
 from ..tracker import Tracked
 from ..values import Fetch
-
-if TYPE_CHECKING:
-    from ..ledger import Ledger
+from .fetches import TRIES_MAX, FetchesUnderWay, Sent
 
 PLAN_MAX = 16  # fetches in one plan
 WORKER_MAX = 2  # under way to one worker
-AGAIN_US = 5_000_000  # a fetch that nobody told of by then is tried elsewhere
-TRIES_MAX = 4
 
 
-class _Sent(NamedTuple):
-    fetch: Fetch
-    at_us: int
-    tries: int
+def plan(ledger: Ledger, now_us: int) -> tuple[Fetch, ...]:
+    """Fetches that go out now."""
+    found = _find(ledger, ledger.fetches, now_us)
+    ledger.fetches.note()
+    return found
 
 
-@dataclass(slots=True)
-class Evacuation:
-    """The fetches under way, by request."""
+def came(ledger: Ledger, worker: str) -> bool:
+    """A worker has told what it holds: whether something that was awaited is there."""
+    fetches = ledger.fetches
+    there = [r for r, s in fetches.sent.items() if _is_there(ledger, s.fetch, worker)]
+    for request in there:
+        del fetches.sent[request]
+    fetches.note()
+    return bool(there)
 
-    _sent: dict[str, _Sent] = field(default_factory=dict)
-    _stuck: set[str] = field(default_factory=set)  # nobody could take them at the last plan
-    _waiting: frozenset[str] = frozenset()  # workers that fetch; replaced, never changed
 
-    def plan(self, ledger: Ledger, now_us: int) -> tuple[Fetch, ...]:
-        """Fetches that go out now."""
-        found = self._find(ledger, now_us)
-        self._note()
-        return found
+def due(ledger: Ledger) -> bool:
+    """Something that a leaving worker holds has no other copy, and no fetch under way."""
+    fetches = ledger.fetches
+    return any(r not in fetches.sent or r in fetches.stuck for r in _wanted(ledger))
 
-    def _find(self, ledger: Ledger, now_us: int) -> tuple[Fetch, ...]:
-        wanted = _wanted(ledger)
-        self._stuck.clear()
-        self._sent = {r: s for r, s in self._sent.items() if r in wanted and _same(s, wanted[r])}
-        if not wanted:
-            return ()
-        under_way: dict[str, int] = {}
-        for sent in self._sent.values():
-            if now_us < sent.at_us + AGAIN_US:
-                under_way[sent.fetch.worker] = under_way.get(sent.fetch.worker, 0) + 1
-        copies = _copies(ledger.tracked.values())
-        found: list[Fetch] = []
-        for tracked in wanted.values():
-            before = self._sent.get(tracked.id)
-            if before is not None and now_us < before.at_us + AGAIN_US:
-                continue
-            tries = 1 if before is None else before.tries + 1
-            to = _destination(ledger, tracked, under_way, copies, before)
-            if tries > TRIES_MAX:
-                continue
-            if to is None:
-                self._stuck.add(tracked.id)  # news of a worker makes the next plan due
-                continue
-            fetch = _fetch(ledger, tracked, to)
-            self._sent[tracked.id] = _Sent(fetch, now_us, tries)
-            under_way[to] = under_way.get(to, 0) + 1
-            copies[to] = copies.get(to, 0) + 1
-            found.append(fetch)
-            if len(found) >= PLAN_MAX:
-                break
-        return tuple(found)
 
-    def next_us(self) -> int | None:
-        """When the oldest fetch under way is tried elsewhere."""
-        open_ = (s for r, s in self._sent.items() if s.tries < TRIES_MAX and r not in self._stuck)
-        return min((s.at_us + AGAIN_US for s in open_), default=None)
-
-    def awaits(self, worker: str) -> bool:
-        """A fetch to it is under way: what it holds is news."""
-        return worker in self._waiting
-
-    def came(self, ledger: Ledger, worker: str) -> bool:
-        """A worker has told what it holds: whether something that was awaited is there."""
-        there = [r for r, s in self._sent.items() if _is_there(ledger, s.fetch, worker)]
-        for request in there:
-            del self._sent[request]
-        self._note()
-        return bool(there)
-
-    def _note(self) -> None:
-        if self._sent or self._waiting:
-            self._waiting = frozenset(s.fetch.worker for s in self._sent.values())
-
-    def due(self, ledger: Ledger) -> bool:
-        """Something that a leaving worker holds has no other copy, and no fetch under way."""
-        return any(r not in self._sent or r in self._stuck for r in _wanted(ledger))
+def _find(ledger: Ledger, fetches: FetchesUnderWay, now_us: int) -> tuple[Fetch, ...]:
+    wanted = _wanted(ledger)
+    fetches.stuck.clear()
+    fetches.sent = {r: s for r, s in fetches.sent.items() if r in wanted and _same(s, wanted[r])}
+    if not wanted:
+        return ()
+    under_way: dict[str, int] = {}
+    for sent in fetches.sent.values():
+        if not sent.is_due(now_us):
+            under_way[sent.fetch.worker] = under_way.get(sent.fetch.worker, 0) + 1
+    copies = _copies(ledger.tracked.values())
+    found: list[Fetch] = []
+    for tracked in wanted.values():
+        before = fetches.sent.get(tracked.id)
+        if before is not None and not before.is_due(now_us):
+            continue
+        tries = 1 if before is None else before.tries + 1
+        to = _destination(ledger, tracked, under_way, copies, before)
+        if tries > TRIES_MAX:
+            continue
+        if to is None:
+            fetches.stuck.add(tracked.id)  # news of a worker makes the next plan due
+            continue
+        fetch = _fetch(ledger, tracked, to)
+        fetches.sent[tracked.id] = Sent(fetch, now_us, tries)
+        under_way[to] = under_way.get(to, 0) + 1
+        copies[to] = copies.get(to, 0) + 1
+        found.append(fetch)
+        if len(found) >= PLAN_MAX:
+            break
+    return tuple(found)
 
 
 def alone(ledger: Ledger, worker: str) -> tuple[str, ...]:
@@ -150,7 +123,7 @@ def _is_there(ledger: Ledger, fetch: Fetch, worker: str) -> bool:
     return tracked is None or tracked.holders.get(worker, -1) >= fetch.steps_done
 
 
-def _same(sent: _Sent, tracked: Tracked) -> bool:
+def _same(sent: Sent, tracked: Tracked) -> bool:
     """The fetch is of the latent that it still goes on from."""
     wanted = (tracked.attempt, tracked.steps_done)
     return (sent.fetch.attempt, sent.fetch.steps_done) == wanted
@@ -170,7 +143,7 @@ def _destination(
     tracked: Tracked,
     under_way: dict[str, int],
     copies: dict[str, int],
-    before: _Sent | None,
+    before: Sent | None,
 ) -> str | None:
     """The usable worker with the fewest copies; another one than the last time, if it can be."""
 

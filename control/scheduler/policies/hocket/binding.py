@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ... import denoise
 from ...ledger import Ledger
 from ...resilience import elsewhere
+from ...standing import workers_before
 from ...tracker import Tracked
 from .pods import Pod
 
@@ -53,7 +53,7 @@ class Binder:
         for wish in wishes:
             if wish in failed:
                 continue
-            where = denoise.workers_before(self._ledger, wish.first)
+            where = workers_before(self._ledger, wish.first)
             if len(where) == wish.width and all(w in self._free for w in where):
                 bound.append((wish, self._take(where)))
             else:
@@ -85,7 +85,7 @@ class Binder:
         return workers
 
     def _choose(self, wish: Wish) -> tuple[str, ...]:
-        before = set(denoise.workers_before(self._ledger, wish.first))
+        before = set(workers_before(self._ledger, wish.first))
         loads = self._loads(wish)
         if wish.width == 1:
             known = self._ledger.cluster.workers

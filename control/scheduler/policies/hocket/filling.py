@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ... import denoise
 from ...ledger import Ledger
+from ...standing import next_node
 from ...tracker import Tracked
 from ...values import DIT
 from .binding import Wish
@@ -35,7 +35,7 @@ def fill(
     for entry, price, left in roster.spare:
         if room <= 0:
             break
-        node = denoise.next_node(ledger, entry.tracked)
+        node = next_node(ledger, entry.tracked)
         for width, step_us in zip(roster.widths, price.step_us, strict=True):
             if width > room:
                 break
@@ -65,7 +65,7 @@ def first_come(ledger: Ledger, roster: Roster, wishes: Sequence[Wish], now_us: i
 
     def key(tracked: Tracked, hopeful: bool) -> tuple[object, ...]:
         r = tracked.request
-        node = denoise.next_node(ledger, tracked)
+        node = next_node(ledger, tracked)
         hope = (tracked.promised, hopeful, tracked.id in lost)
         return (r.model, r.shape, r.priority, tracked.alone, hope, node)
 

@@ -21,13 +21,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...ledger import Ledger
 from ...values import Request
+from ..base import NOBODY, Newcomer
 from .guards import relax
 from .improve import Limits
 from .kernel import (
@@ -52,14 +52,6 @@ GROWTH = 0.5  # newcomers that go in together, of those taken in before
 FAR_US = 1e15  # the deadline of who has none
 
 
-class Newcomer(NamedTuple):
-    """What a rollout says of one newcomer."""
-
-    finish_us: int | None  # None: late, or nobody can run it
-    late: bool
-
-
-NOBODY = Newcomer(None, late=False)
 LATE = Newcomer(None, late=True)
 
 

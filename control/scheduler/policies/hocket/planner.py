@@ -25,14 +25,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from ... import denoise
 from ...ledger import Ledger
 from ...settings import Settings, SettingValue, Spec
+from ...standing import next_node, workers_before
 from ...starts import Issue, Planned, Start
 from ...values import DIT, TEXT, VAE, Request
+from ..base import Newcomer, Planner
 from .binding import Binder, Wish
 from .filling import Slow, fill, first_come
-from .forecast import Forecaster, Newcomer
+from .forecast import Forecaster
 from .improve import Limits, start_space
 from .keeping import keep
 from .kernel import (
@@ -51,7 +52,7 @@ NODES = (TEXT, DIT, VAE)
 ENTRY_OPERATIONS = 200  # what a row of the roster costs, in operations of the kernel
 
 
-class Hocket:
+class Hocket(Planner):
     """The joint planner."""
 
     SPECS: ClassVar[Mapping[str, Spec]] = {
@@ -324,9 +325,9 @@ class Hocket:
             return moves
         for i, entry in enumerate(roster.entries):
             tracked = entry.tracked
-            group = denoise.workers_before(ledger, tracked)
+            group = workers_before(ledger, tracked)
             stays = all(w in roster.free for w in group)
-            decodes = denoise.next_node(ledger, tracked) == VAE
+            decodes = next_node(ledger, tracked) == VAE
             for k, width in enumerate(roster.widths):
                 same = width == len(group) and stays
                 if decodes:

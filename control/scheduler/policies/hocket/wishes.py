@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ... import denoise
 from ...ledger import Ledger
+from ...standing import next_node
 from .binding import Wish
 from .filling import BEST_EFFORT
 from .kernel import KIND, STEPS_LEFT, Ints
@@ -21,7 +21,7 @@ def wanted(ledger: Ledger, roster: Roster, choice: Ints, head: Ints) -> list[Wis
     for first, batch in members.items():
         entry = roster.entries[first]
         tracked = entry.tracked
-        node = denoise.next_node(ledger, tracked)
+        node = next_node(ledger, tracked)
         price = roster.prices[int(roster.jobs[first, KIND])]
         took_us = price.of(node, chosen[first])
         if len(batch) > 1:
