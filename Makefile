@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml
 $(COMPILED): $(STAMP) $(shell grep -l njit $(PLANNER)/*.py)
 	@echo "setting up 3/3: compiling the planner (10 to 30 s, only when it changed)"
 	@rm -f $(PLANNER)/__pycache__/*.nbi $(PLANNER)/__pycache__/*.nbc
-	@$(BIN)/python -m control.scheduler.policies.hocket.warm
+	@$(BIN)/python -m control.scheduler.warm
 	@touch $@
 
 demo: setup  ## the whole mesh on this machine; makes pictures at three sizes, then stops

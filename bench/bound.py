@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bench.bounding.demand import UnknownDemand, demands
 from bench.sim.trace import TraceError, TraceRequest, read_trace
-from control.scheduler.profile import Profile, ProfileError
+from control.scheduler.times.profile import Profile, ProfileError
 
 VARIABLES_MAX = 60_000
 MIP_SECONDS = 20.0

@@ -18,8 +18,8 @@ from bench.sim.experiment import check_models, settings_of
 from bench.sim.loop import run
 from bench.sim.workloads import generate
 from control.scheduler.policies.registry import REGISTRY
-from control.scheduler.profile import Profile
 from control.scheduler.settings import SettingError, Settings
+from control.scheduler.times.profile import Profile
 
 COSTS = Costs(group_change_us=5_000, group_cold_us=200_000, noise=0.02)
 console = Console(soft_wrap=True)

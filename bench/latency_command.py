@@ -32,8 +32,8 @@ from bench.reporting.statistics import mean_interval
 from bench.reporting.style import THEME
 from bench.sim.case import ASSETS
 from bench.sim.experiment import parse_seeds
-from control.scheduler.profile import Profile
-from hocket.machine import machine_kind
+from control.scheduler.times.profile import Profile
+from hocket.launching.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 SHIPPED = ASSETS.parents[1] / "control" / "assets" / "profiles" / "hocket-emoji_cpu.csv"

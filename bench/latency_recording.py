@@ -20,11 +20,11 @@ from bench.sim.costs import Costs, Straggler
 from bench.sim.loop import run
 from bench.sim.trace import TraceRequest
 from bench.sim.workloads import generate
-from control.scheduler.estimate import Cells, estimate_from, fitted, from_relatives
-from control.scheduler.latency import LatencyModel
-from control.scheduler.profile import CellKey, Family, Profile
+from control.scheduler.books.stragglers import Stragglers, own_excesses
 from control.scheduler.settings import Settings, SettingValue
-from control.scheduler.stragglers import Stragglers, own_excesses
+from control.scheduler.times.estimate import Cells, estimate_from, fitted, from_relatives
+from control.scheduler.times.latency import LatencyModel
+from control.scheduler.times.profile import CellKey, Family, Profile
 from control.scheduler.values import DIT, Layout, Shape, StepsEnded
 
 PROFILE = "flux.1-dev_h100_h28.csv"

@@ -31,10 +31,10 @@ from bench.sim.case import Case, CaseError
 from bench.sim.experiment import Experiment, RunSpec, load_experiment, parse_seeds
 from bench.sim.trace import TraceRequest
 from bench.sim_command import console, explained
-from hocket import gantt
-from hocket.interruptions import interruptions, stretches
-from hocket.machine import machine_kind
-from hocket.span_file import SpanRecord, read_spans
+from hocket.launching.machine import machine_kind
+from hocket.tracing import gantt
+from hocket.tracing.interruptions import interruptions, stretches
+from hocket.tracing.span_file import SpanRecord, read_spans
 
 EXECUTORS = ("torch", "emulated")
 

@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 from bench.sim.call_times import Contention
 from bench.sim.trace import TraceRequest
-from control.scheduler.profile import Profile
-from hocket import spans as names
-from hocket.interruptions import DENOISER
-from hocket.span_file import SpanRecord
+from control.scheduler.times.profile import Profile
+from hocket.tracing import spans as names
+from hocket.tracing.interruptions import DENOISER
+from hocket.tracing.span_file import SpanRecord
 
 _GAP_MAX_NS = 20_000_000  # a longer one was a pause
 _OUTLIER = 3.0  # times over this many medians count as that much

@@ -22,7 +22,7 @@ from bench.sim.trace import TraceRequest
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
 from hocket.errors import HocketError, MeshStopped
-from hocket.launcher import MeshPlan, mesh
+from hocket.launching.launcher import MeshPlan, mesh
 from hocket.v1.generation_pb2 import Accepted, Finished, GenerateRequest
 from hocket.v1.types_pb2 import GenerationSpec, Shape, Slo
 

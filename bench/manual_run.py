@@ -25,10 +25,10 @@ from control.scheduler.core import Scheduler
 from control.workers.leases import Leases
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
-from gpuworker.emulated import EmulatedExecutor, EmulatedHost
-from gpuworker.emulated_profile import profile_cells
-from hocket.bus import Bus, Subjects
+from gpuworker.emulation.executor import EmulatedExecutor, EmulatedHost
+from gpuworker.emulation.profile import profile_cells
 from hocket.clock import ManualClock
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _QUIET_ROUNDS = 2  # flushes without a message before an instant counts as over

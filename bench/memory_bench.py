@@ -1,6 +1,6 @@
 """`python -m bench memory`: what a parked job takes, and what coming and going costs.
 
-Measured, in a process of its own (gpuworker/measure_memory.py): the embedded model's states,
+Measured, in a process of its own (gpuworker/measuring/parked.py): the embedded model's states,
 spilling one and getting it back, weights that are loaded and evicted. By arithmetic: the states of
 models that are too large to be run here, from the shapes that their cards make; a test holds the
 same formulas against small models of the same families.
@@ -21,7 +21,7 @@ _MIB = 1 << 20
 
 async def measure(rounds: int) -> Findings:
     """Every figure, with `rounds` repetitions of what is timed."""
-    command = (sys.executable, "-m", "gpuworker.measure_memory", str(rounds))
+    command = (sys.executable, "-m", "gpuworker.measuring.parked", str(rounds))
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()
     found = Findings()

@@ -20,9 +20,9 @@ from statistics import median
 from bench.mesh_pairs import Compared, Told, paired
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
-from hocket.launcher import MeshPlan, mesh
-from hocket.machine import machine_kind
-from hocket.span_file import read_spans
+from hocket.launching.launcher import MeshPlan, mesh
+from hocket.launching.machine import machine_kind
+from hocket.tracing.span_file import read_spans
 from hocket.v1.generation_pb2 import Accepted
 
 PROMPT = "a fox on a green background"
@@ -143,7 +143,7 @@ async def _admissions(client: HocketClient, count: int, found: Findings) -> None
 
 async def _building_blocks(found: Findings) -> None:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gpuworker.measure", stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "gpuworker.measuring.blocks", stdout=asyncio.subprocess.PIPE
     )
     out, _ = await process.communicate()
     for name, times_ms in json.loads(out).items():

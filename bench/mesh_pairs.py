@@ -3,8 +3,9 @@
     whole    mesh: the client's call until it has the file   plain: prompt until the file is made
     denoise  mesh: first step's start to the last one's end  plain: the sum of its steps
 
-Gateway, control, broker and one worker stand in between; the plain loop (`gpuworker.reference`) has
-a process of its own, which is loaded and idle meanwhile. Who goes first changes from pair to pair.
+Gateway, control, broker and one worker stand in between; the plain loop
+(`gpuworker.measuring.reference`) has a process of its own, which is loaded and idle meanwhile. Who
+goes first changes from pair to pair.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from statistics import median
 from typing import Any
 
 from gpuworker.config import EMBEDDED_MODELS
-from hocket import spans
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
 from hocket.errors import MeshStopped
-from hocket.interruptions import DENOISER
-from hocket.span_file import SpanRecord
+from hocket.tracing import spans
+from hocket.tracing.interruptions import DENOISER
+from hocket.tracing.span_file import SpanRecord
 from hocket.v1.generation_pb2 import Accepted, ModelInfo
 
 Told = Callable[[str], None]
@@ -125,7 +126,7 @@ async def _through(
 @asynccontextmanager
 async def _plain(folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gpuworker.reference", str(folder)),
+        *(sys.executable, "-m", "gpuworker.measuring.reference", str(folder)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

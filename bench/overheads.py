@@ -22,12 +22,12 @@ from rich.progress import Progress
 
 from bench.mesh_bench import Findings
 from bench.scripted_leader import Leader, Piece, WorkerPool
-from hocket.broker import free_port, nats_server_command
-from hocket.bus import Bus
 from hocket.clock import steady_ns
-from hocket.interruptions import DENOISER
-from hocket.span_file import read_spans
-from hocket.spans import NODE, REQUEST, STEP
+from hocket.launching.broker import free_port, nats_server_command
+from hocket.messaging.bus import Bus
+from hocket.tracing.interruptions import DENOISER
+from hocket.tracing.span_file import read_spans
+from hocket.tracing.spans import NODE, REQUEST, STEP
 from hocket.v1 import generation_pb2, types_pb2
 
 _CLUSTER = "overheads"

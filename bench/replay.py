@@ -19,13 +19,13 @@ import msgspec
 from google.protobuf import proto
 
 from control.journal import joined, read
-from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
-from control.scheduler.profile import Profile
 from control.scheduler.schedule_log import ScheduleLog
 from control.scheduler.settings import Settings
+from control.scheduler.times.cells import LatencySnapshot
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import Arrived, Event
-from hocket.bus import Bus, Subjects
+from hocket.messaging.bus import Bus, Subjects
 from hocket.security.identity import Identity, broker_access
 from hocket.v1.journal_pb2 import JournalEntry
 

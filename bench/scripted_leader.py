@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpuworker.rendezvous import Rendezvous
+from gpuworker.collectives.rendezvous import Rendezvous
 from gpuworker.state import LatentState
-from hocket.bus import Bus, Feed, Subjects
+from hocket.messaging.bus import Bus, Feed, Subjects
 from hocket.v1 import mesh_pb2, types_pb2
 
 WAIT_S = 90.0

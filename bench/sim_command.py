@@ -32,11 +32,11 @@ from bench.sim.solver import measure_plans
 from bench.sim.trace import TraceError, read_trace, write_trace
 from bench.sim.workloads import generate
 from bench.sweep import sweep
-from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.settings import SettingError, Settings, SettingValue
 from control.scheduler.summary import percentile
+from control.scheduler.times.profile import Profile, ProfileError
 from hocket.clock import steady_ns
-from hocket.machine import machine_kind
+from hocket.launching.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 P = ParamSpec("P")

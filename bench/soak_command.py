@@ -17,7 +17,7 @@ from bench.sim.soak import Hour, soak, soak_case
 from bench.sim_command import explained, read_pairs
 from control.scheduler.settings import Settings
 from hocket.clock import steady_ns
-from hocket.machine import machine_kind
+from hocket.launching.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 COLUMNS = ("hour", "ended", "on time", "open", "objects held", "plan p50 ms", "plan p99 ms")

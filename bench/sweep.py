@@ -26,7 +26,7 @@ from bench.bound import bound
 from bench.sim.experiment import Experiment, RunSpec, parse_seeds, run_row
 from bench.sim.workloads import generate
 from hocket.clock import steady_ns
-from hocket.machine import machine_kind
+from hocket.launching.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 T = TypeVar("T")

@@ -13,13 +13,14 @@ from typing import Annotated
 import typer
 
 from control.config import ControlSettings
-from control.scheduler.policies.hocket.warm import compile_all
 from control.scheduler.policies.registry import REGISTRY
+from control.scheduler.warm import compile_all
 from control.service import serve
-from hocket import garbage, telemetry
+from hocket import garbage
 from hocket.clock import SystemClock
 from hocket.config import load_or_exit
 from hocket.errors import HocketError
+from hocket.tracing import telemetry
 
 log = logging.getLogger(__name__)
 

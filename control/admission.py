@@ -30,10 +30,10 @@ from control.requests.offers import Answered, Decided, Offer
 from control.requests.records import Record, Records
 from control.requests.verdicts import Newcomer, Verdict, judge, told_us
 from control.scheduler.values import Arrived, CancelRequested, Request
-from hocket import spans, telemetry
 from hocket.clock import Clock, unix_ns
 from hocket.errors import Refused
-from hocket.stores import EntryTooLarge
+from hocket.messaging.stores import EntryTooLarge
+from hocket.tracing import spans, telemetry
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
 
 _BATCH_MAX = 512  # forecast together: most of it is for the queue before them

@@ -10,11 +10,11 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 
 from control.scheduler.policies.registry import REGISTRY
-from control.scheduler.profile import OPTIONAL, REQUIRED
 from control.scheduler.settings import SettingError, Settings, read_policy_settings
+from control.scheduler.times.profile import OPTIONAL, REQUIRED
 from hocket.config import Common
 from hocket.errors import WrongConfig
-from hocket.media_bucket import KEPT_S
+from hocket.messaging.media_bucket import KEPT_S
 
 _ASSETS = Path(__file__).parent / "assets" / "profiles"
 

@@ -31,8 +31,8 @@ from control.scheduler.values import CancelRequested
 from control.workers.cluster_view import ClusterView
 from control.workers.intake import Intake
 from control.workers.leases import Leases
-from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import control_pb2, mesh_pb2
 
 

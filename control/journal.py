@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 
 from control.leading.promises import open_bounded
-from hocket.bus import Bus, Subjects
 from hocket.errors import BrokerUnavailable, WrongConfig
-from hocket.stores import Log, LogShape
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.stores import Log, LogShape
 from hocket.v1 import journal_pb2
 
 log = logging.getLogger(__name__)

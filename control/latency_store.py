@@ -17,12 +17,12 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
-from hocket.bus import Bus, Subjects
+from control.scheduler.times.cells import LatencySnapshot
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable
-from hocket.stores import Cell, EntryTooLarge, LogFull, NoRoom, OutcomeUnknown
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.stores import Cell, EntryTooLarge, LogFull, NoRoom, OutcomeUnknown
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

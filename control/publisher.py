@@ -22,9 +22,9 @@ from control.requests.endings import Endings
 from control.requests.records import Record, Records
 from control.scheduler import values
 from control.workers.leases import Leases
-from hocket import spans, telemetry
-from hocket.bus import Subjects
 from hocket.clock import unix_ns
+from hocket.messaging.bus import Subjects
+from hocket.tracing import spans, telemetry
 from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2
 
 _TRUNCATES_KEPT = 64  # a worker

@@ -32,17 +32,17 @@ from control.leading.standby import Standby
 from control.leading.term import Parts, Term, build_scheduler
 from control.workers.intake import SERVICE
 from control.workers.leases import Leases
-from hocket import endpoints
-from hocket.bus import Bus, Subjects
 from hocket.cancelling import end_if_cancelled
-from hocket.channels import SERVER_OPTIONS
 from hocket.clock import Clock
-from hocket.endpoints import STANDBY
 from hocket.errors import BrokerUnavailable, HocketError, Refused
-from hocket.leader import LEADER_KEY, LeaderWatch
+from hocket.launching import endpoints
+from hocket.launching.endpoints import STANDBY
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.leader import LEADER_KEY, LeaderWatch
+from hocket.messaging.stores import Cell, Log
+from hocket.rpc.channels import SERVER_OPTIONS
 from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
-from hocket.stores import Cell, Log
-from hocket.telemetry import Telemetry
+from hocket.tracing.telemetry import Telemetry
 from hocket.v1 import control_pb2_grpc, mesh_pb2
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,10 @@ import typer
 
 from gateway.service import serve
 from gateway.settings import GatewaySettings
-from hocket import garbage, telemetry
+from hocket import garbage
 from hocket.config import load_or_exit
 from hocket.errors import HocketError
+from hocket.tracing import telemetry
 
 
 def main(

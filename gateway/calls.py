@@ -27,7 +27,6 @@ from gateway.messages import ACCEPTED_CURSOR, told_by_generate, told_by_watch
 from gateway.request_ids import request_id
 from gateway.waiting import until
 from hocket import clock as clocks
-from hocket import spans, telemetry
 from hocket.clock import Clock
 from hocket.errors import (
     BrokerAway,
@@ -41,6 +40,7 @@ from hocket.errors import (
     UnknownRequest,
     Violation,
 )
+from hocket.tracing import spans, telemetry
 from hocket.v1.control_pb2 import (
     ListRequestsRequest,
     ListRequestsResponse,

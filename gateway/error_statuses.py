@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 import grpc
 from opentelemetry import trace
 
-from hocket import spans
 from hocket.errors import HocketError, to_status
-from hocket.interceptors import Handler, Wrapping
+from hocket.rpc.interceptors import Handler, Wrapping
+from hocket.tracing import spans
 
 # In quotes: the class takes parameters in grpc's type stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

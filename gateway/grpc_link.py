@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 
 from gateway.line import LinkBroken
-from hocket.channels import CHANNEL_OPTIONS
 from hocket.errors import NotLeader, from_rpc_error
+from hocket.rpc.channels import CHANNEL_OPTIONS
 from hocket.security.identity import Identity, open_channel
 from hocket.v1.control_pb2 import AttachRequest, AttachResponse
 from hocket.v1.control_pb2_grpc import ControlServiceStub

@@ -22,9 +22,9 @@ import nats.js.errors
 from nats.js import JetStreamContext
 from nats.js.api import RawStreamMsg
 
-from hocket.bus import Bus
 from hocket.clock import Clock
 from hocket.errors import RequestFailed
+from hocket.messaging.bus import Bus
 from hocket.v1.generation_pb2 import MediaChunk
 from hocket.v1.types_pb2 import MediaInfo
 

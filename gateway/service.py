@@ -31,13 +31,14 @@ from gateway.operations import GenerationOperations
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.whereabouts import Addresses, listed
-from hocket import endpoints, garbage
-from hocket.bus import Bus, Subjects
-from hocket.channels import server_options
+from hocket import garbage
 from hocket.clock import SystemClock
-from hocket.leader import LeaderWatch
+from hocket.launching import endpoints
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.leader import LeaderWatch
+from hocket.rpc.channels import server_options
 from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
-from hocket.telemetry import Telemetry
+from hocket.tracing.telemetry import Telemetry
 from hocket.v1 import generation_pb2
 from hocket.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from gpuworker.config import WorkerSettings
-from gpuworker.profile_command import profile as profile_command
+from gpuworker.measuring.profile_command import profile as profile_command
 from hocket import config as hocket_config
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -26,8 +26,8 @@ from gpuworker.mesh.door import WAIT_US_MAX, Door
 from gpuworker.mesh.media_bucket import MediaBucket
 from gpuworker.mesh.naming import NameRefused
 from gpuworker.mesh.reports import Reports
-from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)

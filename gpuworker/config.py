@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import msgspec
 
 from hocket.config import Common
-from hocket.media_bucket import KEPT_S
+from hocket.messaging.media_bucket import KEPT_S
 
 NAME_PREFIX = r"^[a-z0-9][a-z0-9-]{0,40}$"
 _ASSETS = Path(__file__).parent / "assets"

@@ -16,23 +16,23 @@ from typing import NoReturn
 
 import torch
 
-from gpuworker.engine import Engine
-from gpuworker.exchange import ParallelAttention
+from gpuworker.attention.exchange import ParallelAttention
+from gpuworker.collectives.group_cache import GroupCache
+from gpuworker.collectives.rendezvous import Cancel, Rendezvous
+from gpuworker.collectives.tunnel import Tunnel
 from gpuworker.executor import CLOSE_PATIENCE_S, Listener, Room, always_room
-from gpuworker.inbox import Inbox, StopMark
-from gpuworker.latents import LatentShelf, Shares
-from gpuworker.memory import Memory
+from gpuworker.loading import LoadError, load_card
+from gpuworker.memory.budget import Memory
+from gpuworker.memory.latents import LatentShelf, Shares
+from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
-from gpuworker.mesh.group_cache import GroupCache
 from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
-from gpuworker.models.loading import LoadError, load_card
-from gpuworker.pace import pace_of
-from gpuworker.rendezvous import Cancel, Rendezvous
-from gpuworker.sources import Sources
-from gpuworker.tunnel import Tunnel
-from gpuworker.weights import WeightStore
-from hocket.bus import Bus, Subjects
+from gpuworker.steps.engine import Engine
+from gpuworker.steps.inbox import Inbox, StopMark
+from gpuworker.steps.pace import pace_of
+from gpuworker.steps.sources import Sources
 from hocket.errors import HocketError
+from hocket.messaging.bus import Bus, Subjects
 from hocket.security.identity import Identity
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 

@@ -12,22 +12,23 @@ import msgspec
 import torch
 
 from gpuworker.agent import Agent
+from gpuworker.attention.xfuser_usp import XfuserMissing, chosen_attention
 from gpuworker.config import EMBEDDED_MODELS, WorkerSettings
-from gpuworker.latents import Shares
+from gpuworker.loading import LoadError, folder_bytes
+from gpuworker.memory.latents import Shares
+from gpuworker.memory.weights import BudgetTooSmall, WeightStore
 from gpuworker.mesh.claim import claimed
 from gpuworker.mesh.ending import ended_with
 from gpuworker.mesh.naming import advertised_address, worker_name
 from gpuworker.mesh.stopping import StopSignals, run_until
-from gpuworker.models.loading import LoadError, folder_bytes
 from gpuworker.pool import run_pool
 from gpuworker.torch_executor import TorchExecutor, load_cards, pick_device
-from gpuworker.weights import BudgetTooSmall, WeightStore
-from gpuworker.xfuser_attention import XfuserMissing, chosen_attention
-from hocket import endpoints, telemetry
-from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
 from hocket.errors import WrongConfig
+from hocket.launching import endpoints
+from hocket.messaging.bus import Bus, Subjects
 from hocket.security.identity import Identity, broker_access
+from hocket.tracing import telemetry
 
 _RESERVED = 0.15  # of a CUDA device: activations of what fits whole, the context, fragmentation
 _THREAD_SWITCH_S = 0.0005  # heartbeats and reports must not wait long for the compute thread's GIL

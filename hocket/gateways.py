@@ -15,11 +15,11 @@ import grpc
 from google.longrunning.operations_pb2_grpc import OperationsStub
 from opentelemetry.trace import TracerProvider
 
-from hocket.channels import CHANNEL_OPTIONS
 from hocket.clock import SystemClock
 from hocket.errors import CallFailed, GatewayUnreachable, HocketError, from_rpc_error
+from hocket.rpc.channels import CHANNEL_OPTIONS
 from hocket.security.caller import Credentials
-from hocket.telemetry import client_interceptors
+from hocket.tracing.telemetry import client_interceptors
 from hocket.v1.generation_pb2_grpc import GenerationServiceStub
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hocket.broker import free_port, nats_server_command
+from hocket.launching.broker import free_port, nats_server_command
 from tests.waiting import until
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hocket.broker import nats_server_binary
-from hocket.bus import Bus, Subjects
+from hocket.launching.broker import nats_server_binary
+from hocket.messaging.bus import Bus, Subjects
 
 
 @pytest.fixture(scope="session")

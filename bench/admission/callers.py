@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from bench.admission.tree import MODEL
-from hocket.channels import CHANNEL_OPTIONS
 from hocket.clock import steady_ns
 from hocket.errors import HocketError, from_rpc_error
+from hocket.rpc.channels import CHANNEL_OPTIONS
 from hocket.v1.generation_pb2 import CreateGenerationRequest, GenerateRequest
 from hocket.v1.generation_pb2_grpc import GenerationServiceStub
 from hocket.v1.types_pb2 import GenerationSpec, Shape, Slo

@@ -18,7 +18,7 @@ from rich.table import Table
 from bench.admission import callers, pairs, streams
 from bench.admission.callers import Burst, Doors
 from bench.admission.tree import Started, emulated_mesh
-from hocket.machine import machine_kind
+from hocket.launching.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 150)
 COUNTS = (1, 10, 100, 500, 1000, 2500)
@@ -50,7 +50,7 @@ def admission_command(
     """The door under load: accepted a second, times to accepted, stalls, memory of a stream."""
     trees = [tree] if against is None else [tree, against]
     for one in trees:
-        if not (one / "hocket/cli.py").exists():
+        if not any((one / name).exists() for name in ("hocket/cli", "hocket/cli.py")):
             raise typer.BadParameter(f"no source tree of Hocket: {one}")
     sizes = [int(text) for text in counts.split(",") if text]
     found: list[list[dict[str, Any]]] = [[] for _ in trees]

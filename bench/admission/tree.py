@@ -14,9 +14,10 @@ from pathlib import Path
 
 import msgspec
 
-from hocket import config, endpoints
-from hocket.endpoints import Endpoint
+from hocket import config
 from hocket.errors import MeshStopped
+from hocket.launching import endpoints
+from hocket.launching.endpoints import Endpoint
 
 _START_S = 300.0  # the first one compiles the planner
 _STOP_S = 60.0

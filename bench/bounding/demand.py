@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bench.sim.trace import TraceRequest
-from control.scheduler.profile import Profile
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import DIT, TEXT, VAE, Shape
 
 TEXT_PART = "text-"  # nodes of this prefix are the encoders of a model whose `text` is split

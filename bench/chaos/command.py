@@ -18,7 +18,7 @@ from bench.chaos.checks import ends
 from bench.chaos.history import by_kind
 from bench.chaos.run import Outcome, Plan, run, wish_names
 from hocket.errors import HocketError
-from hocket.machine import machine_kind
+from hocket.launching.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 _TINY = Plan(seconds=30.0, callers=4, gap_s=(3.0, 6.0), steps=6)

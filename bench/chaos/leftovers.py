@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.admission.tree import rss_kib
 from bench.chaos.strikes import Strikes, cluster_state
-from hocket import endpoints
+from hocket.launching import endpoints
 
 _ANSWER_S = 5.0
 # How much more there may be after the load than before it, by the last word of a figure's name.

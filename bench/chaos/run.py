@@ -21,8 +21,8 @@ from bench.chaos.strikes import Strikes, eventually
 from bench.chaos.wishes import PATIENT, Call, Errands, Wish, catalogue
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
-from hocket.launcher import MeshPlan, RunningMesh, mesh
-from hocket.restarts import RestartRule
+from hocket.launching.launcher import MeshPlan, RunningMesh, mesh
+from hocket.launching.restarts import RestartRule
 
 _PROFILE = Path(__file__).parents[2] / "control/assets/profiles/hocket-emoji_cpu.csv"
 _CONFIG_VARIABLE = "HOCKET_CONFIG"

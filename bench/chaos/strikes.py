@@ -24,9 +24,9 @@ from bench.chaos.faults import (
     WORKER,
     Fault,
 )
-from hocket import endpoints
-from hocket.channels import CHANNEL_OPTIONS
-from hocket.launcher import RunningMesh
+from hocket.launching import endpoints
+from hocket.launching.launcher import RunningMesh
+from hocket.rpc.channels import CHANNEL_OPTIONS
 from hocket.v1.control_pb2 import WatchClusterRequest, WatchClusterResponse
 from hocket.v1.control_pb2_grpc import ControlServiceStub
 

@@ -26,8 +26,8 @@ import typer
 from rich.console import Console
 
 from bench.chaos.namespaces import Host, hosts, possible
-from hocket.broker import nats_server_binary
 from hocket.errors import MeshStopped
+from hocket.launching.broker import nats_server_binary
 
 console = Console(highlight=False, soft_wrap=True)
 _READY_S = 90.0

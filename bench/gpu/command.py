@@ -21,7 +21,7 @@ from rich.console import Console
 from bench.gpu.report import write_report
 from bench.gpu.serving import measure_serving
 from hocket.clock import steady_ns
-from hocket.machine import machine_kind
+from hocket.launching.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 _MODULE = "gpuworker.measuring"

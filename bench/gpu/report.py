@@ -35,7 +35,7 @@ def write_report(folder: Path) -> None:
 
 
 def profile_csv(cells: Iterable[Found], device: Mapping[str, Any]) -> str:
-    """As `control.scheduler.profile` reads it: what is run as written, on one GPU."""
+    """As `control.scheduler.times.profile` reads it: what is run as written, on one GPU."""
     text = io.StringIO()
     text.write(HEADER + "\n")
     writer = csv.writer(text, lineterminator="\n")

@@ -19,7 +19,7 @@ from typing import Any
 from hocket.client import HocketClient
 from hocket.clock import SystemClock, steady_ns
 from hocket.errors import HocketError
-from hocket.launcher import MeshPlan, mesh
+from hocket.launching.launcher import MeshPlan, mesh
 
 PROMPT = "a fox on a green background"
 SEED = 20

@@ -1,4 +1,4 @@
-"""The part of a NATS client that `hocket.bus.Bus` uses, over a simulated broker.
+"""The part of a NATS client that `hocket.messaging.bus.Bus` uses, over a simulated broker.
 
 It keeps nats-py's manners: one callback at a time for each subscription, a bounded backlog that
 drops and says so, a buffer while the broker is away, reconnection for ever, requests and flushes

@@ -1,5 +1,5 @@
 """What runs in the simulated processes: the services' own start functions, as their commands call
-them. Only the worker is put together here, as `gpuworker.emulated_worker` does it.
+them. Only the worker is put together here, as `gpuworker.emulation.worker` does it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from gateway import service as gateway_service
 from gateway.settings import GatewaySettings
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
-from gpuworker.emulated import EmulatedExecutor, EmulatedHost
+from gpuworker.emulation.executor import EmulatedExecutor, EmulatedHost
 from gpuworker.executor import Listener, Room, RunNote, always_room
-from hocket.bus import Bus
-from hocket.telemetry import Telemetry
+from hocket.messaging.bus import Bus
+from hocket.tracing.telemetry import Telemetry
 
 from .loop import Process
 from .waits import SimulatedClock

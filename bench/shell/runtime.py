@@ -1,8 +1,9 @@
 """Puts the simulated world under the services' feet: broker client, gRPC, time and chance.
 
 Services are run as they are. What they would open to the outside they open through these libraries'
-own names, which stand for simulated ones while a world runs: `nats` connections of `hocket.bus`,
-`grpc.aio` channels and servers, the clocks behind `hocket.clock`, the numbers that `secrets` draws.
+own names, which stand for simulated ones while a world runs: `nats` connections of
+`hocket.messaging.bus`, `grpc.aio` channels and servers, the clocks behind `hocket.clock`, the
+numbers that `secrets` draws.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import grpc
 
 from control import config
 from control.leading import promises
-from hocket import bus, clock
+from hocket import clock
+from hocket.messaging import bus
 
 from .client import Client
 from .jetstream import JetStream

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from hocket.bus import Subjects
-from hocket.subjects import name_of
+from hocket.messaging.bus import Subjects
+from hocket.messaging.subjects import name_of
 from hocket.v1 import journal_pb2, mesh_pb2
 
 from . import roles

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.message import Message
 
-from hocket.bus import Subjects
+from hocket.messaging.bus import Subjects
 from hocket.v1 import (
     control_pb2,
     control_pb2_grpc,

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpuworker.emulated import EmulatedExecutor
+from gpuworker.emulation.executor import EmulatedExecutor
 from gpuworker.executor import RunNote
-from hocket.bus import Subjects
-from hocket.leader import LeaderKey, read_key
+from hocket.messaging.bus import Subjects
+from hocket.messaging.leader import LeaderKey, read_key
 
 from . import roles
 from .broker import Broker

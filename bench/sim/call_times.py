@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import msgspec
 
-from control.scheduler.estimate import Estimator
-from control.scheduler.profile import CellKey, Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.estimate import Estimator
+from control.scheduler.times.profile import CellKey, Profile
 from control.scheduler.values import Assignment, Request
 
 

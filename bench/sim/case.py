@@ -28,9 +28,9 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from control.scheduler.loads import LoadTable
-from control.scheduler.profile import Profile
+from control.scheduler.books.loads import LoadTable
 from control.scheduler.settings import SettingError, Settings
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import DIT, TEXT, VAE, ModelFacts, WorkerUp
 
 from .call_times import Contention

@@ -30,9 +30,9 @@ from typing import Any
 import msgspec
 
 from control.scheduler.policies.registry import REGISTRY
-from control.scheduler.profile import Profile
 from control.scheduler.schedule_log import DoneLine
 from control.scheduler.settings import SettingError, Settings, SettingValue, read_policy_settings
+from control.scheduler.times.profile import Profile
 
 from .case import (
     Case,

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from control.scheduler.commitments import PromiseFigures
+from control.scheduler.books.commitments import PromiseFigures
 from control.scheduler.core import Scheduler
 from control.scheduler.facts import in_order
-from control.scheduler.failures import OUT_OF_MEMORY
+from control.scheduler.resilience.failures import OUT_OF_MEMORY
 from control.scheduler.schedule_log import ScheduleLog
 from control.scheduler.summary import Summary, summarise
 from control.scheduler.values import (

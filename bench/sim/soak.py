@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
-from control.scheduler.profile import Profile
 from control.scheduler.schedule_log import ScheduleLog
 from control.scheduler.settings import Settings
 from control.scheduler.summary import percentile
+from control.scheduler.times.profile import Profile
 
 from .case import ASSETS, Case, ClusterSpec, Fault
 from .loop import Loop, Result, Timer

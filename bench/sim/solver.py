@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import Arrived
 
 from .arrivals import stream

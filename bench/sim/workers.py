@@ -18,8 +18,8 @@ from collections import deque
 
 import msgspec
 
-from control.scheduler.failures import LATENT_MISSING
-from control.scheduler.profile import Profile
+from control.scheduler.resilience.failures import LATENT_MISSING
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import (
     TEXT,
     VAE,

@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 import msgspec
 
-from control.scheduler.profile import Profile
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import DIT, TEXT, VAE
 
 from .case import ASSETS, CaseError

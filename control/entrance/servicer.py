@@ -23,7 +23,6 @@ from control.requests.records import Record, Records
 from control.scheduler.values import CancelRequested, DrainRequested
 from control.workers.cluster_view import ClusterView
 from control.workers.leases import Leases
-from hocket import telemetry
 from hocket.errors import (
     HocketError,
     InvalidRequest,
@@ -33,6 +32,7 @@ from hocket.errors import (
     Violation,
     to_status,
 )
+from hocket.tracing import telemetry
 from hocket.v1 import control_pb2, control_pb2_grpc
 
 Q = TypeVar("Q")

@@ -11,10 +11,10 @@ import asyncio
 import logging
 
 from control.leading.standby import Book
-from hocket.bus import Subjects
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable
-from hocket.stores import Log, LogFull
+from hocket.messaging.bus import Subjects
+from hocket.messaging.stores import Log, LogFull
 
 log = logging.getLogger(__name__)
 

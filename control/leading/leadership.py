@@ -20,8 +20,8 @@ import msgspec
 from control.leading.promises import Deposed
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable
-from hocket.leader import LeaderKey, read_key
-from hocket.stores import Cell, LogFull, OutcomeUnknown
+from hocket.messaging.leader import LeaderKey, read_key
+from hocket.messaging.stores import Cell, LogFull, OutcomeUnknown
 
 log = logging.getLogger(__name__)
 

@@ -33,10 +33,19 @@ from google.protobuf.message import Message
 
 from control.leading.fence_room import FenceRoom
 from control.leading.room import Room, no_room
-from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable, HocketError, WrongConfig
-from hocket.stores import Entry, Guard, Log, LogFull, LogMoved, LogShape, NoRoom, OutcomeUnknown
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.stores import (
+    Entry,
+    Guard,
+    Log,
+    LogFull,
+    LogMoved,
+    LogShape,
+    NoRoom,
+    OutcomeUnknown,
+)
 from hocket.v1 import journal_pb2
 
 log = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NoReturn
 
-from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
-from hocket.endpoints import STANDBY
+from hocket.launching.endpoints import STANDBY
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import control_pb2
 
 _EVERY_US = 1_000_000

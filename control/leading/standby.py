@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from hocket.bus import Subjects
 from hocket.errors import BrokerUnavailable
-from hocket.stores import Entry, Log
-from hocket.subjects import name_of
+from hocket.messaging.bus import Subjects
+from hocket.messaging.stores import Entry, Log
+from hocket.messaging.subjects import name_of
 from hocket.v1 import journal_pb2
 
 log = logging.getLogger(__name__)

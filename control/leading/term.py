@@ -30,16 +30,17 @@ from control.leading.recovery import recover
 from control.leading.replicas import Replicas
 from control.leading.standby import Book
 from control.planning import PlannerThread
-from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
-from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.settings import SettingError, Settings
+from control.scheduler.times.cells import LatencySnapshot
+from control.scheduler.times.profile import Profile, ProfileError
 from control.workers.leases import Leases
-from hocket import garbage, media_bucket
-from hocket.bus import Bus, Subjects
+from hocket import garbage
 from hocket.clock import Clock
 from hocket.errors import WrongConfig
-from hocket.telemetry import Telemetry
+from hocket.messaging import media_bucket
+from hocket.messaging.bus import Bus, Subjects
+from hocket.tracing.telemetry import Telemetry
 from hocket.v1 import journal_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)

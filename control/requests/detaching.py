@@ -13,7 +13,7 @@ from control.requests import refusals
 from control.requests.endings import Promises, to_promise
 from control.requests.records import Record, Records
 from hocket.errors import Refused
-from hocket.stores import EntryTooLarge
+from hocket.messaging.stores import EntryTooLarge
 from hocket.v1 import types_pb2
 
 Stored = Callable[[types_pb2.Failure | None], None]

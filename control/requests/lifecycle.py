@@ -1,7 +1,8 @@
 """A request's life at control, as a table: what may follow what, and who says so.
 
-The scheduler has tables for jobs and workers (control/scheduler/lifecycle.py); this is the one
-above them. Every change of a record's state goes through `Records`, which goes through this table.
+The scheduler has tables for jobs and workers (control/scheduler/books/lifecycle.py); this is the
+one above them. Every change of a record's state goes through `Records`, which goes through this
+table.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 
-from control.scheduler.lifecycle import moved
+from control.scheduler.books.lifecycle import moved
 from hocket.v1.generation_pb2 import GenerationState
 
 

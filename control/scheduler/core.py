@@ -24,26 +24,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from . import facts, failures, prediction
-from .board import Flight
-from .cells import LatencySnapshot
-from .cluster import Cluster
-from .commitments import Commitments, PromiseFigures
-from .latency import LatencyModel, Prediction
-from .ledger import Ledger, Notice
-from .lifecycle import JobState, WorkerState
-from .loads import LoadTable
-from .moving import Moving
-from .planners import make_planner
-from .profile import Profile
-from .residency import Residency
-from .resilience import evacuation
-from .resilience.quarantine import Quarantined
-from .scene import Start
+from . import facts
+from .books.board import Flight
+from .books.cluster import Cluster
+from .books.commitments import Commitments, PromiseFigures
+from .books.ledger import Ledger, Notice
+from .books.lifecycle import JobState, WorkerState
+from .books.loads import LoadTable
+from .books.moving import Moving
+from .books.quarantine import Quarantined
+from .books.residency import Residency
+from .books.stragglers import Slowness
+from .books.tracker import Tracked
+from .outlook.scene import Start
+from .outlook.standing import standing_for, workers_before
+from .planning import prediction
+from .planning.planners import make_planner
+from .resilience import evacuation, failures
 from .settings import Settings
-from .standing import standing_for, workers_before
-from .stragglers import Slowness
-from .tracker import Tracked
+from .times.cells import LatencySnapshot
+from .times.latency import LatencyModel, Prediction
+from .times.profile import Profile
 from .values import (
     DIT,
     TEXT,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from . import failures, latents
-from .board import Flight
-from .ledger import Ledger
-from .lifecycle import JobState, WorkerState
-from .profile import CellKey
-from .resilience import evacuation
-from .stragglers import own_excesses
-from .tracker import Tracked
+from .books import latents
+from .books.board import Flight
+from .books.ledger import Ledger
+from .books.lifecycle import JobState, WorkerState
+from .books.stragglers import own_excesses
+from .books.tracker import Tracked
+from .resilience import evacuation, failures
+from .times.profile import CellKey
 from .values import (
     DIT,
     TEXT,

@@ -6,9 +6,9 @@ from enum import StrEnum
 
 import msgspec
 
-from .ledger import Ledger
-from .lifecycle import JobState, WorkerState
-from .tracker import Tracked
+from .books.ledger import Ledger
+from .books.lifecycle import JobState, WorkerState
+from .books.tracker import Tracked
 from .values import DIT, TEXT, VAE, Holder
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from control.driver import Driver
 from control.requests.records import Records
+from control.scheduler.books.quarantine import Quarantined
+from control.scheduler.books.stragglers import Slowness
 from control.scheduler.core import Scheduler
-from control.scheduler.resilience.quarantine import Quarantined
-from control.scheduler.stragglers import Slowness
 from control.workers.leases import Lease, Leases
 from hocket.clock import Clock
 from hocket.v1 import control_pb2, generation_pb2

@@ -21,16 +21,16 @@ from control.driver import Driver
 from control.entrance.door import check_heartbeat, check_report
 from control.publisher import Publisher
 from control.requests.records import Record, Records
+from control.scheduler.books.ledger import Notice
+from control.scheduler.books.quarantine import Quarantined
 from control.scheduler.core import Scheduler
-from control.scheduler.drift import Shift
-from control.scheduler.ledger import Notice
-from control.scheduler.resilience.quarantine import Quarantined
+from control.scheduler.times.drift import Shift
 from control.scheduler.values import Assignment, WorkerLost, WorkerUp
 from control.workers.cluster_view import ClusterView
 from control.workers.leases import Leases
 from control.workers.lost_messages import LostMessages
-from hocket import telemetry
-from hocket.bus import Bus, Subjects
+from hocket.messaging.bus import Bus, Subjects
+from hocket.tracing import telemetry
 from hocket.v1 import control_pb2, mesh_pb2
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from control.scheduler.failures import MESSAGE_LOST
+from control.scheduler.resilience.failures import MESSAGE_LOST
 from control.scheduler.values import Assignment, AssignmentFailed, JobProgress
 from hocket.v1 import mesh_pb2
 

@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from gpuworker.channels import cuda_channel, host_channel
+from gpuworker.attention.xfuser_usp import chosen_attention
+from gpuworker.collectives.channels import cuda_channel, host_channel
+from gpuworker.collectives.group_cache import GroupCache
+from gpuworker.collectives.rendezvous import Rendezvous
+from gpuworker.collectives.team import Layout, Team
 from gpuworker.measuring.record import Cell, Record
 from gpuworker.measuring.sizes import SIZES, TINY, Shape, built
 from gpuworker.measuring.steps import compared, timed_us
-from gpuworker.mesh.group_cache import GroupCache
-from gpuworker.rendezvous import Rendezvous
-from gpuworker.team import Layout, Team
-from gpuworker.xfuser_attention import chosen_attention
 from hocket.clock import steady_ns
 
 _TIMEOUT_S = 60.0

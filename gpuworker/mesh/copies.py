@@ -9,10 +9,10 @@ import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from gpuworker.latents import LatentShelf
-from gpuworker.rendezvous import BlobLost, Rendezvous
-from gpuworker.sources import Ask, fetch_from
+from gpuworker.collectives.rendezvous import BlobLost, Rendezvous
+from gpuworker.memory.latents import LatentShelf
 from gpuworker.state import LatentState, StateCorrupt
+from gpuworker.steps.sources import Ask, fetch_from
 from hocket.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)

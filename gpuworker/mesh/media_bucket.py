@@ -1,4 +1,4 @@
-"""A worker's way to the cluster's bucket for finished media (see hocket.media_bucket).
+"""A worker's way to the cluster's bucket for finished media (see hocket.messaging.media_bucket).
 
 When it is full the oldest media give way, but for those of the last minute, which somebody is about
 to fetch. Ages are told by the broker's stamps alone.
@@ -15,9 +15,9 @@ import nats.errors
 from nats.js.api import RawStreamMsg
 from nats.js.errors import APIError, NotFoundError
 
-from hocket.bus import Bus, Subjects
 from hocket.clock import Clock
-from hocket.media_bucket import Bounds, opened
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.media_bucket import Bounds, opened
 
 log = logging.getLogger(__name__)
 

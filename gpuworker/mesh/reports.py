@@ -22,9 +22,9 @@ from opentelemetry.trace import Tracer
 from gpuworker.executor import RunNote, failure_of
 from gpuworker.mesh.media_bucket import MediaBucket
 from gpuworker.mesh.outbox import Outbox
-from hocket import spans, telemetry
-from hocket.bus import Bus, Subjects
 from hocket.clock import Clock, unix_ns
+from hocket.messaging.bus import Bus, Subjects
+from hocket.tracing import spans, telemetry
 from hocket.v1 import mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)

@@ -24,13 +24,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.elastic import ElasticSP
-from gpuworker.exchange import ParallelAttention
+from gpuworker.attention.elastic import ElasticSP
+from gpuworker.attention.exchange import ParallelAttention
+from gpuworker.collectives.team import LayoutRefused, Team
 from gpuworker.models import decoding, footprint
 from gpuworker.models.footprint import Call
 from gpuworker.models.solvers import Schedules, check_solver
 from gpuworker.state import Fact, LatentState
-from gpuworker.team import LayoutRefused, Team
 
 PROMPTED, PLAIN = 0, 1  # branches of guidance; also the halves of a group that share them
 

@@ -20,7 +20,8 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.elastic import ElasticSP, Plan, degrees
+from gpuworker.attention.elastic import ElasticSP, Plan, degrees
+from gpuworker.collectives.team import Team
 from gpuworker.models.card import (
     Asked,
     CardFacts,
@@ -35,7 +36,6 @@ from gpuworker.models.card import (
 from gpuworker.models.frame_counts import frame_counts
 from gpuworker.models.solvers import noise_memory
 from gpuworker.state import LatentState
-from gpuworker.team import Team
 
 _TEXT_TOKENS = 226
 _WIDTH_MAX, _HEIGHT_DEFAULT_MAX = 1360, 768

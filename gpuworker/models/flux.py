@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.elastic import ElasticSP, degrees
+from gpuworker.attention.elastic import ElasticSP, degrees
 from gpuworker.models.card import (
     Asked,
     CardFacts,

@@ -1,7 +1,7 @@
 """What a call takes beside its weights, estimated from the model's configuration.
 
-Good to a factor of two or three: enough to tell what fits, to be replaced by what is measured
-(gpuworker/activations.py). Counted is what is alive at once at the widest place of a forward:
+Good to a factor of two or three: enough to tell what fits, to be replaced by what is measured (in
+gpuworker/memory/activations.py). Counted is what is alive at once at the widest place of a forward:
 
 - the denoiser: a block's input, its norm, queries, keys, values, the attention's result, and the
   feed-forward's inner layer, four times as wide, before and after its activation; for each row of

@@ -18,7 +18,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.elastic import ElasticSP, Plan, degrees
+from gpuworker.attention.elastic import ElasticSP, Plan, degrees
 from gpuworker.models.card import (
     Asked,
     CardFacts,

@@ -19,7 +19,7 @@ from diffusers.utils import is_bs4_available, is_ftfy_available
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.elastic import ElasticSP, Plan, degrees
+from gpuworker.attention.elastic import ElasticSP, Plan, degrees
 from gpuworker.models.card import (
     Asked,
     CardFacts,

@@ -18,7 +18,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.elastic import ElasticSP, Plan, degrees
+from gpuworker.attention.elastic import ElasticSP, Plan, degrees
 from gpuworker.models.card import (
     Asked,
     CardFacts,

@@ -15,7 +15,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.elastic import ElasticSP, degrees
+from gpuworker.attention.elastic import ElasticSP, degrees
 from gpuworker.models.card import (
     Asked,
     CardFacts,

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hocket.bus import Subjects
+from hocket.messaging.bus import Subjects
 from hocket.security.certificates import common_name
 
 API = "JS.control.API"  # what other accounts call $JS.API

@@ -17,8 +17,8 @@ from typing import Any
 
 import grpc
 
-from hocket.bus import BrokerAccess
 from hocket.errors import WrongConfig
+from hocket.messaging.bus import BrokerAccess
 from hocket.security.broker_rules import api_of, inbox_of
 from hocket.security.certificates import common_name
 

@@ -8,11 +8,11 @@ import pytest
 from bench.sim.case import CaseError, models_of
 from bench.sim.costs import Costs
 from bench.sim.experiment import load_experiment, parse_seeds, run_row, settings_of
-from control.scheduler.loads import LoadTable
+from control.scheduler.books.loads import LoadTable
 from control.scheduler.policies.registry import REGISTRY
-from control.scheduler.profile import Profile
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.summary import Summary
+from control.scheduler.times.profile import Profile
 
 BENCH = Path(__file__).parents[2] / "bench"
 CASES = sorted((BENCH / "cases").glob("*.toml"))

@@ -11,9 +11,9 @@ from bench.sim.costs import CostError, Costs, Noise, Slowness, Straggler
 from bench.sim.loop import run
 from bench.sim.workers import Workers
 from bench.sim.workloads import generate
-from control.scheduler.profile import Profile
 from control.scheduler.schedule_log import RunLine
 from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import (
     Assignment,
     Holder,

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from bench.__main__ import app
 from bench.gpu.report import gpu_kind, profile_csv, write_report
-from control.scheduler.profile import Profile
+from control.scheduler.times.profile import Profile
 from gpuworker.measuring.facts import MODELS, TINY_MODELS
 from gpuworker.measuring.record import Cell, Record
 from gpuworker.measuring.sizes import SIZES, TINY

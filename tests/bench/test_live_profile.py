@@ -15,11 +15,11 @@ from bench.sim.call_times import Contention
 from bench.sim.case import Case, CaseError, ClusterSpec
 from bench.sim.loop import run
 from bench.sim.trace import TraceRequest
-from control.scheduler.profile import Profile
 from control.scheduler.schedule_log import DoneLine
 from control.scheduler.settings import Settings
-from hocket import spans
-from hocket.span_file import SpanRecord
+from control.scheduler.times.profile import Profile
+from hocket.tracing import spans
+from hocket.tracing.span_file import SpanRecord
 
 CSV = """model,gpu,node,width,height,frames,degree,batch,call_us,source
 m,cpu,text,64,64,1,1,1,1000,x

@@ -16,7 +16,7 @@ from bench.bounding.demand import Mode, UnknownDemand, demands, lower_hull
 from bench.bounding.relaxation import cuts, programme, variable_count
 from bench.bounding.solving import solve_linear, weak_dual
 from bench.sim.trace import TraceRequest, write_trace
-from control.scheduler.profile import Profile
+from control.scheduler.times.profile import Profile
 
 HEAD = "model,gpu,node,width,height,frames,degree,batch,call_us,source\n"
 # 10 steps of 100 ms alone, 60 ms on two; a batch of four takes 160 ms; text 50 ms, decode 50 ms.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from control.leading.promises import Promises
 from control.leading.standby import Book
-from hocket.bus import Subjects
 from hocket.clock import SystemClock
-from hocket.stores import Log
+from hocket.messaging.bus import Subjects
+from hocket.messaging.stores import Log
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
 
 PROMPT = "a fox"

@@ -14,10 +14,11 @@ import grpc
 
 from control import service
 from control.config import ControlSettings
-from hocket import endpoints, telemetry
-from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
 from hocket.errors import HocketError, from_rpc_error
+from hocket.launching import endpoints
+from hocket.messaging.bus import Bus, Subjects
+from hocket.tracing import telemetry
 from hocket.v1 import control_pb2, control_pb2_grpc, generation_pb2, mesh_pb2, types_pb2
 from tests.waiting import until
 

@@ -18,12 +18,12 @@ from control.admission import AdmissionSettings
 from control.desk import Desk, Wiring
 from control.leading.room import no_room
 from control.scheduler.core import Scheduler
-from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
 from control.workers.intake import Intake
 from control.workers.leases import Leases
-from hocket.bus import Subjects
 from hocket.clock import ManualClock
+from hocket.messaging.bus import Subjects
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 TERM = 7

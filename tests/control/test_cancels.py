@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from hocket.broker import free_port
-from hocket.bus import Bus, Subjects
-from hocket.leader import LeaderWatch
+from hocket.launching.broker import free_port
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.leader import LeaderWatch
 from hocket.v1 import control_pb2
 from tests.control.replica import asking, beat_for_ever, replica, started
 from tests.control.stage import Stage, running

@@ -15,14 +15,14 @@ from bench.replay import JournalIncomplete, entries_from_broker, replay
 from control.journal import Journal, joined, pieces, read
 from control.latency_store import LATENCIES, LatencyStore
 from control.leading.promises import open_stream
-from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
-from control.scheduler.latency import LatencyModel
-from control.scheduler.profile import REQUIRED, CellKey, Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.cells import LatencySnapshot
+from control.scheduler.times.latency import LatencyModel
+from control.scheduler.times.profile import REQUIRED, CellKey, Profile
 from control.scheduler.values import DIT, Layout, Shape
-from hocket.bus import Bus, Subjects
-from hocket.stores import Cell, Log
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.stores import Cell, Log
 from hocket.v1 import journal_pb2
 from tests.brokers import running_broker
 from tests.control.made import book_of, promised, taken

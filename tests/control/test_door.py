@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from control import translate
 from control.entrance.door import TERMS_AHEAD_MAX, check_heartbeat, check_report, check_submit
 from control.scheduler.core import Scheduler
-from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import Arrived, Request, Shape
 from control.workers.leases import Leases
 from hocket.v1 import control_pb2, mesh_pb2, types_pb2

@@ -10,7 +10,7 @@ import pytest
 from control.config import ControlSettings, best_effort_wait_us_max
 from control.leading.recovery import recover
 from control.leading.standby import Book, Kept
-from control.scheduler.commitments import FIRM_BROKEN, MARGIN_GAIN
+from control.scheduler.books.commitments import FIRM_BROKEN, MARGIN_GAIN
 from control.scheduler.core import Scheduler
 from control.scheduler.values import Arrived, Ended, Event, Forecast, Outcome, Request
 from hocket.v1 import generation_pb2, journal_pb2, types_pb2

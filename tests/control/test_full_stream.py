@@ -8,9 +8,9 @@ import logging
 import pytest
 
 from control.leading.promises import Deposed, open_stream
-from hocket.bus import Bus, Subjects
 from hocket.errors import Refused
-from hocket.stores import Log, LogFull
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.stores import Log, LogFull
 from tests.control.made import book_of, ended, promised, taken
 
 WAIT_S = 30.0

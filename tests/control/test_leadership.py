@@ -12,11 +12,11 @@ import pytest
 
 from control.leading.leadership import Leadership
 from control.leading.promises import Deposed, Promises, open_stream
-from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
 from hocket.errors import BrokerUnavailable
-from hocket.leader import LEADER_KEY, LeaderWatch
-from hocket.stores import Cell
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.leader import LEADER_KEY, LeaderWatch
+from hocket.messaging.stores import Cell
 from tests.brokers import running_broker
 
 WAIT_S = 30.0

@@ -9,9 +9,9 @@ import pytest
 
 from control.leading.promises import LANES, Deposed, Promises, open_stream
 from control.leading.standby import Book, Standby
-from hocket.bus import Bus, Subjects
 from hocket.errors import WrongConfig
-from hocket.stores import Entry, EntryTooLarge, Log, OutcomeUnknown
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.stores import Entry, EntryTooLarge, Log, OutcomeUnknown
 from hocket.v1 import journal_pb2
 from tests.brokers import running_broker
 from tests.control.made import PROMPT, book_of, ended, promised, taken

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from hocket import endpoints
-from hocket.broker import free_port
-from hocket.bus import Bus, Subjects
 from hocket.errors import NotLeader
-from hocket.leader import LeaderWatch
+from hocket.launching import endpoints
+from hocket.launching.broker import free_port
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.leader import LeaderWatch
 from hocket.v1 import mesh_pb2
 from tests.brokers import broker_cluster, running_broker
 from tests.control.replica import MODEL, asking, beat_for_ever, replica, started

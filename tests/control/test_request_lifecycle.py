@@ -15,7 +15,7 @@ from control.requests.lifecycle import (
     diagram,
     told,
 )
-from control.scheduler.lifecycle import IllegalMove
+from control.scheduler.books.lifecycle import IllegalMove
 
 ADR = Path(__file__).parents[2] / "docs/adr/0013-operations-belong-to-control.md"
 

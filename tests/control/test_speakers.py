@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from hocket.bus import Bus, Subjects
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import generation_pb2, mesh_pb2
 from tests.control.replica import asking, replica
 

@@ -13,9 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.service import running
 from gateway.settings import GatewaySettings
-from hocket import telemetry
-from hocket.bus import Bus, Subjects
 from hocket.client import HocketClient
+from hocket.messaging.bus import Bus, Subjects
+from hocket.tracing import telemetry
 from tests.gateway.peer import Peer, Script, running_peer
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -16,9 +16,9 @@ from typing import Any
 import grpc
 from nats.js.errors import NotFoundError
 
-from hocket.bus import Bus, Subjects
-from hocket.channels import SERVER_OPTIONS
 from hocket.errors import NotLeader, UnknownRequest, to_status
+from hocket.messaging.bus import Bus, Subjects
+from hocket.rpc.channels import SERVER_OPTIONS
 from hocket.v1 import control_pb2 as pb
 from hocket.v1.control_pb2 import SubmitRequest, SubmitResponse
 from hocket.v1.control_pb2_grpc import (

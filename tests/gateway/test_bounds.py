@@ -15,8 +15,8 @@ from google.longrunning import operations_pb2 as lro
 from google.longrunning.operations_pb2_grpc import OperationsStub
 
 from gateway.follower import Follower
-from hocket.channels import SERVER_OPTIONS
 from hocket.errors import Refused, from_rpc_error
+from hocket.rpc.channels import SERVER_OPTIONS
 from hocket.v1.control_pb2 import SubmitRequest, SubmitResponse
 from hocket.v1.generation_pb2 import (
     GenerateRequest,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from hocket.cli import app
+from hocket.cli.__main__ import app
 from hocket.v1.control_pb2 import SubmitRequest, SubmitResponse
 from tests.gateway.conftest import Stage, Staging
 from tests.gateway.peer import Peer, accepted, done, step

@@ -9,8 +9,6 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from hocket import endpoints
-from hocket.bus import Bus, Subjects
 from hocket.client import request
 from hocket.errors import (
     BrokerAway,
@@ -22,6 +20,8 @@ from hocket.errors import (
     UnknownRequest,
     from_rpc_error,
 )
+from hocket.launching import endpoints
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1.control_pb2 import SubmitRequest, SubmitResponse
 from hocket.v1.generation_pb2 import (
     Accepted,

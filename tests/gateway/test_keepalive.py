@@ -8,7 +8,7 @@ import signal
 import sys
 
 from control.config import ControlSettings
-from hocket.channels import CHANNEL_OPTIONS, NOTICED_MS_MAX
+from hocket.rpc.channels import CHANNEL_OPTIONS, NOTICED_MS_MAX
 from hocket.v1.control_pb2 import Leave
 from tests.gateway.conftest import Staging
 from tests.gateway.test_servicer import accept_only

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from gateway.media import MediaStore
-from hocket.bus import Bus, Subjects
 from hocket.clock import SystemClock
 from hocket.errors import RequestFailed
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1.generation_pb2 import MediaChunk
 from hocket.v1.types_pb2 import MediaInfo
 

@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from gateway import wish
 from hocket.client import Event, HocketClient, request
 from hocket.errors import CallFailed, HocketError, InvalidRequest, NotReady, Refused, RequestFailed
-from hocket.span_file import read_spans
+from hocket.tracing.span_file import read_spans
 from hocket.v1.control_pb2 import SubmitRequest, SubmitResponse
 from hocket.v1.generation_pb2 import Accepted, Finished, MediaChunk, Progress
 from hocket.v1.mesh_pb2 import Cancelled, RequestEvent

@@ -9,9 +9,9 @@ from pathlib import Path
 import nats.errors
 import pytest
 
-from hocket.broker import free_port
-from hocket.bus import Bus, Feed, Subjects
 from hocket.errors import BrokerUnavailable, PeerSilent, Refused, UnknownRequest
+from hocket.launching.broker import free_port
+from hocket.messaging.bus import Bus, Feed, Subjects
 from hocket.v1.generation_pb2 import Progress
 from hocket.v1.mesh_pb2 import LatentReply, LatentRequest, RequestEvent
 from tests.brokers import running_broker

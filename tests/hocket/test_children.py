@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from hocket import mesh_file
-from hocket.broker import free_port
-from hocket.children import Child, Children, is_error, readable, stop_leftovers
 from hocket.errors import MeshStopped
-from hocket.launcher import MeshPlan, mesh
-from hocket.restarts import RestartRule
+from hocket.launching import mesh_file
+from hocket.launching.broker import free_port
+from hocket.launching.children import Child, Children, is_error, readable, stop_leftovers
+from hocket.launching.launcher import MeshPlan, mesh
+from hocket.launching.restarts import RestartRule
 from tests.waiting import alive, until
 
 READY = "import signal, sys; print('ready', flush=True); "

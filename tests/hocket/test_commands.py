@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from control.scheduler.policies.registry import REGISTRY
-from hocket import endpoints
-from hocket.cli import app
-from hocket.cli_common import pixels, seconds
-from hocket.cli_generate import (
+from hocket.cli.__main__ import app
+from hocket.cli.common import pixels, seconds
+from hocket.cli.demo import Run, step_runs, summary
+from hocket.cli.generate import (
     Format,
     farewell,
     frames_offered,
@@ -21,10 +21,10 @@ from hocket.cli_generate import (
     shape_name,
     target,
 )
-from hocket.cli_up import POLICIES
-from hocket.demo import Run, step_runs, summary
+from hocket.cli.up import POLICIES
 from hocket.errors import MeshStopped, WrongConfig
-from hocket.launcher import MeshPlan, worker_options
+from hocket.launching import endpoints
+from hocket.launching.launcher import MeshPlan, worker_options
 from hocket.v1.generation_pb2 import Accepted, Finished, FrameCounts, ModelInfo, Progress
 from hocket.v1.types_pb2 import MediaInfo, Shape
 from tests.hocket.test_trace_view import CONTROL, GATEWAY, WORKER

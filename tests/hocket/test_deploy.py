@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from gateway.__main__ import main as gateway
 from gpuworker.__main__ import app as gpuworker
-from hocket.restarts import DEFAULT
+from hocket.launching.restarts import DEFAULT
 
 FOLDER = Path(__file__).parents[2] / "deploy/systemd"
 UNITS = sorted(FOLDER.glob("*.service"))

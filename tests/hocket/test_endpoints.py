@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hocket import endpoints
+from hocket.launching import endpoints
 
 
 def test_announce_find_withdraw(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from hocket.feed import Feed
+from hocket.messaging.feed import Feed
 
 
 class _Over(Exception):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from hocket import gantt, spans
-from hocket.interruptions import Kind, Stretch, interruptions, stretches
-from hocket.span_file import SpanRecord
+from hocket.tracing import gantt, spans
+from hocket.tracing.interruptions import Kind, Stretch, interruptions, stretches
+from hocket.tracing.span_file import SpanRecord
 
 MS = 1_000_000
 

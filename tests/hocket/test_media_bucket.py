@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from nats.js.api import ObjectStoreConfig, StreamConfig
 
-from hocket import media_bucket
-from hocket.bus import Bus, Subjects
 from hocket.clock import ManualClock
-from hocket.media_bucket import BYTES_MAX, KEPT_S, Bounds
+from hocket.messaging import media_bucket
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.media_bucket import BYTES_MAX, KEPT_S, Bounds
 from tests.brokers import broker_cluster
 
 WAIT_S = 60.0

@@ -11,7 +11,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as messages
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as service
 
-from hocket import telemetry
+from hocket.tracing import telemetry
 
 
 class Collector(service.TraceServiceServicer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hocket.restarts import RestartRule, Restarts
+from hocket.launching.restarts import RestartRule, Restarts
 
 RULE = RestartRule(first_s=0.5, longest_s=15.0, calm_s=60.0, most=10, window_s=600.0)
 

@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
-from hocket.mesh_file import Process
-from hocket.status_view import status_view
+from hocket.cli.status_view import status_view
+from hocket.launching.mesh_file import Process
 from hocket.v1.control_pb2 import (
     PromiseFigures,
     ReplicaStatus,

@@ -7,8 +7,17 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from hocket.bus import Bus, Subjects
-from hocket.stores import Cell, Entry, Guard, Log, LogFull, LogMoved, LogShape, NoRoom
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.stores import (
+    Cell,
+    Entry,
+    Guard,
+    Log,
+    LogFull,
+    LogMoved,
+    LogShape,
+    NoRoom,
+)
 
 WAIT_S = 20.0
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hocket import telemetry
-from hocket.span_file import SpanFile, read_spans
+from hocket.tracing import telemetry
+from hocket.tracing.span_file import SpanFile, read_spans
 
 
 def test_a_span_is_written_with_everything_it_knows(tmp_path: Path) -> None:

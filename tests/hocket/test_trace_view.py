@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hocket.span_file import SpanRecord, read_spans
-from hocket.trace_view import chrome_trace, latest_request, spans_of, timeline
+from hocket.tracing.span_file import SpanRecord, read_spans
+from hocket.tracing.trace_view import chrome_trace, latest_request, spans_of, timeline
 
 MS = 1_000_000
 GATEWAY = """

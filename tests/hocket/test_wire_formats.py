@@ -9,7 +9,7 @@ import pytest
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from hocket.bus import Subjects
+from hocket.messaging.bus import Subjects
 from hocket.v1 import journal_pb2, mesh_pb2
 
 SUBJECTS = Subjects("prod")

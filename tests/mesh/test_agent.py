@@ -13,10 +13,10 @@ from opentelemetry.trace import NoOpTracer
 
 from gpuworker.agent import Agent, void
 from gpuworker.config import WorkerSettings
-from gpuworker.emulated import EmulatedExecutor, EmulatedHost
-from hocket import spans
-from hocket.bus import Bus, Subjects
+from gpuworker.emulation.executor import EmulatedExecutor, EmulatedHost
 from hocket.clock import ManualClock
+from hocket.messaging.bus import Bus, Subjects
+from hocket.tracing import spans
 from hocket.v1 import mesh_pb2, types_pb2
 
 STEP_US = 1000

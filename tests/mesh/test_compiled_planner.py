@@ -12,9 +12,9 @@ from bench.sim.case import Case, ClusterSpec
 from bench.sim.loop import run
 from bench.sim.trace import TraceRequest
 from control.scheduler.policies.hocket.search import decide
-from control.scheduler.policies.hocket.warm import compile_all
 from control.scheduler.settings import Settings
 from control.scheduler.values import ModelFacts
+from control.scheduler.warm import compile_all
 
 ROOT = Path(__file__).parents[2]
 PROFILE = ROOT / "control/assets/profiles/flux.1-dev_h100_h28.csv"
@@ -55,7 +55,7 @@ def test_a_run_needs_nothing_that_warming_did_not_compile() -> None:
 
 FIRM = """
 from control.scheduler.policies.hocket import guards, kernel, search
-from control.scheduler.policies.hocket.warm import compile_all
+from control.scheduler.warm import compile_all
 from tests.scheduler.driving import World
 from tests.scheduler.test_firm_promises import admitted, drained, request
 

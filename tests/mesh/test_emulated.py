@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gpuworker.emulated import EmulatedExecutor, EmulatedHost
-from gpuworker.emulated_worker import read_profile
+from gpuworker.emulation.executor import EmulatedExecutor, EmulatedHost
+from gpuworker.emulation.worker import read_profile
 from gpuworker.executor import RunNote
 from hocket.clock import ManualClock
 from hocket.errors import WrongConfig

@@ -16,11 +16,11 @@ from control import service
 from control.config import ControlSettings
 from control.journal import Journal
 from control.latency_store import LATENCIES, SAVE_EVERY_US, VERSION, LatencyStore
-from control.scheduler.cells import LatencySnapshot
 from control.scheduler.core import Scheduler
-from control.scheduler.latency import SNAPSHOT_CELLS_MAX, LatencyModel
-from control.scheduler.profile import REQUIRED, CellKey, Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.cells import LatencySnapshot
+from control.scheduler.times.latency import SNAPSHOT_CELLS_MAX, LatencyModel
+from control.scheduler.times.profile import REQUIRED, CellKey, Profile
 from control.scheduler.values import (
     DIT,
     Arrived,
@@ -32,10 +32,10 @@ from control.scheduler.values import (
     StepsEnded,
     WorkerUp,
 )
-from hocket import telemetry
-from hocket.bus import Bus, Subjects
 from hocket.clock import ManualClock, SystemClock
-from hocket.stores import Cell, Log
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.stores import Cell, Log
+from hocket.tracing import telemetry
 from hocket.v1 import journal_pb2
 from tests.waiting import until
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import grpc
 
-from hocket.bus import Bus, Subjects
 from hocket.client import HocketClient
 from hocket.errors import HocketError
-from hocket.launcher import MeshPlan, mesh
+from hocket.launching.launcher import MeshPlan, mesh
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1.control_pb2 import SubmitRequest
 from hocket.v1.control_pb2_grpc import ControlServiceStub
 from hocket.v1.mesh_pb2 import StepReport

@@ -9,8 +9,8 @@ import msgspec
 from bench.live_compare import compare
 from bench.live_run import run_live
 from bench.sim.case import Case, ClusterSpec
-from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
 from tests.bench.test_live_profile import CSV, asked
 
 

@@ -27,11 +27,11 @@ from PIL import Image
 from bench.replay import entries_from_broker, replay
 from bench.scripted_leader import WAIT_S, Leader, Piece, WorkerPool
 from gpuworker.config import EMBEDDED_MODEL
-from gpuworker.reference import Reference as PlainLoop
-from hocket.bus import Bus
+from gpuworker.measuring.reference import Reference as PlainLoop
 from hocket.client import HocketClient
-from hocket.launcher import MeshPlan, mesh
-from hocket.span_file import SpanRecord, read_spans
+from hocket.launching.launcher import MeshPlan, mesh
+from hocket.messaging.bus import Bus
+from hocket.tracing.span_file import SpanRecord, read_spans
 from hocket.v1 import mesh_pb2, types_pb2
 from hocket.v1.control_pb2 import WatchClusterRequest
 from hocket.v1.control_pb2_grpc import ControlServiceStub

@@ -29,10 +29,10 @@ from PIL import Image
 
 from bench.scripted_leader import Leader, Piece, WorkerPool
 from gpuworker.state import LatentState
-from hocket.bus import Bus
 from hocket.client import HocketClient
 from hocket.errors import InvalidRequest
-from hocket.launcher import MeshPlan, mesh
+from hocket.launching.launcher import MeshPlan, mesh
+from hocket.messaging.bus import Bus
 from hocket.v1 import types_pb2
 from hocket.v1.generation_pb2 import GenerateRequest
 from tests.worker.tiny_models import Reference, wan_latents, wan_reference

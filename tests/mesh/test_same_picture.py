@@ -16,8 +16,8 @@ import torch
 
 from bench.scripted_leader import Leader, Piece, WorkerPool
 from gpuworker.config import EMBEDDED_MODEL
-from gpuworker.reference import Reference
-from hocket.bus import Bus
+from gpuworker.measuring.reference import Reference
+from hocket.messaging.bus import Bus
 from hocket.v1 import types_pb2
 
 WORKERS = ("w0", "w1", "w2", "w3")

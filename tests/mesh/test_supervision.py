@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from bench.admission.tree import MODEL, profile_csv
-from hocket import endpoints, mesh_file
 from hocket.client import HocketClient
 from hocket.errors import HocketError
-from hocket.launcher import MeshPlan, RunningMesh, mesh
-from hocket.restarts import RestartRule
+from hocket.launching import endpoints, mesh_file
+from hocket.launching.launcher import MeshPlan, RunningMesh, mesh
+from hocket.launching.restarts import RestartRule
 from tests.waiting import until
 
 WAIT_S = 120.0

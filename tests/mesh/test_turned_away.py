@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from bench.replay import entries_from_broker, replay
-from hocket.bus import Bus, Subjects
 from hocket.client import HocketClient
 from hocket.errors import RequestFailed, status_code
-from hocket.launcher import MeshPlan, RunningMesh, mesh
-from hocket.stores import Log
+from hocket.launching.launcher import MeshPlan, RunningMesh, mesh
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.stores import Log
 from hocket.v1.generation_pb2 import GenerateRequest, Progress
 from hocket.v1.journal_pb2 import JournalEntry, Promise
 from hocket.v1.types_pb2 import GenerationSpec, Shape, Slo

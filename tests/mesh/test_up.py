@@ -9,8 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from hocket import endpoints
 from hocket.client import HocketClient
+from hocket.launching import endpoints
 from tests.waiting import alive
 
 WAIT_S = 120.0

@@ -19,12 +19,13 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from bench.replay import entries_from_broker, replay
-from gpuworker.reference import Reference
-from hocket import endpoints, spans
+from gpuworker.measuring.reference import Reference
 from hocket.client import HocketClient
 from hocket.errors import InvalidRequest
-from hocket.launcher import MeshPlan, RunningMesh, mesh
-from hocket.span_file import SpanRecord, read_spans
+from hocket.launching import endpoints
+from hocket.launching.launcher import MeshPlan, RunningMesh, mesh
+from hocket.tracing import spans
+from hocket.tracing.span_file import SpanRecord, read_spans
 from hocket.v1.generation_pb2 import Accepted, Finished, GenerateRequest, MediaChunk, Progress
 from hocket.v1.types_pb2 import GenerationSpec, Shape, Slo
 from tests.waiting import until

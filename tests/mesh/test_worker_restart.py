@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.scripted_leader import Leader, Piece, WorkerPool
 from gpuworker.config import EMBEDDED_MODEL
-from hocket.bus import Bus, Subjects
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import mesh_pb2, types_pb2
 
 WAIT_S = 120.0

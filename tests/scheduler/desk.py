@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from control.scheduler.books.loads import LoadTable
 from control.scheduler.core import Scheduler
-from control.scheduler.loads import LoadTable
-from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import (
     DIT,
     TEXT,

@@ -8,8 +8,8 @@ from typing import Any
 from bench.sim.case import Case, ClusterSpec, Fault
 from bench.sim.trace import TraceRequest
 from control.scheduler.core import Scheduler
-from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import (
     DIT,
     Arrived,

@@ -1,8 +1,8 @@
 """Videos and pictures on the same workers: a second world to drive by hand."""
 
 from control.scheduler.core import Scheduler
-from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import (
     DIT,
     Arrived,

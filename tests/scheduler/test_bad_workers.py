@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
+from control.scheduler.books.quarantine import Quarantined
 from control.scheduler.policies.registry import REGISTRY
-from control.scheduler.resilience.quarantine import Quarantined
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.values import Outcome
 

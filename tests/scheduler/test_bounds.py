@@ -1,9 +1,9 @@
 """What grows with the load stays bounded: plans, what is sent ahead, and what is remembered."""
 
-from control.scheduler import cluster as cluster_module
-from control.scheduler import ledger as ledger_module
-from control.scheduler.board import Board
-from control.scheduler.cluster import Cluster
+from control.scheduler.books import cluster as cluster_module
+from control.scheduler.books import ledger as ledger_module
+from control.scheduler.books.board import Board
+from control.scheduler.books.cluster import Cluster
 from control.scheduler.values import WorkerUp
 
 from .driving import World

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from control.scheduler.outlook.scene import Scene
 from control.scheduler.policies.disagfusion_scaling import (
     Action,
     Scaling,
@@ -14,7 +15,6 @@ from control.scheduler.policies.disagfusion_scaling import (
     target,
 )
 from control.scheduler.policies.shares import largest_remainder
-from control.scheduler.scene import Scene
 from control.scheduler.settings import SettingError
 from control.scheduler.values import DIT, TEXT, VAE, WorkerLost
 

@@ -5,7 +5,7 @@ import pytest
 
 from bench.sim.case import Promises
 from bench.sim.loop import run
-from control.scheduler.commitments import FIRM_BROKEN, MARGIN_GAIN, Commitments
+from control.scheduler.books.commitments import FIRM_BROKEN, MARGIN_GAIN, Commitments
 from control.scheduler.values import Arrived, Ended, Outcome, Request, Shape
 
 from .driving import World, case

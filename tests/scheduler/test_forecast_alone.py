@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from control.scheduler.core import Scheduler
-from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import Arrived, ModelFacts, Request, Shape, WorkerUp
 
 SHAPE = Shape(width=64, height=64)

@@ -6,10 +6,10 @@ import pytest
 from bench.sim.case import load_case
 from bench.sim.loop import run
 from bench.sim.trace import TraceError, read_trace, write_trace
-from control.scheduler.profile import Profile, ProfileError
 from control.scheduler.schedule_log import LogError, RunLine, read_log
 from control.scheduler.settings import SettingError
 from control.scheduler.summary import Summary
+from control.scheduler.times.profile import Profile, ProfileError
 
 from .driving import FLUX_CSV, PROFILES, case
 

@@ -4,9 +4,9 @@ each length keeps to itself.
 
 import pytest
 
-from control.scheduler.latency import LatencyModel
-from control.scheduler.profile import CellKey, Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.latency import LatencyModel
+from control.scheduler.times.profile import CellKey, Profile
 from control.scheduler.values import DIT, Layout, Outcome, Shape
 
 from .desk import Desk

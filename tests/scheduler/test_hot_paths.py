@@ -6,20 +6,20 @@ from hypothesis import strategies as st
 
 from bench.sim.case import Fault
 from bench.sim.loop import run
-from control.scheduler.board import Board, Flight
-from control.scheduler.cluster import Cluster
-from control.scheduler.latency import LatencyModel
-from control.scheduler.ledger import PROGRESSED_MAX, TOUCHED_MAX, Ledger
-from control.scheduler.lifecycle import WorkerState
-from control.scheduler.loads import LoadTable
-from control.scheduler.moving import Moving
+from control.scheduler.books.board import Board, Flight
+from control.scheduler.books.cluster import Cluster
+from control.scheduler.books.ledger import PROGRESSED_MAX, TOUCHED_MAX, Ledger
+from control.scheduler.books.lifecycle import WorkerState
+from control.scheduler.books.loads import LoadTable
+from control.scheduler.books.moving import Moving
+from control.scheduler.books.residency import Residency
+from control.scheduler.books.tracker import Tracked
+from control.scheduler.planning.prediction import Estimates
 from control.scheduler.policies.remaining import at_most, fastest
-from control.scheduler.prediction import Estimates
-from control.scheduler.profile import CellKey, Profile
-from control.scheduler.residency import Residency
 from control.scheduler.schedule_log import RunLine, ScheduleLog
 from control.scheduler.settings import Settings
-from control.scheduler.tracker import Tracked
+from control.scheduler.times.latency import LatencyModel
+from control.scheduler.times.profile import CellKey, Profile
 from control.scheduler.values import (
     DIT,
     Arrived,

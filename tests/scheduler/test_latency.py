@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control.scheduler.latency import LatencyModel
-from control.scheduler.profile import CellKey, Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.latency import LatencyModel
+from control.scheduler.times.profile import CellKey, Profile
 from control.scheduler.values import Layout, Shape
 
 from .driving import FLUX_CSV

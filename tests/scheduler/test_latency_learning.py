@@ -7,11 +7,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from control.scheduler.call_form import CELLS_MIN, CallForm
-from control.scheduler.estimate import Estimator
-from control.scheduler.latency import LatencyModel
-from control.scheduler.profile import CellKey, Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.call_form import CELLS_MIN, CallForm
+from control.scheduler.times.estimate import Estimator
+from control.scheduler.times.latency import LatencyModel
+from control.scheduler.times.profile import CellKey, Profile
 from control.scheduler.values import Layout, Shape
 
 from .driving import FLUX_CSV

@@ -6,10 +6,10 @@ import pytest
 
 from bench.sim.case import Fault
 from bench.sim.loop import run
-from control.scheduler.cluster import Cluster
-from control.scheduler.ledger import FORGOTTEN_AFTER_US
+from control.scheduler.books.cluster import Cluster
+from control.scheduler.books.fetches import AGAIN_US, TRIES_MAX
+from control.scheduler.books.ledger import FORGOTTEN_AFTER_US
 from control.scheduler.resilience.evacuation import WORKER_MAX
-from control.scheduler.resilience.fetches import AGAIN_US, TRIES_MAX
 from control.scheduler.values import (
     DrainRequested,
     GroupHeld,

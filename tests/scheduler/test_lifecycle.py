@@ -2,7 +2,7 @@
 
 import pytest
 
-from control.scheduler.lifecycle import (
+from control.scheduler.books.lifecycle import (
     JOB_MOVES,
     WORKER_MOVES,
     IllegalMove,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from control.scheduler.resilience.overdue import LATE_US
+from control.scheduler.books.overdue import LATE_US
 from control.scheduler.values import (
     CancelRequested,
     JobProgress,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from control.scheduler.cluster import Cluster
-from control.scheduler.placement import Demand, Placement
+from control.scheduler.books.cluster import Cluster
+from control.scheduler.outlook.placement import Demand, Placement
 from control.scheduler.values import WorkerUp
 
 from .driving import FLUX

@@ -5,11 +5,11 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
+from control.scheduler.outlook.rounds import Window, WindowKind
 from control.scheduler.policies.allocation import minimal_allocation
 from control.scheduler.policies.base import Candidate, steps_in
 from control.scheduler.policies.knapsack import Item, pack
 from control.scheduler.policies.registry import make_policy
-from control.scheduler.rounds import Window, WindowKind
 from control.scheduler.settings import Settings
 
 SMALL = {1: 22_300, 2: 60_000, 4: 60_000, 8: 60_000}

@@ -7,9 +7,9 @@ import pytest
 from bench.sim.case import Case, ClusterSpec
 from bench.sim.loop import run
 from bench.sim.trace import TraceRequest
-from control.scheduler.cluster import Worker
-from control.scheduler.loads import LoadTable
-from control.scheduler.residency import Residency
+from control.scheduler.books.cluster import Worker
+from control.scheduler.books.loads import LoadTable
+from control.scheduler.books.residency import Residency
 from control.scheduler.settings import Settings
 from control.scheduler.values import DIT, TEXT, VAE, ModelFacts, Outcome
 

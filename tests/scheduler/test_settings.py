@@ -3,8 +3,8 @@
 import pytest
 
 from control.scheduler.core import Scheduler
-from control.scheduler.profile import Profile
 from control.scheduler.settings import SettingError, Settings
+from control.scheduler.times.profile import Profile
 
 from .driving import FLUX_CSV
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from bench.latency_recording import false_alarms
 from bench.sim.costs import Costs, Straggler
 from bench.sim.loop import Loop, run
-from control.scheduler.cluster import Cluster
-from control.scheduler.drift import Sample
-from control.scheduler.latency import LatencyModel
-from control.scheduler.profile import CellKey, Profile
+from control.scheduler.books.cluster import Cluster
+from control.scheduler.books.stragglers import TRIAL_STEPS, Slow, Stragglers, own_excesses
 from control.scheduler.settings import SettingError, Settings
-from control.scheduler.stragglers import TRIAL_STEPS, Slow, Stragglers, own_excesses
+from control.scheduler.times.drift import Sample
+from control.scheduler.times.latency import LatencyModel
+from control.scheduler.times.profile import CellKey, Profile
 from control.scheduler.values import Layout, ModelFacts, Shape, StepsEnded, WorkerUp
 
 from .driving import FLUX_CSV, case

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from control.scheduler.core import Scheduler
-from control.scheduler.profile import Profile
 from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
 from control.scheduler.values import (
     DIT,
     TEXT,

@@ -18,13 +18,13 @@ from nats.aio.msg import Msg
 from nats.js.api import StreamConfig
 
 from bench.replay import entries_from_broker
-from hocket.broker import free_port, nats_server_binary
-from hocket.bus import Bus, Subjects
-from hocket.leader import LEADER_KEY, LeaderKey, LeaderWatch
+from hocket.launching.broker import free_port, nats_server_binary
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.leader import LEADER_KEY, LeaderKey, LeaderWatch
+from hocket.messaging.stores import Cell, Log, LogShape
 from hocket.security.broker_rules import API, configuration, inbox_of
 from hocket.security.certificates import make_all
 from hocket.security.identity import broker_access
-from hocket.stores import Cell, Log, LogShape
 from hocket.v1.journal_pb2 import JournalEntry
 from tests.security.conftest import identity
 

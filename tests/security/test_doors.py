@@ -10,8 +10,8 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from control.entrance.roles import RoleCheck
-from hocket.channels import CHANNEL_OPTIONS, SERVER_OPTIONS
 from hocket.errors import AccessDenied, WrongConfig, status_code
+from hocket.rpc.channels import CHANNEL_OPTIONS, SERVER_OPTIONS
 from hocket.security.identity import Identity, add_port, is_loopback, open_channel
 from hocket.v1 import control_pb2, control_pb2_grpc
 from tests.security.conftest import identity

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from gpuworker.rendezvous import BlobLost, Rendezvous
-from hocket import endpoints
-from hocket.broker import free_port, nats_server_binary
-from hocket.channels import CHANNEL_OPTIONS
+from gpuworker.collectives.rendezvous import BlobLost, Rendezvous
 from hocket.client import HocketClient
 from hocket.errors import AccessDenied, CallFailed, HocketError, UnknownRequest
+from hocket.launching import endpoints
+from hocket.launching.broker import free_port, nats_server_binary
+from hocket.rpc.channels import CHANNEL_OPTIONS
 from hocket.security import api_keys
 from hocket.security.broker_rules import configuration
 from hocket.security.certificates import make_all

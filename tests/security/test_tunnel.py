@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import TCPStore
 
-from gpuworker.rendezvous import BlobLost, Rendezvous
-from gpuworker.tunnel import Tunnel
+from gpuworker.collectives.rendezvous import BlobLost, Rendezvous
+from gpuworker.collectives.tunnel import Tunnel
 from tests.security.conftest import identity
 
 

@@ -16,9 +16,9 @@ from bench.shell.jetstream import JetStream
 from bench.shell.loop import Deadlock, Process, SimulatedLoop
 from bench.shell.waits import SimulatedClock
 from bench.shell.wire import Weather, Wire
-from hocket.bus import Bus
-from hocket.deliveries import Broken, Delivery, _numbers
-from hocket.stores import Cell, Guard, Log, LogMoved, LogShape, OutcomeUnknown
+from hocket.messaging.bus import Bus
+from hocket.messaging.deliveries import Broken, Delivery, _numbers
+from hocket.messaging.stores import Cell, Guard, Log, LogMoved, LogShape, OutcomeUnknown
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from control.requests.records import Record, ending_event
 from control.workers import intake
 from control.workers.leases import Leases
 from gateway import follower
-from hocket.stores import Guard, Log
+from hocket.messaging.stores import Guard, Log
 from hocket.v1 import journal_pb2
 
 SLICE = 80

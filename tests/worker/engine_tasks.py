@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from gpuworker.engine import Engine
+from gpuworker.collectives.group_cache import GroupCache
+from gpuworker.collectives.rendezvous import Cancel
 from gpuworker.executor import RunNote
-from gpuworker.inbox import Inbox, StopMark
-from gpuworker.latents import LatentShelf
-from gpuworker.memory import Memory
-from gpuworker.mesh.group_cache import GroupCache
+from gpuworker.loading import load_card
+from gpuworker.memory.budget import Memory
+from gpuworker.memory.latents import LatentShelf
+from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import ModelCard
-from gpuworker.models.loading import load_card
-from gpuworker.pace import Pace
-from gpuworker.rendezvous import Cancel
-from gpuworker.sources import Sources
 from gpuworker.state import LatentState
-from gpuworker.weights import WeightStore
+from gpuworker.steps.engine import Engine
+from gpuworker.steps.inbox import Inbox, StopMark
+from gpuworker.steps.pace import Pace
+from gpuworker.steps.sources import Sources
 from hocket.clock import steady_ns
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.worker_pool import CPU, Member

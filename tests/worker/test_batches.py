@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpuworker.run import Run
 from gpuworker.state import LatentState
+from gpuworker.steps.run import Run
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.engine_tasks import Order, Told, run_engine
 from tests.worker.tiny_models import Reference

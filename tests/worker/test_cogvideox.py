@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpuworker.collectives.team import Layout
+from gpuworker.loading import LoadError, load_card
 from gpuworker.models.cogvideox import CogVideoXCard
-from gpuworker.models.loading import LoadError, load_card
 from gpuworker.state import LatentState
-from gpuworker.team import Layout
 from tests.worker.tiny_cogvideox import (
     cogvideox_15_reference,
     cogvideox_latents,

@@ -11,10 +11,10 @@ import shutil
 import pytest
 import torch
 
+from gpuworker.collectives.team import Layout, Team
+from gpuworker.loading import load_card
 from gpuworker.models.card import ModelRefused
-from gpuworker.models.loading import load_card
 from gpuworker.state import LatentState
-from gpuworker.team import Layout, Team
 from tests.worker import worker_tasks as tasks
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_jobs import LATENT_TOLERANCE, meet

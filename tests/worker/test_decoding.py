@@ -16,13 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from gpuworker.decode import Decodes, decoded
-from gpuworker.memory import ran_out
+from gpuworker.loading import load_card
+from gpuworker.memory.budget import ran_out
+from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import ModelCard, to_frames
-from gpuworker.models.loading import load_card
-from gpuworker.pace import Pace
 from gpuworker.state import LatentState
-from gpuworker.weights import WeightStore
+from gpuworker.steps.decode import Decodes, decoded
+from gpuworker.steps.pace import Pace
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.test_pace import STEPS, Desk
 from tests.worker.tiny_models import Reference

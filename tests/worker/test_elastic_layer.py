@@ -21,10 +21,10 @@ from diffusers import (
 from diffusers.models import attention_dispatch
 from torch import Tensor
 
-from gpuworker.elastic import DegreeRefused, ElasticSP, degrees
-from gpuworker.exchange import AttentionInputs, DiffusersMoved, ulysses
+from gpuworker.attention.elastic import DegreeRefused, ElasticSP, degrees
+from gpuworker.attention.exchange import AttentionInputs, DiffusersMoved, ulysses
+from gpuworker.collectives.team import Layout, Team, split_lengths
 from gpuworker.models import pixart, sd3
-from gpuworker.team import Layout, Team, split_lengths
 from tests.worker import worker_tasks as tasks
 from tests.worker.worker_jobs import meet
 from tests.worker.worker_pool import Pool

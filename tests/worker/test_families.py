@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpuworker.elastic import DegreeRefused
+from gpuworker.attention.elastic import DegreeRefused
+from gpuworker.collectives.team import Layout, Team
+from gpuworker.loading import load_card
 from gpuworker.models.card import ShapeRefused
-from gpuworker.models.loading import load_card
-from gpuworker.team import Layout, Team
 from tests.worker import worker_tasks as tasks
 from tests.worker.families import FAMILIES, VIDEOS, Family
 from tests.worker.family_table import ERROR

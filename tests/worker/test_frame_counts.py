@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from gpuworker.config import EMBEDDED_MODELS
+from gpuworker.loading import LoadError, load_card
 from gpuworker.models.card import ModelRefused
 from gpuworker.models.footprint import Call
 from gpuworker.models.frame_counts import FrameCounts, frame_counts
-from gpuworker.models.loading import LoadError, load_card
 from gpuworker.torch_executor import model_info
 from hocket.v1 import generation_pb2
 from tests.worker.tiny_cogvideox import cogvideox_15_reference

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpuworker.groups import GroupLost
-from gpuworker.mesh.group_cache import GroupCache
-from gpuworker.rendezvous import Rendezvous
+from gpuworker.collectives.group_cache import GroupCache
+from gpuworker.collectives.groups import GroupLost
+from gpuworker.collectives.rendezvous import Rendezvous
 from tests.worker import worker_tasks as tasks
 from tests.worker.worker_jobs import meet
 from tests.worker.worker_pool import CPU, Pool

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpuworker.loading import LoadError, load_card
 from gpuworker.models.card import ShapeRefused
 from gpuworker.models.hunyuan_video import HunyuanVideoCard
-from gpuworker.models.loading import LoadError, load_card
 from tests.worker.tiny_hunyuan import TEXT_TOKENS, hunyuan_latents, hunyuan_pipeline
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_jobs import latent_error, run_schedule

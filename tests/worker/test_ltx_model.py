@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from gpuworker.collectives.team import Layout, LayoutRefused, Team
+from gpuworker.loading import LoadError, load_card
 from gpuworker.models.card import ModelCard
-from gpuworker.models.loading import LoadError, load_card
 from gpuworker.state import LatentState
-from gpuworker.team import Layout, LayoutRefused, Team
 from tests.worker.test_families import Mute
 from tests.worker.tiny_ltx import ltx_reference
 from tests.worker.tiny_models import Reference

@@ -13,11 +13,11 @@ import torch
 
 from gpuworker.config import EMBEDDED_MODEL
 from gpuworker.executor import SideNote
-from gpuworker.latents import LatentShelf
-from gpuworker.memory import Memory, OutOfMemory
-from gpuworker.models.loading import load_card
+from gpuworker.loading import load_card
+from gpuworker.memory.budget import Memory, OutOfMemory
+from gpuworker.memory.latents import LatentShelf
+from gpuworker.memory.weights import WeightStore
 from gpuworker.state import StateCorrupt
-from gpuworker.weights import WeightStore
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.worker_pool import CPU
 

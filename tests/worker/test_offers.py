@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpuworker.inbox import Inbox, StopMark
-from gpuworker.latents import CalledOff, LatentMissing, LatentShelf, Shares
+from gpuworker.collectives.rendezvous import Cancel, Rendezvous
+from gpuworker.memory.latents import CalledOff, LatentMissing, LatentShelf, Shares
+from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
-from gpuworker.rendezvous import Cancel, Rendezvous
-from gpuworker.run import Run
-from gpuworker.sources import Sources
 from gpuworker.state import LatentState
+from gpuworker.steps.inbox import Inbox, StopMark
+from gpuworker.steps.run import Run
+from gpuworker.steps.sources import Sources
 from gpuworker.torch_executor import TorchExecutor
-from gpuworker.weights import WeightStore
-from hocket.bus import Bus, Subjects
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.worker_pool import CPU
 

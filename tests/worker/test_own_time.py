@@ -8,9 +8,9 @@ from statistics import median
 import pytest
 import torch
 
-from gpuworker import own_time
+from gpuworker.collectives import own_time
 from gpuworker.executor import StepNote
-from gpuworker.run import Run
+from gpuworker.steps.run import Run
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker import worker_tasks as tasks
 from tests.worker.engine_tasks import Order, Told, run_engine

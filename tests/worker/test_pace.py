@@ -11,20 +11,20 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from gpuworker.broken_device import DeviceBroken, is_broken
-from gpuworker.engine import Engine
+from gpuworker.collectives.group_cache import GroupCache
+from gpuworker.collectives.rendezvous import Rendezvous
 from gpuworker.executor import FAILURE_CHARS_MAX, RunNote, StepNote
-from gpuworker.inbox import Inbox, StopMark
-from gpuworker.latents import LatentShelf
-from gpuworker.memory import Memory
-from gpuworker.mesh.group_cache import GroupCache
+from gpuworker.loading import load_card
+from gpuworker.memory.budget import Memory
+from gpuworker.memory.latents import LatentShelf
+from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import ModelCard
-from gpuworker.models.loading import load_card
-from gpuworker.pace import Ended, Pace
-from gpuworker.rendezvous import Rendezvous
-from gpuworker.sources import Sources
 from gpuworker.state import LatentState
-from gpuworker.weights import WeightStore
+from gpuworker.steps.broken_device import DeviceBroken, is_broken
+from gpuworker.steps.engine import Engine
+from gpuworker.steps.inbox import Inbox, StopMark
+from gpuworker.steps.pace import Ended, Pace
+from gpuworker.steps.sources import Sources
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import CPU

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bench.memory_bench import flux_state_bytes, wan_state_bytes
-from gpuworker.latents import LatentShelf, Place, Shares
-from gpuworker.models.loading import load_card
+from gpuworker.loading import load_card
+from gpuworker.memory.latents import LatentShelf, Place, Shares
 from gpuworker.state import LatentState
 from hocket.v1 import mesh_pb2
 from tests.waiting import until

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
+from gpuworker.loading import LoadError, load_card
 from gpuworker.models.card import ShapeRefused
-from gpuworker.models.loading import LoadError, load_card
 from gpuworker.state import LatentState
 from tests.worker.tiny_models import Reference
 from tests.worker.tiny_pixart import pixart_pipeline, pixart_reference, solver

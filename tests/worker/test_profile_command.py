@@ -12,10 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from control.config import ControlSettings, profile_csv
-from control.scheduler.profile import CellKey, Profile
+from control.scheduler.times.profile import CellKey, Profile
 from control.scheduler.values import Layout, Shape
 from gpuworker.__main__ import app
-from gpuworker.profile_command import INTERRUPTED, Row, as_csv
+from gpuworker.measuring.profile_command import INTERRUPTED, Row, as_csv
 from hocket.errors import WrongConfig
 from tests.waiting import until
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from gpuworker.loading import load_card
 from gpuworker.models.flux import WordFluxCard
-from gpuworker.models.loading import load_card
 from gpuworker.state import LatentState
 from tests.worker.families import FAMILIES
 from tests.worker.tiny_models import Reference

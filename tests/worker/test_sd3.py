@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpuworker.models.loading import LoadError, load_card
+from gpuworker.loading import LoadError, load_card
 from gpuworker.state import LatentState
 from tests.worker.tiny_models import Reference
 from tests.worker.tiny_sd3 import reference, sd3_pipeline, sd3_reference, sd35_medium_reference

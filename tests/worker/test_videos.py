@@ -17,7 +17,7 @@ from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 from PIL import Image
 
-from gpuworker.media import MediaTypeRefused, encode_media
+from gpuworker.steps.media import MediaTypeRefused, encode_media
 from hocket.v1.types_pb2 import MediaInfo
 
 MEAN_LEVELS_MAX = 3.0  # of 255, for half the chroma and the codec; most at 120 frames a second
@@ -112,7 +112,7 @@ def elsewhere(media_type: str) -> str:
     """Digest of the same video from another process, in another time zone, of another hash seed."""
     code = (
         "import hashlib\n"
-        "from gpuworker.media import encode_media\n"
+        "from gpuworker.steps.media import encode_media\n"
         "from tests.worker.test_videos import waves\n"
         f"content, _ = encode_media(waves(6, 40, 56), {media_type!r}, 16)\n"
         "print(hashlib.sha256(content).hexdigest())\n"

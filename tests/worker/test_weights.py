@@ -16,8 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gpuworker.models.loading import load_card
-from gpuworker.weights import BudgetTooSmall, Order, PartName, StoreClosed, WeightStore, Wish
+from gpuworker.loading import load_card
+from gpuworker.memory.weights import (
+    BudgetTooSmall,
+    Order,
+    PartName,
+    StoreClosed,
+    WeightStore,
+    Wish,
+)
 from tests.waiting import WAIT_S, until
 from tests.worker.families import FAMILIES
 from tests.worker.worker_pool import CPU

@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from gpuworker.collectives.team import Layout
 from gpuworker.config import EMBEDDED_MODELS
+from gpuworker.loading import load_card
 from gpuworker.models.card import ModelCard, ShapeRefused
-from gpuworker.models.loading import load_card
 from gpuworker.models.word_motion import WordMotionCard
 from gpuworker.state import LatentState
-from gpuworker.team import Layout
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_jobs import (
     LATENT_TOLERANCE,

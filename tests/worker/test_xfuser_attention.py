@@ -7,9 +7,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpuworker.exchange import AttentionInputs
-from gpuworker.team import Layout
-from gpuworker.xfuser_attention import XfuserAttention, XfuserMissing, chosen_attention
+from gpuworker.attention.exchange import AttentionInputs
+from gpuworker.attention.xfuser_usp import XfuserAttention, XfuserMissing, chosen_attention
+from gpuworker.collectives.team import Layout
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_jobs import LATENT_TOLERANCE, meet
 from tests.worker.worker_pool import CPU, Pool

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from gpuworker.collectives.team import Layout
 from gpuworker.state import LatentState
-from gpuworker.team import Layout
 from tests.worker import worker_tasks as tasks
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import Pool

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from gpuworker.mesh.group_cache import GroupCache
+from gpuworker.collectives.group_cache import GroupCache
+from gpuworker.collectives.rendezvous import Rendezvous
+from gpuworker.loading import load_card
 from gpuworker.models.card import ModelCard
-from gpuworker.models.loading import load_card
-from gpuworker.rendezvous import Rendezvous
 from gpuworker.state import LatentState
 
 CPU = torch.device("cpu")
-PRELOADED = ["torch", "diffusers", "transformers", "gpuworker.models.loading", __name__]
+PRELOADED = ["torch", "diffusers", "transformers", "gpuworker.loading", __name__]
 ANSWER_S = 60.0
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gpuworker.exchange import AttentionInputs, ulysses
-from gpuworker.groups import Group, GroupLost, GroupSpent
-from gpuworker.mesh.group_cache import GroupCache
-from gpuworker.rendezvous import BlobLost
+from gpuworker.attention.exchange import AttentionInputs, ulysses
+from gpuworker.collectives.group_cache import GroupCache
+from gpuworker.collectives.groups import Group, GroupLost, GroupSpent
+from gpuworker.collectives.rendezvous import BlobLost
+from gpuworker.collectives.team import Communicator, Layout, Team
 from gpuworker.state import LatentState
-from gpuworker.team import Communicator, Layout, Team
 from tests.worker.worker_pool import CPU, Member
 
 FORM_S = 20.0

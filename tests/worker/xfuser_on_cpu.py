@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpuworker.exchange import AttentionInputs
-from gpuworker.models.loading import load_card
-from gpuworker.team import Layout, Team
-from gpuworker.xfuser_attention import XfuserAttention
+from gpuworker.attention.exchange import AttentionInputs
+from gpuworker.attention.xfuser_usp import XfuserAttention
+from gpuworker.collectives.team import Layout, Team
+from gpuworker.loading import load_card
 from tests.worker.worker_pool import CPU, Member
 from tests.worker.worker_tasks import Meeting
 

@@ -13,9 +13,9 @@ from opentelemetry.trace import NoOpTracer
 
 from gpuworker.agent import Agent
 from gpuworker.config import WorkerSettings
-from gpuworker.emulated import EmulatedExecutor, EmulatedHost
-from hocket.bus import Bus, Feed, Subjects
+from gpuworker.emulation.executor import EmulatedExecutor, EmulatedHost
 from hocket.clock import ManualClock
+from hocket.messaging.bus import Bus, Feed, Subjects
 from hocket.v1 import mesh_pb2, types_pb2
 
 STEP_US = 1000

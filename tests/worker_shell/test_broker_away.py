@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gpuworker.agent import Agent
-from hocket.broker import nats_server_binary
-from hocket.bus import Bus
+from hocket.launching.broker import nats_server_binary
+from hocket.messaging.bus import Bus
 from hocket.v1 import mesh_pb2
 from tests.waiting import until
 from tests.worker_shell.desk import WAIT_S, Desk, desk, job

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpuworker.mesh.door import TERM_RISE_MAX, Door
-from hocket.bus import Bus, Subjects
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import mesh_pb2
 from tests.worker_shell.desk import WAIT_S, Desk, desk, job
 from tests.worker_shell.test_identity import PROFILE, ROOT

@@ -13,9 +13,9 @@ import pytest
 from gpuworker.config import WorkerSettings
 from gpuworker.mesh.claim import claimed
 from gpuworker.mesh.naming import NameRefused, advertised_address, host_word, worker_name
-from hocket.bus import Bus, Subjects
 from hocket.config import load
 from hocket.errors import WrongConfig
+from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import mesh_pb2
 from tests.worker_shell.desk import WAIT_S, desk, job
 

@@ -10,9 +10,9 @@ from nats.js.errors import ObjectNotFoundError
 
 from gpuworker.mesh import media_bucket
 from gpuworker.mesh.media_bucket import MediaBucket, NotStored
-from hocket.bus import Bus, Subjects
 from hocket.clock import ManualClock
-from hocket.media_bucket import BYTES_MAX
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.media_bucket import BYTES_MAX
 from tests.worker_shell.desk import Desk
 
 FILE_BYTES = 100_000

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from gpuworker.executor import FAILURE_CHARS_MAX, RunNote
-from gpuworker.latents import Shares
+from gpuworker.memory.latents import Shares
+from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.outbox import Outbox
 from gpuworker.torch_executor import TorchExecutor
-from gpuworker.weights import WeightStore
-from hocket.bus import Bus, Subjects
+from hocket.messaging.bus import Bus, Subjects
 from tests.worker_shell.desk import WAIT_S, desk, job
 
 BOUND = 4

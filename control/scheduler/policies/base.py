@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
-from ..ledger import Ledger
-from ..rounds import Window
-from ..scene import Scene
+from ..books.ledger import Ledger
+from ..outlook.rounds import Window
+from ..outlook.scene import Scene
 from ..settings import Settings, SettingValue, Spec
 from ..starts import Decision, Issue, Planned
 from ..values import Request

@@ -34,7 +34,7 @@ from ..values import DIT, TEXT, VAE
 from .base import EventPolicy
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Seat, Work
+    from ..outlook.scene import Scene, Seat, Work
     from ..values import Request
 
 Parts = frozenset[tuple[str, str]]

@@ -18,7 +18,7 @@ from ..settings import SettingValue, Spec
 from .diffusers import Parts, Pipelines
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Seat
+    from ..outlook.scene import Scene, Seat
     from ..values import Request
 
 

@@ -18,7 +18,7 @@ from .diffusers import Diffusers, alone_us
 from .shares import largest_remainder
 
 if TYPE_CHECKING:
-    from ..scene import Scene
+    from ..outlook.scene import Scene
 
 
 class DiffusersS(Diffusers):

@@ -38,7 +38,7 @@ from .base import EventPolicy
 from .diflow_admission import Admission
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Seat, Work
+    from ..outlook.scene import Scene, Seat, Work
 
 NODES = (TEXT, DIT, VAE)
 Op = tuple[str, str, Shape, str]  # model, node; the last one: of who shares no call, its id

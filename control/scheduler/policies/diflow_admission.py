@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..lifecycle import JobState
+from ..books.lifecycle import JobState
 from ..values import DIT, TEXT, VAE, Request
 from .diffusers import alone_us
 
 if TYPE_CHECKING:
-    from ..scene import Scene
-    from ..tracker import Tracked
+    from ..books.tracker import Tracked
+    from ..outlook.scene import Scene
 
 
 class Admission:

@@ -38,7 +38,7 @@ from .disagfusion_scaling import ROLES, Action, Scaling, StageTimes, backlog
 from .shares import largest_remainder
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Seat
+    from ..outlook.scene import Scene, Seat
 
 MODES = ("both", "predict", "feedback", "static")
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..lifecycle import JobState
+from ..books.lifecycle import JobState
 from ..values import DIT, TEXT, VAE, Request, Shape
 from .shares import largest_remainder
 
 if TYPE_CHECKING:
-    from ..scene import Scene
+    from ..outlook.scene import Scene
 
 ROLES = (TEXT, DIT, VAE)  # encoder, transformer, decoder
 KEEP = 0.8  # of the old value, when a stage time is updated

@@ -30,7 +30,7 @@ from .base import EventPolicy
 from .remaining import fastest, remaining_us, steps_us
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Work
+    from ..outlook.scene import Scene, Work
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from ..values import DIT
 from .base import EventPolicy
 
 if TYPE_CHECKING:
-    from ..scene import Scene
+    from ..outlook.scene import Scene
 
 
 class Fixed(EventPolicy):

@@ -39,7 +39,7 @@ from .genserve_videos import Pool, State, Video, bits, options, picked, select
 from .remaining import steps_us
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Work
+    from ..outlook.scene import Scene, Work
 
 
 class GenServe(EventPolicy):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..values import DIT, TEXT, VAE, Request
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Work
+    from ..outlook.scene import Scene, Work
 
 NEVER_US = 1 << 62
 

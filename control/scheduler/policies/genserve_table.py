@@ -10,7 +10,7 @@ from ..starts import Start
 from ..values import Shape
 
 if TYPE_CHECKING:
-    from ..scene import Work
+    from ..outlook.scene import Work
 
 
 @dataclass(slots=True)

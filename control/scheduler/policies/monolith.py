@@ -25,7 +25,7 @@ from ..settings import SettingValue, Spec
 from .diffusers import Parts, Pipelines
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Seat, Work
+    from ..outlook.scene import Scene, Seat, Work
 
 
 class Monolith(Pipelines):

@@ -12,7 +12,7 @@ from ..settings import SettingError
 from ..values import DIT, TEXT, VAE, Request
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Work
+    from ..outlook.scene import Scene, Work
 
 
 def steps_us(scene: Scene, request: Request, degrees: tuple[int, ...]) -> dict[int, int]:

@@ -21,7 +21,7 @@ from .base import EventPolicy
 from .remaining import at_most, nearest, read_table
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Work
+    from ..outlook.scene import Scene, Work
 
 
 class Rssp(EventPolicy):

@@ -18,7 +18,7 @@ from .base import EventPolicy
 from .remaining import at_most, fastest, total_us, wanted
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Work
+    from ..outlook.scene import Scene, Work
 
 
 class Sjf(EventPolicy):

@@ -16,7 +16,7 @@ from .remaining import remaining_us
 from .sjf import Sjf
 
 if TYPE_CHECKING:
-    from ..scene import Scene, Work
+    from ..outlook.scene import Scene, Work
 
 
 class Srtf(Sjf):

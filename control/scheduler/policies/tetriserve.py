@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from ..rounds import Window
+from ..outlook.rounds import Window
 from ..settings import Settings, SettingValue, Spec
 from .allocation import minimal_allocation
 from .base import Candidate, Choice

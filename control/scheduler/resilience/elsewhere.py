@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ..ledger import Ledger
+from ..books.ledger import Ledger
 from ..starts import Start
 from ..values import DIT
 

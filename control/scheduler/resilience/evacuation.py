@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..cluster import Cluster, Worker
-from ..ledger import Ledger
-from ..tracker import Tracked
+from ..books.cluster import Cluster, Worker
+from ..books.fetches import TRIES_MAX, FetchesUnderWay, Sent
+from ..books.ledger import Ledger
+from ..books.tracker import Tracked
 from ..values import Fetch
-from .fetches import TRIES_MAX, FetchesUnderWay, Sent
 
 PLAN_MAX = 16  # fetches in one plan
 WORKER_MAX = 2  # under way to one worker

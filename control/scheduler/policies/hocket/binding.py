@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...ledger import Ledger
+from ...books.ledger import Ledger
+from ...books.tracker import Tracked
+from ...outlook.standing import workers_before
 from ...resilience import elsewhere
-from ...standing import workers_before
-from ...tracker import Tracked
 from .pods import Pod
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ...ledger import Ledger
-from ...standing import next_node
-from ...tracker import Tracked
+from ...books.ledger import Ledger
+from ...books.tracker import Tracked
+from ...outlook.standing import next_node
 from ...values import DIT
 from .binding import Wish
 from .improve import Limits

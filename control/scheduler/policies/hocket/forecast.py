@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ...ledger import Ledger
+from ...books.ledger import Ledger
 from ...values import Request
 from ..base import NOBODY, Newcomer
 from .guards import relax

@@ -25,9 +25,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from ...ledger import Ledger
+from ...books.ledger import Ledger
+from ...outlook.standing import next_node, workers_before
 from ...settings import Settings, SettingValue, Spec
-from ...standing import next_node, workers_before
 from ...starts import Issue, Planned, Start
 from ...values import DIT, TEXT, VAE, Request
 from ..base import Newcomer, Planner

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-from ...cluster import Worker
-from ...ledger import Ledger
+from ...books.cluster import Worker
+from ...books.ledger import Ledger
+from ...books.tracker import Tracked
 from ...resilience import elsewhere
-from ...tracker import Tracked
 from ...values import DIT, Request
 
 BEST_EFFORT_KEY = 1 << 62

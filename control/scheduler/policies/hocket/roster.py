@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...ledger import Ledger
-from ...lifecycle import JobState
-from ...tracker import Tracked
+from ...books.ledger import Ledger
+from ...books.lifecycle import JobState
+from ...books.tracker import Tracked
 from ...values import DIT, TEXT, VAE, Request, Shape
 from .kernel import (
     AGED,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
-from ...ledger import Ledger
+from ...books.ledger import Ledger
 from .pods import Pod, Pods
 from .roster import flight_end_us
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...ledger import Ledger
-from ...standing import next_node
+from ...books.ledger import Ledger
+from ...outlook.standing import next_node
 from .binding import Wish
 from .filling import BEST_EFFORT
 from .kernel import KIND, STEPS_LEFT, Ints

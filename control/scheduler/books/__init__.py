@@ -1,0 +1,1 @@
+"""What the scheduler knows: requests, workers, assignments, who holds what, who failed."""

@@ -1,0 +1,298 @@
+"""Everything the scheduler knows between two calls, and the operations that modules share."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..settings import Settings
+from ..times.drift import Shift
+from ..times.latency import LatencyModel, Prediction
+from ..values import DIT, VAE, Ended, Outcome, Request, Shape, Truncation
+from .board import Board
+from .cluster import Cluster
+from .fetches import FetchesUnderWay
+from .lifecycle import JobState, WorkerState
+from .memory_limits import MemoryLimits
+from .moving import Moving
+from .overdue import Overdue
+from .quarantine import Quarantine, Quarantined
+from .residency import Residency
+from .stragglers import Slow, Stragglers
+from .tracker import Tracked
+
+WORKERS_MAX = 4096  # beyond these, all lost workers are forgotten …
+FORGOTTEN_AFTER_US = 3_600_000_000  # … below, those lost for so long
+DRAINED_MAX = 65_536  # names that operators want drained
+RATES_MAX = 4096  # models and shapes whose call times are kept at hand
+PROGRESSED_MAX = 4096
+NOTICES_MAX = 256  # untold ones about slow workers and drift
+TOUCHED_MAX = 65_536  # changed requests beyond those inside
+
+
+Notice = Slow | Shift | Quarantined
+
+
+class Rates(NamedTuple):
+    """What the calls of a model and shape take on the usable workers. To be read only."""
+
+    gpus: tuple[str, ...]  # kinds that have the model
+    degrees: tuple[int, ...]  # ascending
+    mean_us: dict[int, int]  # of one step, by degree
+    safe_us: dict[int, int]
+    width_us: dict[int, int]  # mean, by any width that so many workers with the model could run
+    decode_safe_us: int
+    calls: dict[tuple[str, int, int], Prediction]  # by node, degree and batch, as they come up
+
+
+@dataclass(slots=True)
+class Ledger:
+    """The scheduler's memory. Dicts are read in insertion order or sorted, never by hash."""
+
+    settings: Settings
+    latency: LatencyModel
+    cluster: Cluster
+    moving: Moving
+    residency: Residency
+    stragglers: Stragglers = field(init=False)
+    quarantine: Quarantine = field(init=False)
+    overdue: Overdue = field(init=False)
+    fetches: FetchesUnderWay = field(default_factory=FetchesUnderWay)
+    drained: dict[str, None] = field(default_factory=dict)  # names: operators' wishes
+    notices: deque[Notice] = field(default_factory=lambda: deque(maxlen=NOTICES_MAX))
+    board: Board = field(default_factory=Board)
+    tracked: dict[str, Tracked] = field(default_factory=dict)  # in order of arrival
+    arrivals: int = 0
+    next_sequence: int = 1
+    truncations: list[Truncation] = field(default_factory=list)  # for the next plan
+    released: list[str] = field(default_factory=list)  # for the next plan
+    due: bool = False  # an event made an immediate plan worthwhile
+    eager: bool = True  # every end of an assignment makes a plan worthwhile
+    # What arrived, got on, fell back or ended since an estimate; None: more than is worth a list.
+    progressed: dict[str, None] | None = None
+    touched: dict[str, None] = field(default_factory=dict)  # requests changed since a plan
+    moved: dict[str, None] | None = None  # workers whose runs got on or ended; None: nobody asks
+    parting: dict[str, int] = field(default_factory=dict)  # worker -> end of a called-off step
+    stages_wait: bool = False  # the last plan left encode or decode jobs for want of room
+    memory: MemoryLimits = field(default_factory=MemoryLimits)
+    _rates: dict[tuple[str, Shape], Rates] = field(default_factory=dict)
+    _rates_version: tuple[int, int, int] = (0, 0, 0)
+
+    def __post_init__(self) -> None:
+        self.stragglers = Stragglers(self.settings)
+        self.quarantine = Quarantine(self.settings)
+        self.overdue = Overdue(self.settings)
+
+    def predict(
+        self, request: Request, node: str, degree: int, gpus: Iterable[str], batch: int = 1
+    ) -> Prediction:
+        """One call on a group with these GPU kinds: the slowest member sets the pace."""
+        call = (request.model, request.shape, node, degree, tuple(gpus), batch)
+        return self.latency.predict_call(call)
+
+    def gpus(self, workers: Iterable[str]) -> tuple[str, ...]:
+        """GPU kinds of some workers, sorted; of all when there are none."""
+        return self.cluster.gpus(tuple(workers))
+
+    def degrees(self, request: Request) -> tuple[int, ...]:
+        """Widths in which its denoiser can run on the usable workers, ascending."""
+        gpus = self.gpus(self.cluster.able_names(request.model))
+        return self.memory.wide_enough(request, gpus, self.cluster.degrees(request.model))
+
+    def may_fit(self, request: Request) -> bool:
+        """Some kind of usable workers may have the memory for a step of it, at some degree."""
+        kinds = {w.gpu for w in self.cluster.able(request.model)}
+        degrees = self.cluster.degrees(request.model)
+        return any(not self.memory.hopeless(request, (gpu,), degrees) for gpu in sorted(kinds))
+
+    def batch_max(self, request: Request, node: str) -> int:
+        """Most jobs of its model and shape that any usable worker takes at once."""
+        able = self.cluster.able(request.model)
+        most = min((w.models[request.model].batch_max for w in able), default=1)
+        gpus = self.gpus(self.cluster.able_names(request.model))
+        return self.memory.batch_max(request, node, gpus, most)
+
+    def rates(self, request: Request) -> Rates:
+        """What its calls take on the usable workers; worked out once until something changes."""
+        version = (self.cluster.version, self.latency.version, self.memory.version)
+        if version != self._rates_version or len(self._rates) >= RATES_MAX:
+            self._rates.clear()
+            self._rates_version = version
+        key = (request.model, request.shape)
+        known = self._rates.get(key)
+        if known is None:
+            known = self._rates[key] = self._rates_of(request)
+        return known
+
+    def predict_usable(self, request: Request, node: str, degree: int, batch: int) -> Prediction:
+        """One call on the usable workers' slowest kind."""
+        rates = self.rates(request)
+        key = (node, degree, batch)
+        known = rates.calls.get(key)
+        if known is None:
+            known = self.predict(request, node, degree, rates.gpus, batch)
+            rates.calls[key] = known
+        return known
+
+    def _rates_of(self, request: Request) -> Rates:
+        cluster = self.cluster
+        able = cluster.able(request.model)
+        gpus = self.gpus(cluster.able_names(request.model))
+        degrees = self.degrees(request)
+        times = {d: self.predict(request, DIT, d, gpus) for d in degrees}
+        widths = {1} | {d for w in able for d in w.models[request.model].degrees if d <= len(able)}
+        return Rates(
+            gpus,
+            degrees,
+            {d: t.mean_us for d, t in times.items()},
+            {d: t.safe_us for d, t in times.items()},
+            {d: self.predict(request, DIT, d, gpus).mean_us for d in sorted(widths)},
+            self.predict(request, VAE, 1, gpus).safe_us,
+            {},
+        )
+
+    def denoise_deadline_us(self, request: Request) -> int | None:
+        """Deadline of the last denoising step: time for the decode is reserved."""
+        if request.deadline_us is None:
+            return None
+        return request.deadline_us - self.rates(request).decode_safe_us
+
+    def call_off(self, tracked: Tracked, now_us: int, release: bool = False) -> None:
+        """Calls off all that a request has outstanding, and says so in the next plan.
+
+        Those in a batch with it go on.
+        """
+        called_off = tracked.outstanding
+        forecast = self.board.forecast(self.cluster, now_us) if called_off else None
+        involved: set[str] = set(tracked.holders) if release else set()
+        for sequence in called_off:
+            assert forecast is not None
+            assignment = self.board.flights[sequence].assignment
+            involved.update(assignment.workers)
+            if len(assignment.batch) > 1:
+                self.board.leave(sequence, tracked.id)
+                self.overdue.look_again((sequence,))  # it may have waited for this job alone
+                continue
+            free_us = self.board.step_end_us(sequence, forecast, now_us)
+            flight = self.board.call_off(sequence)
+            self.move(flight.assignment.workers)
+            behind = self.board.behind(flight.assignment.workers, (tracked.id,))
+            self.overdue.look_again(behind)
+            self.cluster.abandon(flight.assignment.workers, flight.assignment.epoch)
+            for name in flight.assignment.workers:
+                worker = self.cluster.workers[name]
+                worker.freed_us = max(worker.freed_us, free_us)
+                if free_us > now_us:
+                    self.parting[name] = free_us
+        for job in tracked.jobs.values():
+            job.outstanding.clear()
+        self._touch(tracked.id)
+        if called_off:
+            workers = self.cluster.canonical(w for w in involved if w in self.cluster.workers)
+            self.truncations.append(
+                Truncation(
+                    request=tracked.id, attempt=tracked.attempt, workers=workers, release=release
+                )
+            )
+        elif release:
+            self.released.append(tracked.id)
+
+    def fall_back(self, tracked: Tracked, parked: bool = False) -> None:
+        """Stands a request without outstanding work at its latest surviving latent.
+
+        `parked`: nothing of it was called off, so that nobody else counts a new attempt.
+        """
+        assert not tracked.outstanding
+        before = tracked.steps_done
+        surviving = [done for w, done in tracked.holders.items() if self.cluster.living(w)]
+        tracked.resume_from(max(surviving, default=None))
+        if parked and tracked.steps_done < before:
+            tracked.attempt += 1  # it runs steps again
+        self.progress(tracked.id)
+        self._touch(tracked.id)
+
+    def move(self, workers: Iterable[str]) -> None:
+        """What they have in hand ends at another time than was thought. Bounded: by who asks."""
+        if self.moved is not None:
+            self.moved.update(dict.fromkeys(workers))
+
+    def progress(self, request: str) -> None:
+        """What is left of it to run is not what it was."""
+        if self.progressed is not None:
+            self.progressed[request] = None
+            if len(self.progressed) > PROGRESSED_MAX:
+                self.progressed = None
+
+    def _touch(self, request: str) -> None:
+        """It changed. Where nobody asks what did, only those inside are remembered."""
+        self.touched[request] = None
+        if len(self.touched) > TOUCHED_MAX + 2 * len(self.tracked):
+            self.touched = {r: None for r in self.touched if r in self.tracked}
+
+    def drain(self, name: str, draining: bool) -> None:
+        """Enters an operator's wish, by a worker's name, whether or not there is one."""
+        self.drained.pop(name, None)
+        if draining:
+            while len(self.drained) >= DRAINED_MAX:
+                absent = (n for n in self.drained if n not in self.cluster.workers)
+                del self.drained[next(absent, next(iter(self.drained)))]
+            self.drained[name] = None
+        worker = self.cluster.workers.get(name)
+        if worker is not None:
+            worker.drain(draining)
+
+    def next_parting_us(self, after_us: int) -> int | None:
+        """When the next worker leaves a step that was called off: no report tells of it."""
+        for name in [n for n, us in self.parting.items() if us <= after_us]:
+            del self.parting[name]
+        return min(self.parting.values(), default=None)
+
+    def forget_workers(self, now_us: int) -> None:
+        """Keeps the list of workers bounded: drops lost ones that nothing here refers to, those
+        lost long ago or, where there are too many, all.
+        """
+        many = len(self.cluster.workers) > WORKERS_MAX
+        before_us = None if many else now_us - FORGOTTEN_AFTER_US
+        lost = (w for w in self.cluster.workers.values() if w.state is WorkerState.LOST)
+        if not any(before_us is None or w.lost_us < before_us for w in lost):
+            return
+        needed: set[str] = set()
+        for flight in self.board.flights.values():
+            needed.update(flight.assignment.workers)
+            needed.update(h.worker for m in flight.assignment.batch for h in m.holders)
+        for tracked in self.tracked.values():
+            needed.update(tracked.holders, tracked.group)
+        gone = self.cluster.forget_lost(needed, before_us)
+        self.board.forget_workers(gone)
+        self.residency.forget(gone)
+        for name in gone:
+            self.stragglers.forget(name)
+            self.quarantine.forget(name)
+            self.parting.pop(name, None)
+
+    def end(self, tracked: Tracked, outcome: Outcome, at_us: int, reason: str = "") -> Ended:
+        """Takes a request off the books; its latents are dropped with the next plan."""
+        self.call_off(tracked, at_us, release=True)
+        for job in tracked.jobs.values():
+            if job.state is not JobState.DONE:
+                job.move(JobState.DROPPED)
+        del self.tracked[tracked.id]
+        self.quarantine.ended(tracked.id)
+        self.progress(tracked.id)
+        self._touch(tracked.id)
+        self.board.forget(tracked.id)
+        self.due = True
+        deadline_us = tracked.request.deadline_us
+        return Ended(
+            request=tracked.id,
+            outcome=outcome,
+            at_us=at_us,
+            on_time=outcome is Outcome.DONE and (deadline_us is None or at_us <= deadline_us),
+            steps_done=tracked.steps_done,
+            degree_changes=tracked.degree_changes,
+            moves=tracked.moves,
+            steps_lost=tracked.steps_lost,
+            reason=reason,
+        )

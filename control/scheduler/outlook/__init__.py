@@ -1,0 +1,1 @@
+"""What a policy looks at: works, seats, windows, places."""

@@ -1,0 +1,1 @@
+"""From policies to starts: by windows, at events; and when a request will be done."""

@@ -1,0 +1,1 @@
+"""How long a call takes: profiles, what was measured, what is expected."""

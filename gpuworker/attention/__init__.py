@@ -1,0 +1,1 @@
+"""Attention over tokens that several workers hold."""

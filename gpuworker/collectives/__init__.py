@@ -1,0 +1,1 @@
+"""Groups of workers: how they meet, how they talk, how they share a step."""

@@ -1,0 +1,1 @@
+"""What a worker holds: weights, latents, and the budget for both."""

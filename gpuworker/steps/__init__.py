@@ -1,0 +1,1 @@
+"""The step loop: an assignment from the inbox to its report."""

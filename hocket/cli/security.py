@@ -1,0 +1,132 @@
+"""`hocket certs` and `hocket keys`: what a mesh beyond one machine's loopback needs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.table import Table
+
+from hocket.cli.common import complaints, console
+from hocket.errors import WrongConfig
+from hocket.security import api_keys, broker_rules
+from hocket.security.certificates import ROLES, make_all
+
+T = TypeVar("T")
+
+keys = typer.Typer(help="API keys of a gateway's callers.", no_args_is_help=True)
+KeyFile = Annotated[Path, typer.Option("--file", help="File of keys; gateways: --api-keys FILE.")]
+_KEYS = Path("api-keys.json")
+
+
+def certs(
+    folder: Annotated[Path, typer.Argument(help="Folder to make or to complete.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name or address under which callers reach a gateway; repeatable."),
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="Name of the cluster.")] = "local",
+    broker_listen: Annotated[
+        str, typer.Option(help="host:port of the broker's listener.")
+    ] = "0.0.0.0:4222",
+    broker_store: Annotated[
+        str, typer.Option(help="The broker's folder.")
+    ] = "/var/lib/hocket/nats",
+    installed_at: Annotated[
+        Path | None,
+        typer.Option(help="Where the broker's folder will lie on its host; default: here."),
+    ] = None,
+    worker_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST=COUNT",
+            help="Workers HOST-0 … HOST-(COUNT-1) get a certificate of their own; repeatable.",
+        ),
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, max=3650, help="How long they are valid.")] = 825,
+) -> None:
+    """Makes a CA, a folder of certificates for each role, and the broker's configuration.
+
+    Copy each folder to the hosts of that role, and name it there: HOCKET_TLS_DIR=DIR. What exists
+    is kept: delete a role's folder to make it anew.
+    """
+    try:
+        workers = _workers(worker_host or [])
+        make_all(folder, host or [], days, tuple(workers))
+        at = installed_at or (folder / "broker").resolve()
+        text = broker_rules.configuration(cluster, at, broker_listen, broker_store, workers)
+        (folder / "broker" / "nats-server.conf").write_text(text)
+    except (WrongConfig, OSError) as error:
+        complaints.print(str(error), markup=False)
+        raise typer.Exit(2) from None
+    console.print(f"{folder / 'ca'}: keep ca.key where no service runs", soft_wrap=True)
+    for role in ROLES:
+        if role == "worker" and workers:
+            continue
+        console.print(f"{folder / role}: {_USES[role]}", soft_wrap=True, markup=False)
+    for name in workers:
+        where = folder / f"worker-{name}"
+        console.print(f"{where}: {_USES['worker']}", soft_wrap=True, markup=False)
+
+
+def _workers(said: list[str]) -> dict[str, int]:
+    """How many workers each host has. Raises WrongConfig."""
+    found: dict[str, int] = {}
+    for item in said:
+        match = re.fullmatch(r"([a-z0-9][a-z0-9-]{0,39})=([0-9]{1,3})", item)
+        if match is None or not int(match[2]):
+            allowed = "HOST=COUNT, with the host as in its workers' names: gpu-1=8"
+            raise WrongConfig("--worker-host", item, allowed)
+        found[match[1]] = int(match[2])
+    return found
+
+
+_USES = {
+    "broker": "nats-server -c nats-server.conf",
+    "control": "HOCKET_TLS_DIR=… python -m control",
+    "gateway": "HOCKET_TLS_DIR=… python -m gateway",
+    "worker": "HOCKET_TLS_DIR=… python -m gpuworker",
+    "operator": "HOCKET_TLS_DIR=… hocket status, drain, cancel; bench replay",
+    "client": "ca.pem for every caller; cert.pem and key.pem where gateways ask for --client-certs",
+}
+
+
+@keys.command("add")
+def add(
+    tenant: Annotated[str, typer.Argument(help="Account that the key speaks for.")],
+    file: KeyFile = _KEYS,
+) -> None:
+    """Makes a key and prints it, this once; the file keeps its digest."""
+    name, secret = _told(lambda: api_keys.add(file, tenant))
+    complaints.print(f"key {name} of {tenant}; it is not shown again:", markup=False)
+    console.print(secret, markup=False, soft_wrap=True)
+
+
+@keys.command("list")
+def list_(file: KeyFile = _KEYS) -> None:
+    """Shows ids and tenants."""
+    table = Table("id", "tenant")
+    for key in _told(lambda: api_keys.read(file)).keys:
+        table.add_row(key.id, key.tenant)
+    console.print(table)
+
+
+@keys.command("revoke")
+def revoke(
+    name: Annotated[str, typer.Argument(metavar="ID", help="As `hocket keys list` shows it.")],
+    file: KeyFile = _KEYS,
+) -> None:
+    """Takes a key back; gateways notice within seconds."""
+    found = _told(lambda: api_keys.revoke(file, name))
+    console.print(f"revoked {found.id} of {found.tenant}", markup=False)
+
+
+def _told(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except WrongConfig as error:
+        complaints.print(str(error), markup=False)
+        raise typer.Exit(2) from None

@@ -1,0 +1,1 @@
+"""A mesh on one machine: its processes, their files, what starts them again."""

@@ -1,0 +1,1 @@
+"""What all gRPC clients and servers share."""

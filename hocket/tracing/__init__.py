@@ -1,0 +1,1 @@
+"""Spans: written, found again, drawn."""
