@@ -42,12 +42,6 @@ NODES = (TEXT, DIT, VAE)
 POLL_US = 10  # the artifact's coordinator polls every 10 us
 
 
-def alone_us(scene: Scene, request: Request) -> int:
-    """A request's time alone on one worker, from encode to decode."""
-    steps_us = request.steps * scene.call_us(request, DIT)
-    return scene.call_us(request, TEXT) + steps_us + scene.call_us(request, VAE)
-
-
 class Pipelines(EventPolicy):
     """Dispatches whole pipelines. Who may serve what, and what that evicts, is for subclasses."""
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..settings import SettingValue, Spec
 from ..starts import Decision
-from .diffusers import Diffusers, alone_us
+from .diffusers import Diffusers
+from .remaining import total_us
 from .shares import largest_remainder
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class DiffusersS(Diffusers):
             if tracked.order > self._counted:
                 self._counted = tracked.order
                 model = tracked.request.model
-                spent_us = alone_us(scene, tracked.request)
+                spent_us = total_us(scene, tracked.request, 1)
                 self._load_us[model] = self._load_us.get(model, 0) + spent_us
         if self._planned_us is None:
             self._planned_us = scene.now_us

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..books.lifecycle import JobState
 from ..values import DIT, TEXT, VAE, Request
-from .diffusers import alone_us
+from .remaining import total_us
 
 if TYPE_CHECKING:
     from ..books.tracker import Tracked
@@ -47,7 +47,7 @@ class Admission:
             if deadline_us is not None and len(inside) >= workers:
                 if work_us is None:
                     work_us = [prices.left_us(t) for t in inside]
-                slack_us = deadline_us - tracked.arrived_us - alone_us(scene, tracked.request)
+                slack_us = deadline_us - tracked.arrived_us - total_us(scene, tracked.request, 1)
                 if max(sum(work_us) // workers, max(work_us)) > slack_us:
                     rejects[tracked.id] = "EARLY_ABORT"
                     continue

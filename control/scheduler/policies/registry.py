@@ -1,51 +1,58 @@
-"""The policies by name. To add one: a module with a class like `Fixed`, and a line here."""
+"""The policies by name. To add one: a module with a class like `Fixed`, and a line here; or, from
+another package, an entry point of the group `hocket.policies` that leads to a `Registered`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 from ..settings import SettingError, Settings, read_policy_settings
 from .base import EventPolicy, Planner, Policy, Registered
-from .diffusers import Diffusers
-from .diffusers_c import DiffusersC
-from .diffusers_s import DiffusersS
 from .diflow import DiFlow
 from .disagfusion import DisagFusion
 from .edf import EdfBestFit, EdfGreedy
 from .fixed import Fixed
 from .genserve import GenServe
 from .hocket.planner import Hocket
-from .monolith import Monolith
-from .rasp import Rasp
-from .rssp import Rssp
-from .sjf import Sjf
-from .srtf import Srtf
 from .tetriserve import TetriServe
 
-REGISTRY: Mapping[str, Registered] = {
+GROUP = "hocket.policies"
+OURS: Mapping[str, Registered] = {
     **{f"fixed-{k}": Registered(Fixed.SPECS, Fixed.of_degree(k)) for k in (1, 2, 4, 8)},
-    "diffusers": Registered(Diffusers.SPECS, Diffusers.made),
-    "diffusers-c": Registered(DiffusersC.SPECS, DiffusersC.made),
-    "diffusers-s": Registered(DiffusersS.SPECS, DiffusersS.made),
     "diflow": Registered(DiFlow.SPECS, DiFlow.made),
     "disagfusion": Registered(DisagFusion.SPECS, DisagFusion.made),
     "edf-greedy": Registered(EdfGreedy.SPECS, EdfGreedy.made),
     "edf": Registered(EdfBestFit.SPECS, EdfBestFit.made),
-    "monolith": Registered(Monolith.SPECS, Monolith.made),
-    "rasp": Registered(Rasp.SPECS, Rasp.made),
-    "rssp": Registered(Rssp.SPECS, Rssp.made),
-    "sjf": Registered(Sjf.SPECS, Sjf.made),
-    "srtf": Registered(Srtf.SPECS, Srtf.made),
     "genserve": Registered(GenServe.SPECS, GenServe.made),
     "hocket": Registered(Hocket.SPECS, Hocket),
     "tetriserve": Registered(TetriServe.SPECS, TetriServe.made),
 }
 
 
+def names() -> tuple[str, ...]:
+    """All policies, in order of their names."""
+    return tuple(sorted({*OURS, *_others()}))
+
+
+def registered(name: str) -> Registered | None:
+    """How a policy is made; None: there is none of that name."""
+    if name in OURS:
+        return OURS[name]
+    found = _others().get(name)
+    return None if found is None else found.load()
+
+
 def make_policy(settings: Settings) -> Policy | EventPolicy | Planner:
     """The policy that the settings name. Raises: SettingError."""
-    made = REGISTRY.get(settings.policy)
+    made = registered(settings.policy)
     if made is None:
-        raise SettingError("policy", settings.policy, " | ".join(REGISTRY))
+        raise SettingError("policy", settings.policy, " | ".join(names()))
     read = read_policy_settings(settings.policy, made.specs, settings.policy_settings)
     return made.make(settings, read)
+
+
+@cache
+def _others() -> Mapping[str, EntryPoint]:
+    return {found.name: found for found in entry_points(group=GROUP)}
