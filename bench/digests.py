@@ -17,7 +17,7 @@ from bench.sim.costs import Costs
 from bench.sim.experiment import check_models, settings_of
 from bench.sim.loop import run
 from bench.sim.workloads import generate
-from control.scheduler.policies.registry import REGISTRY
+from control.scheduler.policies import registry
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.times.profile import Profile
 
@@ -60,7 +60,7 @@ class Digest(NamedTuple):
 def digests(seed: int) -> Iterator[Digest]:
     """Every policy on every home."""
     for home in HOMES:
-        for policy in REGISTRY:
+        for policy in registry.names():
             try:
                 found = run(_case(home, policy, seed), check=False, keep=False)
             except (CaseError, SettingError) as error:

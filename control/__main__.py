@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from control.config import ControlSettings
-from control.scheduler.policies.registry import REGISTRY
+from control.scheduler.policies import registry
 from control.scheduler.warm import compile_all
 from control.service import serve
 from hocket import garbage
@@ -25,7 +25,7 @@ from hocket.tracing import telemetry
 log = logging.getLogger(__name__)
 
 _TELL_AFTER_S = 2.0
-_POLICIES = f"Planning policy: {', '.join(REGISTRY)}."
+_POLICIES = f"Planning policy: {', '.join(registry.names())}."
 
 
 def main(

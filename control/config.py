@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
-from control.scheduler.policies.registry import REGISTRY
+from control.scheduler.policies.registry import find
 from control.scheduler.settings import SettingError, Settings, read_policy_settings
 from control.scheduler.times.profile import OPTIONAL, REQUIRED
 from hocket.config import Common
@@ -75,7 +75,7 @@ def scheduler_settings(settings: ControlSettings, term: int) -> Settings:
 
 def best_effort_wait_us_max(settings: ControlSettings) -> int:
     """How long the policy lets best effort wait before it goes first; 0: as long as it takes."""
-    specs = REGISTRY[settings.policy].specs
+    specs = find(settings.policy).specs
     given = scheduler_settings(settings, 1).policy_settings
     read = read_policy_settings(settings.policy, specs, given)
     return int(read.get("best_effort_wait_us_max", 0))

@@ -29,7 +29,7 @@ from typing import Any
 
 import msgspec
 
-from control.scheduler.policies.registry import REGISTRY
+from control.scheduler.policies import registry
 from control.scheduler.schedule_log import DoneLine
 from control.scheduler.settings import SettingError, Settings, SettingValue, read_policy_settings
 from control.scheduler.times.profile import Profile
@@ -188,7 +188,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True):
         if policies:
             known = {p.shown for p in chosen} | {p.name for p in chosen}
             for name in policies:
-                if name not in known and name not in REGISTRY:
+                if name not in known and name not in registry.names():
                     raise CaseError("policies", name, f"one of {', '.join(sorted(known))}")
             listed = tuple(p for p in chosen if p.shown in policies or p.name in policies)
             more = tuple(PolicySpec(name=name) for name in policies if name not in known)
@@ -298,9 +298,9 @@ def settings_of(
     Raises:
         CaseError: no such policy. SettingError: an unknown key, or a value that is not allowed.
     """
-    registered = REGISTRY.get(policy)
-    if registered is None:
-        raise CaseError("policy", policy, f"one of {', '.join(REGISTRY)}")
+    if policy not in registry.names():
+        raise CaseError("policy", policy, f"one of {', '.join(registry.names())}")
+    registered = registry.find(policy)
     own: dict[str, SettingValue] = {
         "group_change_us": base.group_change_us or costs.group_change_us,
         "group_cold_us": base.group_cold_us or costs.group_cold_us,

@@ -28,7 +28,7 @@ class SettingError(ValueError):
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to plan. Durations are microseconds."""
 
-    policy: str = "tetriserve"  # name in `policies.REGISTRY`
+    policy: str = "tetriserve"  # name in `policies.registry`
     policy_settings: dict[str, SettingValue] = {}
     rounds: bool = True  # False: every event is a planning point with a window of one round
     amend: bool = True  # inside a round, idle workers take waiting jobs at events

@@ -9,7 +9,7 @@ from bench.sim.case import CaseError, models_of
 from bench.sim.costs import Costs
 from bench.sim.experiment import load_experiment, parse_seeds, run_row, settings_of
 from control.scheduler.books.loads import LoadTable
-from control.scheduler.policies.registry import REGISTRY
+from control.scheduler.policies import registry
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.summary import Summary
 from control.scheduler.times.profile import Profile
@@ -60,7 +60,7 @@ def test_every_shipped_case_expands(path):
     assert len(set(experiment.labels)) == len(experiment.labels)
     listed = experiment.file.policies
     assert {p.name for p in listed} <= POLICIES
-    known = [p.shown for p in listed if p.name in REGISTRY]
+    known = [p.shown for p in listed if p.name in registry.names()]
     runs = experiment.runs([3], known)
     assert len(runs) == len(known) * len(experiment.cells())
     cells = [r.cell for r in runs]
@@ -69,7 +69,7 @@ def test_every_shipped_case_expands(path):
         assert row.policy in experiment.labels, row
         assert any(row.cell.items() <= c.items() for c in cells), row
     case = runs[-1].to_case()
-    assert case.trace and case.settings.policy in REGISTRY
+    assert case.trace and case.settings.policy in registry.names()
 
 
 def test_there_is_a_case_for_each_experiment():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from control.scheduler.policies.registry import REGISTRY
+from control.scheduler.policies import registry
 from hocket.cli.__main__ import app
 from hocket.cli.common import pixels, seconds
 from hocket.cli.demo import Run, step_runs, summary
@@ -49,7 +49,7 @@ def state_dir(tmp_path: Path) -> Path:
 
 
 def test_help_names_every_policy() -> None:
-    assert len(POLICIES) == len(set(POLICIES)) and set(POLICIES) == set(REGISTRY)
+    assert len(POLICIES) == len(set(POLICIES)) and set(POLICIES) == set(registry.names())
     _, told = hocket("up", "--help")
     assert "disagfusion" in told
 

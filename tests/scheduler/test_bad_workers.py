@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from control.scheduler.books.quarantine import Quarantined
-from control.scheduler.policies.registry import REGISTRY
+from control.scheduler.policies import registry
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.values import Outcome
 
@@ -22,7 +22,7 @@ def one_bad(worker, request, now_us):
     return worker == "w0000"
 
 
-@pytest.mark.parametrize("policy", REGISTRY)
+@pytest.mark.parametrize("policy", registry.names())
 def test_one_bad_worker_of_eight_fails_no_request(policy):
     """At 88 percent load it would be free first, always."""
     cluster = Cluster(policy, fails=one_bad, every_us=150_000)

@@ -16,7 +16,7 @@ from bench.sim.case import Fault
 from bench.sim.costs import Costs
 from bench.sim.loop import run
 from control.scheduler import stages
-from control.scheduler.policies.registry import REGISTRY
+from control.scheduler.policies import registry
 from tests.scheduler.driving import case
 
 if "--by-hash" in sys.argv:
@@ -30,7 +30,7 @@ FAULTS = (
     Fault(at_us=900_000, kind="up", worker="w0009"),
     Fault(at_us=950_000, kind="cancel", request="r5"),
 )
-for policy in REGISTRY:
+for policy in registry.names():
     one = case(ROWS, faults=FAULTS, policy=policy)
     one = msgspec.structs.replace(one, costs=Costs(noise=0.1, group_change_us=3_000))
     result = run(one)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bench.sim.case import Fault
 from bench.sim.costs import Costs, Straggler
 from bench.sim.loop import Loop, run
-from control.scheduler.policies.registry import REGISTRY
+from control.scheduler.policies import registry
 from control.scheduler.schedule_log import LostLine, RunLine
 from control.scheduler.settings import Settings
 from control.scheduler.values import DIT, Outcome, StepsEnded
@@ -189,7 +189,7 @@ OTHERS = tuple(Fault(at_us=9_000_000, kind="up", worker=f"w{i:04d}") for i in ra
 ROWS = [(200_000 * i, 512, 60_000_000) for i in range(6)]
 
 
-@pytest.mark.parametrize("policy", REGISTRY)
+@pytest.mark.parametrize("policy", registry.names())
 def test_without_workers_there_is_peace_and_with_others_everybody_is_served(policy):
     alone = Loop(case(ROWS, faults=ALL_LOST, policy=policy))
     assert not all(alone.instant() for _ in range(10_000)), "it goes on for ever about nothing"

@@ -36,19 +36,21 @@ def names() -> tuple[str, ...]:
     return tuple(sorted({*OURS, *_others()}))
 
 
-def registered(name: str) -> Registered | None:
-    """How a policy is made; None: there is none of that name."""
+def find(name: str) -> Registered:
+    """How a policy is made. Raises: SettingError, where there is none of that name."""
     if name in OURS:
         return OURS[name]
-    found = _others().get(name)
-    return None if found is None else found.load()
+    other = _others().get(name)
+    if other is None:
+        raise SettingError("policy", name, " | ".join(names()))
+    found = other.load()
+    assert isinstance(found, Registered), f"{other.value} is no policy"
+    return found
 
 
 def make_policy(settings: Settings) -> Policy | EventPolicy | Planner:
     """The policy that the settings name. Raises: SettingError."""
-    made = registered(settings.policy)
-    if made is None:
-        raise SettingError("policy", settings.policy, " | ".join(names()))
+    made = find(settings.policy)
     read = read_policy_settings(settings.policy, made.specs, settings.policy_settings)
     return made.make(settings, read)
 

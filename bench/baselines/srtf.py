@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ..settings import SettingValue, Spec
-from .remaining import remaining_us
+from control.scheduler.policies.remaining import remaining_us
+from control.scheduler.settings import SettingValue, Spec
+
 from .sjf import Sjf
 
 if TYPE_CHECKING:
-    from ..outlook.scene import Scene, Work
+    from control.scheduler.outlook.scene import Scene, Work
 
 
 class Srtf(Sjf):

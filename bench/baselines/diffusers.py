@@ -28,14 +28,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from ..settings import SettingError, Settings, SettingValue, Spec
-from ..starts import Decision, Start
-from ..values import DIT, TEXT, VAE
-from .base import EventPolicy
+from control.scheduler.policies.base import EventPolicy
+from control.scheduler.settings import SettingError, Settings, SettingValue, Spec
+from control.scheduler.starts import Decision, Start
+from control.scheduler.values import DIT, TEXT, VAE
 
 if TYPE_CHECKING:
-    from ..outlook.scene import Scene, Seat, Work
-    from ..values import Request
+    from control.scheduler.outlook.scene import Scene, Seat, Work
+    from control.scheduler.values import Request
 
 Parts = frozenset[tuple[str, str]]
 NODES = (TEXT, DIT, VAE)

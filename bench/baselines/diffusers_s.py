@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ..settings import SettingValue, Spec
-from ..starts import Decision
+from control.scheduler.policies.remaining import total_us
+from control.scheduler.policies.shares import largest_remainder
+from control.scheduler.settings import SettingValue, Spec
+from control.scheduler.starts import Decision
+
 from .diffusers import Diffusers
-from .remaining import total_us
-from .shares import largest_remainder
 
 if TYPE_CHECKING:
-    from ..outlook.scene import Scene
+    from control.scheduler.outlook.scene import Scene
 
 
 class DiffusersS(Diffusers):

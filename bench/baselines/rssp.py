@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ..settings import Settings, SettingValue, Spec
-from ..starts import Decision, Start
-from ..values import DIT, TEXT, Request
-from .base import EventPolicy
-from .remaining import at_most, nearest, read_table
+from control.scheduler.policies.base import EventPolicy
+from control.scheduler.policies.remaining import at_most, nearest, read_table
+from control.scheduler.settings import Settings, SettingValue, Spec
+from control.scheduler.starts import Decision, Start
+from control.scheduler.values import DIT, TEXT, Request
 
 if TYPE_CHECKING:
-    from ..outlook.scene import Scene, Work
+    from control.scheduler.outlook.scene import Scene, Work
 
 
 class Rssp(EventPolicy):

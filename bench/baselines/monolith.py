@@ -21,11 +21,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ..settings import SettingValue, Spec
+from control.scheduler.settings import SettingValue, Spec
+
 from .diffusers import Parts, Pipelines
 
 if TYPE_CHECKING:
-    from ..outlook.scene import Scene, Seat, Work
+    from control.scheduler.outlook.scene import Scene, Seat, Work
 
 
 class Monolith(Pipelines):

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from ..settings import SettingValue, Spec
+from control.scheduler.settings import SettingValue, Spec
+
 from .diffusers import Parts, Pipelines
 
 if TYPE_CHECKING:
-    from ..outlook.scene import Scene, Seat
-    from ..values import Request
+    from control.scheduler.outlook.scene import Scene, Seat
+    from control.scheduler.values import Request
 
 
 class DiffusersC(Pipelines):

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from ..settings import Spec
-from ..values import Request
+from control.scheduler.settings import Spec
+from control.scheduler.values import Request
+
 from .rssp import Rssp
 
 
