@@ -76,7 +76,7 @@ def test_weights_are_loaded_inside_the_runs(trace):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ("--policy best", "policy = 'best': allowed is one of fixed-1"),
+        ("--policy best", "policy = 'best': allowed is one of diffusers"),
         ("--policy fixed-1 --set width=3", "fixed-1.width = '3': allowed is one of"),
         ("--set rounds", "--set = 'rounds': allowed is key=value"),
         ("--noise 1.5", "noise = 1.5"),
