@@ -95,20 +95,28 @@ class MediaStore:
         return _Piece(message.seq or 0, message.data or b"")
 
     async def _get(self, subject: str, sequence: int | None, name: str) -> RawStreamMsg:
-        """The newest message on a subject, or the first one from a sequence on."""
+        """The newest message on a subject, or the first one from a sequence on.
+
+        Any copy of the stream answers, until one lacks it: that may be behind, and the copy that
+        leads is asked.
+        """
         jetstream: JetStreamContext = self._bus.jetstream
         until_us = self._clock.now_us() + self._wait_us
+        direct = True
         while True:
             try:
                 return await jetstream.get_msg(
                     self._stream,
                     seq=sequence,
                     subject=subject,
-                    direct=True,
+                    direct=direct,
                     next=sequence is not None,
                 )
             except nats.js.errors.NotFoundError as error:
-                raise _lost(name) from error
+                if not direct:
+                    raise _lost(name) from error
+                direct = False
+                continue
             except _AWAY as error:
                 if self._clock.now_us() >= until_us:
                     told = f"{name} could not be read: {error or type(error).__name__}"

@@ -248,7 +248,9 @@ def _configured(plan: Plan, folder: Path) -> Iterator[None]:
     (folder / "profile.csv").write_text(out.getvalue())
     config = folder / "mesh.toml"
     config.write_text(
-        f'[control]\nprofiles = ["{folder}/profile.csv"]\n[gpuworker]\ngpu = "emulated"\n'
+        f'[control]\nprofiles = ["{folder}/profile.csv"]\n'
+        "ended_max = 1000000\n"  # each call is looked up at the end
+        '[gpuworker]\ngpu = "emulated"\n'
     )
     before = os.environ.get(_CONFIG_VARIABLE)
     os.environ[_CONFIG_VARIABLE] = str(config)

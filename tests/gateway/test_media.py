@@ -9,6 +9,7 @@ from hashlib import sha256
 from typing import Any
 
 import pytest
+from nats.js.errors import NotFoundError
 
 from gateway.media import MediaStore
 from hocket.clock import SystemClock
@@ -74,6 +75,25 @@ async def test_what_is_not_there_is_lost(bus: Bus, subjects: Subjects) -> None:
     with pytest.raises(RequestFailed) as caught:
         await anext(store_of(bus, subjects).chunks(media))
     assert caught.value.reason == "MEDIA_LOST"
+
+
+async def test_a_copy_that_is_behind_is_not_believed(
+    bus: Bus, subjects: Subjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(i * 7 % 251 for i in range(3 * PIECE))
+    media = await stored(bus, subjects, "a", content)
+    ask, behind = bus.jetstream.get_msg, 0
+
+    async def get_msg(*stream: str, direct: bool, **wanted: Any) -> Any:
+        nonlocal behind
+        if direct:  # any of a cluster's brokers answers, and this one has nothing yet
+            behind += 1
+            raise NotFoundError(code=404)
+        return await ask(*stream, direct=direct, **wanted)
+
+    monkeypatch.setattr(bus.jetstream, "get_msg", get_msg)
+    chunks = [chunk async for chunk in store_of(bus, subjects).chunks(media)]
+    assert b"".join(chunk.data for chunk in chunks) == content and behind == 4
 
 
 async def test_a_broker_that_stays_away_is_named(bus: Bus, subjects: Subjects) -> None:
