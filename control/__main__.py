@@ -50,9 +50,7 @@ def main(
     lead_us: Annotated[
         int | None, typer.Option(help="How long before a round its plan is sent, in µs.")
     ] = None,
-    lease_us: Annotated[
-        int | None, typer.Option(help="A worker without heartbeat for so many µs is lost.")
-    ] = None,
+    lease_us: Annotated[int | None, typer.Option(help="Lease of a worker, in µs.")] = None,
     address: Annotated[
         str | None,
         typer.Option(help="host:port at which gateways reach this replica; default: as --listen."),
