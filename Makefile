@@ -43,7 +43,7 @@ $(COMPILED): $(STAMP) $(shell grep -l njit $(PLANNER)/*.py)
 	@$(BIN)/python -m control.scheduler.warm
 	@touch $@
 
-demo: setup  ## the whole mesh on this machine; makes pictures at three sizes, then stops
+demo: setup  ## the whole mesh on this machine; makes a video and pictures at three sizes, then stops
 	@hocket demo
 
 up: setup  ## the whole mesh on this machine, until Ctrl-C

@@ -29,28 +29,29 @@ from bench.sim_command import sim_command, solver_command, trace_command
 from bench.soak_command import soak_command
 from hocket.errors import HocketError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="Benchmarks, simulator, replay and reports of Hocket.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 @app.command()
 def mesh(
-    rounds: Annotated[
-        int, typer.Option(help="So often mesh and plain loop are started anew.", min=1)
-    ] = 3,
+    rounds: Annotated[int, typer.Option(help="Starts of mesh and plain loop.", min=1)] = 3,
     pairs: Annotated[
         int, typer.Option(help="Requests of each size in a round, at least.", min=1)
     ] = 4,
-    seconds: Annotated[
-        float, typer.Option(help="Go on with a size for so long; 60 pairs at most.")
-    ] = 10.0,
+    seconds: Annotated[float, typer.Option(help="Time for each size; 60 pairs at most.")] = 10.0,
     admissions: Annotated[int, typer.Option(help="Calls timed until accepted.")] = 200,
     policy: Annotated[str, typer.Option(help="Planning policy.")] = "hocket",
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
         "bench/results/mesh.json"
     ),
 ) -> None:
-    """The mesh against the plain diffusers loop, groups, transfers, admission."""
+    """Measures the mesh against the plain diffusers loop, and groups, transfers, admission."""
     # No spinner: what it costs would be measured too.
     console.print(f"measuring for about {2 * rounds + 1} minutes: pairs, admissions, groups")
     plan = mesh_bench.Plan(policy, rounds, pairs, seconds, admissions)
@@ -65,14 +66,12 @@ def mesh(
 @app.command()
 def overheads(
     turns: Annotated[int, typer.Option(help="Runs of each kind, at least.", min=1)] = 8,
-    seconds: Annotated[
-        float, typer.Option(help="Go on with a size for so long; 40 runs at most.")
-    ] = 30.0,
+    seconds: Annotated[float, typer.Option(help="Time for each size; 40 runs at most.")] = 30.0,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
         "bench/results/overheads.json"
     ),
 ) -> None:
-    """What pausing, moving and resizing a job costs, in its own steps."""
+    """Measures what pausing, moving and resizing a job costs, in its own steps."""
     with Progress(console=console, transient=True) as progress:
         found = asyncio.run(overhead_bench.measure(turns, seconds, progress))
     command = f"python -m bench overheads --turns {turns} --seconds {seconds:g}"
@@ -117,7 +116,7 @@ def replay_command(
     tls_dir: Annotated[
         Path | None, typer.Option(help="An operator's folder of `hocket certs`.")
     ] = None,
-    journal: Annotated[Path | None, typer.Option(help="Saved journal instead.")] = None,
+    journal: Annotated[Path | None, typer.Option(help="Saved journal, instead.")] = None,
     cluster: Annotated[str, typer.Option(help="Name of the cluster.")] = "local",
     term: Annotated[int | None, typer.Option(help="Term to replay; default: the newest.")] = None,
     save_to: Annotated[Path | None, typer.Option("--save", help="Save the journal here.")] = None,

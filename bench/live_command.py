@@ -57,7 +57,7 @@ class _Live:
 def live_command(
     case: Annotated[Path, typer.Option(help="Case file (TOML).")],
     seeds: Annotated[str, typer.Option(help="0-4 or 3,5; default: the Case's own.")] = "",
-    policies: Annotated[str, typer.Option(help="Labels or names out of the Case.")] = "",
+    policies: Annotated[str, typer.Option(help="Policies or labels of the Case.")] = "",
     executor: Annotated[str, typer.Option(help="torch or emulated.")] = "torch",
     calibrate: Annotated[
         int | None,

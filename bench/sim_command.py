@@ -76,34 +76,34 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
 def sim_command(
     case: Annotated[Path | None, typer.Option(help="Case file (TOML).")] = None,
     seeds: Annotated[
-        str, typer.Option(help="Of a Case's runs: 0-19 or 3,5; default: its own.")
+        str, typer.Option(help="Seeds of a Case, 0-19 or 3,5; default: its own.")
     ] = "",
-    policies: Annotated[str, typer.Option(help="Labels or names out of the Case.")] = "",
-    jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder for a Case's runs.")] = None,
+    policies: Annotated[str, typer.Option(help="Policies or labels of the Case.")] = "",
+    jobs: Annotated[int, typer.Option(help="Processes to use.", min=1)] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder for results.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Trace (JSONL) of a single run.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Profile (CSV).")] = None,
-    loads: Annotated[Path | None, typer.Option(help="Weights (CSV).")] = None,
-    gpus: Annotated[int, typer.Option(help="Workers in all.", min=1)] = 8,
-    hosts: Annotated[int, typer.Option(help="Hosts that they stand on.", min=1)] = 1,
+    loads: Annotated[Path | None, typer.Option(help="Weights and load times (CSV).")] = None,
+    gpus: Annotated[int, typer.Option(help="Number of workers.", min=1)] = 8,
+    hosts: Annotated[int, typer.Option(help="Hosts of the workers.", min=1)] = 1,
     gpu: Annotated[str, typer.Option(help="GPU kind, where the profile has several.")] = "",
-    memory_mib: Annotated[int, typer.Option(help="A worker's; 0: all models fit.", min=0)] = 0,
+    memory_mib: Annotated[int, typer.Option(help="Of a worker; 0: all models fit.", min=0)] = 0,
     policy: Annotated[str, typer.Option(help="Policy of a single run.")] = "tetriserve",
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
-    group_change_us: Annotated[int, typer.Option(help="Cost of going on elsewhere.")] = 0,
+    group_change_us: Annotated[int, typer.Option(help="Cost of moving a job.")] = 0,
     group_cold_us: Annotated[int, typer.Option(help="Cost of a group's first run.")] = 0,
     noise: Annotated[float, typer.Option(help="Coefficient of variation of step times.")] = 0.0,
-    report_delay_us: Annotated[int, typer.Option(help="Reports come in so much later.")] = 0,
-    report_us: Annotated[int, typer.Option(help="Shorter steps are reported together.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    report_delay_us: Annotated[int, typer.Option(help="Delay of each report.")] = 0,
+    report_us: Annotated[int, typer.Option(help="Shorter steps share a report.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     schedule_log: Annotated[Path | None, typer.Option(help="Write the schedule log.")] = None,
     summary: Annotated[Path | None, typer.Option(help="Write the summary.")] = None,
-    check: Annotated[bool, typer.Option(help="Check invariants all along.")] = True,
+    check: Annotated[bool, typer.Option(help="Check invariants at each event.")] = True,
     bounds: Annotated[bool, typer.Option(help="Also bound each trace (slower).")] = False,
     mip_seconds: Annotated[
         float, typer.Option(help="Time for each integer bound; 0: linear only.", min=0)
     ] = 0.0,
-    resume: Annotated[bool, typer.Option(help="Keep the runs that --out holds already.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep the runs in --out.")] = False,
 ) -> None:
     """Runs the real scheduler in the simulator: a trace, a Case, or all runs of a Case."""
     if (case is None) == (trace is None):
@@ -226,9 +226,9 @@ def _write_run(
 
 @explained
 def trace_command(
-    workload: Annotated[str, typer.Argument(help="Its name, as in a Case's workload.")],
+    workload: Annotated[str, typer.Argument(help="Name of the workload, as in a Case.")],
     out: Annotated[Path, typer.Option(help="Trace (JSONL) to write.")],
-    seed: Annotated[int, typer.Option(help="Of arrivals and shapes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of arrivals and shapes.")] = 0,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the workload, repeatable.")
     ] = None,
@@ -256,17 +256,17 @@ def _value(text: str) -> object:
 @explained
 def solver_command(
     gpus: Annotated[int, typer.Option(help="Workers.", min=1)] = 8,
-    requests: Annotated[int, typer.Option(help="Open requests, kept up.", min=1)] = 50,
+    requests: Annotated[int, typer.Option(help="Open requests at any time.", min=1)] = 50,
     rounds: Annotated[int, typer.Option(help="Plans to measure.", min=1)] = 200,
     policy: Annotated[str, typer.Option(help="Policy.")] = "hocket",
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Of shapes and deadlines.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of shapes and deadlines.")] = 0,
     loop: Annotated[
-        bool, typer.Option("--loop", help="Also by how much an event loop beside it is held up.")
+        bool, typer.Option("--loop", help="Also measure delays of an event loop in the process.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """What a plan costs: wall time and operations, with so many workers and open requests."""
+    """Measures a plan: wall time and operations, by numbers of workers and open requests."""
     settings = settings_of(policy, read_pairs(set_ or []), Settings(), Costs())
     late_ms: list[float] = []
 

@@ -30,10 +30,10 @@ def soak_command(
     gpus: Annotated[int, typer.Option(help="Workers.", min=1)] = 8,
     policy: Annotated[str, typer.Option(help="Policy.")] = "hocket",
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the hours as JSON.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the requests.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write hourly figures as JSON.")] = None,
 ) -> None:
-    """Does what the scheduler holds, or what a plan costs, grow? Workers come and go meanwhile."""
+    """Simulates days while workers come and go: does state, or the cost of a plan, grow?"""
     settings = settings_of(policy, read_pairs(set_ or []), Settings(), Costs())
     case = soak_case(hours, rate, gpus, settings, seed)
     found: list[Hour] = []

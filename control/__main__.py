@@ -30,36 +30,45 @@ _POLICIES = f"Planning policy: {', '.join(registry.names())}."
 
 def main(
     cluster: Annotated[str | None, typer.Option(help="Name of the cluster.")] = None,
-    nats_url: Annotated[str | None, typer.Option(help="Where nats-server listens.")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Run state: endpoints, traces.")] = None,
-    listen: Annotated[str | None, typer.Option(help="host:port; port 0 picks one.")] = None,
+    nats_url: Annotated[
+        str | None, typer.Option(help="URL of the broker; several with commas.")
+    ] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Folder for addresses and traces.")] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port; port 0 picks a free one.")] = None,
     policy: Annotated[str | None, typer.Option(help=_POLICIES)] = None,
     policy_set: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE of the policy; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="A setting of the policy, KEY=VALUE; repeatable."),
     ] = None,
     profile: Annotated[
-        list[Path] | None, typer.Option(help="Further profile CSV; repeatable.")
+        list[Path] | None,
+        typer.Option(help="CSV of call times, beside the shipped ones; repeatable."),
     ] = None,
     round_us: Annotated[
         int | None, typer.Option(help="Planning interval in µs; 0 derives it.")
     ] = None,
-    lead_us: Annotated[int | None, typer.Option(help="Plans leave so long before a round.")] = None,
-    lease_us: Annotated[
-        int | None, typer.Option(help="A worker silent for longer is gone.")
+    lead_us: Annotated[
+        int | None, typer.Option(help="How long before a round its plan is sent, in µs.")
     ] = None,
+    lease_us: Annotated[int | None, typer.Option(help="Lease of a worker, in µs.")] = None,
     address: Annotated[
-        str | None, typer.Option(help="host:port that gateways reach this replica by.")
+        str | None,
+        typer.Option(help="host:port at which gateways reach this replica; default: as --listen."),
     ] = None,
     retention_s: Annotated[
-        int | None, typer.Option(help="Ended requests are kept so long.")
+        int | None, typer.Option(help="Seconds for which ended requests are kept.")
     ] = None,
     tls_dir: Annotated[
-        Path | None, typer.Option(help="This role's folder of `hocket certs`.")
+        Path | None, typer.Option(help="This role's folder made by `hocket certs`.")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with a \\[control] table.")] = None,
 ) -> None:
-    """Runs the control plane: leases, planning, assignments."""
+    """Runs one replica of the control plane: admission, planning, dispatch.
+
+    Every setting can also come from HOCKET_<NAME> (of --set HOCKET_POLICY_SETTINGS, of --profile
+    HOCKET_PROFILES) or from the TOML file named by --config.
+    """
     options = {
         "cluster": cluster,
         "nats_url": nats_url,

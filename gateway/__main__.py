@@ -20,21 +20,26 @@ from hocket.tracing import telemetry
 
 def main(
     cluster: Annotated[str | None, typer.Option(help="Name of the cluster.")] = None,
-    nats_url: Annotated[str | None, typer.Option(help="Where nats-server listens.")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Run state: endpoints, traces.")] = None,
-    listen: Annotated[str | None, typer.Option(help="host:port; port 0 picks one.")] = None,
-    control: Annotated[
-        str | None, typer.Option(help="host:port of control replicas; default: as the broker says.")
+    nats_url: Annotated[
+        str | None, typer.Option(help="URL of the broker; several with commas.")
     ] = None,
-    grace_s: Annotated[float | None, typer.Option(help="Time for calls to end at a stop.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Folder for addresses and traces.")] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port; port 0 picks a free one.")] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(help="host:port of control replicas, with commas; default: ask the broker."),
+    ] = None,
+    grace_s: Annotated[
+        float | None, typer.Option(help="Seconds for calls to end at a stop.")
+    ] = None,
     api_keys: Annotated[
-        Path | None, typer.Option(help="File of `hocket keys`: callers need one.")
+        Path | None, typer.Option(help="File made by `hocket keys`; callers then need a key.")
     ] = None,
     tls_dir: Annotated[
-        Path | None, typer.Option(help="This role's folder of `hocket certs`.")
+        Path | None, typer.Option(help="This role's folder made by `hocket certs`.")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with a [gateway] table.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with a \\[gateway] table.")] = None,
 ) -> None:
     """Serves the public API: validation, streams of progress and media, health, reflection.
 

@@ -26,7 +26,7 @@ class CallLimit:
         """A call while the block runs; raises Refused (TOO_MANY_CALLS) at once when it is one too
         many."""
         if self.open >= self._most:
-            told = f"{self._most} calls are open, which is the most this gateway serves"
+            told = f"{self._most} calls are open, the limit of this gateway"
             raise Refused("TOO_MANY_CALLS", told, _RETRY_US)
         self.open += 1
         try:

@@ -19,47 +19,70 @@ from hocket import config as hocket_config
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command("profile")(profile_command)
 
+EXECUTORS = {"torch": "gpuworker.torch_worker", "emulated": "gpuworker.emulation.worker"}
+
 
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
     cluster: Annotated[str | None, typer.Option(help="Name of the cluster.")] = None,
-    nats_url: Annotated[str | None, typer.Option(help="Where nats-server listens.")] = None,
-    state_dir: Annotated[Path | None, typer.Option(help="Run state: traces.")] = None,
-    count: Annotated[int | None, typer.Option(help="Workers to start, one process each.")] = None,
-    first_index: Annotated[int | None, typer.Option(help="Number of the first one.")] = None,
-    name_prefix: Annotated[
-        str | None, typer.Option(help="Names are PREFIX0, PREFIX1 …; else the host's, a dash, 0 …")
+    nats_url: Annotated[
+        str | None, typer.Option(help="URL of the broker; several with commas.")
     ] = None,
-    executor: Annotated[str | None, typer.Option(help="torch or emulated.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(help="Folder for traces.")] = None,
+    count: Annotated[int | None, typer.Option(help="Workers to start, one process each.")] = None,
+    first_index: Annotated[
+        int | None, typer.Option(help="Number in the first worker's name.")
+    ] = None,
+    name_prefix: Annotated[
+        str | None, typer.Option(help="Names are PREFIX0, PREFIX1 …; default: HOST-0, HOST-1 …")
+    ] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="torch; or emulated: sleeps by --profile, computes nothing.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="What profiles call the device.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Folder or hub id; repeatable.")] = None,
-    batch_max: Annotated[int | None, typer.Option(help="Jobs of one shape at a time.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="CSV for the emulated executor.")] = None,
-    compile: Annotated[str | None, typer.Option(help="off or default: torch.compile.")] = None,
-    attention: Annotated[str | None, typer.Option(help="auto, native or xfuser.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Name of the device in profiles.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model folder or hub id; repeatable.")
+    ] = None,
+    batch_max: Annotated[int | None, typer.Option(help="Most jobs in a batch.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Call times to emulate, CSV.")] = None,
+    compile: Annotated[
+        str | None, typer.Option(help="off; or default: model blocks go through torch.compile.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Of a split sequence: native, xfuser, or auto.")
+    ] = None,
     memory_mib: Annotated[
-        int | None, typer.Option(help="Device memory to use; 0: all models have to fit.")
+        int | None, typer.Option(help="MiB of device memory to use; 0: every model stays resident.")
     ] = None,
     latents_mib: Annotated[
-        int | None, typer.Option(help="Of it, for parked latents; 0: a quarter.")
+        int | None, typer.Option(help="MiB of that for parked latents; 0: a quarter.")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Host name told to the planner.")] = None,
-    advertise: Annotated[str | None, typer.Option(help="Address for other workers.")] = None,
+    host: Annotated[str | None, typer.Option(help="Host name for the planner.")] = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option(help="Address for other workers; default: the one that faces the broker."),
+    ] = None,
     tls_dir: Annotated[
-        Path | None, typer.Option(help="This role's folder of `hocket certs`.")
+        Path | None, typer.Option(help="This role's folder made by `hocket certs`.")
     ] = None,
     drain_s: Annotated[
-        float | None, typer.Option(help="Seconds for handing latents over, when told to stop.")
+        float | None, typer.Option(help="Seconds to hand latents over after SIGTERM.")
     ] = None,
     restarts_max: Annotated[
-        int | None, typer.Option(help="Of one worker in ten minutes; more of them end all.")
+        int | None,
+        typer.Option(help="Restarts of one worker in ten minutes; one more ends the command."),
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with [gpuworker].")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with a \\[gpuworker] table.")
+    ] = None,
 ) -> None:
-    """Runs GPU workers (CPU workers where there is no GPU), or, with a command, that."""
+    """Runs GPU workers, or CPU workers where there is no GPU.
+
+    Every setting can also come from HOCKET_<NAME> or from the TOML file named by --config.
+    """
     if context.invoked_subcommand is not None:
         return
     given = {k: v for k, v in locals().items() if k not in ("context", "config", "model")}
@@ -67,8 +90,7 @@ def main(
     settings = hocket_config.load_or_exit(WorkerSettings, given, config)
     # Late, since an emulated worker must not pay for torch, and forked ones share what is imported
     # here.
-    kind = "torch_worker" if settings.executor == "torch" else "emulated_worker"
-    module = importlib.import_module(f"gpuworker.{kind}")
+    module = importlib.import_module(EXECUTORS[settings.executor])
     sys.exit(module.run(settings))
 
 

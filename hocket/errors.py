@@ -139,7 +139,7 @@ class NotReady(HocketError):
 class NoWorkers(NotReady):
     """Control is there, and no worker that takes work is."""
 
-    message: str = "no worker has a living lease"
+    message: str = "no worker is connected (no lease is valid)"
 
 
 @dataclass

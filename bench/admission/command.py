@@ -30,24 +30,24 @@ def admission_command(
     tree: Annotated[Path, typer.Option(help="Source tree whose mesh is measured.")] = Path("."),
     against: Annotated[
         Path | None,
-        typer.Option(help="Another tree, measured in turns with the first; tells ratios."),
+        typer.Option(help="Another tree, measured alternately with the first; prints ratios."),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="So many times; medians are told.", min=1)] = 1,
+    rounds: Annotated[int, typer.Option(help="Repetitions; prints medians.", min=1)] = 1,
     workers: Annotated[int, typer.Option(help="Emulated workers.", min=1, max=64)] = 8,
-    counts: Annotated[str, typer.Option(help="Callers at once, one burst each.")] = ",".join(
+    counts: Annotated[str, typer.Option(help="Sizes of bursts, with commas.")] = ",".join(
         map(str, COUNTS)
     ),
     create: Annotated[
         bool, typer.Option("--create", help="CreateGeneration instead of a detached Generate.")
     ] = False,
-    paced: Annotated[int, typer.Option(help="Callers of the steady rate; 0: without.")] = 500,
-    rate: Annotated[float, typer.Option(help="Their calls a second.")] = 1000.0,
-    open_streams: Annotated[int, typer.Option(help="Streams kept open; 0: without.")] = 2000,
+    paced: Annotated[int, typer.Option(help="Callers at the steady rate; 0: none.")] = 500,
+    rate: Annotated[float, typer.Option(help="Calls per second of those.")] = 1000.0,
+    open_streams: Annotated[int, typer.Option(help="Streams kept open; 0: none.")] = 2000,
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = Path(
         "bench/results/admission/after.json"
     ),
 ) -> None:
-    """The door under load: accepted a second, times to accepted, stalls, memory of a stream."""
+    """Measures admission: accepted per second, time to accepted, stalls, memory of a stream."""
     trees = [tree] if against is None else [tree, against]
     for one in trees:
         if not any((one / name).exists() for name in ("hocket/cli", "hocket/cli.py")):

@@ -25,18 +25,18 @@ _TINY = Plan(seconds=30.0, callers=4, gap_s=(3.0, 6.0), steps=6)
 
 
 def chaos_command(
-    minutes: Annotated[float, typer.Option(help="Of faults.", min=0.1)] = 10.0,
-    seed: Annotated[int, typer.Option(help="Of faults and calls.")] = 0,
+    minutes: Annotated[float, typer.Option(help="Duration of faults.", min=0.1)] = 10.0,
+    seed: Annotated[int, typer.Option(help="Seed of faults and calls.")] = 0,
     workers: Annotated[int, typer.Option(help="Worker processes, or emulated workers.")] = 4,
     executor: Annotated[str, typer.Option(help="torch or emulated.")] = "torch",
     controls: Annotated[int, typer.Option(help="Replicas of control.", min=1)] = 2,
     gateways: Annotated[int, typer.Option(help="Gateways.", min=1)] = 2,
     brokers: Annotated[int, typer.Option(help="nats-servers: 1, or 3 as a cluster.")] = 1,
-    callers: Annotated[int, typer.Option(help="Calls under way at a time.", min=1)] = 8,
+    callers: Annotated[int, typer.Option(help="Calls in flight.", min=1)] = 8,
     exact: Annotated[
-        bool, typer.Option("--exact", help="One worker a job, alone: files byte-equal.")
+        bool, typer.Option("--exact", help="Degree 1, no batches: files must be byte-equal.")
     ] = False,
-    only: Annotated[str, typer.Option(help="Targets, with commas between.")] = "",
+    only: Annotated[str, typer.Option(help="Targets of faults, with commas.")] = "",
     tiny: Annotated[bool, typer.Option("--tiny", help="Half a minute of faults.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("bench/results/chaos"),
 ) -> None:

@@ -35,11 +35,11 @@ def gpu_command(
     ),
     tiny: Annotated[bool, typer.Option(help="Tiny models, on the CPU too.")] = False,
     sections: Annotated[
-        str, typer.Option(help="Some only, by commas: model names, groups, layouts, mesh.")
+        str, typer.Option(help="Only these, with commas: model names, groups, layouts, mesh.")
     ] = "",
-    minutes: Annotated[float, typer.Option(help="No new cell begins after so long.")] = 120.0,
-    workers: Annotated[int, typer.Option(help="Of the mesh.", min=1, max=8)] = 2,
-    fresh: Annotated[bool, typer.Option(help="Forgets what is in the folder.")] = False,
+    minutes: Annotated[float, typer.Option(help="Minutes after which no new cell begins.")] = 120.0,
+    workers: Annotated[int, typer.Option(help="Workers of the mesh.", min=1, max=8)] = 2,
+    fresh: Annotated[bool, typer.Option(help="Measure all cells again.")] = False,
 ) -> None:
     """Step times, compiled steps, memory, communicators, layouts and a whole mesh on this GPU."""
     failed = asyncio.run(_Run(output, tiny, minutes, workers, fresh).run(sections))

@@ -30,15 +30,15 @@ _TOLD_EVERY = 1_000  # seeds between two lines of progress, where there is no te
 @explained
 def shell_command(
     seeds: Annotated[str, typer.Option(help="Seeds: 0-9999, or 3,5.")] = "0-999",
-    jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes to use.", min=1)] = 1,
     kinds: Annotated[
         str, typer.Option(help=f"Only these faults, of: {', '.join(KINDS)}; default: all.")
     ] = "",
     awaits: Annotated[
-        int, typer.Option(help="Instead: something happens at every so-manieth await.", min=0)
+        int, typer.Option(help="Instead of seeds: a fault at every N-th await; 0: off.", min=0)
     ] = 0,
 ) -> None:
-    """Control, gateways and workers in simulated time, over a broker and links that break."""
+    """Runs control, gateways and workers in simulated time, with faults of broker and links."""
     chosen = tuple(kind.strip() for kind in kinds.split(",") if kind.strip())
     if unknown := [kind for kind in chosen if kind not in KINDS]:
         raise typer.BadParameter(f"no fault is called {unknown[0]!r}")

@@ -14,7 +14,9 @@ _RETRY_SOON_US = 500_000
 
 def no_workers() -> types_pb2.Failure:
     return types_pb2.Failure(
-        reason="NO_WORKERS", message="no worker has a living lease", retry_after_us=_RETRY_US
+        reason="NO_WORKERS",
+        message="no worker is connected (no lease is valid)",
+        retry_after_us=_RETRY_US,
     )
 
 
@@ -28,7 +30,7 @@ def not_served(model: str, served: Iterable[str]) -> types_pb2.Failure:
 def queue_full(open_max: int) -> types_pb2.Failure:
     return types_pb2.Failure(
         reason="QUEUE_FULL",
-        message=f"{open_max} requests are open, which is the most this cluster takes",
+        message=f"{open_max} requests are open, the limit of this cluster",
         retry_after_us=_RETRY_US,
     )
 
@@ -36,14 +38,14 @@ def queue_full(open_max: int) -> types_pb2.Failure:
 def overloaded(waiting_max: int) -> types_pb2.Failure:
     return types_pb2.Failure(
         reason="OVERLOADED",
-        message=f"{waiting_max} requests wait for an answer, which is the most this leader takes",
+        message=f"{waiting_max} requests wait for admission, the limit of this leader",
         retry_after_us=_RETRY_SOON_US,
     )
 
 
 def expired() -> types_pb2.Failure:
     return types_pb2.Failure(
-        reason="EXPIRED", message="its caller gave up before anything was promised"
+        reason="EXPIRED", message="the caller gave up before the request was admitted"
     )
 
 
@@ -67,7 +69,7 @@ def key_reused(submit: control_pb2.SubmitRequest, known: Record) -> control_pb2.
         submit,
         types_pb2.Failure(
             reason="IDEMPOTENCY_KEY_REUSED",
-            message=f"{field}: an earlier call with the same one asked for something else",
+            message=f"{field}: an earlier call with the same value asked for something else",
         ),
     )
 

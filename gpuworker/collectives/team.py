@@ -8,7 +8,7 @@
 
 Members of one half hold the whole sequence between them; `Part` lets them exchange among themselves
 through the one communicator of the group. No group is formed for it, and a layout may change at
-every step. Both halves make the same exchanges at the same time, so nobody waits for nobody.
+every step. Both halves make the same exchanges in the same order, so none waits for one skipped.
 """
 
 from __future__ import annotations

@@ -42,19 +42,25 @@ def profile(
         str, typer.Argument(help="Folder, hub id, hocket-emoji or hocket-emoji-motion.")
     ] = "hocket-emoji",
     sizes: Annotated[
-        str, typer.Option(help="WIDTHxHEIGHT,… ; default: the sizes that the model names.")
+        str, typer.Option(help="WIDTHxHEIGHT, several with commas; default: the model's.")
     ] = "",
-    frames: Annotated[str, typer.Option(help="Frames,… ; default: the model's own.")] = "",
+    frames: Annotated[
+        str, typer.Option(help="Frames, several with commas; default: the model's own.")
+    ] = "",
     degrees: Annotated[
-        str, typer.Option(help="Workers a step,… ; default: the model's, as far as GPUs go.")
+        str,
+        typer.Option(help="Degrees, with commas; default: the model's, up to the number of GPUs."),
     ] = "",
-    batches: Annotated[str, typer.Option(help="Jobs that step together,…")] = "1",
-    steps: Annotated[int, typer.Option(help="Calls that count, in each cell.", min=1)] = 8,
+    batches: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
+    steps: Annotated[int, typer.Option(help="Timed calls of each cell.", min=1)] = 8,
     busy: Annotated[
-        int, typer.Option(help="Workers that compute at once; 0: one a GPU, or a core.", min=0)
+        int,
+        typer.Option(
+            help="Workers that compute at the same time; 0: one for each GPU or core.", min=0
+        ),
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    gpu: Annotated[str, typer.Option(help="What the profile calls the device.")] = "",
+    gpu: Annotated[str, typer.Option(help="Name of the device in the profile.")] = "",
     output: Annotated[Path, typer.Option("-o", "--output", help="CSV to write.")] = Path(
         "profile.csv"
     ),

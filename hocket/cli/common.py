@@ -119,14 +119,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 def tell(error: HocketError) -> None:
     """An error in words for people."""
     if isinstance(error, InvalidRequest):
-        complaints.print("[red]the request is wrong:[/red]")
+        complaints.print("[red]invalid request:[/red]")
         for violation in error.violations:
             complaints.print(f"  {violation.field}: {violation.description}", markup=False)
         return
     complaints.print(f"[red]{error.reason}[/red]", end=": ")
     complaints.print(str(error), markup=False)
     if wait_us := getattr(error, "retry_after_us", 0):
-        complaints.print(f"worth another try in {wait_us / 1e6:.1f} s")
+        complaints.print(f"retry after {wait_us / 1e6:.1f} s")
 
 
 def seconds(option: str, text: str) -> float:

@@ -114,14 +114,14 @@ async def show(running: RunningMesh, output: Path, state_dir: Path) -> None:
             resized = sum(finished.degree_changes > 0 for finished in done)
             moved = sum(finished.moves > 0 for finished in done)
             kept = sum(finished.on_time for finished in done)
-            told.append(f"{overtaken} overtaken, {resized} resized, {moved} moved")
+            told.append(f"{overtaken} preempted, {resized} resized, {moved} moved")
             if overtaken and resized and moved:
                 console.print(
-                    f"the first was overtaken {overtaken} times, {resized} of {len(runs)} requests "
+                    f"the first was preempted {overtaken} times, {resized} of {len(runs)} requests "
                     f"changed degree, {moved} moved, {kept} of {len(runs)} kept their deadlines"
                 )
                 return
-            console.print("nobody was overtaken, resized or moved in these; once more")
+            console.print("not all of preemption, resizing and moving happened; trying again")
     raise MeshStopped(f"after {_ROUNDS_MAX} rounds: {'; '.join(told)}")
 
 
@@ -261,7 +261,7 @@ def _tell(seen: Seen, runs: Sequence[Run]) -> None:
         console.print(line, soft_wrap=True)
     for name, letter in gantt.letters(gantt.order(seen.stretches)).items():
         console.print(f"  {letter} {names[name]}", markup=False, highlight=False)
-    console.print("\nwho was interrupted:")
+    console.print("\npreemptions and moves:")
     start_ns = min(s.start_ns for s in seen.stretches)
     for one in seen.happened:
         if one.kind is Kind.PAUSED or one.overtakers:

@@ -42,10 +42,13 @@ from hocket.v1.generation_pb2 import (
 from hocket.v1.types_pb2 import Commitment, MediaInfo, OnMiss, Shape
 
 SIZE_NAMES = ("small", "medium", "large")
-_FRAMES_HELP = "Frames of a video, as `hocket models` tells; 0: the model's own."
-_FIRM_HELP = 'A deadline that was told "on time" is not given up for requests that come later.'
-_DETACH_HELP = "Prints the request's name and ends; `hocket watch` and `hocket result` go on."
-_FORMAT_HELP = "None: by the suffix of -o, else png for a picture, mp4 for a video."
+_FRAMES_HELP = "Frames of a video, see `hocket models`; 0: the model's default."
+_FIRM_HELP = (
+    "Firm: a deadline that was predicted as met is not given up for later requests. "
+    "Default: firm with --on-miss reject, else soft."
+)
+_DETACH_HELP = "Prints the request id and returns; see `hocket watch` and `hocket result`."
+_FORMAT_HELP = "Default: by the suffix of -o, else png for a picture, mp4 for a video."
 
 
 class Miss(StrEnum):
@@ -69,28 +72,28 @@ class Format(StrEnum):
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to show.")],
-    size: Annotated[str, typer.Option(help="128x128, small, medium or large.")] = "",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT, small, medium or large.")] = "",
     frames: Annotated[int, typer.Option(min=0, help=_FRAMES_HELP)] = 0,
-    fps: Annotated[int, typer.Option(min=0, help="Frames a second; 0: the model's own.")] = 0,
+    fps: Annotated[int, typer.Option(min=0, help="Frames per second; 0: the model's.")] = 0,
     made: Annotated[Format | None, typer.Option("--format", help=_FORMAT_HELP)] = None,
-    steps: Annotated[int, typer.Option(min=0, help="Denoising steps; 0: the model's own.")] = 0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; none draws one.")] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Denoising steps; 0: the model's.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; default: random.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    model: Annotated[str, typer.Option(help="Model; none picks the default.")] = "",
-    deadline: Annotated[str, typer.Option(help='When it is due: "5s", "800ms".')] = "",
-    on_miss: Annotated[Miss, typer.Option(help="If it cannot be on time.")] = Miss.BEST_EFFORT,
-    firm: Annotated[bool, typer.Option("--firm/--soft", help=_FIRM_HELP)] = False,
+    model: Annotated[str, typer.Option(help="Model; default: the first.")] = "",
+    deadline: Annotated[str, typer.Option(help='Time until it is due: "5s", "800ms".')] = "",
+    on_miss: Annotated[Miss, typer.Option(help="If it would be late.")] = Miss.BEST_EFFORT,
+    firm: Annotated[bool | None, typer.Option("--firm/--soft", help=_FIRM_HELP)] = None,
     steps_min: Annotated[int, typer.Option(min=0, help="Fewest steps, with degrade.")] = 0,
     size_min: Annotated[str, typer.Option(help="Smallest size, with degrade.")] = "",
     priority: Annotated[int, typer.Option(help="-100 to 100; higher wins.")] = 0,
-    tenant: Annotated[str, typer.Option(help="Account.")] = "",
-    key: Annotated[str, typer.Option(help="Idempotency key; none draws one.")] = "",
+    tenant: Annotated[str, typer.Option(help="Account of the caller.")] = "",
+    key: Annotated[str, typer.Option(help="Idempotency key; default: random.")] = "",
     detach: Annotated[bool, typer.Option("--detach", help=_DETACH_HELP)] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
     address: Address = None,
     state_dir: StateDir = None,
 ) -> None:
-    """Makes a picture or a video, shows how it is made, writes the file.
+    """Makes a picture or a video, shows its progress, writes the file.
 
     hocket generate "a fox on a green background" --size large --deadline 20s -o fox.png
 
@@ -110,7 +113,7 @@ def generate(
             guidance=guidance,
             deadline_s=seconds("--deadline", deadline) if deadline else 0.0,
             on_miss=on_miss.value_in_proto(),
-            commitment=Commitment.COMMITMENT_FIRM if firm else Commitment.COMMITMENT_UNSPECIFIED,
+            commitment=commitment(firm),
             steps_min=steps_min,
             shape_min=pixels("--size-min", size_min) if size_min else None,
             priority=priority,
@@ -196,6 +199,13 @@ def describe(progress: Progress) -> str:
         f"[{' '.join(progress.workers)}]  {progress.step_time_us / 1e3:.1f} ms  "
         f"ETA {progress.eta_us / 1e6:.1f} s"
     )
+
+
+def commitment(firm: bool | None) -> Commitment.ValueType:
+    """What to ask for; None leaves it to the server."""
+    if firm is None:
+        return Commitment.COMMITMENT_UNSPECIFIED
+    return Commitment.COMMITMENT_FIRM if firm else Commitment.COMMITMENT_SOFT
 
 
 def media_type(made: Format | None, output: Path | None) -> str:
@@ -291,7 +301,7 @@ def greeting(accepted: Accepted) -> str:
         f"request {accepted.request_id}: {spec.model}, {shape_name(spec.shape)}, "
         f"{spec.steps} steps, seed {spec.seed}",
         f"predicted {accepted.predicted_latency_us / 1e6:.2f} s{late}; "
-        f"{accepted.queue_depth} before it",
+        f"{accepted.queue_depth} requests ahead",
     ]
     return "\n".join(lines)
 

@@ -31,14 +31,14 @@ _ANSWER_S = 10.0
 
 
 def status(control: Control = None, state_dir: StateDir = None) -> None:
-    """Shows workers, processes, replicas, promises and what is open."""
+    """Shows workers, processes, control replicas, kept promises and open requests."""
     found = settings(state_dir, control=control)
 
     async def work() -> WatchClusterResponse:
         async with control_of(found) as stub:
             async for state in stub.WatchCluster(WatchClusterRequest(), timeout=_ANSWER_S):
                 return state
-        raise MeshStopped("control closed the stream without a word")
+        raise MeshStopped("control closed the stream without an answer")
 
     state = run(work())
     for part in status_view(state, mesh_file.read(found.state_dir)):
@@ -47,7 +47,7 @@ def status(control: Control = None, state_dir: StateDir = None) -> None:
 
 def drain(
     worker: Annotated[str, typer.Argument(help="Its name, as in `hocket status`.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Puts it back to work.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Gives it work again.")] = False,
     control: Control = None,
     state_dir: StateDir = None,
 ) -> None:
@@ -78,11 +78,11 @@ def cancel(
         async with client_of(found) as client:
             return await client.cancel(request_id)
 
-    console.print(f"{request_id} {'is cancelled' if run(work()) else 'had ended before'}")
+    console.print(f"{request_id} {'is cancelled' if run(work()) else 'had already ended'}")
 
 
 def trace(
-    request_id: Annotated[str, typer.Argument(help="A request; none shows the last one.")] = "",
+    request_id: Annotated[str, typer.Argument(help="Request id; default: the last request.")] = "",
     state_dir: StateDir = None,
 ) -> None:
     """Prints what happened to a request, span by span."""
@@ -109,7 +109,7 @@ def timeline_file(
     ] = Path("out/timeline.json"),
     state_dir: StateDir = None,
 ) -> None:
-    """Writes what every worker did, one track a worker, as a Chrome trace or as a page."""
+    """Writes what each worker ran, one track per worker, as a Chrome trace or a web page."""
     folder = settings(state_dir).state_dir
 
     async def work() -> None:

@@ -23,17 +23,17 @@ from hocket.v1.generation_pb2 import (
 )
 from hocket.v1.types_pb2 import Failure
 
-Name = Annotated[str, typer.Argument(help="The request, as it was named when it was accepted.")]
+Name = Annotated[str, typer.Argument(help="Request id, as `hocket generate` printed it.")]
 _PREFIX = "GENERATION_STATE_"
 
 
 def watch(
     request: Name,
-    cursor: Annotated[str, typer.Option(help="Go on behind this one.")] = "",
+    cursor: Annotated[str, typer.Option(help="Start after this cursor.")] = "",
     address: Address = None,
     state_dir: StateDir = None,
 ) -> None:
-    """Tells what happens to a request, to its end, whoever started it."""
+    """Prints the events of a request until it ends, whoever submitted it."""
     found = settings(state_dir, address)
 
     async def work() -> None:
@@ -48,11 +48,11 @@ def watch(
 def result(
     request: Name,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write.")] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for its end first.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the request ends.")] = False,
     address: Address = None,
     state_dir: StateDir = None,
 ) -> None:
-    """Writes the result of a request that finished."""
+    """Writes the file of a finished request."""
     found = settings(state_dir, address)
 
     async def work() -> Path:
@@ -70,7 +70,7 @@ def result(
 
 
 def ls(
-    count: Annotated[int, typer.Option("-n", min=1, help="At most so many.")] = 20,
+    count: Annotated[int, typer.Option("-n", min=1, help="Most requests to list.")] = 20,
     address: Address = None,
     state_dir: StateDir = None,
 ) -> None:

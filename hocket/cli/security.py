@@ -17,8 +17,8 @@ from hocket.security.certificates import ROLES, make_all
 
 T = TypeVar("T")
 
-keys = typer.Typer(help="API keys of a gateway's callers.", no_args_is_help=True)
-KeyFile = Annotated[Path, typer.Option("--file", help="File of keys; gateways: --api-keys FILE.")]
+keys = typer.Typer(help="Makes, lists and revokes API keys of callers.", no_args_is_help=True)
+KeyFile = Annotated[Path, typer.Option("--file", help="Key file, for the gateways' --api-keys.")]
 _KEYS = Path("api-keys.json")
 
 
@@ -33,7 +33,7 @@ def certs(
         str, typer.Option(help="host:port of the broker's listener.")
     ] = "0.0.0.0:4222",
     broker_store: Annotated[
-        str, typer.Option(help="The broker's folder.")
+        str, typer.Option(help="Folder in which the broker stores streams.")
     ] = "/var/lib/hocket/nats",
     installed_at: Annotated[
         Path | None,
@@ -46,12 +46,14 @@ def certs(
             help="Workers HOST-0 … HOST-(COUNT-1) get a certificate of their own; repeatable.",
         ),
     ] = None,
-    days: Annotated[int, typer.Option(min=1, max=3650, help="How long they are valid.")] = 825,
+    days: Annotated[
+        int, typer.Option(min=1, max=3650, help="Days for which the certificates are valid.")
+    ] = 825,
 ) -> None:
     """Makes a CA, a folder of certificates for each role, and the broker's configuration.
 
-    Copy each folder to the hosts of that role, and name it there: HOCKET_TLS_DIR=DIR. What exists
-    is kept: delete a role's folder to make it anew.
+    Copy each folder to the hosts of that role and set HOCKET_TLS_DIR to it there. Existing folders
+    are kept: delete a role's folder to renew its certificates.
     """
     try:
         workers = _workers(worker_host or [])
@@ -96,10 +98,10 @@ _USES = {
 
 @keys.command("add")
 def add(
-    tenant: Annotated[str, typer.Argument(help="Account that the key speaks for.")],
+    tenant: Annotated[str, typer.Argument(help="Account that the key stands for.")],
     file: KeyFile = _KEYS,
 ) -> None:
-    """Makes a key and prints it, this once; the file keeps its digest."""
+    """Makes a key and prints it once; the file keeps only its digest."""
     name, secret = _told(lambda: api_keys.add(file, tenant))
     complaints.print(f"key {name} of {tenant}; it is not shown again:", markup=False)
     console.print(secret, markup=False, soft_wrap=True)
@@ -107,7 +109,7 @@ def add(
 
 @keys.command("list")
 def list_(file: KeyFile = _KEYS) -> None:
-    """Shows ids and tenants."""
+    """Lists the ids of keys and their tenants."""
     table = Table("id", "tenant")
     for key in _told(lambda: api_keys.read(file)).keys:
         table.add_row(key.id, key.tenant)
@@ -119,7 +121,7 @@ def revoke(
     name: Annotated[str, typer.Argument(metavar="ID", help="As `hocket keys list` shows it.")],
     file: KeyFile = _KEYS,
 ) -> None:
-    """Takes a key back; gateways notice within seconds."""
+    """Revokes a key; gateways refuse it within seconds."""
     found = _told(lambda: api_keys.revoke(file, name))
     console.print(f"revoked {found.id} of {found.tenant}", markup=False)
 

@@ -24,20 +24,23 @@ POLICIES = (
     *("srtf", "sjf", "rssp", "rasp", "fixed-1", "fixed-2", "fixed-4", "fixed-8"),
     *("diffusers", "diffusers-c", "diffusers-s", "monolith"),
 )
-_POLICY = f"Planning policy: {', '.join(POLICIES)}. None picks control's default."
+_POLICY = f"Planning policy: {', '.join(POLICIES)}. Default: control's."
 Policy = Annotated[str, typer.Option(help=_POLICY)]
-NatsUrl = Annotated[str, typer.Option(help="A broker that runs already.")]
+NatsUrl = Annotated[str, typer.Option(help="URL of a running broker; default: starts one.")]
 Model = Annotated[list[str] | None, typer.Option(help="Folder or hub id of a model; repeatable.")]
-Executor = Annotated[str, typer.Option(help="torch or emulated.")]
-Profile = Annotated[str, typer.Option(help="CSV by which emulated workers sleep.")]
+Executor = Annotated[str, typer.Option(help="torch; or emulated: sleeps, computes nothing.")]
+Profile = Annotated[str, typer.Option(help="CSV of call times for emulated workers.")]
 BatchMax = Annotated[
-    int, typer.Option(min=0, max=32, help="Jobs of one shape a worker; 0: its default.")
+    int, typer.Option(min=0, max=32, help="Most jobs in a batch; 0: the worker's default.")
 ]
-Listen = Annotated[str, typer.Option(help="Door of the gateway; port 0 picks one.")]
-Replicas = Annotated[int, typer.Option(min=1, max=9)]
+Listen = Annotated[str, typer.Option(help="host:port of the gateway; port 0 picks a free one.")]
+Controls = Annotated[
+    int, typer.Option(min=1, max=9, help="Control replicas: one leads, the others stand by.")
+]
+Gateways = Annotated[int, typer.Option(min=1, max=9, help="Gateways, all equal.")]
 Brokers = Annotated[int, typer.Option(help="nats-servers: 1, or 3 or 5 as a cluster.")]
 RestartsMax = Annotated[
-    int, typer.Option(min=0, help="So often in 10 minutes is a process started again.")
+    int, typer.Option(min=0, help="Restarts of one process in 10 minutes; one more ends the mesh.")
 ]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 
@@ -52,16 +55,15 @@ def up(
     profile: Profile = "",
     batch_max: BatchMax = 0,
     listen: Listen = "127.0.0.1:0",
-    controls: Replicas = 1,
-    gateways: Replicas = 1,
+    controls: Controls = 1,
+    gateways: Gateways = 1,
     brokers: Brokers = 1,
     restarts_max: RestartsMax = DEFAULT.most,
     log_level: LogLevel = "info",
 ) -> None:
     """Starts nats-server, control, workers and a gateway, and runs them until Ctrl-C.
 
-    What dies is started again. Of several controls one leads and the others stand by; gateways are
-    equal.
+    A process that dies is started again.
     """
     if brokers not in (1, 3, 5):
         raise typer.BadParameter(f"--brokers is 1, 3 or 5, not {brokers}")
@@ -98,10 +100,12 @@ def demo(
     state_dir: StateDir = None,
     nats_url: NatsUrl = "",
     model: Model = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of files.")] = Path("out"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for results.")] = Path(
+        "out"
+    ),
     keep: Annotated[bool, typer.Option("--keep", help="Leave the mesh running.")] = False,
 ) -> None:
-    """Starts a mesh, makes a video while pictures come and go, tells who gave way, stops."""
+    """Starts a mesh, makes a video that pictures preempt, prints who ran where, stops."""
 
     async def work(folder: Path) -> None:
         plan = MeshPlan(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from control.__main__ import main as control
 from control.scheduler.policies import registry
+from gateway.__main__ import main as gateway
+from gpuworker.__main__ import main as gpuworker
 from hocket.cli.__main__ import app
 from hocket.cli.common import pixels, seconds
 from hocket.cli.demo import Run, step_runs, summary
 from hocket.cli.generate import (
     Format,
+    commitment,
     farewell,
     frames_offered,
     media_type,
@@ -26,7 +32,7 @@ from hocket.errors import MeshStopped, WrongConfig
 from hocket.launching import endpoints
 from hocket.launching.launcher import MeshPlan, worker_options
 from hocket.v1.generation_pb2 import Accepted, Finished, FrameCounts, ModelInfo, Progress
-from hocket.v1.types_pb2 import MediaInfo, Shape
+from hocket.v1.types_pb2 import Commitment, MediaInfo, Shape
 from tests.hocket.test_trace_view import CONTROL, GATEWAY, WORKER
 
 COMMANDS = {"up", "demo", "generate", "watch", "result", "ls", "models", "status", "drain"}
@@ -246,6 +252,25 @@ def test_a_format_is_told_or_named_by_the_file(
     made: Format | None, output: str | None, asked_for: str
 ) -> None:
     assert media_type(made, Path(output) if output else None) == asked_for
+
+
+def test_soft_is_asked_for_only_where_it_was_said() -> None:
+    told = (commitment(None), commitment(firm=False), commitment(firm=True))
+    assert told == (
+        Commitment.COMMITMENT_UNSPECIFIED,
+        Commitment.COMMITMENT_SOFT,
+        Commitment.COMMITMENT_FIRM,
+    )
+
+
+@pytest.mark.parametrize(
+    ("app", "section"), [(gateway, "gateway"), (control, "control"), (gpuworker, "gpuworker")]
+)
+def test_help_names_the_table_of_the_settings_file(app: Callable[..., None], section: str) -> None:
+    one = typer.Typer()
+    one.command()(app)
+    told = CliRunner().invoke(one, ["--help"], env={"COLUMNS": "200"}).output
+    assert f"[{section}] table" in told
 
 
 def test_generate_tells_its_formats() -> None:

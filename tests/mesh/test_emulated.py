@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gpuworker.__main__ import EXECUTORS
 from gpuworker.emulation.executor import EmulatedExecutor, EmulatedHost
 from gpuworker.emulation.worker import read_profile
 from gpuworker.executor import RunNote
@@ -237,3 +238,9 @@ def test_the_command_explains_a_missing_profile() -> None:
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 2 and "Traceback" not in run.stderr
     assert "profile = '/nonexist'" in run.stderr and "No such file" in run.stderr
+
+
+def test_each_executor_names_a_module_of_this_tree() -> None:
+    assert EXECUTORS.keys() == {"torch", "emulated"}
+    for module in EXECUTORS.values():
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
