@@ -53,7 +53,7 @@ def mesh(
     """The mesh against the plain diffusers loop, groups, transfers, admission."""
     # No spinner: what it costs would be measured too.
     console.print(f"measuring for about {2 * rounds + 1} minutes: pairs, admissions, groups")
-    plan = mesh_bench.Plan(policy, rounds, pairs, seconds, admissions)
+    plan = mesh_bench.MeshBenchPlan(policy, rounds, pairs, seconds, admissions)
     found = asyncio.run(mesh_bench.measure(plan, console.print))
     command = f"python -m bench mesh --rounds {rounds} --pairs {pairs} --seconds {seconds:g}"
     command += f" --admissions {admissions} --policy {policy}"
@@ -81,7 +81,7 @@ def overheads(
     console.print(f"written to {out}")
 
 
-def _show(found: mesh_bench.Findings) -> None:
+def _show(found: mesh_bench.MeshFindings) -> None:
     table = Table(
         Column("figure", no_wrap=True),
         *("unit", "n", "p50", "from", "to", "p99", "min", "max"),

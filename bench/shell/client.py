@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import nats.errors
 
 from .broker import DELIVERY, INBOX, Broker, Connection, Interest, Message
-from .loop import Process
+from .loop import SimulatedProcess
 from .waits import Bell
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class Subscription:
 class Client:
     """One process's connection. Its broker may go away and come back; it follows."""
 
-    def __init__(self, broker: Broker, process: Process, name: str) -> None:
+    def __init__(self, broker: Broker, process: SimulatedProcess, name: str) -> None:
         self.name = name
         self.process = process
         self.broker = broker

@@ -23,7 +23,7 @@ from gpuworker.executor import Listener, Room, RunNote, always_room
 from hocket.messaging.bus import Bus
 from hocket.tracing.telemetry import Telemetry
 
-from .loop import Process
+from .loop import SimulatedProcess
 from .waits import SimulatedClock
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ MODEL = "toy"
 STEP_US = 50_000
 _STAGE_US = 20_000
 _URL = "nats://simulated:4222"
-Role = Callable[["World", Process], Coroutine[Any, Any, None]]
+Role = Callable[["World", SimulatedProcess], Coroutine[Any, Any, None]]
 
 PROFILE = "model,gpu,node,width,height,frames,degree,batch,call_us,source\n" + "".join(
     f"{MODEL},{GPU},{node},64,64,1,{degree},1,{call_us},simulated\n"
@@ -70,7 +70,7 @@ class _Untold:
 _TOLD = cast(Telemetry, _Untold(NoOpTracer()))
 
 
-def clock_of(world: World, process: Process) -> SimulatedClock:
+def clock_of(world: World, process: SimulatedProcess) -> SimulatedClock:
     """Each process's clock has an origin of its own: no two can be compared."""
     origin_us = sum(process.name.encode()) * 1_000_003 % 500_000_000
     return SimulatedClock(world.loop, origin_us)
@@ -79,7 +79,7 @@ def clock_of(world: World, process: Process) -> SimulatedClock:
 def control(index: int) -> Role:
     """A control replica."""
 
-    async def run(world: World, process: Process) -> None:
+    async def run(world: World, process: SimulatedProcess) -> None:
         settings = ControlSettings(
             cluster=CLUSTER,
             nats_url=_URL,
@@ -106,7 +106,7 @@ def gateway_address(index: int) -> str:
 def gateway(index: int) -> Role:
     """A gateway."""
 
-    async def run(world: World, process: Process) -> None:
+    async def run(world: World, process: SimulatedProcess) -> None:
         settings = GatewaySettings(
             cluster=CLUSTER,
             nats_url=_URL,
@@ -126,7 +126,7 @@ def worker(index: int, host: EmulatedHost | None = None, key: str = "") -> Role:
     the executor's in `World.executors`, where that is not the worker's name.
     """
 
-    async def run(world: World, process: Process) -> None:
+    async def run(world: World, process: SimulatedProcess) -> None:
         settings = WorkerSettings(
             cluster=CLUSTER,
             nats_url=_URL,

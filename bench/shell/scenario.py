@@ -1,4 +1,4 @@
-"""One seed from start to verdict."""
+"""One seed from start to result."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from hocket.v1 import journal_pb2, mesh_pb2
 
 from . import roles
 from .broker import Message
-from .callers import Callers
+from .callers import SimulatedCallers
 from .faults import STRANGE, Fault, draw_faults, inflict
-from .invariants import Entry, Problem, check, outcome_of
-from .loop import Process, SimulatedLoop
+from .invariants import JournalEnd, Problem, check, outcome_of
+from .loop import SimulatedLoop, SimulatedProcess
 from .runtime import installed
 from .stories import GATEWAYS, Story, draw_burst, draw_slow, draw_stories
 from .strangers import troubles
@@ -43,17 +43,17 @@ _SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
 
 
 @dataclass
-class Run:
+class ScenarioRun:
     """What happened."""
 
     world: World
     stories: list[Story]
     faults: list[Fault]
-    callers: Callers
+    callers: SimulatedCallers
     healed_us: int = 0
     led_us: int | None = None  # somebody leads since then, once all has healed
     accepted: dict[str, list[int]] = field(default_factory=dict)  # when, by request
-    ended: dict[str, list[Entry]] = field(default_factory=dict)
+    ended: dict[str, list[JournalEnd]] = field(default_factory=dict)
     terms: list[int] = field(default_factory=list)  # of what was stored, in order
     # When something was first assigned, by worker, term and sequence.
     assigned_us: dict[tuple[str, int, int], int] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Run:
         """Whether nothing went wrong but that strangers came."""
         return self.world.loop.watched is None and all(f.kind in STRANGE for f in self.faults)
 
-    def ends(self, request: str) -> list[Entry]:
+    def ends(self, request: str) -> list[JournalEnd]:
         return self.ended.get(request, [])
 
     def digest(self) -> str:
@@ -79,7 +79,7 @@ class Run:
         stored = [(m.subject, m.unix_us) for m in self.world.broker.all_messages()]
         return hashlib.sha256(repr((told, stored)).encode()).hexdigest()
 
-    def processes(self) -> list[Process]:
+    def processes(self) -> list[SimulatedProcess]:
         living = [m.process for m in self.world.members.values() if m.process is not None]
         return [*self.world.past, *living]
 
@@ -89,7 +89,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SeedResult:
     """A seed's result."""
 
     seed: int
@@ -115,7 +115,7 @@ class Script:
     begin: Callable[[World], None] = lambda world: None  # called before the first request
 
 
-def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
+def play(seed: int, kinds: tuple[str, ...] = ()) -> SeedResult:
     """Runs one seed. `kinds` restricts the faults."""
     rng = random.Random(seed)
     policy = rng.choice(("edf", "fixed-1"))
@@ -133,7 +133,7 @@ def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
     return perform(seed, Script(stories, faults, policy, workers, open_max))
 
 
-def perform(seed: int, script: Script) -> Verdict:
+def perform(seed: int, script: Script) -> SeedResult:
     """Runs a script; the seed is for everything else that is left to chance."""
     logging.getLogger().setLevel(logging.CRITICAL)
     loop = SimulatedLoop(START_US)
@@ -149,7 +149,7 @@ def perform(seed: int, script: Script) -> Verdict:
     finally:
         asyncio.set_event_loop(None)
         loop.close()
-    return Verdict(
+    return SeedResult(
         seed=seed,
         faults=tuple(str(fault) for fault in run.faults),
         kinds=tuple(fault.kind for fault in run.faults),
@@ -180,7 +180,7 @@ def _set_aside() -> None:
     gc.freeze()
 
 
-async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script) -> Run:
+async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script) -> ScenarioRun:
     world = World(seed, loop, folder, policy=script.policy, open_max=script.open_max)
     script.prepare(world)
     with installed(world):
@@ -190,7 +190,9 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
             world.add(f"gateway-{index}", roles.gateway(index))
         for index in range(script.workers):
             world.add(f"w{index}", roles.worker(index))
-        run = Run(world, script.stories, script.faults, Callers(world, script.stories))
+        run = ScenarioRun(
+            world, script.stories, script.faults, SimulatedCallers(world, script.stories)
+        )
         world.broker.taps.append(_assigns(run))
         await asyncio.sleep((BEGIN_US - START_US - 100_000) / 1e6)
         run.before = _sizes(world)
@@ -206,7 +208,7 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
     return run
 
 
-async def _settle(run: Run) -> None:
+async def _settle(run: ScenarioRun) -> None:
     """Waits until all is as it was, and stays so when the callers are gone, and takes its sizes."""
     world, end_us = run.world, run.world.now_us + _SETTLE_US
     await world.until(lambda: _is_quiet(run), _SETTLE_US)
@@ -218,7 +220,7 @@ async def _settle(run: Run) -> None:
             return
 
 
-def _assigns(run: Run) -> Callable[[Message], None]:
+def _assigns(run: ScenarioRun) -> Callable[[Message], None]:
     prefix = Subjects(roles.CLUSTER).assign("x").removesuffix("x")
 
     def tap(message: Message) -> None:
@@ -236,7 +238,7 @@ def _assigns(run: Run) -> Callable[[Message], None]:
     return tap
 
 
-def _read_stored(run: Run) -> None:
+def _read_stored(run: ScenarioRun) -> None:
     """What the broker has stored of requests, all that ever was."""
     broker, subjects = run.world.broker, Subjects(roles.CLUSTER)
     zero_us = broker.unix_us - run.world.now_us
@@ -247,7 +249,7 @@ def _read_stored(run: Run) -> None:
             run.terms.append(promise.term)
             name, at_us = name_of(message.subject.removeprefix(prefix)), message.unix_us - zero_us
             if promise.HasField("ended"):
-                found = Entry(at_us, outcome_of(promise.ended))
+                found = JournalEnd(at_us, outcome_of(promise.ended))
                 run.ended.setdefault(name, []).append(found)
             elif promise.HasField("submit"):  # else it says that the request is forgotten
                 run.accepted.setdefault(name, []).append(at_us)
@@ -262,7 +264,7 @@ def _open_promises(world: World) -> int:
     return sum(p.HasField("submit") and not p.HasField("ended") for p in promises)
 
 
-def _is_quiet(run: Run) -> bool:
+def _is_quiet(run: ScenarioRun) -> bool:
     """Whether all is as before the first request; if it is not, it has time to become so."""
     if not run.world.is_led():
         run.led_us = None
