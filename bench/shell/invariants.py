@@ -8,18 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from gpuworker.mesh.naming import NameRefused
 from hocket.errors import BrokerUnavailable
-from hocket.v1 import journal_pb2, mesh_pb2
 
 from .callers import NARROW
-from .roles import STEP_US
+from .scenario_run import ScenarioRun
 from .stories import ENDINGS, CallerEvent, Story
-
-if TYPE_CHECKING:
-    from .scenario import ScenarioRun
+from .toy_model import STEP_US
 
 SECOND_US = 1_000_000
 GRACE_US = 10 * SECOND_US  # a request without followers is kept so long
@@ -266,20 +262,6 @@ CHECKS: tuple[Callable[[ScenarioRun], Iterator[Problem]], ...] = (
     alive,
     nothing_left,
 )
-
-
-@dataclass(frozen=True)
-class JournalEnd:
-    """An end as it stands in the journal."""
-
-    at_us: int
-    outcome: str
-
-
-def outcome_of(ended: journal_pb2.EndedRequest | mesh_pb2.RequestEvent) -> str:
-    if ended.HasField("finished"):
-        return "finished"
-    return "failed" if ended.HasField("failed") else "cancelled"
 
 
 def _has_twin(run: ScenarioRun, worker: str) -> bool:

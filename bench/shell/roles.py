@@ -5,9 +5,8 @@ them. Only the worker is put together here, as `gpuworker.emulation.worker` does
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 import grpc
 from opentelemetry.trace import NoOpTracer, Tracer
@@ -24,34 +23,11 @@ from hocket.messaging.bus import Bus
 from hocket.tracing.telemetry import Telemetry
 
 from .loop import SimulatedProcess
+from .toy_model import CLUSTER, GPU, PROFILE
 from .waits import SimulatedClock
+from .world import Role, World
 
-if TYPE_CHECKING:
-    from .world import World
-
-CLUSTER = "sim"
-GPU = "toy-gpu"
-MODEL = "toy"
-STEP_US = 50_000
-_STAGE_US = 20_000
 _URL = "nats://simulated:4222"
-Role = Callable[["World", SimulatedProcess], Coroutine[Any, Any, None]]
-
-PROFILE = "model,gpu,node,width,height,frames,degree,batch,call_us,source\n" + "".join(
-    f"{MODEL},{GPU},{node},64,64,1,{degree},1,{call_us},simulated\n"
-    for node, degree, call_us in (
-        ("text", 1, _STAGE_US),
-        ("dit", 1, STEP_US),
-        ("dit", 2, STEP_US * 3 // 5),
-        ("vae", 1, _STAGE_US),
-    )
-)
-CELLS = {
-    (MODEL, "text", 64, 64, 1, 1): _STAGE_US,
-    (MODEL, "dit", 64, 64, 1, 1): STEP_US,
-    (MODEL, "dit", 64, 64, 1, 2): STEP_US * 3 // 5,
-    (MODEL, "vae", 64, 64, 1, 1): _STAGE_US,
-}
 
 
 @dataclass(frozen=True)
@@ -167,7 +143,3 @@ class _Observed(EmulatedExecutor):
             listener(note)
 
         super().start(hear, room)
-
-
-def emulated_host(world: World) -> EmulatedHost:
-    return EmulatedHost(clock=SimulatedClock(world.loop), profile=CELLS)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
 import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -23,12 +22,14 @@ from hocket.v1 import journal_pb2, mesh_pb2
 from . import roles
 from .broker import Message
 from .callers import SimulatedCallers
-from .faults import STRANGE, Fault, draw_faults, inflict
-from .invariants import JournalEnd, Problem, check, outcome_of
-from .loop import SimulatedLoop, SimulatedProcess
+from .faults import Fault, draw_faults, inflict
+from .invariants import Problem, check
+from .loop import SimulatedLoop
 from .runtime import installed
+from .scenario_run import JournalEnd, ScenarioRun, outcome_of
 from .stories import GATEWAYS, Story, draw_burst, draw_slow, draw_stories
 from .strangers import troubles
+from .toy_model import CLUSTER
 from .world import World
 
 SECOND_US = 1_000_000
@@ -40,52 +41,6 @@ _BURSTS = _SLOW = 0.03  # of the seeds
 _LED_US = SECOND_US  # a leader that leads so long has taken up what was open
 _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
 _SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
-
-
-@dataclass
-class ScenarioRun:
-    """What happened."""
-
-    world: World
-    stories: list[Story]
-    faults: list[Fault]
-    callers: SimulatedCallers
-    healed_us: int = 0
-    led_us: int | None = None  # somebody leads since then, once all has healed
-    accepted: dict[str, list[int]] = field(default_factory=dict)  # when, by request
-    ended: dict[str, list[JournalEnd]] = field(default_factory=dict)
-    terms: list[int] = field(default_factory=list)  # of what was stored, in order
-    # When something was first assigned, by worker, term and sequence.
-    assigned_us: dict[tuple[str, int, int], int] = field(default_factory=dict)
-    troubles: dict[str, int] = field(default_factory=dict)  # as the leader counted them
-    before: dict[str, int] = field(default_factory=dict)
-    after: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def calm(self) -> bool:
-        return not self.faults and self.world.loop.watched is None
-
-    @property
-    def undisturbed(self) -> bool:
-        """Whether nothing went wrong but that strangers came."""
-        return self.world.loop.watched is None and all(f.kind in STRANGE for f in self.faults)
-
-    def ends(self, request: str) -> list[JournalEnd]:
-        return self.ended.get(request, [])
-
-    def digest(self) -> str:
-        """The same for two runs that told and stored the same at the same times."""
-        told = [(story.name, t) for story in self.stories for t in story.told]
-        stored = [(m.subject, m.unix_us) for m in self.world.broker.all_messages()]
-        return hashlib.sha256(repr((told, stored)).encode()).hexdigest()
-
-    def processes(self) -> list[SimulatedProcess]:
-        living = [m.process for m in self.world.members.values() if m.process is not None]
-        return [*self.world.past, *living]
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """Sizes before the first request and after the last."""
-        return {name: (self.before.get(name, 0), size) for name, size in self.after.items()}
 
 
 @dataclass(frozen=True)
@@ -221,7 +176,7 @@ async def _settle(run: ScenarioRun) -> None:
 
 
 def _assigns(run: ScenarioRun) -> Callable[[Message], None]:
-    prefix = Subjects(roles.CLUSTER).assign("x").removesuffix("x")
+    prefix = Subjects(CLUSTER).assign("x").removesuffix("x")
 
     def tap(message: Message) -> None:
         if message.subject.startswith(prefix):
@@ -240,7 +195,7 @@ def _assigns(run: ScenarioRun) -> Callable[[Message], None]:
 
 def _read_stored(run: ScenarioRun) -> None:
     """What the broker has stored of requests, all that ever was."""
-    broker, subjects = run.world.broker, Subjects(roles.CLUSTER)
+    broker, subjects = run.world.broker, Subjects(CLUSTER)
     zero_us = broker.unix_us - run.world.now_us
     prefix = subjects.promise("x").removesuffix("x")
     for message in broker.all_of(subjects.promises_stream):
@@ -256,7 +211,7 @@ def _read_stored(run: ScenarioRun) -> None:
 
 
 def _open_promises(world: World) -> int:
-    subjects = Subjects(roles.CLUSTER)
+    subjects = Subjects(CLUSTER)
     stream = world.broker.streams.get(subjects.promises_stream)
     pattern = subjects.promise("x").removesuffix("x") + "*"
     found = stream.matching(pattern) if stream is not None else []

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import Message
@@ -16,9 +16,6 @@ from google.protobuf.message import Message
 from .loop import SimulatedProcess
 from .waits import Bell
 from .wire import Wire
-
-if TYPE_CHECKING:
-    from .link import Network
 
 _WINDOW = 256  # messages that a stream sends ahead of its reader
 
@@ -72,11 +69,24 @@ class ServedAddress:
         return handler
 
 
+class ServingNetwork(Protocol):
+    """Who serves where, and the channels there (see link.py)."""
+
+    doors: dict[str, ServedAddress]
+
+    @property
+    def channels(self) -> Sequence[Any]: ...
+
+    def port(self) -> int: ...
+    def listen(self, door: ServedAddress) -> None: ...
+    def close(self, door: ServedAddress) -> None: ...
+
+
 class Server:
     """What `grpc.aio.server` returns."""
 
     def __init__(
-        self, network: Network, process: SimulatedProcess, interceptors: Sequence[Any]
+        self, network: ServingNetwork, process: SimulatedProcess, interceptors: Sequence[Any]
     ) -> None:
         self._network, self._process = network, process
         self._interceptors = interceptors

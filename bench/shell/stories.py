@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hocket.v1 import generation_pb2, types_pb2
 
-from .roles import MODEL
+from .toy_model import MODEL
 
 GATEWAYS = 2
 COME_WITHIN_US = 4_000_000

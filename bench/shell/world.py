@@ -10,22 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from gpuworker.emulation.executor import EmulatedExecutor
 from gpuworker.executor import RunNote
 from hocket.messaging.bus import Subjects
 from hocket.messaging.leader import LeaderKey, read_key
 
-from . import roles
 from .broker import Broker
 from .client import Client
 from .link import Network
 from .loop import SimulatedLoop, SimulatedProcess
-from .roles import Role
-from .strangers import Tally
+from .toy_model import CLUSTER, emulated_host
 from .wire import Weather
 
 SECOND_US = 1_000_000
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _RESTART_US = SECOND_US  # a supervisor starts again what ended so long ago
+Role = Callable[["World", SimulatedProcess], Coroutine[Any, Any, None]]  # what a process does
 
 
 @dataclass
@@ -68,6 +70,19 @@ class WorkLog:
 
 
 @dataclass
+class Tally:
+    """What strangers have said (see strangers.py), and what became of it."""
+
+    heard: int = 0  # payloads for control that reached somebody
+    taken: str = ""  # a call that was not refused as it should be
+
+    def note_status(self, what: str, code: grpc.StatusCode | None) -> None:
+        """`code`: how a call ended; None: it was answered."""
+        if code is not grpc.StatusCode.INVALID_ARGUMENT and code not in _AWAY:
+            self.taken = f"{what}: {'taken' if code is None else code.name}"
+
+
+@dataclass
 class World:
     """All of it. Make it inside the loop that it runs on."""
 
@@ -97,7 +112,7 @@ class World:
         self.broker = Broker(self.loop, net, self.weather)
         self.network = Network(self.loop, net, self.weather)
         self.loop.thread_us = lambda: net.randrange(2_000)
-        self.emulated = roles.emulated_host(self)
+        self.emulated = emulated_host(self.loop)
 
     @property
     def now_us(self) -> int:
@@ -160,7 +175,7 @@ class World:
         return door is not None and not door.process.dead and not door.process.stopped
 
     def _leader_key(self) -> LeaderKey | None:
-        found = self.broker.all_of(f"KV_{Subjects(roles.CLUSTER).leader_bucket}")
+        found = self.broker.all_of(f"KV_{Subjects(CLUSTER).leader_bucket}")
         return read_key(found[-1].data) if found else None
 
     async def until(self, condition: Callable[[], bool], at_most_us: int) -> bool:
