@@ -27,9 +27,9 @@ from hocket.errors import (
 )
 from hocket.v1 import control_pb2, control_pb2_grpc, generation_pb2, generation_pb2_grpc
 
-from .link import BROKEN, WINDOW
 from .loop import SimulatedProcess
 from .roles import gateway_address
+from .rpc.link import BROKEN, WINDOW
 from .stories import ENDINGS, GATEWAYS, CallerEvent, Story
 
 if TYPE_CHECKING:

@@ -22,11 +22,11 @@ from control.leading import promises
 from hocket import clock
 from hocket.messaging import bus
 
-from .client import Client
-from .jetstream import JetStream
-from .link import WINDOW, Channel
 from .loop import SimulatedProcess, current_process
-from .served import Server
+from .messaging.client import Client
+from .messaging.jetstream import JetStream
+from .rpc.link import WINDOW, Channel
+from .rpc.served import Server
 
 if TYPE_CHECKING:
     from .world import World

@@ -20,11 +20,11 @@ from hocket.messaging.subjects import name_of
 from hocket.v1 import journal_pb2, mesh_pb2
 
 from . import roles
-from .broker import Message
 from .callers import SimulatedCallers
 from .faults import Fault, draw_faults, inflict
 from .invariants import Problem, check
 from .loop import SimulatedLoop
+from .messaging.broker import Message
 from .runtime import installed
 from .scenario_run import JournalEnd, ScenarioRun, outcome_of
 from .stories import GATEWAYS, Story, draw_burst, draw_slow, draw_stories

@@ -25,7 +25,7 @@ from hocket.v1 import (
 )
 
 from . import roles
-from .client import Client
+from .messaging.client import Client
 from .toy_model import CLUSTER, MODEL, emulated_host
 from .world import World
 

@@ -17,10 +17,10 @@ from gpuworker.executor import RunNote
 from hocket.messaging.bus import Subjects
 from hocket.messaging.leader import LeaderKey, read_key
 
-from .broker import Broker
-from .client import Client
-from .link import Network
 from .loop import SimulatedLoop, SimulatedProcess
+from .messaging.broker import Broker
+from .messaging.client import Client
+from .rpc.link import Network
 from .toy_model import CLUSTER, emulated_host
 from .wire import Weather
 

@@ -8,9 +8,9 @@ import io
 import msgspec
 import pytest
 
-from bench.live_compare import compare
-from bench.live_profile import live_profile
-from bench.live_run import RequestOutcome
+from bench.live.compare import compare
+from bench.live.profile import live_profile
+from bench.live.run import RequestOutcome
 from bench.sim.call_times import Contention
 from bench.sim.case import Case, CaseError, ClusterSpec
 from bench.sim.loop import run

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from bench.shell.broker import Broker, Connection, Stream, WrongLast, matcher
-from bench.shell.client import Client, Received
-from bench.shell.jetstream import JetStream
 from bench.shell.loop import Deadlock, SimulatedLoop, SimulatedProcess
+from bench.shell.messaging.broker import Broker, Connection, Stream, WrongLast, matcher
+from bench.shell.messaging.client import Client, Received
+from bench.shell.messaging.jetstream import JetStream
 from bench.shell.waits import SimulatedClock
 from bench.shell.wire import Weather, Wire
 from hocket.messaging.bus import Bus

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.memory_bench import flux_state_bytes, wan_state_bytes
+from bench.mesh.parking_cost import flux_state_bytes, wan_state_bytes
 from gpuworker.loading import load_card
 from gpuworker.memory.latents import LatentPlace, LatentShelf, Shares
 from gpuworker.state import LatentState

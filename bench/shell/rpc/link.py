@@ -17,10 +17,10 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from .loop import SimulatedLoop, SimulatedProcess
+from ..loop import SimulatedLoop, SimulatedProcess
+from ..waits import Bell
+from ..wire import Weather, Wire
 from .served import ServedAddress, ServerCall, told_every
-from .waits import Bell
-from .wire import Weather, Wire
 
 _KEEPALIVE_US = 15_000_000
 _RETRY_S = 0.1

@@ -14,9 +14,9 @@ from typing import Any
 
 import nats.errors
 
+from ..loop import SimulatedProcess
+from ..waits import Bell
 from .broker import DELIVERY, INBOX, Broker, Connection, Interest, Message
-from .loop import SimulatedProcess
-from .waits import Bell
 
 _RETRY_S = 0.1
 _BUFFER_BYTES_MAX = 2 << 20  # of what is sent while the broker is away

@@ -1,8 +1,8 @@
 """One Case through the *live* mesh in real time: real broker, services, workers and gRPC calls.
 
 The counterpart of `bench.sim.loop.run`, which runs the same Case in simulated time; how near the
-two come is what `python -m bench live` tells. (`bench.manual_run` is the third way: the live driver
-on a manual clock, whose plans must be equal to the simulator's.)
+two come is what `python -m bench live` tells. (`manual_run.py` is the third way: the live driver on
+a manual clock, whose plans must be equal to the simulator's.)
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from statistics import mean, median
 
 from rich.table import Column, Table
 
-from bench.live_run import RequestOutcome
+from bench.live.run import RequestOutcome
 from bench.reporting.statistics import mean_interval
 from bench.sim.case import Case
 from bench.sim.loop import run

@@ -20,8 +20,8 @@ from statistics import median
 
 from rich.progress import Progress
 
-from bench.mesh_bench import MeshFindings
-from bench.scripted_leader import Leader, Piece, WorkerPool
+from bench.mesh.request_cost import MeshFindings
+from bench.mesh.scripted_leader import Leader, Piece, WorkerPool
 from hocket.clock import steady_ns
 from hocket.launching.broker import free_port, nats_server_command
 from hocket.messaging.bus import Bus

@@ -1,6 +1,6 @@
 """`python -m bench mesh`: what the mesh costs over the plain diffusers loop, on this machine.
 
-Paired and with spread, since machines are shared (`mesh_pairs`): both shipped models, every size,
+Paired and with spread, since machines are shared (`pairs.py`): both shipped models, every size,
 end to end and the denoising alone. Ratios and invariants are the gates; milliseconds are
 aims on an idle machine.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from bench.mesh_pairs import PairComparison, Told, paired
+from bench.mesh.pairs import PairComparison, Told, paired
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
 from hocket.launching.launcher import MeshPlan, mesh

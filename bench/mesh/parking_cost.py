@@ -12,7 +12,7 @@ import asyncio
 import json
 import sys
 
-from bench.mesh_bench import MeshFindings
+from bench.mesh.request_cost import MeshFindings
 
 _FLUX_SIDES_PX = (512, 1024, 2048)
 _WAN_SHAPES = ((832, 480, 81), (1280, 720, 81))

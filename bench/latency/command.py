@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency_recording import (
+from bench.latency.recording import (
     MACHINE,
     PROFILE,
     SLOW_WORKER,

@@ -24,9 +24,9 @@ import msgspec
 import typer
 from rich.progress import Progress
 
-from bench.live_compare import LiveComparison, Outcomes, compare, table
-from bench.live_profile import live_profile
-from bench.live_run import run_live
+from bench.live.compare import LiveComparison, Outcomes, compare, table
+from bench.live.profile import live_profile
+from bench.live.run import run_live
 from bench.sim.case import Case, CaseError
 from bench.sim.experiment import Experiment, RunSpec, load_experiment, parse_seeds
 from bench.sim.trace import TraceRequest

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import grpc
 from google.protobuf.message import Message
 
-from .loop import SimulatedProcess
-from .waits import Bell
-from .wire import Wire
+from ..loop import SimulatedProcess
+from ..waits import Bell
+from ..wire import Wire
 
 _WINDOW = 256  # messages that a stream sends ahead of its reader
 
