@@ -12,16 +12,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Column, Table
 
-from bench import memory_bench, mesh_bench
-from bench import overheads as overhead_bench
 from bench.admission.command import admission_command
 from bench.bound import bound_command
 from bench.chaos.command import chaos_command
 from bench.chaos.three_hosts import hosts_command
 from bench.digests import digests_command
 from bench.gpu.command import gpu_command
-from bench.latency_command import latency_command
-from bench.live_command import live_command
+from bench.latency.command import latency_command
+from bench.live.command import live_command
+from bench.mesh import change_cost, parking_cost, request_cost
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
 from bench.report import report_command, timeline_command
 from bench.shell.command import shell_command
@@ -54,11 +53,11 @@ def mesh(
     """Measures the mesh against the plain diffusers loop, and groups, transfers, admission."""
     # No spinner: what it costs would be measured too.
     console.print(f"measuring for about {2 * rounds + 1} minutes: pairs, admissions, groups")
-    plan = mesh_bench.Plan(policy, rounds, pairs, seconds, admissions)
-    found = asyncio.run(mesh_bench.measure(plan, console.print))
+    plan = request_cost.MeshBenchPlan(policy, rounds, pairs, seconds, admissions)
+    found = asyncio.run(request_cost.measure(plan, console.print))
     command = f"python -m bench mesh --rounds {rounds} --pairs {pairs} --seconds {seconds:g}"
     command += f" --admissions {admissions} --policy {policy}"
-    mesh_bench.write(found, out, command)
+    request_cost.write(found, out, command)
     _show(found)
     console.print(f"written to {out}")
 
@@ -73,14 +72,14 @@ def overheads(
 ) -> None:
     """Measures what pausing, moving and resizing a job costs, in its own steps."""
     with Progress(console=console, transient=True) as progress:
-        found = asyncio.run(overhead_bench.measure(turns, seconds, progress))
+        found = asyncio.run(change_cost.measure(turns, seconds, progress))
     command = f"python -m bench overheads --turns {turns} --seconds {seconds:g}"
-    mesh_bench.write(found, out, command)
+    request_cost.write(found, out, command)
     _show(found)
     console.print(f"written to {out}")
 
 
-def _show(found: mesh_bench.Findings) -> None:
+def _show(found: request_cost.MeshFindings) -> None:
     table = Table(
         Column("figure", no_wrap=True),
         *("unit", "n", "p50", "from", "to", "p99", "min", "max"),
@@ -99,8 +98,8 @@ def memory(
     ),
 ) -> None:
     """Memory of parked jobs by shape, spilling, loading and evicting weights."""
-    found = asyncio.run(memory_bench.measure(rounds))
-    mesh_bench.write(found, out, f"python -m bench memory --rounds {rounds}")
+    found = asyncio.run(parking_cost.measure(rounds))
+    request_cost.write(found, out, f"python -m bench memory --rounds {rounds}")
     table = Table(
         Column("figure", no_wrap=True), "unit", "n", "p50", "from", "to", "p99", "min", "max"
     )

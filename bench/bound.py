@@ -26,7 +26,7 @@ VARIABLES_MAX = 60_000
 MIP_SECONDS = 20.0
 
 
-class Bound(msgspec.Struct, frozen=True, kw_only=True):
+class AttainmentBound(msgspec.Struct, frozen=True, kw_only=True):
     """Upper bounds on attainment, 0..1, of one trace on one cluster."""
 
     requests: int
@@ -47,7 +47,7 @@ def bound(
     tolerance: float = 0.0,
     mip_seconds: float = MIP_SECONDS,
     variables_max: int = VARIABLES_MAX,
-) -> Bound:
+) -> AttainmentBound:
     """Bounds the attainment of any schedule of `trace` on `gpus` equal GPUs.
 
     Args:
@@ -67,7 +67,7 @@ def bound(
     able = [d for d in every if d.feasible_alone]
     total = max(1, len(every))
     if not able:
-        return Bound(requests=len(every), alone=0.0, linear=0.0, bound=0.0)
+        return AttainmentBound(requests=len(every), alone=0.0, linear=0.0, bound=0.0)
     grid = cuts(able, variables_max)
     relaxation = programme(able, gpus, grid)
     linear = solve_linear(relaxation)
@@ -77,7 +77,7 @@ def bound(
         whole = solve_whole(relaxation, mip_seconds)
     if whole is not None:
         met = min(met, math.floor(whole.bounded + 1e-4))
-    return Bound(
+    return AttainmentBound(
         requests=len(every),
         alone=len(able) / total,
         linear=linear.certified / total,

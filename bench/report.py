@@ -31,7 +31,7 @@ def report(folder: Path, baseline: str = "hocket") -> tuple[Path, ...]:
     below = sorted(p.parent for p in folder.glob(f"*/{RUNS}"))
     if not below:
         raise rows.ReportError(f"neither {folder} nor a folder in it has {RUNS}")
-    every: list[experiment_report.Findings] = []
+    every: list[experiment_report.ExperimentFindings] = []
     written: list[Path] = []
     for one in below:
         findings = experiment_report.find(rows.read_experiment(one, baseline))

@@ -24,11 +24,11 @@ from control.entrance.door import check_submit
 from control.requests import refusals, wishes
 from control.requests.degrade import ladders
 from control.requests.detaching import Detaching
-from control.requests.endings import Promises
-from control.requests.lifecycle import RequestState
+from control.requests.endings import PromiseLog
+from control.requests.lifecycle import LifecycleState
 from control.requests.offers import Answered, Decided, Offer
 from control.requests.records import Record, Records
-from control.requests.verdicts import Newcomer, Verdict, judge, told_us
+from control.requests.verdicts import AdmissionCandidate, Verdict, judge, told_us
 from control.scheduler.values import Arrived, CancelRequested, Request
 from hocket.clock import Clock, unix_ns
 from hocket.errors import Refused
@@ -53,13 +53,13 @@ class AdmissionSettings:
     best_effort_wait_us_max: int = 0  # as the policy bounds it; 0: it does not
 
 
-class Admission:
+class AdmissionControl:
     """One leader's door."""
 
     def __init__(
         self,
         driver: Driver,
-        promises: Promises,
+        promises: PromiseLog,
         records: Records,
         served: Callable[[], Mapping[str, generation_pb2.ModelInfo]],
         has_workers: Callable[[], bool],
@@ -150,7 +150,7 @@ class Admission:
         self._wake.set()
 
     async def run(self) -> None:
-        """Answers until cancelled. Raises what `Promises.append` raises, in a group."""
+        """Answers until cancelled. Raises what `PromiseLog.append` raises, in a group."""
         slots = asyncio.Semaphore(_APPENDS_MAX)
         async with asyncio.TaskGroup() as appends:
             appends.create_task(self._detaching.run())
@@ -178,7 +178,7 @@ class Admission:
     ) -> None:
         if known.tenant != submit.request.tenant or (known.wish and known.wish != wish):
             answered(refusals.key_reused(submit, known), False)
-        elif known.state is RequestState.RECEIVED:
+        elif known.state is LifecycleState.RECEIVED:
             offer = self._offers[known.id]
             offer.wanted.append(wanted)
             offer.expires_us.append(expires_us)
@@ -287,7 +287,7 @@ class Admission:
     def _is_unknown_yet(self, request: str) -> bool:
         """Whether its arrival may still be on its way to the scheduler."""
         record = self._records.get(request)
-        return record is not None and (record.is_open or record.state is RequestState.RECEIVED)
+        return record is not None and (record.is_open or record.state is LifecycleState.RECEIVED)
 
     def _refusal(
         self, offer: Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
@@ -301,14 +301,14 @@ class Admission:
 
     def _newcomer(
         self, offer: Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
-    ) -> Newcomer:
+    ) -> AdmissionCandidate:
         submit = offer.record.submit
         spec, slo = submit.request.spec, submit.request.slo
         model = served[spec.model]
         spec.guidance_branches = translate.branches_of(spec, (model,))
         request = translate.to_request(submit.request_id, submit.request, now_us)
         degrades = slo.on_miss == types_pb2.ON_MISS_DEGRADE
-        return Newcomer(request, ladders(spec, slo.degrade, model) if degrades else ())
+        return AdmissionCandidate(request, ladders(spec, slo.degrade, model) if degrades else ())
 
     # ---------------------------------------------------------------------------- answers
 

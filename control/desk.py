@@ -17,13 +17,13 @@ from typing import Any
 from grpc_health.v1 import health
 from opentelemetry.trace import Tracer
 
-from control.admission import Admission, AdmissionSettings
+from control.admission import AdmissionControl, AdmissionSettings
 from control.driver import Driver, Outlet
 from control.entrance.servicer import ControlServicer
 from control.planning import Inline, Planning
 from control.publisher import Diary, Publisher
 from control.requests.attach import Attachments
-from control.requests.endings import Endings, Promises
+from control.requests.endings import Endings, PromiseLog
 from control.requests.followers import Followers
 from control.requests.records import Records
 from control.scheduler.core import Scheduler
@@ -43,7 +43,7 @@ class Wiring:
     bus: Bus
     subjects: Subjects
     diary: Diary
-    promises: Promises
+    promises: PromiseLog
     scheduler: Scheduler
     leases: Leases
     clock: Clock
@@ -78,7 +78,7 @@ class Desk:
     driver: Driver
     publisher: Publisher
     endings: Endings
-    admission: Admission
+    admission: AdmissionControl
     attachments: Attachments
     view: ClusterView
     servicer: ControlServicer
@@ -103,7 +103,7 @@ class Desk:
             replicas=w.replicas,
             troubles=lambda: _told(troubles, w.bus, driver),
         )
-        admission = Admission(
+        admission = AdmissionControl(
             driver,
             w.promises,
             records,

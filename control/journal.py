@@ -24,7 +24,7 @@ _PIECE_BYTES = 256 << 10  # far below what a broker's message may have
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredEntry:
     """An entry as read back, with the broker's wall-clock stamp."""
 
     entry: journal_pb2.JournalEntry
@@ -105,11 +105,11 @@ def joined(found: Iterable[journal_pb2.LeaderStarted]) -> journal_pb2.LeaderStar
     return journal_pb2.LeaderStarted.FromString(zlib.decompress(packed))
 
 
-async def read(bus: Bus, subjects: Subjects, kind: str = "*") -> AsyncIterator[Stored]:
+async def read(bus: Bus, subjects: Subjects, kind: str = "*") -> AsyncIterator[StoredEntry]:
     """Stored entries of one kind ("*": all), oldest first, up to the newest at the call.
 
     Raises BrokerUnavailable when it breaks off.
     """
     diary = Log(bus, subjects.journal_stream)
     async for entry in diary.read(subjects.journal(kind), history=True):
-        yield Stored(journal_pb2.JournalEntry.FromString(entry.data), entry.unix_us)
+        yield StoredEntry(journal_pb2.JournalEntry.FromString(entry.data), entry.unix_us)

@@ -22,7 +22,7 @@ from control.scheduler.times.cells import LatencySnapshot
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable
 from hocket.messaging.bus import Bus, Subjects
-from hocket.messaging.stores import Cell, EntryTooLarge, LogFull, NoRoom, OutcomeUnknown
+from hocket.messaging.stores import EntryTooLarge, LeasedKey, LogFull, NoRoom, OutcomeUnknown
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -32,7 +32,7 @@ SAVE_EVERY_US = 2_000_000
 LATENCIES = "latencies"  # the key
 
 
-class Stored(msgspec.Struct, frozen=True, kw_only=True):
+class StoredSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """What the bucket holds."""
 
     version: int
@@ -48,7 +48,7 @@ class Ask(Protocol):
 class LatencyStore:
     """Keeps one scheduler's latencies."""
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, cell: LeasedKey) -> None:
         self._cell = cell
         self._saved = 0  # the scheduler's count of what it learned, at the last write
         self._failing = False
@@ -58,10 +58,10 @@ class LatencyStore:
     async def open(cls, bus: Bus, subjects: Subjects, replicas: int = 1) -> LatencyStore:
         """Makes the bucket where needed."""
         try:
-            cell = await Cell.open(bus, subjects.latency_bucket, LATENCIES, replicas=replicas)
+            cell = await LeasedKey.open(bus, subjects.latency_bucket, LATENCIES, replicas=replicas)
         except (BrokerUnavailable, NoRoom) as error:
             log.warning("latencies are not kept: %s", error)
-            cell = Cell(bus, subjects.latency_bucket, LATENCIES)
+            cell = LeasedKey(bus, subjects.latency_bucket, LATENCIES)
         return cls(cell)
 
     async def load(self) -> LatencySnapshot | None:
@@ -77,7 +77,7 @@ class LatencyStore:
             content = unpacked(found[0])
             version = msgspec.json.decode(content, type=_Versioned).version
             if version == VERSION:
-                return msgspec.json.decode(content, type=Stored).snapshot
+                return msgspec.json.decode(content, type=StoredSnapshot).snapshot
             problem = f"version {version}, this is {VERSION}"
         except (msgspec.MsgspecError, zlib.error) as error:
             problem = str(error)
@@ -104,7 +104,9 @@ class LatencyStore:
         if news is None:
             return
         learned, snapshot = news
-        content = await asyncio.to_thread(packed, Stored(version=VERSION, snapshot=snapshot))
+        content = await asyncio.to_thread(
+            packed, StoredSnapshot(version=VERSION, snapshot=snapshot)
+        )
         async with self._saving:
             try:
                 await self._write(content)
@@ -123,7 +125,7 @@ class LatencyStore:
             await self._cell.update(content, found[1])
 
 
-def packed(stored: Stored) -> bytes:
+def packed(stored: StoredSnapshot) -> bytes:
     """As the bucket holds it."""
     return zlib.compress(msgspec.json.encode(stored))
 

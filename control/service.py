@@ -39,7 +39,7 @@ from hocket.launching import endpoints
 from hocket.launching.endpoints import STANDBY
 from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.leader import LEADER_KEY, LeaderWatch
-from hocket.messaging.stores import Cell, Log
+from hocket.messaging.stores import LeasedKey, Log
 from hocket.rpc.channels import SERVER_OPTIONS
 from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
 from hocket.tracing.telemetry import Telemetry
@@ -84,7 +84,7 @@ class Replica:
         told: Telemetry,
         bus: Bus,
         stream: Log,
-        cell: Cell,
+        cell: LeasedKey,
     ) -> None:
         self._settings = settings
         self._clock = clock
@@ -280,12 +280,12 @@ class Replica:
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
-async def _places(bus: Bus, settings: ControlSettings) -> tuple[Log, Cell]:
+async def _places(bus: Bus, settings: ControlSettings) -> tuple[Log, LeasedKey]:
     """The promises stream and the leader's key. Raises WrongConfig, BrokerUnavailable."""
     subjects, copies = Subjects(settings.cluster), settings.stream_replicas
     stream = await open_stream(bus, subjects, settings.promises_bytes_max, copies)
     ttl_s = settings.leader_ttl_us / 1e6
-    return stream, await Cell.open(bus, subjects.leader_bucket, LEADER_KEY, ttl_s, copies)
+    return stream, await LeasedKey.open(bus, subjects.leader_bucket, LEADER_KEY, ttl_s, copies)
 
 
 async def _patiently(work: Callable[[], Awaitable[T]]) -> T:

@@ -79,7 +79,7 @@ class Control(Protocol):
     async def list(self, request: ListRequestsRequest) -> ListRequestsResponse: ...
 
 
-class Media(Protocol):
+class MediaSource(Protocol):
     """Where results are."""
 
     def chunks(self, media: MediaInfo, offset: int = 0) -> AsyncIterator[MediaChunk]: ...
@@ -91,7 +91,7 @@ class Calls:
 
     line: Line
     control: Control
-    media: Media
+    media: MediaSource
     clock: Clock
     tracer: Tracer
     submit_wait_us: int  # how long a new request waits for control's answer

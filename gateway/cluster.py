@@ -39,7 +39,7 @@ _SILENCE_S_MAX = 5.0  # control says how the cluster stands at least every secon
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
-class Cluster:
+class ClusterWatch:
     """Kept up to date by `watch`, which runs as long as the gateway does."""
 
     def __init__(

@@ -88,7 +88,7 @@ class Follower:
                 return
 
 
-class Followers:
+class FollowerIndex:
     """Followers by name and by request."""
 
     def __init__(self) -> None:

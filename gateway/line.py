@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from gateway.follower import Follower, Followers
+from gateway.follower import Follower, FollowerIndex
 from hocket.clock import Clock
 from hocket.errors import ControlUnavailable
 from hocket.v1.control_pb2 import (
@@ -126,7 +126,7 @@ class Line:
         self._numbers = itertools.count(1)
         self._calls: dict[int, _Call] = {}
         self._given_up: dict[int, str] = {}  # sent, unanswered, its caller gone: call -> follower
-        self._followers = Followers()
+        self._followers = FollowerIndex()
         self._outbox = _Outbox()
         self._said: asyncio.Event = asyncio.Event()  # the outbox was changed, or a beat is due
         self._called: asyncio.Event = asyncio.Event()  # there is a submit without an answer

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from gateway.access import Access
 from gateway.calls import Calls
-from gateway.cluster import Cluster
+from gateway.cluster import ClusterWatch
 from gateway.error_statuses import ErrorStatuses
 from gateway.grpc_link import Doors
 from gateway.limits import CallLimit
@@ -81,7 +81,7 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
 
         doors = Doors(telemetry.client_interceptors(), identity)
         stack.push_async_callback(doors.close)
-        cluster = Cluster(doors, on_change, lambda: not bus.connected)
+        cluster = ClusterWatch(doors, on_change, lambda: not bus.connected)
         leader = LeaderWatch(bus, settings.cluster)
         stack.push_async_callback(leader.close)
         line = _line(settings, doors, cluster, leader)
@@ -108,7 +108,9 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
                 task.cancel()
 
 
-def _line(settings: GatewaySettings, doors: Doors, cluster: Cluster, leader: LeaderWatch) -> Line:
+def _line(
+    settings: GatewaySettings, doors: Doors, cluster: ClusterWatch, leader: LeaderWatch
+) -> Line:
     def announced() -> list[str]:
         return [one.address for one in endpoints.living(settings.state_dir, "control")]
 
@@ -123,7 +125,7 @@ async def _watch_leader(leader: LeaderWatch) -> None:
 
 
 def _calls(
-    settings: GatewaySettings, telemetry: Telemetry, bus: Bus, cluster: Cluster, line: Line
+    settings: GatewaySettings, telemetry: Telemetry, bus: Bus, cluster: ClusterWatch, line: Line
 ) -> Calls:
     clock = SystemClock()
     bucket = Subjects(settings.cluster).media_bucket

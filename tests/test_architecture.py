@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hocket", "gateway", "control", "gpuworker", "bench", "tests", "tools")
 LINES_A_FUNCTION, LINES_A_FILE, COLUMNS = 70, 400, 100
 SERVICE_RUST_FREE = ("gateway", "control", "client")
+# Inside the scheduler library, between its values and a policy's own arrays or books.
+STANDING_TWICE = {"Forecast", "Slow", "Start"}
 READS_ENVIRONMENT = re.compile(
     r"\bos\.environ\b(?!\.setdefault)|\bfrom os import [^\n]*\benviron\b"
 )
@@ -97,6 +99,35 @@ def test_clock_and_environment_bans_bite() -> None:
     for line in ("import time\ntime.monotonic()\n", "import os\nos.getenv('X')\n"):
         run = _tool("ruff", "check", "--stdin-filename", "control/planted.py", "-", text=line)
         assert "TID251" in run.stdout
+
+
+def names_standing_twice(texts: dict[str, str]) -> dict[str, list[str]]:
+    """Public classes whose name stands at the top of several source texts, and in which."""
+    places: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name)
+    return {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_a_class_name_means_one_thing() -> None:
+    texts = {
+        str(p.relative_to(ROOT)): p.read_text()
+        for p in sources()
+        if p.relative_to(ROOT).parts[0] not in ("tests", "tools")
+    }
+    found = names_standing_twice(texts)
+    assert found.keys() == STANDING_TWICE, found
+
+
+def test_class_name_check_sees_a_second_meaning() -> None:
+    planted = {
+        "one": "class Layout:\n    pass\nclass _Row:\n    pass\n",
+        "two": "class Layout:\n    pass\nclass _Row:\n    pass\n",
+        "three": "from one import Layout\nclass Other:\n    class Layout:\n        pass\n",
+    }
+    assert names_standing_twice(planted) == {"Layout": ["one", "two"]}
 
 
 def environment_readers(texts: dict[str, str]) -> set[str]:

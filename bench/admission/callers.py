@@ -29,7 +29,7 @@ _CALL_S = 120.0
 
 
 @dataclass
-class Doors:
+class CallerStubs:
     """Connections that the callers share."""
 
     stubs: list[GenerationServiceAsyncStub]
@@ -63,7 +63,7 @@ class Burst:
 
 
 @asynccontextmanager
-async def doors(address: str, create: bool) -> AsyncIterator[Doors]:
+async def doors(address: str, create: bool) -> AsyncIterator[CallerStubs]:
     """Connected channels to a gateway."""
     options = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
     async with AsyncExitStack() as stack:
@@ -73,7 +73,7 @@ async def doors(address: str, create: bool) -> AsyncIterator[Doors]:
             await stack.enter_async_context(channel)
             await asyncio.wait_for(channel.channel_ready(), _CALL_S)
             stubs.append(GenerationServiceStub(channel))
-        yield Doors(stubs, create)
+        yield CallerStubs(stubs, create)
 
 
 def wish(seed: int, *, steps: int, detached: bool, deadline_s: float = 0.0) -> GenerateRequest:
@@ -87,7 +87,7 @@ def wish(seed: int, *, steps: int, detached: bool, deadline_s: float = 0.0) -> G
     )
 
 
-async def burst(at: Doors, callers: int, deadline_s: float) -> Burst:
+async def burst(at: CallerStubs, callers: int, deadline_s: float) -> Burst:
     """So many callers in one instant."""
     found = Burst(callers)
     began_ns = steady_ns()
@@ -107,7 +107,7 @@ async def burst(at: Doors, callers: int, deadline_s: float) -> Burst:
     return found
 
 
-async def paced(at: Doors, callers: int, a_second: float, seconds: float) -> Burst:
+async def paced(at: CallerStubs, callers: int, a_second: float, seconds: float) -> Burst:
     """Callers that ask again and again, so many calls a second together, evenly spread.
 
     A caller whose call takes longer than its interval asks next when that call ends.

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.admission import callers, pairs, streams
-from bench.admission.callers import Burst, Doors
+from bench.admission.callers import Burst, CallerStubs
 from bench.admission.tree import Started, emulated_mesh
 from hocket.launching.machine import machine_kind
 
@@ -122,7 +122,7 @@ async def _measure(
 @asynccontextmanager
 async def _door(
     tree: Path, workers: int, step_us: int, create: bool
-) -> AsyncIterator[tuple[Started, Doors]]:
+) -> AsyncIterator[tuple[Started, CallerStubs]]:
     async with (
         emulated_mesh(tree, workers, step_us) as mesh,
         callers.doors(mesh.gateway, create) as at,

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import msgspec
 
-from bench.admission.callers import Doors, wish
+from bench.admission.callers import CallerStubs, wish
 from bench.admission.tree import Started, rss_kib
 from hocket.clock import steady_ns
 
@@ -30,7 +30,7 @@ class Streams(msgspec.Struct, frozen=True):
     a_stream_kib: dict[str, float]
 
 
-async def measure(at: Doors, mesh: Started, wanted: int, limit_s: float) -> Streams:
+async def measure(at: CallerStubs, mesh: Started, wanted: int, limit_s: float) -> Streams:
     """Opens `wanted` streams, in small waves, as many as come within the limit; then closes all."""
     before = _memory(mesh)
     began_ns = steady_ns()

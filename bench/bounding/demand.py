@@ -33,7 +33,7 @@ class Stage(NamedTuple):
     gpu_s: float = 0.0
 
 
-class Demand(NamedTuple):
+class RequestDemand(NamedTuple):
     """What one request needs; times from the trace's start."""
 
     request: str
@@ -67,7 +67,7 @@ class UnknownDemand(ValueError):
 
 def demands(
     trace: Sequence[TraceRequest], profile: Profile, gpus: int, tolerance: float = 0.0
-) -> tuple[Demand, ...]:
+) -> tuple[RequestDemand, ...]:
     """One demand a request, with calls up to `tolerance` (a share) faster than profiled.
 
     Raises: UnknownDemand.
@@ -87,7 +87,7 @@ def demands(
         ]
         arrival_s = r.arrival_us / 1e6
         found.append(
-            Demand(
+            RequestDemand(
                 request=r.id,
                 arrival_s=arrival_s,
                 deadline_s=arrival_s + r.slo_us / 1e6,

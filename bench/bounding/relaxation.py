@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .demand import Demand, Mode, Stage
+from .demand import Mode, RequestDemand, Stage
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -54,7 +54,7 @@ class Programme:
 
 
 @dataclass(frozen=True)
-class Window:
+class StageWindow:
     """Where a stage may run, and the modes it has there."""
 
     begin_s: float
@@ -62,19 +62,19 @@ class Window:
     modes: tuple[Mode, ...]
 
 
-def windows(demand: Demand) -> tuple[Window, Window, Window]:
+def windows(demand: RequestDemand) -> tuple[StageWindow, StageWindow, StageWindow]:
     """Denoising, text and decode, each as wide as the other two at their shortest allow."""
     text, decode = demand.text, demand.decode
     ready_s = demand.arrival_s + text.wall_s
     latest_s = demand.deadline_s - decode.wall_s
     return (
-        Window(ready_s, latest_s, demand.modes),
-        Window(demand.arrival_s, latest_s - demand.denoise_s, _charge(text)),
-        Window(ready_s + demand.denoise_s, demand.deadline_s, _charge(decode)),
+        StageWindow(ready_s, latest_s, demand.modes),
+        StageWindow(demand.arrival_s, latest_s - demand.denoise_s, _charge(text)),
+        StageWindow(ready_s + demand.denoise_s, demand.deadline_s, _charge(decode)),
     )
 
 
-def cuts(demands: Sequence[Demand], variables_max: int) -> Floats:
+def cuts(demands: Sequence[RequestDemand], variables_max: int) -> Floats:
     """The finest grid whose programme has at most `variables_max` variables.
 
     All window ends; else arrivals and deadlines; else these without those that follow the last
@@ -96,7 +96,7 @@ def cuts(demands: Sequence[Demand], variables_max: int) -> Floats:
     return _thinned(coarse, wide_s)
 
 
-def variable_count(demands: Sequence[Demand], grid: Floats) -> int:
+def variable_count(demands: Sequence[RequestDemand], grid: Floats) -> int:
     """How many variables `programme` makes on a grid."""
     count = len(demands)
     for demand in demands:
@@ -106,7 +106,7 @@ def variable_count(demands: Sequence[Demand], grid: Floats) -> int:
     return count
 
 
-def programme(demands: Sequence[Demand], gpus: int, grid: Floats) -> Programme:
+def programme(demands: Sequence[RequestDemand], gpus: int, grid: Floats) -> Programme:
     """The relaxation of requests that are feasible alone, on a grid that covers all windows."""
     build = _Build(grid, len(demands))
     for place, demand in enumerate(demands):
@@ -135,7 +135,7 @@ class _Build:
         self.variables = self.requests
         self.upper.append(np.ones(self.requests))
 
-    def stage(self, place: int, window: Window, calls: int, serial: bool) -> None:
+    def stage(self, place: int, window: StageWindow, calls: int, serial: bool) -> None:
         """One stage of request `place`; its variables are shares of its `calls`."""
         if not window.modes:
             return
@@ -187,7 +187,7 @@ def _charge(stage: Stage) -> tuple[Mode, ...]:
     return (Mode(stage.wall_s, stage.gpu_s),) if stage.gpu_s > 0 else ()
 
 
-def _span(window: Window, grid: Floats) -> tuple[int, int]:
+def _span(window: StageWindow, grid: Floats) -> tuple[int, int]:
     """Half-open range of the intervals that meet a window; one, where it is a mere instant."""
     first = max(0, int(np.searchsorted(grid, window.begin_s, "right")) - 1)
     last = int(np.searchsorted(grid, window.end_s, "left"))

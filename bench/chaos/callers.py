@@ -12,9 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from bench.chaos import wishes
-from bench.chaos.history import CANCELLED, FAILED, FINISHED, GIVEN_UP, QUIT, History, Story
+from bench.chaos.history import CANCELLED, FAILED, FINISHED, GIVEN_UP, QUIT, History, ObservedCall
 from bench.chaos.pictures import compare
-from bench.chaos.wishes import Call
+from bench.chaos.wishes import PlannedCall
 from hocket.client import HocketClient
 from hocket.errors import CallFailed, HocketError, NotReady, Refused, RequestFailed
 from hocket.v1.generation_pb2 import Accepted, Finished, GenerateRequest, MediaChunk, Progress
@@ -34,7 +34,7 @@ class Gateway:
 
 
 @dataclass
-class Callers:
+class ChaosCallers:
     """What all callers share."""
 
     gateways: Sequence[Gateway]
@@ -44,41 +44,43 @@ class Callers:
     exact: bool  # files have to be byte-equal
     limit_s: float  # after which a patient caller gives up
 
-    async def run(self, call: Call) -> None:
+    async def run(self, call: PlannedCall) -> None:
         """One errand, from the first call to its end; never raises for what the mesh does."""
-        story = Story(call.key, call.behaviour, self.now_s())
-        self.history.stories[call.key] = story
+        observed = ObservedCall(call.key, call.behaviour, self.now_s())
+        self.history.calls[call.key] = observed
         doors = [*self.gateways]
         turn = int(call.gateway * len(doors))
         doors = doors[turn:] + doors[:turn]
         try:
             async with asyncio.timeout(self.limit_s):
-                await self._behave(call, story, doors)
+                await self._behave(call, observed, doors)
         except TimeoutError:
-            self._end(story, GIVEN_UP, story.problem or "no end was told in time")
+            self._end(observed, GIVEN_UP, observed.problem or "no end was told in time")
 
-    async def _behave(self, call: Call, story: Story, doors: list[Gateway]) -> None:
+    async def _behave(
+        self, call: PlannedCall, observed: ObservedCall, doors: list[Gateway]
+    ) -> None:
         if call.behaviour in (wishes.PATIENT, wishes.RIDER):
-            await self._follow(call, story, doors)
+            await self._follow(call, observed, doors)
         elif call.behaviour == wishes.OPERATION:
-            await self._operate(call, story, doors[0].rider)
+            await self._operate(call, observed, doors[0].rider)
         elif call.behaviour == wishes.DETACHED:
-            await self._follow(call, story, doors, until_accepted=True)
+            await self._follow(call, observed, doors, until_accepted=True)
             await asyncio.sleep(call.patience_s)
-            if not story.ended:
-                await self._follow(call, story, doors[::-1])
+            if not observed.ended:
+                await self._follow(call, observed, doors[::-1])
         elif call.behaviour == wishes.QUITTER:
             with suppress(TimeoutError):
                 async with asyncio.timeout(call.patience_s):
-                    await self._follow(call, story, doors)
-            if not story.ended:
-                self._end(story, QUIT)
+                    await self._follow(call, observed, doors)
+            if not observed.ended:
+                self._end(observed, QUIT)
         else:
-            following = asyncio.ensure_future(self._follow(call, story, doors))
+            following = asyncio.ensure_future(self._follow(call, observed, doors))
             try:
                 await asyncio.wait([following], timeout=call.patience_s)
-                while not (following.done() or story.ended):
-                    await self._cancel(story, doors)
+                while not (following.done() or observed.ended):
+                    await self._cancel(observed, doors)
                     await asyncio.wait([following], timeout=1.0)
                 if following.done():
                     await following
@@ -86,7 +88,12 @@ class Callers:
                 following.cancel()
 
     async def _follow(
-        self, call: Call, story: Story, doors: list[Gateway], *, until_accepted: bool = False
+        self,
+        call: PlannedCall,
+        observed: ObservedCall,
+        doors: list[Gateway],
+        *,
+        until_accepted: bool = False,
     ) -> None:
         """Follows a request to its end (or acceptance), through one gateway after the other."""
         wanted = call.wish.asked(
@@ -95,26 +102,26 @@ class Callers:
             deadline_s=call.deadline_s,
         )
         turn = 0
-        while not story.ended:
+        while not observed.ended:
             door = doors[turn % len(doors)]
-            story.gateway = door.name
+            observed.gateway = door.name
             turn += 1
             try:
-                if await self._listen(door, wanted, call, story, until_accepted):
+                if await self._listen(door, wanted, call, observed, until_accepted):
                     return
-                story.problem = "a stream ended without an end"
+                observed.problem = "a stream ended without an end"
             except HocketError as error:
-                if not self._goes_on(story, error):
+                if not self._goes_on(observed, error):
                     return
-            story.breaks += 1
+            observed.breaks += 1
             await asyncio.sleep(_AGAIN_S)
 
     async def _listen(
         self,
         door: Gateway,
         wanted: GenerateRequest,
-        call: Call,
-        story: Story,
+        call: PlannedCall,
+        observed: ObservedCall,
         until_accepted: bool,
     ) -> bool:
         """Reads one stream; whether it came to what was waited for."""
@@ -126,12 +133,12 @@ class Callers:
             async for event in events:
                 match event:
                     case Accepted(request_id=request_id):
-                        self._accepted(story, request_id)
+                        self._accepted(observed, request_id)
                         if until_accepted:
                             return True
                     case Progress(workers=workers):
-                        story.workers = tuple(workers)
-                        self.history.progress_s[story.key].append(self.now_s())
+                        observed.workers = tuple(workers)
+                        self.history.progress_s[observed.key].append(self.now_s())
                     case MediaChunk(data=data):
                         media += data
                     case Finished():
@@ -140,74 +147,76 @@ class Callers:
             await events.aclose()
         if not finishes:
             return False
-        story.finishes = max(story.finishes, finishes)
-        await self._finished(call, story, bytes(media))
+        observed.finishes = max(observed.finishes, finishes)
+        await self._finished(call, observed, bytes(media))
         return True
 
-    async def _operate(self, call: Call, story: Story, client: HocketClient) -> None:
+    async def _operate(
+        self, call: PlannedCall, observed: ObservedCall, client: HocketClient
+    ) -> None:
         """Starts an operation, looks away, and comes back for its end and its file."""
         wanted = call.wish.asked(call.key, deadline_s=call.deadline_s)
-        while not story.ended:
+        while not observed.ended:
             try:
                 made = await client.create(wanted)
-                self._accepted(story, made.request_id)
+                self._accepted(observed, made.request_id)
                 await asyncio.sleep(call.patience_s)
                 made = await client.wait(made.request_id)
                 if made.error is not None:
                     raise made.error
                 if made.done:
                     media = await client.result(made.request_id)
-                    await self._finished(call, story, media)
+                    await self._finished(call, observed, media)
             except HocketError as error:
-                if not self._goes_on(story, error):
+                if not self._goes_on(observed, error):
                     return
-                story.breaks += 1
+                observed.breaks += 1
                 await asyncio.sleep(_AGAIN_S)
 
-    async def _finished(self, call: Call, story: Story, media: bytes) -> None:
+    async def _finished(self, call: PlannedCall, observed: ObservedCall, media: bytes) -> None:
         reference = self.references.get(call.wish.name)
         if reference is not None:
             compared = asyncio.to_thread(compare, media, reference, exact=self.exact)
-            story.picture = await compared
-        self._end(story, FINISHED)
+            observed.picture = await compared
+        self._end(observed, FINISHED)
 
-    def _accepted(self, story: Story, request_id: str) -> None:
-        if story.accepted_s is None:
-            story.accepted_s = self.now_s()
-        if request_id not in story.ids:
-            story.ids.append(request_id)
+    def _accepted(self, observed: ObservedCall, request_id: str) -> None:
+        if observed.accepted_s is None:
+            observed.accepted_s = self.now_s()
+        if request_id not in observed.ids:
+            observed.ids.append(request_id)
 
-    def _goes_on(self, story: Story, error: HocketError) -> bool:
-        """Whether asking again can help; otherwise the story has ended."""
-        story.problem = f"{error.reason}: {error}"
+    def _goes_on(self, observed: ObservedCall, error: HocketError) -> bool:
+        """Whether asking again can help; otherwise the observed has ended."""
+        observed.problem = f"{error.reason}: {error}"
         if isinstance(error, NotReady):
             return True
         if isinstance(error, CallFailed) and error.code in _BROKEN:
             return True
-        if isinstance(error, Refused) and story.accepted_s is None:
-            story.refusals.append(error.reason)
+        if isinstance(error, Refused) and observed.accepted_s is None:
+            observed.refusals.append(error.reason)
             return True
         cancelled = isinstance(error, RequestFailed) and error.why == "CANCELLED"
-        self._end(story, CANCELLED if cancelled else FAILED, story.problem)
+        self._end(observed, CANCELLED if cancelled else FAILED, observed.problem)
         return False
 
-    async def _cancel(self, story: Story, doors: list[Gateway]) -> None:
+    async def _cancel(self, observed: ObservedCall, doors: list[Gateway]) -> None:
         """One try: an acknowledged cancel is the end, else the stream tells it."""
-        if not story.ids:
+        if not observed.ids:
             return
         with suppress(HocketError, TimeoutError):
             async with asyncio.timeout(_CALL_S):
-                if await doors[-1].client.cancel(story.ids[-1]) and not story.ended:
-                    self._end(story, CANCELLED)
+                if await doors[-1].client.cancel(observed.ids[-1]) and not observed.ended:
+                    self._end(observed, CANCELLED)
 
-    def _end(self, story: Story, how: str, problem: str = "") -> None:
-        story.ended, story.ended_s = how, self.now_s()
+    def _end(self, observed: ObservedCall, how: str, problem: str = "") -> None:
+        observed.ended, observed.ended_s = how, self.now_s()
         if problem:
-            story.problem = problem
+            observed.problem = problem
 
 
 async def reference_files(
-    gateway: Gateway, wanted: Sequence[wishes.Wish], seed: int
+    gateway: Gateway, wanted: Sequence[wishes.MediaWish], seed: int
 ) -> dict[str, bytes]:
     """The undisturbed file of every wish, made one after the other."""
     found: dict[str, bytes] = {}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from bench.chaos import wishes
-from bench.chaos.history import CANCELLED, FAILED, FINISHED, GIVEN_UP, QUIT, History, Story
+from bench.chaos.history import CANCELLED, FAILED, FINISHED, GIVEN_UP, QUIT, History, ObservedCall
 
 OPEN = "open"
 
@@ -34,31 +34,31 @@ class Leftovers:
 def all_checks(history: History, written: Iterable[Written], leftovers: Leftovers) -> list[str]:
     """Every violation."""
     known = list(written)
-    found = [v for story in history.stories.values() for v in told_well(story)]
+    found = [v for observed in history.calls.values() for v in told_well(observed)]
     found += accepted_is_ended(history, known)
     found += nothing_for_nobody(history, known)
     found += nothing_left(leftovers)
     return found
 
 
-def told_well(story: Story) -> list[str]:
+def told_well(observed: ObservedCall) -> list[str]:
     """One call's view: one request, one end, and the right file."""
-    name = f"{story.behaviour} {story.key}"
+    name = f"{observed.behaviour} {observed.key}"
     found = []
-    if len(story.ids) > 1 and story.behaviour != wishes.CANCELLER:
-        found.append(f"{name}: doubled, one key had the requests {', '.join(story.ids)}")
-    if not story.ended:
+    if len(observed.ids) > 1 and observed.behaviour != wishes.CANCELLER:
+        found.append(f"{name}: doubled, one key had the requests {', '.join(observed.ids)}")
+    if not observed.ended:
         found.append(f"{name}: lost, it never ended")
-    if story.ended == GIVEN_UP:
-        found.append(f"{name}: lost, its caller gave up waiting: {story.problem}")
-    if story.ended == FAILED:
-        found.append(f"{name}: failed: {story.problem}")
-    if story.ended == CANCELLED and story.behaviour not in (wishes.CANCELLER, wishes.QUITTER):
+    if observed.ended == GIVEN_UP:
+        found.append(f"{name}: lost, its caller gave up waiting: {observed.problem}")
+    if observed.ended == FAILED:
+        found.append(f"{name}: failed: {observed.problem}")
+    if observed.ended == CANCELLED and observed.behaviour not in (wishes.CANCELLER, wishes.QUITTER):
         found.append(f"{name}: cancelled, and nobody had asked for it")
-    if story.finishes > 1:
-        found.append(f"{name}: told {story.finishes} times that it has finished")
-    if story.ended == FINISHED and story.picture not in ("equal", "within a level"):
-        found.append(f"{name}: its file is {story.picture or 'missing'}")
+    if observed.finishes > 1:
+        found.append(f"{name}: told {observed.finishes} times that it has finished")
+    if observed.ended == FINISHED and observed.picture not in ("equal", "within a level"):
+        found.append(f"{name}: its file is {observed.picture or 'missing'}")
     return found
 
 
@@ -66,15 +66,15 @@ def accepted_is_ended(history: History, written: list[Written]) -> list[str]:
     """What was accepted is written down, and has ended, once."""
     found = []
     records = {one.request_id: one for one in written}
-    for story in history.stories.values():
-        for request_id in story.ids:
+    for observed in history.calls.values():
+        for request_id in observed.ids:
             if request_id not in records:
-                found.append(f"{story.key}: accepted as {request_id}, written down nowhere")
-            elif request_id != story.ids[-1] and story.behaviour == wishes.CANCELLER:
+                found.append(f"{observed.key}: accepted as {request_id}, written down nowhere")
+            elif request_id != observed.ids[-1] and observed.behaviour == wishes.CANCELLER:
                 continue  # asked again by its key, behind a cancel that took effect unheard
-            elif story.ended == FINISHED and records[request_id].state != FINISHED:
+            elif observed.ended == FINISHED and records[request_id].state != FINISHED:
                 state = records[request_id].state
-                found.append(f"{story.key}: finished for its caller, written down as {state}")
+                found.append(f"{observed.key}: finished for its caller, written down as {state}")
     found += [f"{one.request_id}: still open" for one in written if one.state == OPEN]
     found += [
         f"{one.request_id}: ended {one.endings} times"
@@ -91,14 +91,14 @@ def nothing_for_nobody(history: History, written: list[Written]) -> list[str]:
     left before it heard `accepted` may come back within the grace, and the requests here are
     shorter than that: those are known by their key.
     """
-    seen = {request_id for story in history.stories.values() for request_id in story.ids}
-    left = {s.key for s in history.stories.values() if s.ended in (QUIT, GIVEN_UP) and not s.ids}
+    seen = {request_id for observed in history.calls.values() for request_id in observed.ids}
+    left = {s.key for s in history.calls.values() if s.ended in (QUIT, GIVEN_UP) and not s.ids}
     found = [
         f"{one.request_id}: made for nobody (key {one.key or 'unknown'})"
         for one in written
         if one.state == FINISHED and one.request_id not in seen and one.key not in left
     ]
-    cancelling = {s.key for s in history.stories.values() if s.behaviour == wishes.CANCELLER}
+    cancelling = {s.key for s in history.calls.values() if s.behaviour == wishes.CANCELLER}
     keys = Counter(
         one.key
         for one in written
@@ -120,5 +120,5 @@ def nothing_left(leftovers: Leftovers) -> list[str]:
 
 def ends(history: History) -> Mapping[str, int]:
     """Calls by behaviour and end."""
-    stories = history.stories.values()
-    return dict(sorted(Counter(f"{s.behaviour}: {s.ended or 'open'}" for s in stories).items()))
+    calls = history.calls.values()
+    return dict(sorted(Counter(f"{s.behaviour}: {s.ended or 'open'}" for s in calls).items()))

@@ -16,12 +16,12 @@ from rich.table import Table
 from bench.chaos import faults
 from bench.chaos.checks import ends
 from bench.chaos.history import by_kind
-from bench.chaos.run import Outcome, Plan, run, wish_names
+from bench.chaos.run import ChaosPlan, ChaosResult, run, wish_names
 from hocket.errors import HocketError
 from hocket.launching.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-_TINY = Plan(seconds=30.0, callers=4, gap_s=(3.0, 6.0), steps=6)
+_TINY = ChaosPlan(seconds=30.0, callers=4, gap_s=(3.0, 6.0), steps=6)
 
 
 def chaos_command(
@@ -46,7 +46,7 @@ def chaos_command(
     if wrong or executor not in ("torch", "emulated") or brokers not in (1, 3, 5):
         raise typer.BadParameter(f"targets are {', '.join(faults.TARGETS)}; brokers 1, 3 or 5")
     plan = replace(
-        _TINY if tiny else Plan(seconds=60 * minutes, callers=callers),
+        _TINY if tiny else ChaosPlan(seconds=60 * minutes, callers=callers),
         seed=seed,
         workers=workers,
         executor=executor,
@@ -77,19 +77,19 @@ def _targets(controls: int) -> tuple[str, ...]:
     return tuple(t for t in faults.TARGETS if controls > 1 or t != faults.STANDBY)
 
 
-def _report(plan: Plan, found: Outcome) -> dict[str, Any]:
-    stories = found.history.stories.values()
+def _report(plan: ChaosPlan, found: ChaosResult) -> dict[str, Any]:
+    calls = found.history.calls.values()
     return {
         "command": "python -m bench chaos",
         "machine": machine_kind(),
         "plan": asdict(plan),
         "asked": wish_names(plan),
-        "calls": len(stories),
+        "calls": len(calls),
         "requests_written": found.requests_written,
         "ends": ends(found.history),
         "files": _files(found),
-        "broken_streams": sum(story.breaks for story in stories),
-        "refusals_before_acceptance": sum(len(story.refusals) for story in stories),
+        "broken_streams": sum(observed.breaks for observed in calls),
+        "refusals_before_acceptance": sum(len(observed.refusals) for observed in calls),
         "faults": len(found.history.struck),
         "by_kind": by_kind(found.history),
         "leftovers": found.leftovers,
@@ -97,8 +97,8 @@ def _report(plan: Plan, found: Outcome) -> dict[str, Any]:
     }
 
 
-def _files(found: Outcome) -> dict[str, int]:
-    told = [story.picture for story in found.history.stories.values() if story.picture]
+def _files(found: ChaosResult) -> dict[str, int]:
+    told = [observed.picture for observed in found.history.calls.values() if observed.picture]
     return {kind: told.count(kind) for kind in sorted(set(told))}
 
 

@@ -30,7 +30,7 @@ _WARM_S = 3.0  # of undisturbed load before the first one
 
 
 @dataclass(frozen=True)
-class Fault:
+class ChaosFault:
     """One disturbance."""
 
     at_s: float  # after the load began
@@ -49,13 +49,13 @@ class Fault:
 
 def draw(
     seed: int, seconds: float, targets: Sequence[str], gap_s: tuple[float, float]
-) -> tuple[Fault, ...]:
+) -> tuple[ChaosFault, ...]:
     """Faults in the order of their times; those of one target never overlap. Same seed, same
     faults. Each is over by `seconds`.
     """
     dice = random.Random(f"faults-{seed}")
     free_s = dict.fromkeys(targets, 0.0)
-    found: list[Fault] = []
+    found: list[ChaosFault] = []
     at_s = _WARM_S
     while at_s < seconds:
         target = dice.choice(list(targets))
@@ -63,7 +63,7 @@ def draw(
         pick = dice.random()
         fits = at_s >= free_s[target] and at_s + span_s <= seconds
         if fits:
-            found.append(Fault(round(at_s, 2), target, act, span_s, pick))
+            found.append(ChaosFault(round(at_s, 2), target, act, span_s, pick))
             for one in _CONTROL if target in _CONTROL else (target,):
                 free_s[one] = at_s + span_s + _RECOVERY_S
         at_s += dice.uniform(*gap_s) if fits else 0.25

@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from bench.chaos.faults import BROKER, GATEWAY, LEADER, WORKER, Fault
+from bench.chaos.faults import BROKER, GATEWAY, LEADER, WORKER, ChaosFault
 
 NOISE_S = 0.05  # what was on its way when a fault happened still arrives
 FINISHED, CANCELLED, FAILED, GIVEN_UP, QUIT = "finished", "cancelled", "failed", "given up", "quit"
 
 
 @dataclass
-class Story:
+class ObservedCall:
     """One call as its caller saw it; times in seconds since the load began."""
 
     key: str
@@ -36,7 +36,7 @@ class Story:
 class Struck:
     """A fault that was done."""
 
-    fault: Fault
+    fault: ChaosFault
     at_s: float
     victim: str  # name of the process
     affected: frozenset[str]  # keys of the calls that it concerned
@@ -47,13 +47,13 @@ class Struck:
 class History:
     """Everything that was seen."""
 
-    stories: dict[str, Story] = field(default_factory=dict)
+    calls: dict[str, ObservedCall] = field(default_factory=dict)
     progress_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     struck: list[Struck] = field(default_factory=list)
 
-    def affected(self, fault: Fault, victim: str) -> frozenset[str]:
+    def affected(self, fault: ChaosFault, victim: str) -> frozenset[str]:
         """Calls that are under way and lean on the victim."""
-        running = [s for s in self.stories.values() if s.accepted_s is not None and not s.ended]
+        running = [s for s in self.calls.values() if s.accepted_s is not None and not s.ended]
         if fault.target == WORKER:
             pool = victim.startswith("workers")  # all of them may be concerned
             running = [s for s in running if pool or victim in s.workers]
@@ -71,14 +71,14 @@ class History:
 
     def to_accepted_s(self, struck: Struck) -> float | None:
         """Seconds from a fault to the acceptance of the call that asked just then."""
-        story = self.stories.get(struck.probe)
-        if story is None or story.accepted_s is None:
+        observed = self.calls.get(struck.probe)
+        if observed is None or observed.accepted_s is None:
             return None
-        return story.accepted_s - struck.at_s
+        return observed.accepted_s - struck.at_s
 
     def _signs(self, key: str) -> list[float]:
-        story = self.stories[key]
-        return [*self.progress_s[key], *([story.ended_s] if story.ended else [])]
+        observed = self.calls[key]
+        return [*self.progress_s[key], *([observed.ended_s] if observed.ended else [])]
 
 
 def by_kind(history: History) -> list[dict[str, object]]:

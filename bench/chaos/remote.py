@@ -11,9 +11,9 @@ import asyncio
 import json
 import sys
 
-from bench.chaos.callers import Callers, Gateway
+from bench.chaos.callers import ChaosCallers, Gateway
 from bench.chaos.history import History
-from bench.chaos.wishes import PATIENT, PICTURES, Call, Wish
+from bench.chaos.wishes import PATIENT, PICTURES, MediaWish, PlannedCall
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
 
@@ -29,34 +29,34 @@ class _Groups(History):
         self.groups: dict[str, set[tuple[str, ...]]] = {}
 
     def note_groups(self) -> None:
-        for story in self.stories.values():
-            if story.workers:
-                self.groups.setdefault(story.key, set()).add(tuple(sorted(story.workers)))
+        for observed in self.calls.values():
+            if observed.workers:
+                self.groups.setdefault(observed.key, set()).add(tuple(sorted(observed.workers)))
 
 
-def _call(number: int, line: str) -> Call:
+def _call(number: int, line: str) -> PlannedCall:
     key, side, steps, seed, deadline_s = line.split()
-    wish = Wish(key, PICTURES, _PROMPT, int(side), 1, int(steps), int(seed))
-    return Call(number, key, wish, PATIENT, 0.0, 0.0, float(deadline_s))
+    wish = MediaWish(key, PICTURES, _PROMPT, int(side), 1, int(steps), int(seed))
+    return PlannedCall(number, key, wish, PATIENT, 0.0, 0.0, float(deadline_s))
 
 
 async def _watch(history: _Groups, count: int) -> None:
     told = False
     while True:
         history.note_groups()
-        stories = history.stories.values()
-        if not told and sum(bool(history.progress_s[s.key]) for s in stories) == count:
+        calls = history.calls.values()
+        if not told and sum(bool(history.progress_s[s.key]) for s in calls) == count:
             print("under way", flush=True)
             told = True
         await asyncio.sleep(0.02)
 
 
-async def _run(address: str, calls: list[Call]) -> None:
+async def _run(address: str, calls: list[PlannedCall]) -> None:
     history = _Groups()
     async with HocketClient(address) as client:
         began_ns = steady_ns()
         doors = [Gateway("gateway", client, client)]
-        callers = Callers(
+        callers = ChaosCallers(
             doors, history, lambda: (steady_ns() - began_ns) / 1e9, {}, False, _LIMIT_S
         )
         watching = asyncio.ensure_future(_watch(history, len(calls)))
@@ -64,9 +64,14 @@ async def _run(address: str, calls: list[Call]) -> None:
             await asyncio.gather(*(callers.run(call) for call in calls))
         finally:
             watching.cancel()
-    for story in history.stories.values():
-        groups = sorted(history.groups.get(story.key, ()))
-        told = {"key": story.key, "ended": story.ended, "groups": groups, "problem": story.problem}
+    for observed in history.calls.values():
+        groups = sorted(history.groups.get(observed.key, ()))
+        told = {
+            "key": observed.key,
+            "ended": observed.ended,
+            "groups": groups,
+            "problem": observed.problem,
+        }
         print(json.dumps(told), flush=True)
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.chaos import faults, leftovers
-from bench.chaos.callers import Callers, Gateway, reference_files
+from bench.chaos.callers import ChaosCallers, Gateway, reference_files
 from bench.chaos.checks import Leftovers, all_checks, nothing_left
 from bench.chaos.history import History, Struck
 from bench.chaos.ledger import written
 from bench.chaos.strikes import Strikes, eventually
-from bench.chaos.wishes import PATIENT, Call, Errands, Wish, catalogue
+from bench.chaos.wishes import PATIENT, Errands, MediaWish, PlannedCall, catalogue
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
 from hocket.launching.launcher import MeshPlan, RunningMesh, mesh
@@ -35,7 +35,7 @@ Told = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChaosPlan:
     """What is run."""
 
     seconds: float
@@ -55,7 +55,7 @@ class Plan:
 
 
 @dataclass
-class Outcome:
+class ChaosResult:
     """What was found."""
 
     history: History = field(default_factory=History)
@@ -64,11 +64,11 @@ class Outcome:
     requests_written: int = 0
 
 
-async def run(plan: Plan, told: Told) -> Outcome:
+async def run(plan: ChaosPlan, told: Told) -> ChaosResult:
     """Runs it all; about `plan.seconds` and a minute or two. Raises MeshStopped, HocketError."""
     with tempfile.TemporaryDirectory(prefix="hocket-chaos-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        found = Outcome()
+        found = ChaosResult()
         with _configured(plan, folder):
             async with _mesh(plan, folder, told) as (running, doors):
                 workers = plan.workers if plan.executor == "torch" else 0
@@ -81,11 +81,11 @@ async def run(plan: Plan, told: Told) -> Outcome:
 class _Run:
     def __init__(
         self,
-        plan: Plan,
+        plan: ChaosPlan,
         running: RunningMesh,
         doors: list[Gateway],
         strikes: Strikes,
-        found: Outcome,
+        found: ChaosResult,
         told: Told,
     ) -> None:
         self._plan, self._mesh, self._doors = plan, running, doors
@@ -102,7 +102,7 @@ class _Run:
         plan, found = self._plan, self._found
         self._told(f"references: {len(self._wishes)} files, undisturbed")
         references = await reference_files(self._doors[0], self._wishes, plan.seed)
-        callers = Callers(
+        callers = ChaosCallers(
             self._doors, found.history, self._now_s, references, plan.exact, _CALL_LIMIT_S
         )
         await self._warm(callers)
@@ -121,18 +121,20 @@ class _Run:
         mine = [one for one in records if not one.key.startswith(("reference-", "warm-"))]
         found.violations = all_checks(found.history, mine, left)
 
-    async def _warm(self, callers: Callers) -> None:
+    async def _warm(self, callers: ChaosCallers) -> None:
         """Each kind of thing at once, so that groups, connections and caches are there."""
         calls = [
-            Call(number, f"warm-{self._plan.seed}-{number}", wish, PATIENT, number / 10 % 1, 0, 0)
+            PlannedCall(
+                number, f"warm-{self._plan.seed}-{number}", wish, PATIENT, number / 10 % 1, 0, 0
+            )
             for number, wish in enumerate(self._wishes)
         ]
-        shadow = Callers(
+        shadow = ChaosCallers(
             callers.gateways, History(), self._now_s, {}, callers.exact, callers.limit_s
         )
         await asyncio.gather(*(shadow.run(call) for call in calls))
 
-    async def _load(self, callers: Callers) -> None:
+    async def _load(self, callers: ChaosCallers) -> None:
         errands = Errands(self._plan.seed, self._wishes)
         async with asyncio.TaskGroup() as tasks:
             telling = tasks.create_task(self._tell())
@@ -144,13 +146,13 @@ class _Run:
             await asyncio.gather(*loads)
             telling.cancel()
 
-    async def _caller(self, callers: Callers, errands: Errands) -> None:
+    async def _caller(self, callers: ChaosCallers, errands: Errands) -> None:
         while not self._over:
             await callers.run(errands.next())
             await asyncio.sleep(_THINK_S)
 
     async def _strike(
-        self, callers: Callers, tasks: asyncio.TaskGroup, loads: list[asyncio.Task[None]]
+        self, callers: ChaosCallers, tasks: asyncio.TaskGroup, loads: list[asyncio.Task[None]]
     ) -> None:
         plan = self._plan
         for fault in faults.draw(plan.seed, plan.seconds, plan.targets, plan.gap_s):
@@ -170,20 +172,20 @@ class _Run:
             loads.append(tasks.create_task(callers.run(probe)))
         await asyncio.sleep(max(0.0, plan.seconds - self._now_s()))
 
-    def _probe(self, fault: faults.Fault) -> Call:
+    def _probe(self, fault: faults.ChaosFault) -> PlannedCall:
         """A call that asks just when a fault has happened."""
         self._probes += 1
         key = f"chaos-{self._plan.seed}-probe-{self._probes}"
-        return Call(self._probes, key, self._wishes[0], PATIENT, 1 - fault.pick, 0, 0)
+        return PlannedCall(self._probes, key, self._wishes[0], PATIENT, 1 - fault.pick, 0, 0)
 
     async def _tell(self) -> None:
         while True:
             await asyncio.sleep(_TELL_S)
-            stories = self._found.history.stories.values()
-            ended = sum(1 for story in stories if story.ended)
+            calls = self._found.history.calls.values()
+            ended = sum(1 for observed in calls if observed.ended)
             self._told(
-                f"{self._now_s():5.0f} s  {ended} calls ended, {len(stories) - ended} under way, "
-                f"{sum(story.breaks for story in stories)} broken streams"
+                f"{self._now_s():5.0f} s  {ended} calls ended, {len(calls) - ended} under way, "
+                f"{sum(observed.breaks for observed in calls)} broken streams"
             )
 
     async def _figures(self) -> dict[str, float]:
@@ -203,7 +205,7 @@ class _Run:
 
 @asynccontextmanager
 async def _mesh(
-    plan: Plan, folder: Path, told: Told
+    plan: ChaosPlan, folder: Path, told: Told
 ) -> AsyncIterator[tuple[RunningMesh, list[Gateway]]]:
     wanted = MeshPlan(
         state_dir=folder,
@@ -235,7 +237,7 @@ async def _mesh(
 
 
 @contextmanager
-def _configured(plan: Plan, folder: Path) -> Iterator[None]:
+def _configured(plan: ChaosPlan, folder: Path) -> Iterator[None]:
     """Emulated workers sleep by the shipped profile of the embedded models."""
     if plan.executor != "emulated":
         yield
@@ -262,7 +264,7 @@ def _configured(plan: Plan, folder: Path) -> Iterator[None]:
             os.environ[_CONFIG_VARIABLE] = before
 
 
-async def _nothing_runs_on(running: RunningMesh, strikes: Strikes, found: Outcome) -> None:
+async def _nothing_runs_on(running: RunningMesh, strikes: Strikes, found: ChaosResult) -> None:
     """After the mesh was stopped: no process of it lives, nobody listens at its doors."""
     alive = [pid for pid in strikes.pids if _lives(pid)]
     await eventually(lambda: not any(_lives(pid) for pid in alive), 5.0)
@@ -282,11 +284,11 @@ def _lives(pid: int) -> bool:
         return False
 
 
-def wish_names(plan: Plan) -> list[str]:
+def wish_names(plan: ChaosPlan) -> list[str]:
     """What a run asks for."""
     return [_describe(wish) for wish in catalogue(plan.sizes, plan.steps)]
 
 
-def _describe(wish: Wish) -> str:
+def _describe(wish: MediaWish) -> str:
     frames = f", {wish.frames} frames" if wish.frames > 1 else ""
     return f"{wish.name}: {wish.side} px{frames}, {wish.steps} steps"

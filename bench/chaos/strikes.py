@@ -22,7 +22,7 @@ from bench.chaos.faults import (
     STOP,
     TERM,
     WORKER,
-    Fault,
+    ChaosFault,
 )
 from hocket.launching import endpoints
 from hocket.launching.launcher import RunningMesh
@@ -52,7 +52,7 @@ class Strikes:
     pids: set[int] = field(default_factory=set)  # every process that was ever seen
     _stopped: dict[int, asyncio.Task[None]] = field(default_factory=dict)
 
-    async def victim(self, fault: Fault) -> Victim | None:
+    async def victim(self, fault: ChaosFault) -> Victim | None:
         """Whom the fault meets now; None when no such process is there."""
         if fault.target == WORKER and fault.act == TERM:
             found = self._children("workers")  # who is told to leave is not started again alone
@@ -60,7 +60,7 @@ class Strikes:
             found = await self._candidates(fault.target)
         return found[int(fault.pick * len(found))] if found else None
 
-    def strike(self, fault: Fault, victim: Victim) -> None:
+    def strike(self, fault: ChaosFault, victim: Victim) -> None:
         """Does it; a process that is stopped goes on after the fault's span, by itself."""
         if fault.act == KILL:
             _send(victim.pid, signal.SIGKILL)

@@ -38,7 +38,7 @@ _TRIES = 6  # until a group stands across the hosts: the planner is free to choo
 
 
 @dataclass
-class Findings:
+class HostFindings:
     """What was seen."""
 
     lines: list[str] = field(default_factory=list)
@@ -57,9 +57,9 @@ def hosts_command() -> None:
     raise typer.Exit(1 if found.problems else 0)
 
 
-async def three_hosts(folder: Path, told: Callable[[str], None]) -> Findings:
+async def three_hosts(folder: Path, told: Callable[[str], None]) -> HostFindings:
     """Plays all of it; raises MeshStopped where the hosts do not come up."""
-    found = Findings()
+    found = HostFindings()
 
     def tell(line: str) -> None:
         found.lines.append(line)

@@ -25,7 +25,7 @@ _PROMPTS = ("a fox on a green background", "a red apple", "a sleeping cat", "a l
 
 
 @dataclass(frozen=True)
-class Wish:
+class MediaWish:
     """One thing to make. Equal wishes give equal files."""
 
     name: str
@@ -55,43 +55,45 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Call:
+class PlannedCall:
     """One caller's errand."""
 
     number: int
     key: str
-    wish: Wish
+    wish: MediaWish
     behaviour: str
     gateway: float  # [0, 1): through which of them it begins
     patience_s: float  # after which a quitter hangs up, a canceller cancels, a detached one returns
     deadline_s: float  # 0: none
 
 
-def catalogue(sizes: tuple[int, int], steps: int) -> tuple[Wish, ...]:
+def catalogue(sizes: tuple[int, int], steps: int) -> tuple[MediaWish, ...]:
     """Pictures of two sizes and clips, each with its own seed."""
     small, large = sizes
     found = []
     for number, prompt in enumerate(_PROMPTS):
-        found.append(Wish(f"p{small}-{number}", PICTURES, prompt, small, 1, 2 * steps, number))
-        found.append(Wish(f"p{large}-{number}", PICTURES, prompt, large, 1, steps, 50 + number))
+        found.append(MediaWish(f"p{small}-{number}", PICTURES, prompt, small, 1, 2 * steps, number))
+        found.append(
+            MediaWish(f"p{large}-{number}", PICTURES, prompt, large, 1, steps, 50 + number)
+        )
     for number in range(2):
         prompt = f"{_PROMPTS[number]}, moving"
-        found.append(Wish(f"clip-{number}", CLIPS, prompt, small, 16, steps, 90 + number))
+        found.append(MediaWish(f"clip-{number}", CLIPS, prompt, small, 16, steps, 90 + number))
     return tuple(found)
 
 
 class Errands:
     """An endless row of calls; the same seed gives the same row."""
 
-    def __init__(self, seed: int, wishes: tuple[Wish, ...]) -> None:
+    def __init__(self, seed: int, wishes: tuple[MediaWish, ...]) -> None:
         self._seed, self._wishes = seed, wishes
         self._dice = random.Random(f"errands-{seed}")
         self._number = 0
 
-    def next(self) -> Call:
+    def next(self) -> PlannedCall:
         dice, number = self._dice, self._number
         self._number += 1
-        return Call(
+        return PlannedCall(
             number=number,
             key=f"chaos-{self._seed}-{number}",
             wish=dice.choice(self._wishes),

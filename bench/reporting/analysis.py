@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from .rows import Cell, ClassRow, Experiment, PaperRow, Row, Value, matching
+from bench.sim.paper import PaperRow
+
+from .rows import Cell, ClassRow, RecordedExperiment, RunRow, Value, matching
 from .statistics import (
     Interval,
+    PolicyVerdict,
     Ratio,
     Sustained,
-    Verdict,
     mean_interval,
     paired_difference,
     sustained,
@@ -24,7 +26,7 @@ LOADS = ("burst_factor", "burst", "rate", "per_second", "request_scale", "scale"
 
 
 @dataclass(frozen=True)
-class Standing:
+class PolicyStanding:
     """One policy in one cell."""
 
     series: str
@@ -39,7 +41,7 @@ class Standing:
     gap: Interval | None  # bound minus attainment, paired
 
     @property
-    def verdict(self) -> Verdict | None:
+    def verdict(self) -> PolicyVerdict | None:
         """How the baseline stands to this policy."""
         return None if self.difference is None else verdict(self.difference)
 
@@ -61,11 +63,11 @@ class CellStanding:
     """One cell, policies in the experiment's order."""
 
     cell: Cell
-    standings: tuple[Standing, ...]
-    best_rival: Standing | None
+    standings: tuple[PolicyStanding, ...]
+    best_rival: PolicyStanding | None
     bound: Interval | None
 
-    def of(self, series: str) -> Standing | None:
+    def of(self, series: str) -> PolicyStanding | None:
         return next((s for s in self.standings if s.series == series), None)
 
 
@@ -97,7 +99,7 @@ class Carried:
 
 
 @dataclass(frozen=True)
-class Compared:
+class PaperComparison:
     """A published number beside ours; `ours` is None where the runs do not have it."""
 
     paper: PaperRow
@@ -105,12 +107,12 @@ class Compared:
     ours: Interval | None
 
 
-def standings(e: Experiment) -> tuple[CellStanding, ...]:
+def standings(e: RecordedExperiment) -> tuple[CellStanding, ...]:
     """Every cell, in order."""
     return tuple(_cell_standing(e, cell) for cell in e.cells)
 
 
-def class_standings(e: Experiment, cell: Cell) -> dict[str, tuple[ClassStanding, ...]]:
+def class_standings(e: RecordedExperiment, cell: Cell) -> dict[str, tuple[ClassStanding, ...]]:
     """By class name, policies in order."""
     found: dict[str, list[ClassStanding]] = {}
     for series in e.series:
@@ -124,7 +126,7 @@ def class_standings(e: Experiment, cell: Cell) -> dict[str, tuple[ClassStanding,
     return {name: tuple(found[name]) for name in sorted(found, key=_natural)}
 
 
-def sweeps(e: Experiment) -> tuple[Sweep, ...]:
+def sweeps(e: RecordedExperiment) -> tuple[Sweep, ...]:
     """One for each number that takes several values while the rest of the cell stays."""
     found: dict[tuple[str, Cell], Sweep] = {}
     for row in e.rows:
@@ -140,7 +142,7 @@ def sweeps(e: Experiment) -> tuple[Sweep, ...]:
     return tuple(s for s in found.values() if len(s.xs) > 1)
 
 
-def carried(e: Experiment, sweep: Sweep, target: float = TARGET) -> tuple[Carried, ...]:
+def carried(e: RecordedExperiment, sweep: Sweep, target: float = TARGET) -> tuple[Carried, ...]:
     """What each policy sustains in a sweep of a load."""
     ours = sweep.curves.get(e.baseline)
     found = []
@@ -156,15 +158,15 @@ def carried(e: Experiment, sweep: Sweep, target: float = TARGET) -> tuple[Carrie
     return tuple(found)
 
 
-def compared(e: Experiment) -> tuple[Compared, ...]:
+def compared(e: RecordedExperiment) -> tuple[PaperComparison, ...]:
     """The paper's rows, each beside every cell it speaks of (one row without, if there is none)."""
     found = []
     for paper in e.paper:
         cells = [c for c in e.cells if matching(paper.cell, c)]
         ours = [(c, _ours(e, paper, c)) for c in cells]
-        found += [Compared(paper, c, i) for c, i in ours if i is not None]
+        found += [PaperComparison(paper, c, i) for c, i in ours if i is not None]
         if all(i is None for _, i in ours):
-            found.append(Compared(paper, None, None))
+            found.append(PaperComparison(paper, None, None))
     return tuple(found)
 
 
@@ -178,7 +180,9 @@ def telling_cell(cells: Sequence[CellStanding], baseline: str) -> CellStanding:
     return min(cells, key=distance)
 
 
-def chosen_series(e: Experiment, cells: Iterable[CellStanding], most: int = 6) -> tuple[str, ...]:
+def chosen_series(
+    e: RecordedExperiment, cells: Iterable[CellStanding], most: int = 6
+) -> tuple[str, ...]:
     """The baseline and the policies with the best mean attainment, one series a policy first."""
     sums: dict[str, list[float]] = {}
     for cell in cells:
@@ -197,7 +201,7 @@ def chosen_series(e: Experiment, cells: Iterable[CellStanding], most: int = 6) -
     return (e.baseline, *chosen[: most - 1])
 
 
-def varying(e: Experiment) -> tuple[str, ...]:
+def varying(e: RecordedExperiment) -> tuple[str, ...]:
     """Names of a cell's values that differ between cells."""
     values: dict[str, set[Value]] = {}
     for cell in e.cells:
@@ -206,8 +210,8 @@ def varying(e: Experiment) -> tuple[str, ...]:
     return tuple(sorted(n for n, v in values.items() if len(v) > 1))
 
 
-def _cell_standing(e: Experiment, cell: Cell) -> CellStanding:
-    found: list[Standing] = []
+def _cell_standing(e: RecordedExperiment, cell: Cell) -> CellStanding:
+    found: list[PolicyStanding] = []
     bounds: dict[int, float] = {}
     base = {s: r.summary.attainment for s, r in e.runs(cell, e.baseline).items()}
     for series in e.series:
@@ -225,14 +229,16 @@ def _cell_standing(e: Experiment, cell: Cell) -> CellStanding:
     )
 
 
-def _standing(series: str, runs: Mapping[int, Row], base: Mapping[int, float] | None) -> Standing:
+def _standing(
+    series: str, runs: Mapping[int, RunRow], base: Mapping[int, float] | None
+) -> PolicyStanding:
     mine = {s: r.summary.attainment for s, r in runs.items()}
     bounds = {s: r.bound for s, r in runs.items() if r.bound is not None}
 
-    def over_seeds(of: Callable[[Row], float]) -> Interval:
+    def over_seeds(of: Callable[[RunRow], float]) -> Interval:
         return mean_interval([of(r) for r in runs.values()])
 
-    return Standing(
+    return PolicyStanding(
         series=series,
         attainment=over_seeds(lambda r: r.summary.attainment),
         p50_s=over_seeds(lambda r: r.summary.latency_s.p50),
@@ -260,7 +266,7 @@ def _class_standing(
     )
 
 
-def _ours(e: Experiment, paper: PaperRow, cell: Cell) -> Interval | None:
+def _ours(e: RecordedExperiment, paper: PaperRow, cell: Cell) -> Interval | None:
     mine = _metric(e, paper, cell, paper.policy)
     if not paper.over:
         return mean_interval(list(mine.values())) if mine else None
@@ -269,7 +275,7 @@ def _ours(e: Experiment, paper: PaperRow, cell: Cell) -> Interval | None:
     return mean_interval(ratios) if ratios else None
 
 
-def _metric(e: Experiment, paper: PaperRow, cell: Cell, policy: str) -> dict[int, float]:
+def _metric(e: RecordedExperiment, paper: PaperRow, cell: Cell, policy: str) -> dict[int, float]:
     """By seed: attainment, p50, p90, p99, mean (latency, s), a count, or `class:<name>`."""
     series = policy
     if policy not in e.series:

@@ -14,7 +14,7 @@ from .analysis import (
     Carried,
     CellStanding,
     ClassStanding,
-    Compared,
+    PaperComparison,
     Sweep,
     carried,
     chosen_series,
@@ -27,11 +27,11 @@ from .analysis import (
 )
 from .charts import class_bars, curves, dots, latency_cdfs, overview
 from .drawing import as_svg, house_style, write_png
-from .rows import Experiment
-from .statistics import Interval, Verdict, mean_interval
+from .rows import RecordedExperiment
+from .statistics import Interval, PolicyVerdict, mean_interval
 from .style import Look, cell_title, in_sentence, looks
 from .tables import (
-    Table,
+    ReportTable,
     cell_table,
     class_table,
     markdown,
@@ -51,10 +51,10 @@ INTERVALS = (
 
 
 @dataclass(frozen=True)
-class Findings:
+class ExperimentFindings:
     """Everything a report of an experiment shows."""
 
-    experiment: Experiment
+    experiment: RecordedExperiment
     cells: tuple[CellStanding, ...]
     names: tuple[str, ...]  # of the cell's values that vary
     telling: CellStanding
@@ -62,11 +62,11 @@ class Findings:
     chosen: tuple[str, ...]  # series of the close-ups
     sweeps: dict[str, tuple[Sweep, ...]]  # by swept name, the longest first
     carried: tuple[tuple[Sweep, tuple[Carried, ...]], ...]
-    paper: tuple[Compared, ...]
+    paper: tuple[PaperComparison, ...]
     looks: dict[str, Look]
 
     @property
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self) -> list[PolicyVerdict]:
         """Of the baseline over the best rival, a cell each."""
         rivals = [c.best_rival for c in self.cells]
         return [r.verdict for r in rivals if r is not None and r.verdict is not None]
@@ -84,7 +84,7 @@ class Findings:
         return sum(gaps) / len(gaps) if gaps else None
 
 
-def find(e: Experiment) -> Findings:
+def find(e: RecordedExperiment) -> ExperimentFindings:
     """Works out what a report shows."""
     cells = standings(e)
     telling = telling_cell(cells, e.baseline)
@@ -93,7 +93,7 @@ def find(e: Experiment) -> Findings:
         swept.setdefault(sweep.name, []).append(sweep)
     longest = sorted(swept, key=lambda n: -max(len(s.xs) for s in swept[n]))
     loads = [s for n in longest for s in swept[n] if s.is_load]
-    return Findings(
+    return ExperimentFindings(
         experiment=e,
         cells=cells,
         names=varying(e),
@@ -107,7 +107,7 @@ def find(e: Experiment) -> Findings:
     )
 
 
-def write(findings: Findings) -> tuple[Path, ...]:
+def write(findings: ExperimentFindings) -> tuple[Path, ...]:
     """Writes all files into the experiment's folder; returns what was written."""
     folder = findings.experiment.folder
     with house_style():
@@ -122,7 +122,7 @@ def write(findings: Findings) -> tuple[Path, ...]:
     return (readme, web, *written)
 
 
-def headline(f: Findings) -> tuple[tuple[str, str], ...]:
+def headline(f: ExperimentFindings) -> tuple[tuple[str, str], ...]:
     """The report in a few numbers: (number, what it is)."""
     baseline = f.experiment.baseline
     found: list[tuple[str, str]] = []
@@ -130,8 +130,10 @@ def headline(f: Findings) -> tuple[tuple[str, str], ...]:
         found.append((f"{f.attainment * 100:.1f} %", f"{baseline}'s requests on time, mean"))
     verdicts = f.verdicts
     if verdicts:
-        counts = [sum(v is kind for v in verdicts) for kind in (Verdict.AHEAD, Verdict.LEVEL)]
-        behind = sum(v is Verdict.BEHIND for v in verdicts)
+        counts = [
+            sum(v is kind for v in verdicts) for kind in (PolicyVerdict.AHEAD, PolicyVerdict.LEVEL)
+        ]
+        behind = sum(v is PolicyVerdict.BEHIND for v in verdicts)
         what = f"cells ahead of / level with / behind the best rival, of {len(verdicts)}"
         found.append((f"{counts[0]} / {counts[1]} / {behind}", what))
     if f.gap is not None:
@@ -145,7 +147,7 @@ def headline(f: Findings) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _figures(f: Findings) -> dict[str, tuple[Figure, str]]:
+def _figures(f: ExperimentFindings) -> dict[str, tuple[Figure, str]]:
     """By file name: the figure and its caption. `curves` and `cdf` are always there."""
     found: dict[str, tuple[Figure, str]] = {}
     bound = " Dashed: the clairvoyant bound." if any(c.bound for c in f.cells) else ""
@@ -175,7 +177,7 @@ def _figures(f: Findings) -> dict[str, tuple[Figure, str]]:
     return found
 
 
-def _sections(f: Findings) -> list[tuple[str, str, list[Table]]]:
+def _sections(f: ExperimentFindings) -> list[tuple[str, str, list[ReportTable]]]:
     """Tables after the first figure: (title, note, tables)."""
     baseline = f.experiment.baseline
     found = [
@@ -199,7 +201,7 @@ def _sections(f: Findings) -> list[tuple[str, str, list[Table]]]:
     return found
 
 
-def _facts(e: Experiment) -> str:
+def _facts(e: RecordedExperiment) -> str:
     seeds = list(e.seeds)
     whole = seeds == list(range(seeds[0], seeds[-1] + 1)) and len(seeds) > 1
     named = f"{seeds[0]}–{seeds[-1]}" if whole else ", ".join(map(str, seeds))
@@ -212,7 +214,7 @@ def _facts(e: Experiment) -> str:
     )
 
 
-def _readme(f: Findings, figures: Mapping[str, tuple[Figure, str]]) -> str:
+def _readme(f: ExperimentFindings, figures: Mapping[str, tuple[Figure, str]]) -> str:
     e = f.experiment
     parts = [f"# {e.title}", _facts(e)]
     if e.description:
@@ -237,7 +239,7 @@ def _readme(f: Findings, figures: Mapping[str, tuple[Figure, str]]) -> str:
     return _joined(parts)
 
 
-def _html(f: Findings, figures: Mapping[str, tuple[Figure, str]]) -> str:
+def _html(f: ExperimentFindings, figures: Mapping[str, tuple[Figure, str]]) -> str:
     e = f.experiment
     body = [page.heading(1, e.title), page.paragraph(_facts(e), "lead")]
     body += [page.paragraph(e.description.strip())] if e.description else []
@@ -274,7 +276,7 @@ def share(value: float) -> str:
     return percent(Interval(value, None, 1))
 
 
-def mean_lead(f: Findings) -> Interval | None:
+def mean_lead(f: ExperimentFindings) -> Interval | None:
     """Mean lead over the best rival, over the cells."""
     leads = [c.best_rival.difference for c in f.cells if c.best_rival is not None]
     means = [x.mean for x in leads if x is not None]

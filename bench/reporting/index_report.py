@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import page
-from .experiment_report import Findings, headline, mean_lead, share
-from .statistics import Verdict
-from .tables import Entry, Table, markdown, percent
+from .experiment_report import ExperimentFindings, headline, mean_lead, share
+from .statistics import PolicyVerdict
+from .tables import ReportTable, TableField, markdown, percent
 
 TITLE = "Scheduling benchmarks"
 
 
-def write_index(folder: Path, every: Sequence[Findings]) -> tuple[Path, ...]:
+def write_index(folder: Path, every: Sequence[ExperimentFindings]) -> tuple[Path, ...]:
     """README.md and report.html over reports that lie in subfolders."""
     readme, web = folder / "README.md", folder / "report.html"
     table = _table(every)
@@ -34,24 +34,24 @@ def write_index(folder: Path, every: Sequence[Findings]) -> tuple[Path, ...]:
     return (readme, web)
 
 
-def _table(every: Sequence[Findings]) -> Table:
+def _table(every: Sequence[ExperimentFindings]) -> ReportTable:
     columns = ["experiment|", "cells", "seeds", "on time (%)", "lead over best rival (points)"]
     columns += ["ahead", "level", "behind", "gap to bound (points)"]
     rows = []
     for f in every:
         lead, kinds = mean_lead(f), f.verdicts
-        behind = sum(v is Verdict.BEHIND for v in kinds)
+        behind = sum(v is PolicyVerdict.BEHIND for v in kinds)
         rows.append(
             (
-                Entry(f.experiment.title),
-                Entry(str(len(f.cells))),
-                Entry(str(len(f.experiment.seeds))),
-                Entry("–" if f.attainment is None else share(f.attainment)),
-                Entry("–" if lead is None else percent(lead, signed=True)),
-                Entry(str(sum(v is Verdict.AHEAD for v in kinds))),
-                Entry(str(sum(v is Verdict.LEVEL for v in kinds))),
-                Entry(str(behind), "bad" if behind else ""),
-                Entry("–" if f.gap is None else share(f.gap)),
+                TableField(f.experiment.title),
+                TableField(str(len(f.cells))),
+                TableField(str(len(f.experiment.seeds))),
+                TableField("–" if f.attainment is None else share(f.attainment)),
+                TableField("–" if lead is None else percent(lead, signed=True)),
+                TableField(str(sum(v is PolicyVerdict.AHEAD for v in kinds))),
+                TableField(str(sum(v is PolicyVerdict.LEVEL for v in kinds))),
+                TableField(str(behind), "bad" if behind else ""),
+                TableField("–" if f.gap is None else share(f.gap)),
             )
         )
-    return Table(tuple(columns), tuple(rows))
+    return ReportTable(tuple(columns), tuple(rows))

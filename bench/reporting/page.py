@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 
 from .style import THEME
-from .tables import Table
+from .tables import ReportTable
 
 _KIND = {True: "w", False: "n"}  # words, numbers
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -98,7 +98,7 @@ def folded(summary: str, body: str, is_open: bool = False) -> str:
     return f"<details{mark}><summary>{html.escape(summary)}</summary>{body}</details>"
 
 
-def tabled(table: Table) -> str:
+def tabled(table: ReportTable) -> str:
     """A table that scrolls where it is too wide."""
     words = table.words
     heads = "".join(

@@ -20,7 +20,7 @@ import msgspec
 from .statistics import Interval, mean_interval, paired_difference
 
 
-class Told(NamedTuple):
+class PromiseRow(NamedTuple):
     """A row of the table."""
 
     load: str
@@ -34,11 +34,11 @@ Summaries = dict[int, list[dict[str, Any]]]  # by seed: one, or one of each load
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Markdown, cells in the order of the rows."""
-    cells: dict[Told, Summaries] = {}
+    cells: dict[PromiseRow, Summaries] = {}
     for row in rows:
         cell = row["cell"]
         name = f"{cell['workload']} {cell['rate']:g}/min {cell['slo_scale']:g}"
-        key = Told(name, cell.get("refuse", False), cell.get("firm", 0.0))
+        key = PromiseRow(name, cell.get("refuse", False), cell.get("firm", 0.0))
         cells.setdefault(key, {}).setdefault(row["seed"], []).append(row["summary"])
     lines = [
         "| load | late ones | firm | seeds | on time, % | against soft | yes | kept, % "
@@ -53,9 +53,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _together(cells: Mapping[Told, Summaries]) -> dict[Told, Summaries]:
+def _together(cells: Mapping[PromiseRow, Summaries]) -> dict[PromiseRow, Summaries]:
     """All loads of the seeds that ran in each of them."""
-    made: dict[Told, Summaries] = {}
+    made: dict[PromiseRow, Summaries] = {}
     for kind in dict.fromkeys(key._replace(load=ALL) for key in cells):
         found = [c for key, c in cells.items() if key._replace(load=ALL) == kind]
         seeds = sorted(set.intersection(*(set(c) for c in found)))
@@ -64,7 +64,7 @@ def _together(cells: Mapping[Told, Summaries]) -> dict[Told, Summaries]:
     return made
 
 
-def _line(key: Told, found: Summaries, soft: Summaries) -> str:
+def _line(key: PromiseRow, found: Summaries, soft: Summaries) -> str:
     told = [s["promises"] for summaries in found.values() for s in summaries]
     yes, kept, firm_yes, firm_kept = (
         sum(t[k] for t in told) for k in ("promised", "kept", "firm_promised", "firm_kept")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from bench.sim.paper import PaperRow
+
 Value = str | float | int | bool
 Cell = tuple[tuple[str, Value], ...]  # sorted by name
 
@@ -30,7 +32,7 @@ class LatencyFigures(msgspec.Struct, frozen=True, kw_only=True):
     p99: float
 
 
-class Figures(msgspec.Struct, frozen=True, kw_only=True):
+class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What a report reads of a run's summary; more fields may be there."""
 
     requests: int
@@ -52,7 +54,7 @@ class ClassRow(msgspec.Struct, frozen=True, kw_only=True):
     slo_s: float | None = None  # where the whole class has one
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
+class RunRow(msgspec.Struct, frozen=True, kw_only=True):
     """One run."""
 
     case: str
@@ -60,7 +62,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     policy: str
     seed: int
     gpus: int
-    summary: Figures
+    summary: RunSummary
     title: str = ""
     label: str = ""
     classes: dict[str, ClassRow] = {}
@@ -75,18 +77,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(sorted(self.cell.items()))
 
 
-class PaperRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A published number, for cells that have at least these values."""
-
-    policy: str
-    value: float
-    cell: dict[str, Value] = {}
-    metric: str = "attainment"
-    over: str = ""  # the value is a ratio over this policy's
-    source: str = ""
-    remark: str = ""
-
-
 class CaseText(msgspec.Struct, frozen=True, kw_only=True):
     """What a report reads of a Case; the rest of it is the simulator's."""
 
@@ -96,14 +86,14 @@ class CaseText(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Experiment:
+class RecordedExperiment:
     """All runs of one folder. Series and cells keep the order of their first row."""
 
     folder: Path
     title: str
     description: str
     command: str
-    rows: tuple[Row, ...]
+    rows: tuple[RunRow, ...]
     paper: tuple[PaperRow, ...]
     baseline: str  # a series
 
@@ -118,8 +108,8 @@ class Experiment:
         return tuple(dict.fromkeys(r.place for r in self.rows))
 
     @cached_property
-    def _runs(self) -> dict[tuple[Cell, str], dict[int, Row]]:
-        found: dict[tuple[Cell, str], dict[int, Row]] = {}
+    def _runs(self) -> dict[tuple[Cell, str], dict[int, RunRow]]:
+        found: dict[tuple[Cell, str], dict[int, RunRow]] = {}
         for row in self.rows:
             found.setdefault((row.place, row.series), {})[row.seed] = row
         return found
@@ -140,15 +130,15 @@ class Experiment:
         ours = policies.get(self.baseline)
         return tuple(s for s in self.series if policies.get(s) not in (ours, None))
 
-    def runs(self, cell: Cell, series: str) -> dict[int, Row]:
+    def runs(self, cell: Cell, series: str) -> dict[int, RunRow]:
         """By seed; of repeated runs the last counts."""
         return self._runs.get((cell, series), {})
 
 
-def read_experiment(folder: Path, baseline: str) -> Experiment:
+def read_experiment(folder: Path, baseline: str) -> RecordedExperiment:
     """Reads a folder. `baseline` is a label or a policy. Raises: ReportError."""
-    decoder = msgspec.json.Decoder(Row)
-    rows: list[Row] = []
+    decoder = msgspec.json.Decoder(RunRow)
+    rows: list[RunRow] = []
     path = folder / "runs.jsonl"
     if not path.exists():
         raise ReportError(f"{folder} has no runs.jsonl")
@@ -163,7 +153,7 @@ def read_experiment(folder: Path, baseline: str) -> Experiment:
         raise ReportError(f"{path} is empty")
     case = _case(folder / "case.toml")
     command = folder / "command.txt"
-    return Experiment(
+    return RecordedExperiment(
         folder=folder,
         title=case.title or rows[0].title or rows[0].case,
         description=case.description,
@@ -189,7 +179,7 @@ def _case(path: Path) -> CaseText:
         raise ReportError(f"{path}: {error}") from None
 
 
-def _series_of(rows: list[Row], baseline: str) -> str:
+def _series_of(rows: list[RunRow], baseline: str) -> str:
     """The series a name means; the first one there is, if none goes by it."""
     series = dict.fromkeys(r.series for r in rows)
     if baseline in series:

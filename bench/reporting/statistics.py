@@ -34,7 +34,7 @@ class Interval(NamedTuple):
         return self.mean + (self.half or 0.0)
 
 
-class Verdict(Enum):
+class PolicyVerdict(Enum):
     """How the baseline stands to another policy."""
 
     AHEAD = "ahead"
@@ -77,13 +77,13 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     return mean_interval([ours[s] - theirs[s] for s in shared]) if shared else None
 
 
-def verdict(difference: Interval) -> Verdict:
+def verdict(difference: Interval) -> PolicyVerdict:
     """Ahead or behind where the interval leaves out zero."""
     if difference.half is None:
-        return Verdict.UNKNOWN
+        return PolicyVerdict.UNKNOWN
     if difference.low > 1e-12:
-        return Verdict.AHEAD
-    return Verdict.BEHIND if difference.high < -1e-12 else Verdict.LEVEL
+        return PolicyVerdict.AHEAD
+    return PolicyVerdict.BEHIND if difference.high < -1e-12 else PolicyVerdict.LEVEL
 
 
 def t_quantile(freedom: int, level: float = LEVEL) -> float:

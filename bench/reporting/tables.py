@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 from control.scheduler.summary import percentile
 
-from .analysis import Carried, CellStanding, ClassStanding, Compared, Standing, Sweep
+from .analysis import Carried, CellStanding, ClassStanding, PaperComparison, PolicyStanding, Sweep
 from .charts import class_title
-from .statistics import Interval, Ratio, Sustained, Verdict
+from .statistics import Interval, PolicyVerdict, Ratio, Sustained
 from .style import axis_title, cell_title
 
 SIGNS = {
-    Verdict.AHEAD: ("▲ ahead", "good"),
-    Verdict.LEVEL: ("= level", ""),
-    Verdict.BEHIND: ("▼ behind", "bad"),
-    Verdict.UNKNOWN: ("one seed", ""),
+    PolicyVerdict.AHEAD: ("▲ ahead", "good"),
+    PolicyVerdict.LEVEL: ("= level", ""),
+    PolicyVerdict.BEHIND: ("▼ behind", "bad"),
+    PolicyVerdict.UNKNOWN: ("one seed", ""),
 }
 METRICS = {
     "attainment": "attainment",
@@ -30,7 +30,7 @@ METRICS = {
 SHARES = ("attainment", "utilisation")
 
 
-class Entry(NamedTuple):
+class TableField(NamedTuple):
     """One field of a table; `tone` is "good", "bad" or nothing."""
 
     text: str
@@ -38,11 +38,11 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """Columns whose name ends in a bar "|" hold words (left aligned); all others hold numbers."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[Entry, ...], ...]
+    rows: tuple[tuple[TableField, ...], ...]
     strong: frozenset[int] = frozenset()  # rows that stand out
 
     @property
@@ -68,7 +68,7 @@ def plain(interval: Interval, signed: bool = False) -> str:
     return mean if interval.half is None else f"{mean} ± {interval.half:.{digits}f}"
 
 
-def cell_table(cell: CellStanding, baseline: str) -> Table:
+def cell_table(cell: CellStanding, baseline: str) -> ReportTable:
     """All policies of one cell, best first."""
     ranked = sorted(cell.standings, key=lambda s: -s.attainment.mean)
     bounded = cell.bound is not None
@@ -78,13 +78,15 @@ def cell_table(cell: CellStanding, baseline: str) -> Table:
     rows = [_standing_row(s, bounded) for s in ranked]
     strong = {i for i, s in enumerate(ranked) if s.series == baseline}
     if cell.bound is not None:
-        blank = [Entry("")] * (len(columns) - 2)
-        rows.insert(0, (Entry("bound"), Entry(percent(cell.bound)), *blank))
+        blank = [TableField("")] * (len(columns) - 2)
+        rows.insert(0, (TableField("bound"), TableField(percent(cell.bound)), *blank))
         strong = {i + 1 for i in strong}
-    return Table(tuple(columns), tuple(rows), frozenset(strong))
+    return ReportTable(tuple(columns), tuple(rows), frozenset(strong))
 
 
-def overview_table(cells: Sequence[CellStanding], baseline: str, names: tuple[str, ...]) -> Table:
+def overview_table(
+    cells: Sequence[CellStanding], baseline: str, names: tuple[str, ...]
+) -> ReportTable:
     """A line a cell: the baseline, its best rival, what lies between them, the bound."""
     bounded = any(c.bound is not None for c in cells)
     columns = ["cell|", f"{baseline} (%)", "best rival|", "rival (%)", "lead (points)", "verdict|"]
@@ -92,21 +94,21 @@ def overview_table(cells: Sequence[CellStanding], baseline: str, names: tuple[st
     rows = []
     for cell in cells:
         ours, rival = cell.of(baseline), cell.best_rival
-        row = [Entry(cell_title(cell.cell, names))]
-        row.append(Entry(percent(ours.attainment) if ours else "–"))
-        row.append(Entry(rival.series if rival else "–"))
-        row.append(Entry(percent(rival.attainment) if rival else "–"))
+        row = [TableField(cell_title(cell.cell, names))]
+        row.append(TableField(percent(ours.attainment) if ours else "–"))
+        row.append(TableField(rival.series if rival else "–"))
+        row.append(TableField(percent(rival.attainment) if rival else "–"))
         difference = rival.difference if rival else None
-        row.append(Entry(percent(difference, signed=True) if difference else "–"))
+        row.append(TableField(percent(difference, signed=True) if difference else "–"))
         row.append(_verdict(rival))
         if bounded:
-            row.append(Entry(percent(cell.bound) if cell.bound else "–"))
-            row.append(Entry(percent(ours.gap) if ours and ours.gap else "–"))
+            row.append(TableField(percent(cell.bound) if cell.bound else "–"))
+            row.append(TableField(percent(ours.gap) if ours and ours.gap else "–"))
         rows.append(tuple(row))
-    return Table(tuple(columns), tuple(rows))
+    return ReportTable(tuple(columns), tuple(rows))
 
 
-def class_table(classes: Mapping[str, Sequence[ClassStanding]], baseline: str) -> Table:
+def class_table(classes: Mapping[str, Sequence[ClassStanding]], baseline: str) -> ReportTable:
     """Attainment and p99 of each class: a row a policy."""
     names = list(classes)
     columns = ["policy|"]
@@ -115,31 +117,34 @@ def class_table(classes: Mapping[str, Sequence[ClassStanding]], baseline: str) -
     series = dict.fromkeys(s.series for standings in classes.values() for s in standings)
     rows = []
     for one in series:
-        row = [Entry(one)]
+        row = [TableField(one)]
         for name in names:
             found = next((s for s in classes[name] if s.series == one), None)
-            row.append(Entry(percent(found.attainment) if found else "–"))
+            row.append(TableField(percent(found.attainment) if found else "–"))
             latency_s = found.latency_s if found else ()
-            row.append(Entry(f"{percentile(latency_s, 99):.1f}" if latency_s else "–"))
+            row.append(TableField(f"{percentile(latency_s, 99):.1f}" if latency_s else "–"))
         rows.append(tuple(row))
     strong = frozenset(i for i, one in enumerate(series) if one == baseline)
-    return Table(tuple(columns), tuple(rows), strong)
+    return ReportTable(tuple(columns), tuple(rows), strong)
 
 
 def sweep_table(
     sweep: Sweep, found: Sequence[Carried], baseline: str, names: tuple[str, ...]
-) -> Table:
+) -> ReportTable:
     """The load that each policy sustains, and how much more the baseline does."""
     what = axis_title(sweep.name)
     where = cell_title(sweep.rest, names) if set(dict(sweep.rest)) & set(names) else ""
     first = f"policy ({where})|" if where else "policy|"
     order = sorted(found, key=lambda c: (c.load.edge != "≥", -c.load.value))
-    rows = [(Entry(c.series), Entry(_sustained(c.load)), Entry(_ratio(c.ratio))) for c in order]
+    rows = [
+        (TableField(c.series), TableField(_sustained(c.load)), TableField(_ratio(c.ratio)))
+        for c in order
+    ]
     strong = frozenset(i for i, c in enumerate(order) if c.series == baseline)
-    return Table((first, what, f"{baseline} over it (×)"), tuple(rows), strong)
+    return ReportTable((first, what, f"{baseline} over it (×)"), tuple(rows), strong)
 
 
-def paper_table(found: Sequence[Compared], names: tuple[str, ...]) -> Table:
+def paper_table(found: Sequence[PaperComparison], names: tuple[str, ...]) -> ReportTable:
     """Published numbers beside ours."""
     columns = ("policy|", "cell|", "metric|", "paper", "ours", "difference", "source and remark|")
     rows = []
@@ -161,11 +166,11 @@ def paper_table(found: Sequence[Compared], names: tuple[str, ...]) -> Table:
             ours = percent(one.ours) if share else plain(one.ours)
             away = f"{lead * 100:+.1f}" if share else plain(Interval(lead, None, 1), signed=True)
         fields = (paper.policy, cell, metric, theirs, ours, away, remark)
-        rows.append(tuple(Entry(f) for f in fields))
-    return Table(columns, tuple(rows))
+        rows.append(tuple(TableField(f) for f in fields))
+    return ReportTable(columns, tuple(rows))
 
 
-def markdown(table: Table) -> str:
+def markdown(table: ReportTable) -> str:
     """A GitHub table."""
 
     def line(fields: Sequence[str]) -> str:
@@ -179,28 +184,28 @@ def markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _standing_row(s: Standing, bounded: bool) -> tuple[Entry, ...]:
+def _standing_row(s: PolicyStanding, bounded: bool) -> tuple[TableField, ...]:
     row = [
-        Entry(s.series),
-        Entry(percent(s.attainment)),
-        Entry(plain(s.p50_s)),
-        Entry(plain(s.p99_s)),
-        Entry(f"{s.preemptions:.0f}"),
-        Entry(f"{s.degree_changes:.0f}"),
-        Entry(f"{s.rejected:.0f}"),
-        Entry(f"{s.utilisation * 100:.0f}"),
-        Entry(percent(s.difference, signed=True) if s.difference else ""),
+        TableField(s.series),
+        TableField(percent(s.attainment)),
+        TableField(plain(s.p50_s)),
+        TableField(plain(s.p99_s)),
+        TableField(f"{s.preemptions:.0f}"),
+        TableField(f"{s.degree_changes:.0f}"),
+        TableField(f"{s.rejected:.0f}"),
+        TableField(f"{s.utilisation * 100:.0f}"),
+        TableField(percent(s.difference, signed=True) if s.difference else ""),
         _verdict(s),
     ]
     if bounded:
-        row.append(Entry(percent(s.gap) if s.gap else "–"))
+        row.append(TableField(percent(s.gap) if s.gap else "–"))
     return tuple(row)
 
 
-def _verdict(standing: Standing | None) -> Entry:
+def _verdict(standing: PolicyStanding | None) -> TableField:
     if standing is None or standing.verdict is None:
-        return Entry("")
-    return Entry(*SIGNS[standing.verdict])
+        return TableField("")
+    return TableField(*SIGNS[standing.verdict])
 
 
 def _sustained(load: Sustained) -> str:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .faults import Fault
-from .loop import Process, Tell
-from .scenario import BEGIN_US, Script, Verdict, perform
+from .loop import SimulatedProcess, Tell
+from .scenario import BEGIN_US, Script, SeedResult, perform
 from .stories import Story, wish_of
 from .world import World
 
@@ -25,7 +25,7 @@ DEEDS = ("kill", "stop", "break")
 
 
 @dataclass(frozen=True)
-class Place:
+class AwaitSite:
     """A coroutine in a kind of process."""
 
     process: str  # how its name begins
@@ -36,51 +36,51 @@ class Place:
 
 
 # Whatever takes part in a request's life. A call is served by `ServerCall._serve`.
-PLACES = (
-    Place("gateway", "ServerCall._serve"),
-    Place("gateway", "Line."),
-    Place("control", "ServerCall._serve"),
-    Place("control", "Admission."),
-    Place("control", "Endings."),
-    Place("control", "Attachments."),
-    Place("control", "Driver.run"),
-    Place("control", "Replica."),
-    Place("control", "Leadership."),
-    Place("w", "Agent."),
+SITES = (
+    AwaitSite("gateway", "ServerCall._serve"),
+    AwaitSite("gateway", "Line."),
+    AwaitSite("control", "ServerCall._serve"),
+    AwaitSite("control", "AdmissionControl."),
+    AwaitSite("control", "Endings."),
+    AwaitSite("control", "Attachments."),
+    AwaitSite("control", "Driver.run"),
+    AwaitSite("control", "Replica."),
+    AwaitSite("control", "Leadership."),
+    AwaitSite("w", "Agent."),
 )
 
 
 def courses(
-    places: tuple[Place, ...] = PLACES,
+    sites: tuple[AwaitSite, ...] = SITES,
     deeds: tuple[str, ...] = DEEDS,
     every: int = 1,
     most: int = 1_000_000,
-) -> Iterator[tuple[str, Verdict]]:
+) -> Iterator[tuple[str, SeedResult]]:
     """All of it, or of the awaits each `every`-th, at most so many; each run with what it was."""
     for course in COURSES:
-        for place in places:
+        for site in sites:
             for deed in deeds:
-                if deed == "break" and "_serve" not in place.coroutine:
+                if deed == "break" and "_serve" not in site.coroutine:
                     continue
-                yield from _all_awaits(course, place, deed, every, most)
+                yield from _all_awaits(course, site, deed, every, most)
 
 
 def _all_awaits(
-    course: str, place: Place, deed: str, every: int, most: int
-) -> Iterator[tuple[str, Verdict]]:
+    course: str, site: AwaitSite, deed: str, every: int, most: int
+) -> Iterator[tuple[str, SeedResult]]:
     for number in range(0, every * most, every):
-        trap = Trap(place, deed, number)
-        verdict = perform(number, _script(course, trap))
+        trap = Trap(site, deed, number)
+        result = perform(number, _script(course, trap))
         if not trap.sprung:
             return
-        yield f"{course}, {deed} at await {number} of {place}", verdict
+        yield f"{course}, {deed} at await {number} of {site}", result
 
 
 class Trap:
     """Waits for an await, and does its deed there once."""
 
-    def __init__(self, place: Place, deed: str, number: int) -> None:
-        self._place, self._deed, self._left = place, deed, number
+    def __init__(self, site: AwaitSite, deed: str, number: int) -> None:
+        self._site, self._deed, self._left = site, deed, number
         self._world: World | None = None
         self._counts = False
         self.sprung = False
@@ -94,19 +94,19 @@ class Trap:
         """From now on it counts."""
         self._counts = True
 
-    def _watch(self, process: Process, work: Coroutine[Any, Any, Any]) -> Tell | None:
-        place = self._place
+    def _watch(self, process: SimulatedProcess, work: Coroutine[Any, Any, Any]) -> Tell | None:
+        site = self._site
         name = getattr(work, "__qualname__", "")
-        whole = name == place.coroutine or (
-            place.coroutine.endswith(".") and name.startswith(place.coroutine)
+        whole = name == site.coroutine or (
+            site.coroutine.endswith(".") and name.startswith(site.coroutine)
         )
-        if not process.name.startswith(place.process) or not whole:
+        if not process.name.startswith(site.process) or not whole:
             return None
         owner = getattr(work, "cr_frame", None)
         call = owner.f_locals.get("self") if owner is not None else None
         return lambda: self._waits(process, call)
 
-    def _waits(self, process: Process, call: Any) -> None:
+    def _waits(self, process: SimulatedProcess, call: Any) -> None:
         world = self._world
         if self.sprung or not self._counts or world is None or world.over or process.dead:
             return
@@ -121,14 +121,14 @@ class Trap:
         }
         deeds[self._deed]()
 
-    def _kill(self, process: Process) -> None:
+    def _kill(self, process: SimulatedProcess) -> None:
         """Nothing of what it says from now on is heard; its tasks end, its supervisor comes."""
         world = self._world
         assert world is not None
         process.cut_off()
         world.outside(process.kill())
 
-    def _stop(self, process: Process) -> None:
+    def _stop(self, process: SimulatedProcess) -> None:
         process.stop()
         loop = process.loop
         loop.at_us(loop.now_us + round(_AWAY_S * 1e6), process.resume)

@@ -27,10 +27,10 @@ from hocket.errors import (
 )
 from hocket.v1 import control_pb2, control_pb2_grpc, generation_pb2, generation_pb2_grpc
 
-from .link import BROKEN, WINDOW
-from .loop import Process
+from .loop import SimulatedProcess
 from .roles import gateway_address
-from .stories import ENDINGS, GATEWAYS, Story, Told
+from .rpc.link import BROKEN, WINDOW
+from .stories import ENDINGS, GATEWAYS, CallerEvent, Story
 
 if TYPE_CHECKING:
     from .world import World
@@ -44,7 +44,7 @@ _OVER = (*ENDINGS, "refused")
 _NO_ANSWER = NotReady | NotLeader | BrokerUnavailable | CallFailed
 
 
-class Callers:
+class SimulatedCallers:
     """All callers of a world; one process, which no fault hits."""
 
     def __init__(self, world: World, stories: list[Story]) -> None:
@@ -52,7 +52,7 @@ class Callers:
         self.stories = stories
         self._channels: dict[tuple[str, int], grpc.aio.Channel] = {}
 
-    async def run(self, world: World, process: Process) -> None:
+    async def run(self, world: World, process: SimulatedProcess) -> None:
         async with asyncio.TaskGroup() as tasks:
             for story in self.stories:
                 tasks.create_task(self._play(story), name=story.name)
@@ -224,7 +224,7 @@ class Callers:
         except TimeoutError:
             pass
 
-    async def _hear(self, story: Story, call: AsyncIterator[Told]) -> bool:
+    async def _hear(self, story: Story, call: AsyncIterator[CallerEvent]) -> bool:
         """One call; whether it told the end, or a refusal."""
         async for told in call:
             if told.kind in _OVER:
@@ -252,7 +252,7 @@ class Callers:
                 self._note(story, "accepted", name, cursor=1)
                 return True
 
-    async def _generate(self, story: Story, window: int = 0) -> AsyncIterator[Told]:
+    async def _generate(self, story: Story, window: int = 0) -> AsyncIterator[CallerEvent]:
         stub = self._stub(story.gateway, window)
         call, chain, accepted = stub.Generate(story.wish), _chain(story), False
         try:
@@ -271,7 +271,7 @@ class Callers:
             elif accepted and error.details() not in BROKEN:
                 story.dropped.append(f"{error.code().name}: {error.details()}")
 
-    async def _watched(self, story: Story) -> AsyncIterator[Told]:
+    async def _watched(self, story: Story) -> AsyncIterator[CallerEvent]:
         cursor, chain = story.cursor, story.chain
         request = generation_pb2.WatchGenerationRequest(
             request_id=story.request, cursor=str(cursor or "")
@@ -297,12 +297,12 @@ class Callers:
         *,
         cursor: int = 0,
         chain: int = 0,
-    ) -> Told:
-        told = Told(self._world.now_us, kind, name or story.request, detail, cursor, chain)
+    ) -> CallerEvent:
+        told = CallerEvent(self._world.now_us, kind, name or story.request, detail, cursor, chain)
         story.told.append(told)
         return told
 
-    def _failed(self, story: Story, error: grpc.aio.AioRpcError) -> Told | None:
+    def _failed(self, story: Story, error: grpc.aio.AioRpcError) -> CallerEvent | None:
         """What a status tells of the request; None for "try again"."""
         match typed := from_rpc_error(error):
             case RequestFailed(reason="CANCELLED"):

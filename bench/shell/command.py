@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bench.shell.awaits import courses
 from bench.shell.faults import KINDS
-from bench.shell.scenario import Verdict, play
+from bench.shell.scenario import SeedResult, play
 from bench.sim.experiment import parse_seeds
 from bench.sim_command import explained
 from hocket.clock import steady_ns
@@ -48,12 +48,12 @@ def shell_command(
         _at_awaits(awaits)
         return
     numbers = list(parse_seeds(seeds))
-    began_ns, found = steady_ns(), Findings()
+    began_ns, found = steady_ns(), SeedFindings()
     try:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("seeds", total=len(numbers))
-            for verdict in verdicts(numbers, jobs, chosen):
-                found.take(verdict)
+            for result in results(numbers, jobs, chosen):
+                found.take(result)
                 wrong = f", {found.bad} with problems" if found.bad else ""
                 progress.update(task, advance=1, description=f"seeds{wrong}")
                 if not console.is_terminal and found.seeds % _TOLD_EVERY == 0:
@@ -75,11 +75,11 @@ def _at_awaits(every: int) -> None:
     began_ns, runs, wrong = steady_ns(), 0, 0
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("awaits", total=None)
-        for what, verdict in courses(every=every):
+        for what, result in courses(every=every):
             runs += 1
             progress.update(task, advance=1, description=f"{runs} runs, {wrong} with problems")
-            wrong += bool(verdict.problems)
-            for problem in verdict.problems:
+            wrong += bool(result.problems)
+            for problem in result.problems:
                 console.print(f"{what}: {problem}", style="red", markup=False, soft_wrap=True)
     took_s = (steady_ns() - began_ns) / 1e9
     console.print(f"{runs} runs in {took_s:.0f} s, {wrong} with problems", highlight=False)
@@ -87,7 +87,7 @@ def _at_awaits(every: int) -> None:
         raise typer.Exit(1)
 
 
-class Findings:
+class SeedFindings:
     """What all seeds came to."""
 
     def __init__(self) -> None:
@@ -96,20 +96,20 @@ class Findings:
         self._kinds: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
         self._first: dict[str, int] = {}
-        self._shown: list[Verdict] = []
+        self._shown: list[SeedResult] = []
 
-    def take(self, verdict: Verdict) -> None:
+    def take(self, result: SeedResult) -> None:
         self.seeds += 1
-        self.requests += verdict.requests
-        self.simulated_s += verdict.simulated_s
-        self._faults.update(verdict.kinds)
-        if verdict.problems:
+        self.requests += result.requests
+        self.simulated_s += result.simulated_s
+        self._faults.update(result.kinds)
+        if result.problems:
             self.bad += 1
-            kinds = {problem.kind for problem in verdict.problems}
+            kinds = {problem.kind for problem in result.problems}
             self._kinds.update(kinds)
             for kind in kinds:
-                self._first[kind] = min(verdict.seed, self._first.get(kind, verdict.seed))
-            self._shown = sorted([*self._shown, verdict], key=lambda v: v.seed)[:_SHOWN_MAX]
+                self._first[kind] = min(result.seed, self._first.get(kind, result.seed))
+            self._shown = sorted([*self._shown, result], key=lambda v: v.seed)[:_SHOWN_MAX]
 
     def show(self, took_s: float) -> None:
         hours = self.simulated_s / 3600
@@ -120,13 +120,13 @@ class Findings:
             f"{self.bad} seeds with problems",
             highlight=False,
         )
-        for verdict in self._shown:
+        for result in self._shown:
             console.print(
-                f"[red]seed {verdict.seed}[/]: python -m bench shell --seeds {verdict.seed}"
+                f"[red]seed {result.seed}[/]: python -m bench shell --seeds {result.seed}"
             )
-            for fault in verdict.faults:
+            for fault in result.faults:
                 console.print(f"    {fault}", markup=False)
-            for problem in verdict.problems:
+            for problem in result.problems:
                 console.print(f"    {problem}", style="red", markup=False, soft_wrap=True)
         if self._kinds:
             table = Table("problem", "seeds", "first seed")
@@ -135,7 +135,7 @@ class Findings:
             console.print(table)
 
 
-def verdicts(seeds: Iterable[int], jobs: int, kinds: tuple[str, ...]) -> Iterator[Verdict]:
+def results(seeds: Iterable[int], jobs: int, kinds: tuple[str, ...]) -> Iterator[SeedResult]:
     """Of each seed, as they come."""
     if jobs == 1:
         for piece in _pieces(seeds):
@@ -143,7 +143,7 @@ def verdicts(seeds: Iterable[int], jobs: int, kinds: tuple[str, ...]) -> Iterato
         return
     pieces = _pieces(seeds)
     with ProcessPoolExecutor(jobs) as pool:
-        running: set[Future[list[Verdict]]] = set()
+        running: set[Future[list[SeedResult]]] = set()
         for piece in pieces:
             running.add(pool.submit(play_all, piece, kinds))
             if len(running) > 2 * jobs:
@@ -154,7 +154,7 @@ def verdicts(seeds: Iterable[int], jobs: int, kinds: tuple[str, ...]) -> Iterato
             yield from future.result()
 
 
-def play_all(seeds: list[int], kinds: tuple[str, ...]) -> list[Verdict]:
+def play_all(seeds: list[int], kinds: tuple[str, ...]) -> list[SeedResult]:
     """Several seeds."""
     return [play(seed, kinds) for seed in seeds]
 

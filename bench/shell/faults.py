@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 
@@ -14,9 +14,7 @@ from hocket.v1 import control_pb2, control_pb2_grpc
 
 from . import roles
 from .strangers import impersonate, intrude
-
-if TYPE_CHECKING:
-    from .world import World
+from .world import World
 
 SECOND_US = 1_000_000
 _BEGIN_WITHIN_US = 4 * SECOND_US
@@ -234,6 +232,14 @@ def _weather(**bad: float) -> Callable[[World, Fault], Coroutine[Any, Any, None]
     return happen
 
 
+async def _rogue(world: World, fault: Fault) -> None:
+    await intrude(world, fault.at_us, fault.lasts_us)
+
+
+async def _twin(world: World, fault: Fault) -> None:
+    await impersonate(world, fault.target, fault.lasts_us)
+
+
 STRANGE = ("rogue", "twin")  # kinds that cost nobody anything
 KINDS: dict[str, Callable[[World, Fault], Coroutine[Any, Any, None]]] = {
     "kill": _kill,
@@ -248,8 +254,8 @@ KINDS: dict[str, Callable[[World, Fault], Coroutine[Any, Any, None]]] = {
     "broker held from": _broker_held,
     "part": _part,
     "cut": _cut,
-    "rogue": intrude,
-    "twin": impersonate,
+    "rogue": _rogue,
+    "twin": _twin,
     "weather drops": _weather(drop=0.05),
     "weather doubles": _weather(duplicate=0.05),
     "weather is slow": _weather(slow=0.1, slow_us=800_000),

@@ -8,18 +8,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from gpuworker.mesh.naming import NameRefused
 from hocket.errors import BrokerUnavailable
-from hocket.v1 import journal_pb2, mesh_pb2
 
 from .callers import NARROW
-from .roles import STEP_US
-from .stories import ENDINGS, Story, Told
-
-if TYPE_CHECKING:
-    from .scenario import Run
+from .scenario_run import ScenarioRun
+from .stories import ENDINGS, CallerEvent, Story
+from .toy_model import STEP_US
 
 SECOND_US = 1_000_000
 GRACE_US = 10 * SECOND_US  # a request without followers is kept so long
@@ -46,12 +42,12 @@ class Problem:
         return f"{self.kind}: {self.detail}"
 
 
-def check(run: Run) -> list[Problem]:
+def check(run: ScenarioRun) -> list[Problem]:
     """All that is wrong with a run that is over."""
     return [problem for look in CHECKS for problem in look(run)]
 
 
-def answered(run: Run) -> Iterator[Problem]:
+def answered(run: ScenarioRun) -> Iterator[Problem]:
     """Whoever stayed learned exactly one end, or a refusal before anything was accepted."""
     for story in run.stories:
         endings = [t for t in story.told if t.kind in ENDINGS]
@@ -71,7 +67,7 @@ def answered(run: Run) -> Iterator[Problem]:
             yield Problem("cancelled without a cancel", str(story))
 
 
-def one_request_a_key(run: Run) -> Iterator[Problem]:
+def one_request_a_key(run: ScenarioRun) -> Iterator[Problem]:
     """Callers with one key hear of one request, and of one end of it."""
     by_key: dict[str, list[Story]] = {}
     for story in run.stories:
@@ -91,7 +87,7 @@ def one_request_a_key(run: Run) -> Iterator[Problem]:
                 yield Problem("followers told different ends", f"{key}: {sorted(endings)}")
 
 
-def typed(run: Run) -> Iterator[Problem]:
+def typed(run: ScenarioRun) -> Iterator[Problem]:
     """Each status said what the matter was, and no gateway that lives dropped a caller."""
     for story in run.stories:
         for status in story.odd:
@@ -101,7 +97,7 @@ def typed(run: Run) -> Iterator[Problem]:
             yield Problem("dropped after accepted", f"{story}: {story.dropped}")
 
 
-def in_order(run: Run) -> Iterator[Problem]:
+def in_order(run: ScenarioRun) -> Iterator[Problem]:
     """Cursors rise, from one call to the one that goes on behind it too."""
     for story in run.stories:
         for chain in {t.chain for t in story.told if t.chain}:
@@ -114,7 +110,7 @@ def in_order(run: Run) -> Iterator[Problem]:
                 yield Problem("steps went back", f"{story.name}: {steps}")
 
 
-def stored(run: Run) -> Iterator[Problem]:
+def stored(run: ScenarioRun) -> Iterator[Problem]:
     """What was told stands in the journal, once, and nothing stands there that never ended."""
     accepted, ended = run.accepted, run.ended
     for request, times in accepted.items():
@@ -135,7 +131,7 @@ def stored(run: Run) -> Iterator[Problem]:
                     yield Problem("told an end that is not stored", f"{story} {outcomes}")
 
 
-def cancels_hold(run: Run) -> Iterator[Problem]:
+def cancels_hold(run: ScenarioRun) -> Iterator[Problem]:
     """Whoever was told that a request is called off can rely on it: its end is stored by then."""
     for story in run.stories:
         ends = run.ended.get(story.request)
@@ -144,14 +140,14 @@ def cancels_hold(run: Run) -> Iterator[Problem]:
             yield Problem("a cancel was acknowledged before it was stored", str(story))
 
 
-def one_leader(run: Run) -> Iterator[Problem]:
+def one_leader(run: ScenarioRun) -> Iterator[Problem]:
     """Once a term has written, no earlier one does."""
     for before, after in itertools.pairwise(run.terms):
         if after < before:
             yield Problem("terms interleaved", f"{after} behind {before}")
 
 
-def within_room(run: Run) -> Iterator[Problem]:
+def within_room(run: ScenarioRun) -> Iterator[Problem]:
     """Never more requests open at a time than control takes."""
     comes = [(times[0], 1) for times in run.accepted.values()]
     goes = [(e[0].at_us, -1) for r, e in run.ended.items() if r in run.accepted]
@@ -163,7 +159,7 @@ def within_room(run: Run) -> Iterator[Problem]:
         yield Problem("more than there is room for", f"{most} of {run.world.open_max}")
 
 
-def for_somebody(run: Run) -> Iterator[Problem]:
+def for_somebody(run: ScenarioRun) -> Iterator[Problem]:
     """A request without followers ends soon, and what has ended is not worked on."""
     followers: dict[str, list[Story]] = {}
     for story in run.stories:
@@ -184,7 +180,7 @@ def for_somebody(run: Run) -> Iterator[Problem]:
             yield Problem("work behind the end", request)
 
 
-def drains_hold(run: Run) -> Iterator[Problem]:
+def drains_hold(run: ScenarioRun) -> Iterator[Problem]:
     """A worker that is drained gets nothing new, whoever leads and however often it restarts."""
     for worker, since_us, until_us in run.world.drained:
         for (name, term, sequence), at_us in run.assigned_us.items():
@@ -193,7 +189,7 @@ def drains_hold(run: Run) -> Iterator[Problem]:
                 yield Problem("drain forgotten", told)
 
 
-def strangers_refused(run: Run) -> Iterator[Problem]:
+def strangers_refused(run: ScenarioRun) -> Iterator[Problem]:
     """What no door may take is refused and counted; of two workers with one name one works."""
     tally = run.world.tally
     if tally.taken:
@@ -212,7 +208,7 @@ def strangers_refused(run: Run) -> Iterator[Problem]:
             yield Problem("two workers of one name", f"{worker} in term {term}: {turns}")
 
 
-def at_once(run: Run) -> Iterator[Problem]:
+def at_once(run: ScenarioRun) -> Iterator[Problem]:
     """Each of many who come together has an answer at once; who reads slowly costs a mailbox."""
     for story in run.stories:
         if story.behaviour == "burst" and run.undisturbed:
@@ -226,7 +222,7 @@ def at_once(run: Run) -> Iterator[Problem]:
                 yield Problem("mailbox without a bound", f"{story}: {len(waited)} had waited")
 
 
-def alive(run: Run) -> Iterator[Problem]:
+def alive(run: ScenarioRun) -> Iterator[Problem]:
     """No process ended by itself, and no task died of what nobody expected."""
     for death in run.world.deaths:
         if isinstance(death.error, BrokerUnavailable):
@@ -243,14 +239,14 @@ def alive(run: Run) -> Iterator[Problem]:
         yield Problem("unexpected error", f"{where}: {_named(error)}")
 
 
-def nothing_left(run: Run) -> Iterator[Problem]:
+def nothing_left(run: ScenarioRun) -> Iterator[Problem]:
     """All that grows with requests is back where it was before the first one."""
     for name, (before, after) in run.counts().items():
         if after > before:
             yield Problem("left over", f"{name}: {before} before, {after} after")
 
 
-CHECKS: tuple[Callable[[Run], Iterator[Problem]], ...] = (
+CHECKS: tuple[Callable[[ScenarioRun], Iterator[Problem]], ...] = (
     answered,
     one_request_a_key,
     typed,
@@ -268,32 +264,18 @@ CHECKS: tuple[Callable[[Run], Iterator[Problem]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """An end as it stands in the journal."""
-
-    at_us: int
-    outcome: str
-
-
-def outcome_of(ended: journal_pb2.EndedRequest | mesh_pb2.RequestEvent) -> str:
-    if ended.HasField("finished"):
-        return "finished"
-    return "failed" if ended.HasField("failed") else "cancelled"
-
-
-def _has_twin(run: Run, worker: str) -> bool:
+def _has_twin(run: ScenarioRun, worker: str) -> bool:
     """Whether another one of its name may have had it first."""
     first, _, again = worker.partition(" ")
     twins = any(f.kind == "twin" and f.target == first for f in run.faults)
     return bool(again) or (twins and not run.undisturbed)
 
 
-def _is_end(told: Told, request: str) -> bool:
+def _is_end(told: CallerEvent, request: str) -> bool:
     return told.request == request and told.kind in ENDINGS
 
 
-def _who(run: Run, request: str) -> str:
+def _who(run: ScenarioRun, request: str) -> str:
     names = [s.name for s in run.stories if any(t.request == request for t in s.told)]
     return ", ".join(names) or "known to nobody"
 

@@ -27,7 +27,7 @@ Tell = Callable[[], None]
 
 _SWEEPS = 50  # so often the tasks of a killed process are cancelled before they count as immortal
 _CALLBACKS_AN_INSTANT = 500_000  # more than that without time going on: the run never ends
-_current: ContextVar[Process | None] = ContextVar("process", default=None)
+_current: ContextVar[SimulatedProcess | None] = ContextVar("process", default=None)
 
 
 class Deadlock(RuntimeError):
@@ -38,7 +38,7 @@ class TimeStandsStill(RuntimeError):
     """Callbacks go on calling each other without any simulated time going by."""
 
 
-class Process:
+class SimulatedProcess:
     """What shares one fate. Made by `SimulatedLoop.process`."""
 
     def __init__(self, loop: SimulatedLoop, name: str) -> None:
@@ -119,7 +119,7 @@ class Process:
         self._held.append(handle)
 
 
-def current_process() -> Process | None:
+def current_process() -> SimulatedProcess | None:
     """The process whose code is running."""
     return _current.get()
 
@@ -170,15 +170,18 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.callbacks = 0  # run so far
         self.thread_us: Callable[[], int] = int  # what work in a thread takes; 0
         self._threads_us: dict[int, int] = {}  # by executor: its last piece of work ends then
-        self.watched: Callable[[Process, Coroutine[Any, Any, Any]], Tell | None] | None = None
-        self.owners: dict[int, Process] = {}  # by id of a task that it made: the newest of that id
+        self.watched: Callable[[SimulatedProcess, Coroutine[Any, Any, Any]], Tell | None] | None = (
+            None
+        )
+        # By id of a task that it made: the newest of that id.
+        self.owners: dict[int, SimulatedProcess] = {}
         # Without a Python frame: asked for more often than anything else.
         self.create_future = partial(asyncio.Future, loop=self)  # type: ignore[method-assign]
         self.set_exception_handler(_on_exception)
         self.unowned: list[tuple[str, BaseException]] = []  # failures outside of any process
 
-    def process(self, name: str) -> Process:
-        return Process(self, name)
+    def process(self, name: str) -> SimulatedProcess:
+        return SimulatedProcess(self, name)
 
     def ready(self, handles: list[_Handle]) -> None:
         """Puts callbacks in front of what is ready."""

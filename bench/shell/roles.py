@@ -5,9 +5,8 @@ them. Only the worker is put together here, as `gpuworker.emulation.worker` does
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 import grpc
 from opentelemetry.trace import NoOpTracer, Tracer
@@ -23,35 +22,12 @@ from gpuworker.executor import Listener, Room, RunNote, always_room
 from hocket.messaging.bus import Bus
 from hocket.tracing.telemetry import Telemetry
 
-from .loop import Process
+from .loop import SimulatedProcess
+from .toy_model import CLUSTER, GPU, PROFILE
 from .waits import SimulatedClock
+from .world import Role, World
 
-if TYPE_CHECKING:
-    from .world import World
-
-CLUSTER = "sim"
-GPU = "toy-gpu"
-MODEL = "toy"
-STEP_US = 50_000
-_STAGE_US = 20_000
 _URL = "nats://simulated:4222"
-Role = Callable[["World", Process], Coroutine[Any, Any, None]]
-
-PROFILE = "model,gpu,node,width,height,frames,degree,batch,call_us,source\n" + "".join(
-    f"{MODEL},{GPU},{node},64,64,1,{degree},1,{call_us},simulated\n"
-    for node, degree, call_us in (
-        ("text", 1, _STAGE_US),
-        ("dit", 1, STEP_US),
-        ("dit", 2, STEP_US * 3 // 5),
-        ("vae", 1, _STAGE_US),
-    )
-)
-CELLS = {
-    (MODEL, "text", 64, 64, 1, 1): _STAGE_US,
-    (MODEL, "dit", 64, 64, 1, 1): STEP_US,
-    (MODEL, "dit", 64, 64, 1, 2): STEP_US * 3 // 5,
-    (MODEL, "vae", 64, 64, 1, 1): _STAGE_US,
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +46,7 @@ class _Untold:
 _TOLD = cast(Telemetry, _Untold(NoOpTracer()))
 
 
-def clock_of(world: World, process: Process) -> SimulatedClock:
+def clock_of(world: World, process: SimulatedProcess) -> SimulatedClock:
     """Each process's clock has an origin of its own: no two can be compared."""
     origin_us = sum(process.name.encode()) * 1_000_003 % 500_000_000
     return SimulatedClock(world.loop, origin_us)
@@ -79,7 +55,7 @@ def clock_of(world: World, process: Process) -> SimulatedClock:
 def control(index: int) -> Role:
     """A control replica."""
 
-    async def run(world: World, process: Process) -> None:
+    async def run(world: World, process: SimulatedProcess) -> None:
         settings = ControlSettings(
             cluster=CLUSTER,
             nats_url=_URL,
@@ -106,7 +82,7 @@ def gateway_address(index: int) -> str:
 def gateway(index: int) -> Role:
     """A gateway."""
 
-    async def run(world: World, process: Process) -> None:
+    async def run(world: World, process: SimulatedProcess) -> None:
         settings = GatewaySettings(
             cluster=CLUSTER,
             nats_url=_URL,
@@ -126,7 +102,7 @@ def worker(index: int, host: EmulatedHost | None = None, key: str = "") -> Role:
     the executor's in `World.executors`, where that is not the worker's name.
     """
 
-    async def run(world: World, process: Process) -> None:
+    async def run(world: World, process: SimulatedProcess) -> None:
         settings = WorkerSettings(
             cluster=CLUSTER,
             nats_url=_URL,
@@ -167,7 +143,3 @@ class _Observed(EmulatedExecutor):
             listener(note)
 
         super().start(hear, room)
-
-
-def emulated_host(world: World) -> EmulatedHost:
-    return EmulatedHost(clock=SimulatedClock(world.loop), profile=CELLS)

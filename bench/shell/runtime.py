@@ -22,11 +22,11 @@ from control.leading import promises
 from hocket import clock
 from hocket.messaging import bus
 
-from .client import Client
-from .jetstream import JetStream
-from .link import WINDOW, Channel
-from .loop import Process, current_process
-from .served import Server
+from .loop import SimulatedProcess, current_process
+from .messaging.client import Client
+from .messaging.jetstream import JetStream
+from .rpc.link import WINDOW, Channel
+from .rpc.served import Server
 
 if TYPE_CHECKING:
     from .world import World
@@ -91,7 +91,7 @@ def installed(world: World) -> Iterator[None]:
         yield
 
 
-def here() -> Process:
+def here() -> SimulatedProcess:
     """The process whose code is running."""
     process = current_process()
     assert process is not None, "connections are made inside of processes"

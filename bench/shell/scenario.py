@@ -1,16 +1,15 @@
-"""One seed from start to verdict."""
+"""One seed from start to result."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import hashlib
 import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,14 +20,16 @@ from hocket.messaging.subjects import name_of
 from hocket.v1 import journal_pb2, mesh_pb2
 
 from . import roles
-from .broker import Message
-from .callers import Callers
-from .faults import STRANGE, Fault, draw_faults, inflict
-from .invariants import Entry, Problem, check, outcome_of
-from .loop import Process, SimulatedLoop
+from .callers import SimulatedCallers
+from .faults import Fault, draw_faults, inflict
+from .invariants import Problem, check
+from .loop import SimulatedLoop
+from .messaging.broker import Message
 from .runtime import installed
+from .scenario_run import JournalEnd, ScenarioRun, outcome_of
 from .stories import GATEWAYS, Story, draw_burst, draw_slow, draw_stories
 from .strangers import troubles
+from .toy_model import CLUSTER
 from .world import World
 
 SECOND_US = 1_000_000
@@ -42,54 +43,8 @@ _ANSWER_US = 60 * SECOND_US  # after the last fault everybody has an answer
 _SETTLE_US = 20 * SECOND_US  # the grace of followers, a lease, a few checks
 
 
-@dataclass
-class Run:
-    """What happened."""
-
-    world: World
-    stories: list[Story]
-    faults: list[Fault]
-    callers: Callers
-    healed_us: int = 0
-    led_us: int | None = None  # somebody leads since then, once all has healed
-    accepted: dict[str, list[int]] = field(default_factory=dict)  # when, by request
-    ended: dict[str, list[Entry]] = field(default_factory=dict)
-    terms: list[int] = field(default_factory=list)  # of what was stored, in order
-    # When something was first assigned, by worker, term and sequence.
-    assigned_us: dict[tuple[str, int, int], int] = field(default_factory=dict)
-    troubles: dict[str, int] = field(default_factory=dict)  # as the leader counted them
-    before: dict[str, int] = field(default_factory=dict)
-    after: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def calm(self) -> bool:
-        return not self.faults and self.world.loop.watched is None
-
-    @property
-    def undisturbed(self) -> bool:
-        """Whether nothing went wrong but that strangers came."""
-        return self.world.loop.watched is None and all(f.kind in STRANGE for f in self.faults)
-
-    def ends(self, request: str) -> list[Entry]:
-        return self.ended.get(request, [])
-
-    def digest(self) -> str:
-        """The same for two runs that told and stored the same at the same times."""
-        told = [(story.name, t) for story in self.stories for t in story.told]
-        stored = [(m.subject, m.unix_us) for m in self.world.broker.all_messages()]
-        return hashlib.sha256(repr((told, stored)).encode()).hexdigest()
-
-    def processes(self) -> list[Process]:
-        living = [m.process for m in self.world.members.values() if m.process is not None]
-        return [*self.world.past, *living]
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """Sizes before the first request and after the last."""
-        return {name: (self.before.get(name, 0), size) for name, size in self.after.items()}
-
-
 @dataclass(frozen=True)
-class Verdict:
+class SeedResult:
     """A seed's result."""
 
     seed: int
@@ -115,7 +70,7 @@ class Script:
     begin: Callable[[World], None] = lambda world: None  # called before the first request
 
 
-def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
+def play(seed: int, kinds: tuple[str, ...] = ()) -> SeedResult:
     """Runs one seed. `kinds` restricts the faults."""
     rng = random.Random(seed)
     policy = rng.choice(("edf", "fixed-1"))
@@ -133,7 +88,7 @@ def play(seed: int, kinds: tuple[str, ...] = ()) -> Verdict:
     return perform(seed, Script(stories, faults, policy, workers, open_max))
 
 
-def perform(seed: int, script: Script) -> Verdict:
+def perform(seed: int, script: Script) -> SeedResult:
     """Runs a script; the seed is for everything else that is left to chance."""
     logging.getLogger().setLevel(logging.CRITICAL)
     loop = SimulatedLoop(START_US)
@@ -149,7 +104,7 @@ def perform(seed: int, script: Script) -> Verdict:
     finally:
         asyncio.set_event_loop(None)
         loop.close()
-    return Verdict(
+    return SeedResult(
         seed=seed,
         faults=tuple(str(fault) for fault in run.faults),
         kinds=tuple(fault.kind for fault in run.faults),
@@ -180,7 +135,7 @@ def _set_aside() -> None:
     gc.freeze()
 
 
-async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script) -> Run:
+async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script) -> ScenarioRun:
     world = World(seed, loop, folder, policy=script.policy, open_max=script.open_max)
     script.prepare(world)
     with installed(world):
@@ -190,7 +145,9 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
             world.add(f"gateway-{index}", roles.gateway(index))
         for index in range(script.workers):
             world.add(f"w{index}", roles.worker(index))
-        run = Run(world, script.stories, script.faults, Callers(world, script.stories))
+        run = ScenarioRun(
+            world, script.stories, script.faults, SimulatedCallers(world, script.stories)
+        )
         world.broker.taps.append(_assigns(run))
         await asyncio.sleep((BEGIN_US - START_US - 100_000) / 1e6)
         run.before = _sizes(world)
@@ -206,7 +163,7 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
     return run
 
 
-async def _settle(run: Run) -> None:
+async def _settle(run: ScenarioRun) -> None:
     """Waits until all is as it was, and stays so when the callers are gone, and takes its sizes."""
     world, end_us = run.world, run.world.now_us + _SETTLE_US
     await world.until(lambda: _is_quiet(run), _SETTLE_US)
@@ -218,8 +175,8 @@ async def _settle(run: Run) -> None:
             return
 
 
-def _assigns(run: Run) -> Callable[[Message], None]:
-    prefix = Subjects(roles.CLUSTER).assign("x").removesuffix("x")
+def _assigns(run: ScenarioRun) -> Callable[[Message], None]:
+    prefix = Subjects(CLUSTER).assign("x").removesuffix("x")
 
     def tap(message: Message) -> None:
         if message.subject.startswith(prefix):
@@ -236,9 +193,9 @@ def _assigns(run: Run) -> Callable[[Message], None]:
     return tap
 
 
-def _read_stored(run: Run) -> None:
+def _read_stored(run: ScenarioRun) -> None:
     """What the broker has stored of requests, all that ever was."""
-    broker, subjects = run.world.broker, Subjects(roles.CLUSTER)
+    broker, subjects = run.world.broker, Subjects(CLUSTER)
     zero_us = broker.unix_us - run.world.now_us
     prefix = subjects.promise("x").removesuffix("x")
     for message in broker.all_of(subjects.promises_stream):
@@ -247,14 +204,14 @@ def _read_stored(run: Run) -> None:
             run.terms.append(promise.term)
             name, at_us = name_of(message.subject.removeprefix(prefix)), message.unix_us - zero_us
             if promise.HasField("ended"):
-                found = Entry(at_us, outcome_of(promise.ended))
+                found = JournalEnd(at_us, outcome_of(promise.ended))
                 run.ended.setdefault(name, []).append(found)
             elif promise.HasField("submit"):  # else it says that the request is forgotten
                 run.accepted.setdefault(name, []).append(at_us)
 
 
 def _open_promises(world: World) -> int:
-    subjects = Subjects(roles.CLUSTER)
+    subjects = Subjects(CLUSTER)
     stream = world.broker.streams.get(subjects.promises_stream)
     pattern = subjects.promise("x").removesuffix("x") + "*"
     found = stream.matching(pattern) if stream is not None else []
@@ -262,7 +219,7 @@ def _open_promises(world: World) -> int:
     return sum(p.HasField("submit") and not p.HasField("ended") for p in promises)
 
 
-def _is_quiet(run: Run) -> bool:
+def _is_quiet(run: ScenarioRun) -> bool:
     """Whether all is as before the first request; if it is not, it has time to become so."""
     if not run.world.is_led():
         run.led_us = None

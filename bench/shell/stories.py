@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hocket.v1 import generation_pb2, types_pb2
 
-from .roles import MODEL
+from .toy_model import MODEL
 
 GATEWAYS = 2
 COME_WITHIN_US = 4_000_000
@@ -16,7 +16,7 @@ BEHAVIOURS = ("wait", "wait", "leave", "move", "cancel", "forget", "watch", "del
 
 
 @dataclass(frozen=True)
-class Told:
+class CallerEvent:
     """Something that a caller heard."""
 
     at_us: int
@@ -36,7 +36,7 @@ class Story:
     wish: generation_pb2.GenerateRequest
     starts_us: int
     gateway: int
-    told: list[Told] = field(default_factory=list)
+    told: list[CallerEvent] = field(default_factory=list)
     chain: int = 0
     left_us: int | None = None  # it gave up then
     cancelled_us: int | None = None  # its Cancel was acknowledged then
@@ -60,7 +60,7 @@ class Story:
         return max((t.cursor for t in self.told), default=0)
 
     @property
-    def ending(self) -> Told | None:
+    def ending(self) -> CallerEvent | None:
         return next((t for t in self.told if t.kind in ENDINGS), None)
 
     def draw(self) -> random.Random:

@@ -9,8 +9,7 @@ import asyncio
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 from google.protobuf.message import Message
@@ -26,18 +25,15 @@ from hocket.v1 import (
 )
 
 from . import roles
-from .client import Client
-
-if TYPE_CHECKING:
-    from .faults import Fault
-    from .world import World
+from .messaging.client import Client
+from .toy_model import CLUSTER, MODEL, emulated_host
+from .world import World
 
 SECOND_US = 1_000_000
 _PAYLOADS = 6  # of one stranger
 _HIGH = 1 << 62  # a term that was never held
 _LONG = "x" * 5_000
-_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-_SUBJECTS = Subjects(roles.CLUSTER)
+_SUBJECTS = Subjects(CLUSTER)
 STRANGER = "stranger"  # an incarnation
 GARBAGE = b"\xff\xff\xff\xff"  # no protobuf
 
@@ -97,7 +93,7 @@ def _submit(name: str = "stranger", **fields: Any) -> control_pb2.SubmitRequest:
 
 def _wish(width: int = 64, key: str = "", **fields: Any) -> generation_pb2.GenerateRequest:
     shape = types_pb2.Shape(width=width, height=64)
-    sound: dict[str, Any] = {"model": roles.MODEL, "prompt": "a fox", "steps": 2, "shape": shape}
+    sound: dict[str, Any] = {"model": MODEL, "prompt": "a fox", "steps": 2, "shape": shape}
     spec = types_pb2.GenerationSpec(**(sound | fields))
     return generation_pb2.GenerateRequest(spec=spec, idempotency_key=key)
 
@@ -120,27 +116,14 @@ WISHES = (
 )
 
 
-@dataclass
-class Tally:
-    """What strangers have said, and what became of it."""
-
-    heard: int = 0  # payloads for control that reached somebody
-    taken: str = ""  # a call that was not refused as it should be
-
-    def note_status(self, what: str, code: grpc.StatusCode | None) -> None:
-        """`code`: how a call ended; None: it was answered."""
-        if code is not grpc.StatusCode.INVALID_ARGUMENT and code not in _AWAY:
-            self.taken = f"{what}: {'taken' if code is None else code.name}"
-
-
-async def intrude(world: World, fault: Fault) -> None:
-    """Says some of it, at moments within the fault's time."""
+async def intrude(world: World, at_us: int, lasts_us: int) -> None:
+    """Says some of it, at moments within `lasts_us`; what and when is drawn by `at_us`."""
     process = world.loop.process("stranger")
-    rng = random.Random(f"{world.seed} {fault.at_us}")
-    pause_us = min(fault.lasts_us, 4 * SECOND_US) // _PAYLOADS
+    rng = random.Random(f"{world.seed} {at_us}")
+    pause_us = min(lasts_us, 4 * SECOND_US) // _PAYLOADS
 
     async def say() -> None:
-        client = Client(world.broker, process, f"stranger-{fault.at_us}")
+        client = Client(world.broker, process, f"stranger-{at_us}")
         await client.connect()
         for _ in range(_PAYLOADS):
             deed: Callable[[], Any] = rng.choice(
@@ -222,14 +205,14 @@ async def troubles(world: World) -> dict[str, int]:
         await process.kill()
 
 
-async def impersonate(world: World, fault: Fault) -> None:
-    """A second worker of one name comes, on another host, and stays as long as it may."""
-    name = f"{fault.target} again"
+async def impersonate(world: World, worker: str, lasts_us: int) -> None:
+    """A second worker of that name comes, on another host, and stays as long as it may."""
+    name = f"{worker} again"
     if name in world.members:
         return
-    host = roles.emulated_host(world)
-    member = world.add(name, roles.worker(int(fault.target[1:]), host, key=name), wanted=False)
-    await world.until(lambda: member.process is None, max(fault.lasts_us, 6 * SECOND_US))
+    host = emulated_host(world.loop)
+    member = world.add(name, roles.worker(int(worker[1:]), host, key=name), wanted=False)
+    await world.until(lambda: member.process is None, max(lasts_us, 6 * SECOND_US))
     world.terminate(name)
     await world.until(lambda: member.process is None, 10 * SECOND_US)
     await world.kill(name)

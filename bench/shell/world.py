@@ -10,31 +10,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from gpuworker.emulation.executor import EmulatedExecutor
 from gpuworker.executor import RunNote
 from hocket.messaging.bus import Subjects
 from hocket.messaging.leader import LeaderKey, read_key
 
-from . import roles
-from .broker import Broker
-from .client import Client
-from .link import Network
-from .loop import Process, SimulatedLoop
-from .roles import Role
-from .strangers import Tally
+from .loop import SimulatedLoop, SimulatedProcess
+from .messaging.broker import Broker
+from .messaging.client import Client
+from .rpc.link import Network
+from .toy_model import CLUSTER, emulated_host
 from .wire import Weather
 
 SECOND_US = 1_000_000
+_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _RESTART_US = SECOND_US  # a supervisor starts again what ended so long ago
+Role = Callable[["World", SimulatedProcess], Coroutine[Any, Any, None]]  # what a process does
 
 
 @dataclass
-class Member:
+class FleetMember:
     """A process of the fleet over all its lives."""
 
     name: str
     role: Role
-    process: Process | None = None
+    process: SimulatedProcess | None = None
     task: asyncio.Task[None] | None = None
     wanted: bool = True  # its supervisor starts it again
     starts: int = 0
@@ -50,7 +52,7 @@ class Death:
 
 
 @dataclass
-class Work:
+class WorkLog:
     """What workers did, as their executors say; reports of it may come much later."""
 
     at_us: dict[str, int] = field(default_factory=dict)  # last, by request
@@ -68,6 +70,19 @@ class Work:
 
 
 @dataclass
+class Tally:
+    """What strangers have said (see strangers.py), and what became of it."""
+
+    heard: int = 0  # payloads for control that reached somebody
+    taken: str = ""  # a call that was not refused as it should be
+
+    def note_status(self, what: str, code: grpc.StatusCode | None) -> None:
+        """`code`: how a call ended; None: it was answered."""
+        if code is not grpc.StatusCode.INVALID_ARGUMENT and code not in _AWAY:
+            self.taken = f"{what}: {'taken' if code is None else code.name}"
+
+
+@dataclass
 class World:
     """All of it. Make it inside the loop that it runs on."""
 
@@ -80,16 +95,16 @@ class World:
     weather: Weather = field(default_factory=Weather)
     clients: list[Client] = field(default_factory=list)
     executors: dict[str, EmulatedExecutor] = field(default_factory=dict)
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, FleetMember] = field(default_factory=dict)
     deaths: list[Death] = field(default_factory=list)
     undrained_us: dict[str, int] = field(default_factory=dict)  # when last, by worker
     drained: list[tuple[str, int, int]] = field(default_factory=list)  # worker, from, until
     answered: asyncio.Event = field(default_factory=asyncio.Event)  # every caller is through
     over: bool = False  # it is being shut down: what happens now is nobody's concern
     immortal: int = 0  # tasks of killed processes that refused to end
-    work: Work = field(default_factory=Work)
+    work: WorkLog = field(default_factory=WorkLog)
     tally: Tally = field(default_factory=Tally)  # of strangers
-    past: list[Process] = field(default_factory=list)  # processes that are over
+    past: list[SimulatedProcess] = field(default_factory=list)  # processes that are over
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -97,15 +112,15 @@ class World:
         self.broker = Broker(self.loop, net, self.weather)
         self.network = Network(self.loop, net, self.weather)
         self.loop.thread_us = lambda: net.randrange(2_000)
-        self.emulated = roles.emulated_host(self)
+        self.emulated = emulated_host(self.loop)
 
     @property
     def now_us(self) -> int:
         return self.loop.now_us
 
-    def add(self, name: str, role: Role, *, wanted: bool = True) -> Member:
+    def add(self, name: str, role: Role, *, wanted: bool = True) -> FleetMember:
         """`wanted`: it is started again whenever it ends."""
-        member = self.members[name] = Member(name, role, wanted=wanted)
+        member = self.members[name] = FleetMember(name, role, wanted=wanted)
         self.start(name)
         return member
 
@@ -160,7 +175,7 @@ class World:
         return door is not None and not door.process.dead and not door.process.stopped
 
     def _leader_key(self) -> LeaderKey | None:
-        found = self.broker.all_of(f"KV_{Subjects(roles.CLUSTER).leader_bucket}")
+        found = self.broker.all_of(f"KV_{Subjects(CLUSTER).leader_bucket}")
         return read_key(found[-1].data) if found else None
 
     async def until(self, condition: Callable[[], bool], at_most_us: int) -> bool:
@@ -178,7 +193,9 @@ class World:
         for name in self.members:
             await self.kill(name)
 
-    def _ended(self, member: Member, process: Process, task: asyncio.Task[None]) -> None:
+    def _ended(
+        self, member: FleetMember, process: SimulatedProcess, task: asyncio.Task[None]
+    ) -> None:
         error = None if task.cancelled() else task.exception()
         if not process.dead and (member.wanted or error is not None):
             self.deaths.append(Death(self.now_us, member.name, error))
@@ -187,12 +204,12 @@ class World:
         self.past.append(process)
         self.loop.at_us(self.now_us + _RESTART_US, self._restart, member, process)
 
-    def _restart(self, member: Member, process: Process) -> None:
+    def _restart(self, member: FleetMember, process: SimulatedProcess) -> None:
         self._bury(process)
         if member.wanted:
             self.start(member.name)
 
-    def _bury(self, process: Process) -> None:
+    def _bury(self, process: SimulatedProcess) -> None:
         """What a process left running ends with it."""
         self.outside(process.kill())
 

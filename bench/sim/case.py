@@ -51,7 +51,7 @@ class CaseError(ValueError):
         self.allowed = allowed
 
 
-class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FaultSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Something that happens to a worker or a request at a time."""
 
     at_us: int
@@ -131,7 +131,7 @@ def models_of(profile: Profile, gpu: str) -> tuple[ModelFacts, ...]:
     )
 
 
-class Promises(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class PromiseSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Newcomers are told their finish, and some of them firmly."""
 
     firm: float = 0.0  # part of the requests whose promise is firm
@@ -153,13 +153,13 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     profile_csv: str
     trace: tuple[TraceRequest, ...]
     settings: Settings = Settings()
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[FaultSpec, ...] = ()
     loads_csv: str = ""
     costs: Costs = Costs()
     stragglers: tuple[Straggler, ...] = ()
     seed: int = 0  # of the noise
     contention: Contention | None = None  # of the workers of its one host
-    promises: Promises | None = None  # None: nobody is told anything
+    promises: PromiseSpec | None = None  # None: nobody is told anything
 
     def __post_init__(self) -> None:
         if self.contention is not None and self.cluster.hosts > 1:
@@ -192,7 +192,7 @@ class _CaseFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     profile: ProfileSpec
     workload: _WorkloadSpec
     settings: Settings = Settings()
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[FaultSpec, ...] = ()
     costs: Costs = Costs()
     stragglers: tuple[Straggler, ...] = ()
     seed: int = 0

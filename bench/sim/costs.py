@@ -70,7 +70,7 @@ class StepTimes:
 
     def __init__(self, costs: Costs, stragglers: tuple[Straggler, ...], seed: int) -> None:
         self._noise = Noise(costs.noise, seed)
-        self._slow = Slowness(stragglers)
+        self._slow = StragglerSchedule(stragglers)
         self._even = not (costs.noise or stragglers)
 
     def of(self, a: Assignment, made: int, call_us: int, at_us: int) -> tuple[int, tuple[int, ...]]:
@@ -123,7 +123,7 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-class Slowness:
+class StragglerSchedule:
     """How much slower a group is at a time."""
 
     def __init__(self, stragglers: tuple[Straggler, ...]) -> None:

@@ -38,14 +38,15 @@ from .case import (
     Case,
     CaseError,
     ClusterSpec,
-    Fault,
+    FaultSpec,
     ProfileSpec,
-    Promises,
+    PromiseSpec,
     convert,
     read_profile,
 )
 from .costs import Costs, Straggler
 from .loop import Timer, run
+from .paper import PaperRow
 from .trace import TraceRequest, read_trace
 from .workloads import generate, workload
 
@@ -74,18 +75,6 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.label or self.name
 
 
-class PaperRow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A published number, to stand beside ours."""
-
-    cell: dict[str, SettingValue]
-    policy: str  # label
-    value: float
-    source: str
-    metric: str = "attainment"
-    over: str = ""  # the value is a ratio over this policy's
-    remark: str = ""
-
-
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     cluster: ClusterSpec
     profile: ProfileSpec
@@ -96,12 +85,12 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     seeds: str = "0-19"
     seed: int = 0
     settings: Settings = Settings()
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[FaultSpec, ...] = ()
     stragglers: tuple[Straggler, ...] = ()
     costs: Costs = Costs()
     sweep: dict[str, list[SettingValue]] = {}
     cells: tuple[dict[str, SettingValue], ...] = ()
-    promises: Promises | None = None
+    promises: PromiseSpec | None = None
     policies: tuple[PolicySpec, ...] = ()
     paper: tuple[PaperRow, ...] = ()
 
@@ -123,9 +112,9 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
     workload: str
     parameters: dict[str, Any]
     trace: tuple[TraceRequest, ...] | None = None
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[FaultSpec, ...] = ()
     stragglers: tuple[Straggler, ...] = ()
-    promises: Promises | None = None
+    promises: PromiseSpec | None = None
     check: bool = True
 
     def to_case(self) -> Case:
@@ -250,7 +239,7 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True):
             trace=trace,
             faults=file.faults,
             stragglers=file.stragglers,
-            promises=_replaced(file.promises or Promises(), told) if told else file.promises,
+            promises=_replaced(file.promises or PromiseSpec(), told) if told else file.promises,
             check=check,
         )
         return [msgspec.structs.replace(spec, seed=seed) for seed in seeds]

@@ -36,7 +36,7 @@ from control.scheduler.values import (
     WorkerUp,
 )
 
-from .case import Case, Fault
+from .case import Case, FaultSpec
 from .invariants import Checker, InvariantError
 from .workers import GROUP_BROKEN, Workers
 
@@ -95,8 +95,8 @@ class Loop:
         self._keep = keep
         self._checker = _checker(case) if check else None
         self._workers = Workers(profile, case, self._checker)
-        self._coming: list[tuple[int, int, Event | Fault]] = []
-        happenings: list[Event | Fault] = [*case.cluster.leases(0), *case.faults]
+        self._coming: list[tuple[int, int, Event | FaultSpec]] = []
+        happenings: list[Event | FaultSpec] = [*case.cluster.leases(0), *case.faults]
         happenings += [Arrived(at_us=t.arrival_us, request=t.to_request()) for t in case.trace]
         self._added = 0  # breaks ties: what was added first happens first
         for happening in happenings:
@@ -104,7 +104,7 @@ class Loop:
         self._wake_us: int | None = None
         self._planned_us = (-1, 0)  # the last plan's instant, and how many plans it had
 
-    def add(self, happening: Event | Fault) -> None:
+    def add(self, happening: Event | FaultSpec) -> None:
         """Something more that will happen, not before now."""
         assert happening.at_us >= self.now_us
         self._added += 1
@@ -212,10 +212,10 @@ class Loop:
         if count > PLANS_AN_INSTANT:
             raise InvariantError("time-goes-on", "scheduler", now_us, f"{count} plans at once")
 
-    def _happen(self, happening: Event | Fault) -> list[Event]:
+    def _happen(self, happening: Event | FaultSpec) -> list[Event]:
         """Lets something happen to the workers; returns the facts that control learns."""
         workers = self._workers
-        if isinstance(happening, Fault):
+        if isinstance(happening, FaultSpec):
             if (reason := BROKEN.get(happening.kind)) is not None:
                 return list(workers.fail(happening.at_us, happening.worker, reason))
             happening = _fact(workers, happening)
@@ -252,7 +252,7 @@ def _checker(case: Case) -> Checker:
     )
 
 
-def _fact(workers: Workers, fault: Fault) -> Event:
+def _fact(workers: Workers, fault: FaultSpec) -> Event:
     if fault.kind == "lost":
         return WorkerLost(at_us=fault.at_us, worker=fault.worker)
     if fault.kind in ("drain", "undrain"):

@@ -10,7 +10,7 @@ from control.scheduler.values import DIT, Assignment, JobProgress, Member
 
 
 @dataclass(slots=True, eq=False)
-class Running:
+class RunningAssignment:
     """An assignment in the workers' hands."""
 
     assignment: Assignment  # of the jobs that are still in it

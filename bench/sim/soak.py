@@ -16,7 +16,7 @@ from control.scheduler.settings import Settings
 from control.scheduler.summary import percentile
 from control.scheduler.times.profile import Profile
 
-from .case import ASSETS, Case, ClusterSpec, Fault
+from .case import ASSETS, Case, ClusterSpec, FaultSpec
 from .loop import Loop, Result, Timer
 from .workloads import generate
 
@@ -58,10 +58,10 @@ def soak_case(hours: int, rate: float, workers: int, settings: Settings, seed: i
     faults = []
     for number, at_us in enumerate(range(0, hours * HOUR_US, HOUR_US // 6)):
         worker = f"w{number % workers:04d}"
-        faults.append(Fault(at_us=at_us + 60_000_000, kind="lost", worker=worker))
-        faults.append(Fault(at_us=at_us + 360_000_000, kind="up", worker=worker))
+        faults.append(FaultSpec(at_us=at_us + 60_000_000, kind="lost", worker=worker))
+        faults.append(FaultSpec(at_us=at_us + 360_000_000, kind="up", worker=worker))
     faults += [
-        Fault(at_us=t.arrival_us + 2_000_000, kind="cancel", request=t.id)
+        FaultSpec(at_us=t.arrival_us + 2_000_000, kind="cancel", request=t.id)
         for t in trace[::CANCEL_EVERY]
     ]
     profile_csv = (ASSETS / "profiles" / PROFILE).read_text()

@@ -40,7 +40,7 @@ from .case import Case
 from .costs import StepTimes
 from .fetches import Fetches
 from .invariants import Checker
-from .running import Running
+from .running import RunningAssignment
 
 Fact = StepsEnded | AssignmentFailed | WorkerUp
 GROUP_BROKEN = "GROUP_BROKEN"
@@ -56,16 +56,17 @@ class Workers:
         self._checker = checker
         self._calls = CallTimes(profile, case.cluster.gpu, case.settings, case.contention)
         self._times = StepTimes(case.costs, case.stragglers, case.seed)
-        self._queues: dict[str, deque[Running]] = {}
+        self._queues: dict[str, deque[RunningAssignment]] = {}
         self._latents: dict[str, dict[str, int]] = {}  # request -> worker -> steps
         self._ran: dict[str, frozenset[str]] = {}  # request -> workers of its last run
-        self._runs: dict[str, list[Running]] = {}  # request -> not over yet
-        self._waiting: dict[str, list[Running]] = {}  # request -> at the head, without its latent
+        self._runs: dict[str, list[RunningAssignment]] = {}  # request -> not over yet
+        # Request -> at the head, without its latent.
+        self._waiting: dict[str, list[RunningAssignment]] = {}
         self._touched: dict[str, None] = {}  # workers with another head than before
         self._formed: set[tuple[int, tuple[str, ...]]] = set()
         self._loads: dict[int, list[Load]] = {}  # by sequence
         self._owed: dict[str, list[Load]] = {}  # worker -> loads of assignments that were dropped
-        self._step_ends: list[tuple[int, int, Running]] = []  # heap
+        self._step_ends: list[tuple[int, int, RunningAssignment]] = []  # heap
         self._reports: deque[tuple[int, Fact]] = deque()  # under way
         self.fetches = Fetches(case.costs.group_change_us)
 
@@ -82,7 +83,7 @@ class Workers:
             self._loads.setdefault(load.sequence, []).append(load)
         for assignment in plan.assignments:
             first = self.requests[assignment.batch[0].request]
-            running = Running(assignment, self._calls.of(assignment, first))
+            running = RunningAssignment(assignment, self._calls.of(assignment, first))
             for member in assignment.batch:
                 self._runs.setdefault(member.request, []).append(running)
             for worker in assignment.workers:
@@ -191,17 +192,17 @@ class Workers:
 
     # -------------------------------------------------------------------------------- steps
 
-    def _head(self, worker: str) -> Running | None:
+    def _head(self, worker: str) -> RunningAssignment | None:
         queue = self._queues.get(worker)
         while queue and queue[0].over:
             queue.popleft()
         return queue[0] if queue else None
 
-    def _first(self, running: Running) -> bool:
+    def _first(self, running: RunningAssignment) -> bool:
         """At the head of all its members' queues."""
         return all(self._head(worker) is running for worker in running.assignment.workers)
 
-    def _missing(self, running: Running) -> Member | None:
+    def _missing(self, running: RunningAssignment) -> Member | None:
         """The first job whose latent nobody named has as far as is needed; it is waited for."""
         a = running.assignment
         if a.node == TEXT:
@@ -215,7 +216,7 @@ class Workers:
                 return member
         return None
 
-    def _give_up(self, now_us: int, running: Running, missing: Member) -> None:
+    def _give_up(self, now_us: int, running: RunningAssignment, missing: Member) -> None:
         """Control believed in a latent that is not there; the first member says so."""
         a = running.assignment
         self._drop(running)
@@ -237,7 +238,7 @@ class Workers:
             suspects=suspects,
         )
 
-    def _start(self, now_us: int, running: Running) -> None:
+    def _start(self, now_us: int, running: RunningAssignment) -> None:
         a = running.assignment
         running.started = True
         running.setup_us = (self._load(a, now_us), self._change_us(a), self._cold_us(a))
@@ -278,7 +279,7 @@ class Workers:
         self._formed.add(group)
         return self.case.costs.group_cold_us
 
-    def _step(self, begin_us: int, running: Running) -> None:
+    def _step(self, begin_us: int, running: RunningAssignment) -> None:
         a, made = running.assignment, running.steps_done
         call_us = running.call_us[self._calls.differ and self._beside(a)]
         step_us, running.own_us = self._times.of(a, made, call_us, begin_us)
@@ -291,7 +292,7 @@ class Workers:
         heads = [self._head(w) for w in self._queues if w not in a.workers]
         return any(head is not None and head.started for head in heads)
 
-    def _step_ended(self, now_us: int, running: Running) -> StepsEnded | None:
+    def _step_ended(self, now_us: int, running: RunningAssignment) -> StepsEnded | None:
         a = running.assignment
         running.steps_done += 1
         running.unreported.append(running.step_us)
@@ -321,7 +322,7 @@ class Workers:
             return None
         return self._report(now_us, running, last)
 
-    def _report(self, now_us: int, running: Running, last: bool) -> StepsEnded:
+    def _report(self, now_us: int, running: RunningAssignment, last: bool) -> StepsEnded:
         a = running.assignment
         times, running.unreported = tuple(running.unreported), []
         own, running.unreported_own = tuple(running.unreported_own), []
@@ -342,7 +343,7 @@ class Workers:
 
     # -------------------------------------------------------------------------------- ends
 
-    def _over(self, running: Running) -> None:
+    def _over(self, running: RunningAssignment) -> None:
         """Takes a run out of everybody's hands; queues are cleared when their heads are asked."""
         running.over = True
         a = running.assignment
@@ -361,7 +362,7 @@ class Workers:
         for waiting in self._waiting.pop(request, ()):
             self._touched.update(dict.fromkeys(waiting.assignment.workers))
 
-    def _drop(self, running: Running) -> None:
+    def _drop(self, running: RunningAssignment) -> None:
         """Ends a run early; its loads stay due, for control counts on them."""
         if running.over:
             return

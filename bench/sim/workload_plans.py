@@ -23,7 +23,7 @@ FAMILIES_PROFILE = "diflow_families_h800.csv"
 WAN, WAN_PX, WAN_FRAMES = "wan2.2-i2v-a14b-4step", (832, 480), 81
 
 
-class DiFlow(Parameters, frozen=True):
+class DiFlowWorkload(Parameters, frozen=True):
     """Three workflows (or model families) at a request scale, with a burst if wanted."""
 
     request_scale: float = 1.0
@@ -112,7 +112,7 @@ class DisagSlo(Parameters, frozen=True):
         ]
 
 
-class Kind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RequestKind(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One kind of request in a phase's mix."""
 
     model: str
@@ -131,7 +131,7 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     duration_s: float
     rate: float  # requests a minute
-    mix: tuple[Kind, ...]
+    mix: tuple[RequestKind, ...]
     cv: float = 1.0  # of the gaps: 0 is a fixed beat, 1 is Poisson
 
 
@@ -171,8 +171,8 @@ class Phases(Parameters, frozen=True):
 
 
 PLANS: dict[str, type[Parameters]] = {
-    "diflow-schnell": DiFlow,
-    "diflow-families": DiFlow,
+    "diflow-schnell": DiFlowWorkload,
+    "diflow-families": DiFlowWorkload,
     "disagfusion-elasticity": DisagElasticity,
     "disagfusion-slo": DisagSlo,
     "phases": Phases,

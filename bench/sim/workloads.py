@@ -41,7 +41,7 @@ VIDEO_SHARE = {"light": 0.2, "balanced": 0.5, "heavy": 0.8}
 SKEWED_THIRDS = (1 / 9, 5 / 18, 11 / 18)
 
 
-class TetriServe(Parameters, frozen=True):
+class TetriServeWorkload(Parameters, frozen=True):
     """FLUX.1-dev at four sizes; equal counts, or p proportional to exp(tokens / most tokens)."""
 
     count: int = 300
@@ -72,7 +72,7 @@ class TetriServe(Parameters, frozen=True):
         return made
 
 
-class GenServe(Parameters, frozen=True):
+class GenServeWorkload(Parameters, frozen=True):
     """Videos and images, three sizes each; SLO = sigma x 1.5 x the time alone on one GPU."""
 
     count: int = 300
@@ -226,9 +226,9 @@ def workload(name: str, parameters: Mapping[str, Any]) -> Workload:
 
 
 FAMILIES: dict[str, type[Parameters]] = {
-    "tetriserve-uniform": TetriServe,
-    "tetriserve-skewed": TetriServe,
-    **{f"genserve-{m}-{s}": GenServe for m in VIDEO_SHARE for s in ("uniform", "skewed")},
+    "tetriserve-uniform": TetriServeWorkload,
+    "tetriserve-skewed": TetriServeWorkload,
+    **{f"genserve-{m}-{s}": GenServeWorkload for m in VIDEO_SHARE for s in ("uniform", "skewed")},
     "mixed-burst": MixedBurst,
     "mixed-image-video": MixedImageVideo,
     "emoji-mixed": EmojiMixed,

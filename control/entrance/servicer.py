@@ -12,13 +12,13 @@ from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
 
-from control.admission import Admission
+from control.admission import AdmissionControl
 from control.driver import Driver
 from control.entrance.door import check_submit
 from control.requests import telling
 from control.requests.attach import Attachments, GrpcLine
-from control.requests.endings import Endings, Promises
-from control.requests.lifecycle import RequestState
+from control.requests.endings import Endings, PromiseLog
+from control.requests.lifecycle import LifecycleState
 from control.requests.records import Record, Records
 from control.scheduler.values import CancelRequested, DrainRequested
 from control.workers.cluster_view import ClusterView
@@ -47,10 +47,10 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     def __init__(
         self,
         driver: Driver,
-        promises: Promises,
+        promises: PromiseLog,
         records: Records,
         leases: Leases,
-        admission: Admission,
+        admission: AdmissionControl,
         attachments: Attachments,
         endings: Endings,
         view: ClusterView,
@@ -136,8 +136,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         tenant = request.tenant if request.HasField("tenant") else None
         if record is None or tenant not in (None, record.tenant):
             await _abort(context, UnknownRequest(request.request_id))
-        running = record.state is RequestState.RECEIVED or record.is_open
-        if record.state is RequestState.RECEIVED:
+        running = record.state is LifecycleState.RECEIVED or record.is_open
+        if record.state is LifecycleState.RECEIVED:
             await self._admission.cancel(record.id)
         elif record.is_open:
             self._driver.post(CancelRequested(at_us=self._driver.stamp(), request=record.id))

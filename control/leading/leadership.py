@@ -21,7 +21,7 @@ from control.leading.promises import Deposed
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable
 from hocket.messaging.leader import LeaderKey, read_key
-from hocket.messaging.stores import Cell, LogFull, OutcomeUnknown
+from hocket.messaging.stores import LeasedKey, LogFull, OutcomeUnknown
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Leadership:
     """One replica's side of it."""
 
     def __init__(
-        self, cell: Cell, clock: Clock, address: str, incarnation: str, *, ttl_us: int
+        self, cell: LeasedKey, clock: Clock, address: str, incarnation: str, *, ttl_us: int
     ) -> None:
         self._cell = cell
         self._clock = clock

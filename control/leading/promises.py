@@ -32,13 +32,13 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from control.leading.fence_room import FenceRoom
-from control.leading.room import Room, no_room
+from control.leading.room import StreamRoom, no_room
 from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable, HocketError, WrongConfig
 from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.deliveries import StreamEntry
 from hocket.messaging.stores import (
-    Entry,
-    Guard,
+    AppendCondition,
     Log,
     LogFull,
     LogMoved,
@@ -113,7 +113,7 @@ async def open_bounded(bus: Bus, shape: Shaped, bytes_max: int, setting: str) ->
 
 @dataclass(frozen=True)
 class _Lane:
-    guard: Guard
+    guard: AppendCondition
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -125,7 +125,7 @@ class Promises:
         stream: Log,
         subjects: Subjects,
         term: int,
-        fences: Sequence[Entry],
+        fences: Sequence[StreamEntry],
         clock: Clock,
         *,
         retention_s: float = 86_400.0,
@@ -135,7 +135,7 @@ class Promises:
         self.fence = max(fences, key=lambda fence: fence.sequence)  # before it is all that was
         self._log = stream
         self._subjects = subjects
-        self._lanes = [_Lane(Guard(fence.subject, fence.sequence)) for fence in fences]
+        self._lanes = [_Lane(AppendCondition(fence.subject, fence.sequence)) for fence in fences]
         self._clock = clock
         self._fenced_us = clock.now_us()
         self._retention_s = retention_s
@@ -145,7 +145,7 @@ class Promises:
         self._probing = asyncio.Lock()
         self._answers = 0  # probes that the broker answered
         self._over = asyncio.Event()
-        self._room = Room(lambda: self._asked(stream.room_and_bound), clock)
+        self._room = StreamRoom(lambda: self._asked(stream.room_and_bound), clock)
 
     @classmethod
     async def take(
@@ -359,7 +359,7 @@ def _shorten(promise: journal_pb2.Promise) -> None:
 
 async def _write_fences(
     stream: Log, subjects: Subjects, fence: journal_pb2.Fence
-) -> list[Entry] | None:
+) -> list[StreamEntry] | None:
     """The Fences of all lanes once they are the new leader's; None: try again."""
     names = [subjects.fence(lane) for lane in range(LANES)]
     known = {f.subject: f async for f in stream.read(subjects.fence("*"))}
@@ -369,12 +369,12 @@ async def _write_fences(
         content = fence.SerializeToString()
         with suppress(LogMoved):  # somebody else was quicker: read again
             try:
-                await stream.append(subject, content, guard=Guard(subject, last))
+                await stream.append(subject, content, guard=AppendCondition(subject, last))
             except LogFull:  # without the one that it replaces there is room
                 if not last:
                     raise
                 await stream.purge(subject, last)
-                await stream.append(subject, content, guard=Guard(subject, 0))
+                await stream.append(subject, content, guard=AppendCondition(subject, 0))
 
     owners = {subject: _fence(entry).owner for subject, entry in known.items()}
     if owners.get(names[0]) != fence.owner:  # of two new leaders only one has the first lane
@@ -392,5 +392,5 @@ async def _write_fences(
     return None if missing else [known[subject] for subject in names]
 
 
-def _fence(entry: Entry) -> journal_pb2.Fence:
+def _fence(entry: StreamEntry) -> journal_pb2.Fence:
     return journal_pb2.Fence.FromString(entry.data)

@@ -24,7 +24,7 @@ def no_room() -> Refused:
     return Refused("QUEUE_FULL", "no room for another promise", _RETRY_US)
 
 
-class Room:
+class StreamRoom:
     """The bytes that are left for open promises."""
 
     def __init__(self, ask: Callable[[], Awaitable[tuple[int, int] | None]], clock: Clock) -> None:

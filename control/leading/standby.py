@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError
 
 from hocket.errors import BrokerUnavailable
 from hocket.messaging.bus import Subjects
-from hocket.messaging.stores import Entry, Log
+from hocket.messaging.deliveries import StreamEntry
+from hocket.messaging.stores import Log
 from hocket.messaging.subjects import name_of
 from hocket.v1 import journal_pb2
 
@@ -53,7 +54,7 @@ class Book:
         open_and_ended = len(self.open) + len(self.ended)
         return open_and_ended + len(self.draining) + len(self._marks) + len(self._fences)
 
-    def take(self, entry: Entry) -> None:
+    def take(self, entry: StreamEntry) -> None:
         """The next entry; one that cannot be read is left out."""
         try:
             self._take(entry)
@@ -61,7 +62,7 @@ class Book:
             log.warning("an entry of the promises stream is left out: %s: %s", entry.subject, error)
         self.seen = entry.sequence
 
-    def _take(self, entry: Entry) -> None:
+    def _take(self, entry: StreamEntry) -> None:
         self._marks.pop(entry.subject, None)
         if entry.subject.startswith(self._fence):
             self._fences.add(entry.subject)

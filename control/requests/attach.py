@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
-from control.admission import Admission
+from control.admission import AdmissionControl
 from control.requests.followers import Followers
 from control.requests.outbox import Outbox
 from control.requests.records import ACCEPTED, Records
@@ -49,7 +49,7 @@ class LineBroken(Exception):
         return self.cause
 
 
-class Line(Protocol):
+class GatewayStream(Protocol):
     """One gateway's stream, seen from control."""
 
     async def receive(self) -> control_pb2.AttachRequest | None:
@@ -63,7 +63,7 @@ class Line(Protocol):
 class _Attached:
     """One line while it lasts."""
 
-    line: Line
+    line: GatewayStream
     heard_us: int
     outbox: Outbox = field(default_factory=Outbox)
     gateway: str = ""
@@ -76,7 +76,7 @@ class Attachments:
 
     def __init__(
         self,
-        admission: Admission,
+        admission: AdmissionControl,
         records: Records,
         followers: Followers,
         cancel: Callable[[str], None],
@@ -122,7 +122,7 @@ class Attachments:
             await self._clock.sleep_until(next_us)
             self._unfollowed(self._followers.expire(self._clock.now_us()))
 
-    async def attach(self, line: Line) -> None:
+    async def attach(self, line: GatewayStream) -> None:
         """Serves a line until it ends."""
         attached = _Attached(line, self._clock.now_us())
         self._lines.add(attached)

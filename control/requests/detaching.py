@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from control.requests import refusals
-from control.requests.endings import Promises, to_promise
+from control.requests.endings import PromiseLog, to_promise
 from control.requests.records import Record, Records
 from hocket.errors import Refused
 from hocket.messaging.stores import EntryTooLarge
@@ -24,7 +24,7 @@ _WAITING_MAX = 4_096
 class Detaching:
     """Promises again, as detached, what was promised to a caller that may leave."""
 
-    def __init__(self, promises: Promises, records: Records) -> None:
+    def __init__(self, promises: PromiseLog, records: Records) -> None:
         self._promises = promises
         self._records = records
         self._queue: asyncio.Queue[tuple[Record, Stored]] = asyncio.Queue(_WAITING_MAX)

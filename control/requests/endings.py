@@ -16,7 +16,7 @@ from hocket.v1 import journal_pb2, mesh_pb2
 _TOGETHER_MAX = 256  # appends under way
 
 
-class Promises(Protocol):
+class PromiseLog(Protocol):
     """The promises stream, as far as a request's life needs it (see leading/promises.py)."""
 
     @property
@@ -37,7 +37,7 @@ class Endings:
     """Journals each ending and then tells it."""
 
     def __init__(
-        self, promises: Promises, records: Records, tell: Callable[[mesh_pb2.RequestEvent], None]
+        self, promises: PromiseLog, records: Records, tell: Callable[[mesh_pb2.RequestEvent], None]
     ) -> None:
         self._promises = promises
         self._records = records

@@ -14,7 +14,7 @@ from control.scheduler.books.lifecycle import moved
 from hocket.v1.generation_pb2 import GenerationState
 
 
-class RequestState(Enum):
+class LifecycleState(Enum):
     """Where a request stands."""
 
     RECEIVED = "received"  # holds a place at the door; nothing is promised
@@ -26,44 +26,44 @@ class RequestState(Enum):
     REFUSED = "refused"  # never promised, and not remembered
 
 
-REQUEST_MOVES: Mapping[RequestState, frozenset[RequestState]] = {
-    RequestState.RECEIVED: frozenset({RequestState.PROMISED, RequestState.REFUSED}),
+REQUEST_MOVES: Mapping[LifecycleState, frozenset[LifecycleState]] = {
+    LifecycleState.RECEIVED: frozenset({LifecycleState.PROMISED, LifecycleState.REFUSED}),
     # A new leader may find that a promised request has ended; nobody else finishes it unseen.
-    RequestState.PROMISED: frozenset(
+    LifecycleState.PROMISED: frozenset(
         {
-            RequestState.RUNNING,
-            RequestState.FINISHED,
-            RequestState.FAILED,
-            RequestState.CANCELLED,
+            LifecycleState.RUNNING,
+            LifecycleState.FINISHED,
+            LifecycleState.FAILED,
+            LifecycleState.CANCELLED,
         }
     ),
-    RequestState.RUNNING: frozenset(
-        {RequestState.FINISHED, RequestState.FAILED, RequestState.CANCELLED}
+    LifecycleState.RUNNING: frozenset(
+        {LifecycleState.FINISHED, LifecycleState.FAILED, LifecycleState.CANCELLED}
     ),
-    RequestState.FINISHED: frozenset(),
-    RequestState.FAILED: frozenset(),
-    RequestState.CANCELLED: frozenset(),
-    RequestState.REFUSED: frozenset(),
+    LifecycleState.FINISHED: frozenset(),
+    LifecycleState.FAILED: frozenset(),
+    LifecycleState.CANCELLED: frozenset(),
+    LifecycleState.REFUSED: frozenset(),
 }
 
-OPEN = frozenset({RequestState.PROMISED, RequestState.RUNNING})
-ENDED = frozenset({RequestState.FINISHED, RequestState.FAILED, RequestState.CANCELLED})
+OPEN = frozenset({LifecycleState.PROMISED, LifecycleState.RUNNING})
+ENDED = frozenset({LifecycleState.FINISHED, LifecycleState.FAILED, LifecycleState.CANCELLED})
 
-_TOLD: Mapping[RequestState, GenerationState.ValueType] = {
-    RequestState.PROMISED: GenerationState.GENERATION_STATE_PROMISED,
-    RequestState.RUNNING: GenerationState.GENERATION_STATE_RUNNING,
-    RequestState.FINISHED: GenerationState.GENERATION_STATE_FINISHED,
-    RequestState.FAILED: GenerationState.GENERATION_STATE_FAILED,
-    RequestState.CANCELLED: GenerationState.GENERATION_STATE_CANCELLED,
+_TOLD: Mapping[LifecycleState, GenerationState.ValueType] = {
+    LifecycleState.PROMISED: GenerationState.GENERATION_STATE_PROMISED,
+    LifecycleState.RUNNING: GenerationState.GENERATION_STATE_RUNNING,
+    LifecycleState.FINISHED: GenerationState.GENERATION_STATE_FINISHED,
+    LifecycleState.FAILED: GenerationState.GENERATION_STATE_FAILED,
+    LifecycleState.CANCELLED: GenerationState.GENERATION_STATE_CANCELLED,
 }
 
 
-def advanced(request: str, state: RequestState, target: RequestState) -> RequestState:
+def advanced(request: str, state: LifecycleState, target: LifecycleState) -> LifecycleState:
     """The new state. Raises IllegalMove where the table has no such move."""
     return moved(f"request {request}", state, target, REQUEST_MOVES)
 
 
-def told(state: RequestState) -> GenerationState.ValueType:
+def told(state: LifecycleState) -> GenerationState.ValueType:
     """What clients call the state; unspecified where they never see it."""
     return _TOLD.get(state, GenerationState.GENERATION_STATE_UNSPECIFIED)
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from control.requests.figures import Figures
-from control.requests.lifecycle import OPEN, RequestState, advanced
+from control.requests.lifecycle import OPEN, LifecycleState, advanced
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 ACCEPTED, DEGRADED = 1, 2  # sequences of these events
@@ -31,7 +31,7 @@ class Record:
 
     submit: control_pb2.SubmitRequest
     wish: bytes  # digest of what its caller asked for
-    state: RequestState = RequestState.RECEIVED
+    state: LifecycleState = LifecycleState.RECEIVED
     accepted: generation_pb2.Accepted = field(default_factory=generation_pb2.Accepted)
     degraded: generation_pb2.Degraded | None = None
     accepted_us: int = 0  # on control's clock
@@ -149,7 +149,7 @@ class Records:
 
     def refuse(self, record: Record) -> None:
         """Gives the place back: nothing was promised, and nothing is remembered."""
-        self._move(record, RequestState.REFUSED)
+        self._move(record, LifecycleState.REFUSED)
         self._received -= 1
         self._forget(record)
 
@@ -161,7 +161,7 @@ class Records:
         accepted_unix_us: int,
     ) -> None:
         """It is in the promises stream."""
-        self._move(record, RequestState.PROMISED)
+        self._move(record, LifecycleState.PROMISED)
         self._received -= 1
         record.accepted = promise.answer
         record.degraded = promise.degraded if promise.HasField("degraded") else None
@@ -193,8 +193,8 @@ class Records:
     def run(self, request: str, sequence: int, step_time_us: int) -> bool:
         """An assignment of it was sent; whether it was the first under this leader."""
         record = self._open[request]
-        first = record.state is RequestState.PROMISED
-        self._move(record, RequestState.RUNNING)
+        first = record.state is LifecycleState.PROMISED
+        self._move(record, LifecycleState.RUNNING)
         record.predicted_us[sequence] = step_time_us
         return first
 
@@ -249,7 +249,7 @@ class Records:
             self.figures.count(event, promised=record.accepted.predicted_on_time)
         _strip(record)
         self._ended[request] = record
-        if record.state is RequestState.CANCELLED:  # whoever asks again wants it made
+        if record.state is LifecycleState.CANCELLED:  # whoever asks again wants it made
             self._drop_key(record)
         self._forget_old(unix_us)
         return event
@@ -268,7 +268,7 @@ class Records:
                 return
             self.forget(oldest.id)
 
-    def _move(self, record: Record, target: RequestState) -> None:
+    def _move(self, record: Record, target: LifecycleState) -> None:
         record.state = advanced(record.id, record.state, target)
 
     def _forget(self, record: Record) -> None:
@@ -287,9 +287,9 @@ class Records:
 
 
 _END_STATES = {
-    "finished": RequestState.FINISHED,
-    "failed": RequestState.FAILED,
-    "cancelled": RequestState.CANCELLED,
+    "finished": LifecycleState.FINISHED,
+    "failed": LifecycleState.FAILED,
+    "cancelled": LifecycleState.CANCELLED,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from control.requests.lifecycle import RequestState, told
+from control.requests.lifecycle import LifecycleState, told
 from control.requests.records import Record, Records
 from hocket.v1 import control_pb2, generation_pb2
 
@@ -28,7 +28,7 @@ def status(record: Record) -> control_pb2.RequestStatus:
 
 def is_known(record: Record, tenant: str | None) -> bool:
     """Whether this tenant may know of the request; None: an operator, who may know of all."""
-    return record.state is not RequestState.RECEIVED and tenant in (None, record.tenant)
+    return record.state is not LifecycleState.RECEIVED and tenant in (None, record.tenant)
 
 
 def page(

@@ -19,7 +19,7 @@ from control.scheduler.values import Forecast, OnMiss, Request, Shape
 _ROUNDS_MAX = 8  # of forecasts over a batch; what is late in the last one is refused as it stands
 
 
-class Forecaster(Protocol):
+class ForecastSource(Protocol):
     """The scheduler, as far as this asks it."""
 
     def forecast(self, requests: Sequence[Request], now_us: int) -> Sequence[Forecast]: ...
@@ -30,7 +30,7 @@ class Forecaster(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Newcomer:
+class AdmissionCandidate:
     """A request at the door, and its cheaper variants (see degrade.py)."""
 
     request: Request
@@ -62,7 +62,10 @@ class Verdicts:
 
 
 def judge(
-    scheduler: Forecaster, ahead: Sequence[Request], newcomers: Sequence[Newcomer], now_us: int
+    scheduler: ForecastSource,
+    ahead: Sequence[Request],
+    newcomers: Sequence[AdmissionCandidate],
+    now_us: int,
 ) -> Verdicts:
     """Verdicts over newcomers, behind `ahead`: accepted, and perhaps not yet at the scheduler."""
     arrived = frozenset(r.id for r in ahead if scheduler.job(r.id) is not None)
@@ -95,9 +98,9 @@ def told_us(request: Request, forecast: Forecast) -> int:
 
 
 def _verdict(
-    scheduler: Forecaster,
+    scheduler: ForecastSource,
     before: Sequence[Request],
-    newcomer: Newcomer,
+    newcomer: AdmissionCandidate,
     forecast: Forecast,
     now_us: int,
 ) -> Verdict:
@@ -114,7 +117,7 @@ def _verdict(
 
 
 def _cheapest(
-    scheduler: Forecaster, before: Sequence[Request], newcomer: Newcomer, now_us: int
+    scheduler: ForecastSource, before: Sequence[Request], newcomer: AdmissionCandidate, now_us: int
 ) -> Verdict | None:
     """The first variant, in ladder order, that is on time; fewer steps never take longer."""
     for ladder in newcomer.ladders:

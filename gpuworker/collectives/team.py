@@ -6,9 +6,10 @@
     link   which part of the sequence the keys and values of which travel around the ring
     place  which heads, within a link (Ulysses)
 
-Members of one half hold the whole sequence between them; `Part` lets them exchange among themselves
-through the one communicator of the group. No group is formed for it, and a layout may change at
-every step. Both halves make the same exchanges in the same order, so none waits for one skipped.
+Members of one half hold the whole sequence between them; `SubCommunicator` lets them exchange among
+themselves through the one communicator of the group. No group is formed for it, and a layout may
+change at every step. Both halves make the same exchanges in the same order, so none waits for one
+skipped.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class LayoutRefused(Exception):
 
 
 @dataclass(frozen=True)
-class Layout:
+class GroupLayout:
     """How the members of a group share one step; the product is the degree."""
 
     cfg: int = 1
@@ -79,7 +80,7 @@ class Layout:
         return self.ulysses * self.ring
 
 
-class Part:
+class SubCommunicator:
     """Some members of a group, in order; a communicator among themselves.
 
     The other members of the group must be in parts of their own that make exchanges of the same
@@ -110,7 +111,7 @@ class Part:
 class Team:
     """A group under a layout. Raises `LayoutRefused` where their sizes differ."""
 
-    def __init__(self, group: Communicator, layout: Layout) -> None:
+    def __init__(self, group: Communicator, layout: GroupLayout) -> None:
         if layout.degree != group.size:
             raise LayoutRefused("layout", layout, f"a product of {group.size}, the group's size")
         self.group, self.layout = group, layout
@@ -141,4 +142,4 @@ class Team:
         return self._part(range(like, self.group.size, self.layout.sequence))
 
     def _part(self, ranks: range) -> Communicator:
-        return self.group if len(ranks) == self.group.size else Part(self.group, ranks)
+        return self.group if len(ranks) == self.group.size else SubCommunicator(self.group, ranks)

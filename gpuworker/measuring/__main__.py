@@ -13,7 +13,7 @@ import torch
 import typer
 
 from gpuworker.measuring.joining import measure_groups, measure_layouts
-from gpuworker.measuring.record import Record
+from gpuworker.measuring.record import MeasurementLog
 from gpuworker.measuring.sizes import SIZES, TINY, best_device
 from gpuworker.measuring.steps import measure_steps
 
@@ -38,21 +38,21 @@ def steps(
     size = (TINY if tiny else SIZES)[model]
     # Without a GPU what matters is that Dynamo sees through the blocks; C++ would take a minute.
     backend = "inductor" if where.type == "cuda" else "eager"
-    record = Record(out, minutes)
+    record = MeasurementLog(out, minutes)
     measure_steps(size, where, dtype, record, 3 if tiny else pairs, cell_s, backend)
 
 
 @app.command()
 def groups(out: Out, tiny: Tiny = False, minutes: Minutes = 10.0) -> None:
     """Communicators: cold, warm, given up; of one member, and of as many as there are GPUs."""
-    measure_groups(Record(out, minutes), best_device().type, 3 if tiny else 20)
+    measure_groups(MeasurementLog(out, minutes), best_device().type, 3 if tiny else 20)
 
 
 @app.command()
 def layouts(out: Out, tiny: Tiny = False, minutes: Minutes = 20.0) -> None:
     """One step in every layout of 2, 4 and 8 members, a GPU each, against one member."""
     size = next(iter((TINY if tiny else SIZES).values()))
-    measure_layouts(Record(out, minutes), size.name, best_device().type, 2 if tiny else 8)
+    measure_layouts(MeasurementLog(out, minutes), size.name, best_device().type, 2 if tiny else 8)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from gpuworker.attention.xfuser_usp import chosen_attention
 from gpuworker.collectives.channels import cuda_channel, host_channel
 from gpuworker.collectives.group_cache import GroupCache
 from gpuworker.collectives.rendezvous import Rendezvous
-from gpuworker.collectives.team import Layout, Team
-from gpuworker.measuring.record import Cell, Record
-from gpuworker.measuring.sizes import SIZES, TINY, Shape, built
+from gpuworker.collectives.team import GroupLayout, Team
+from gpuworker.measuring.record import Cell, MeasurementLog
+from gpuworker.measuring.sizes import SIZES, TINY, MediaSize, built
 from gpuworker.measuring.steps import compared, timed_us
 from hocket.clock import steady_ns
 
@@ -35,7 +35,7 @@ _ELEMENTS = 1 << 20
 _CPU_MEMBERS = 2
 
 
-def measure_groups(record: Record, kind: str, rounds: int) -> None:
+def measure_groups(record: MeasurementLog, kind: str, rounds: int) -> None:
     """Communicators of one member, then of every size that this machine has devices for."""
     cells: list[Cell] = [{"members": size} for size in (1, *_sizes(kind))]
     for cell in record.wanted(cells):
@@ -50,7 +50,7 @@ def measure_groups(record: Record, kind: str, rounds: int) -> None:
             record.add(cell, error=f"{type(error).__name__}: {error}"[:400])
 
 
-def measure_layouts(record: Record, model: str, kind: str, steps: int) -> None:
+def measure_layouts(record: MeasurementLog, model: str, kind: str, steps: int) -> None:
     """One step of the model's largest picture in every layout; nothing where there is one GPU."""
     cells: list[Cell] = [
         {"members": size, "cfg": 1, "ulysses": ulysses, "ring": size // ulysses, "attention": how}
@@ -156,14 +156,14 @@ def _layout_of(
         attention = chosen_attention("xfuser", device)
         assert attention is not None
         card.attend_by(attention)
-    shape: Shape = size.shapes[-1]
+    shape: MediaSize = size.shapes[-1]
     state = card.encode("measured", "", *shape, steps, size.guidance, 0)
     expected = [state]
     for _ in range(2):
         expected = card.step(expected, None)
     group = cache.get(1, names, address, _TIMEOUT_S)
     group.timeout_s = _TIMEOUT_S
-    team = Team(group, Layout(cell["cfg"], cell["ulysses"], cell["ring"]))
+    team = Team(group, GroupLayout(cell["cfg"], cell["ulysses"], cell["ring"]))
     moved = card.step(card.step([state], team), team)
     alone_us = [timed_us(device, lambda: card.step([state], None)) for _ in range(steps)]
     ours_us = [timed_us(device, lambda: card.step([state], team)) for _ in range(steps)]

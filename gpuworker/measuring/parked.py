@@ -19,7 +19,7 @@ from torch import nn
 
 from gpuworker.config import EMBEDDED_MODEL
 from gpuworker.loading import load_card
-from gpuworker.memory.weights import WeightStore, Wish
+from gpuworker.memory.weights import MemoryDemand, WeightStore
 from gpuworker.state import LatentState
 from hocket.clock import steady_ns
 
@@ -81,7 +81,7 @@ def _come_and_go(
     """Each use loads, since everything was made to leave before."""
     for turn in range(rounds):
         store.evict_others(keep=("", ""))
-        with store.use(Wish((1, turn + 1), part, 0)):
+        with store.use(MemoryDemand((1, turn + 1), part, 0)):
             pass
         (fact,) = (fact for fact in store.facts() if fact.name == part)
         times.setdefault(f"load weights, {name}", []).append(fact.load_us / 1000)

@@ -27,7 +27,7 @@ from gpuworker.config import EMBEDDED_MODELS
 from hocket.launching.machine import machine_kind
 
 if TYPE_CHECKING:
-    from gpuworker.measuring.profiling import Bench, Cell
+    from gpuworker.measuring.profiling import Bench, ProfileCell
     from gpuworker.models.card import CardFacts
 
 COLUMNS = ("model", "gpu", "node", "width", "height", "frames", "degree", "batch", "call_us")
@@ -135,28 +135,28 @@ class _Asked:
         most = self.devices() if on_gpus else CPU_WORKERS
         return max([*self.degrees, self.busy] if self.degrees else [most, self.busy])
 
-    def cells(self, facts: CardFacts, workers: int) -> Iterator[Cell]:
+    def cells(self, facts: CardFacts, workers: int) -> Iterator[ProfileCell]:
         """All cells, the cheap nodes first at each shape."""
-        from gpuworker.collectives.team import Layout  # noqa: PLC0415
-        from gpuworker.measuring.profiling import DIT, TEXT, VAE, Cell  # noqa: PLC0415
+        from gpuworker.collectives.team import GroupLayout  # noqa: PLC0415
+        from gpuworker.measuring.profiling import DIT, TEXT, VAE, ProfileCell  # noqa: PLC0415
 
         degrees = self.degrees or [d for d in facts.degrees if d <= workers]
         guided = facts.guidance == "true_cfg" and facts.guidance_default > facts.branches_above
         for width, height in self.sizes or facts.sizes or (facts.size_default,):
             for frames in self.frames or (facts.frames_default,):
                 for batch in self.batches:
-                    alone = Layout()
-                    yield Cell(TEXT, width, height, frames, alone, batch, self.steps)
+                    alone = GroupLayout()
+                    yield ProfileCell(TEXT, width, height, frames, alone, batch, self.steps)
                     for degree in degrees:
                         halves = 2 if guided and degree % 2 == 0 else 1
-                        layout = Layout(cfg=halves, ulysses=degree // halves)
-                        yield Cell(DIT, width, height, frames, layout, batch, self.steps)
-                    yield Cell(VAE, width, height, frames, alone, batch, self.steps)
+                        layout = GroupLayout(cfg=halves, ulysses=degree // halves)
+                        yield ProfileCell(DIT, width, height, frames, layout, batch, self.steps)
+                    yield ProfileCell(VAE, width, height, frames, alone, batch, self.steps)
 
 
 def _measured(source: str, asked: _Asked, console: Console) -> Iterator[Row]:
     """A row for each cell that can be measured; says of the others why not."""
-    from gpuworker.measuring.profiling import Bench, CallFailed  # noqa: PLC0415
+    from gpuworker.measuring.profiling import Bench, CellFailed  # noqa: PLC0415
 
     workers = asked.workers()
     with (
@@ -173,7 +173,7 @@ def _measured(source: str, asked: _Asked, console: Console) -> Iterator[Row]:
         task = progress.add_task("loading the model", total=None)
         try:
             facts, device = bench.ready()
-        except CallFailed as error:
+        except CellFailed as error:
             console.print(f"profile: {error}", style="red", markup=False, soft_wrap=True)
             return
         cells = list(asked.cells(facts, workers))
@@ -184,12 +184,12 @@ def _measured(source: str, asked: _Asked, console: Console) -> Iterator[Row]:
             progress.update(task, description=told)
             try:
                 yield _row(bench, cell, facts.name, asked.gpu or device, asked.busy)
-            except CallFailed as error:
+            except CellFailed as error:
                 console.print(f"{told}: {error}", style="yellow", markup=False, soft_wrap=True)
             progress.advance(task)
 
 
-def _row(bench: Bench, cell: Cell, model: str, gpu: str, busy: int) -> Row:
+def _row(bench: Bench, cell: ProfileCell, model: str, gpu: str, busy: int) -> Row:
     times_us = bench.measure(cell, busy)
     layout = cell.layout
     told = f"[M] median of {len(times_us)} calls, {busy} busy workers; {machine_kind()}"

@@ -5,8 +5,8 @@ an assignment makes: `ModelCard.encode`, `step` under a layout, `decode` and the
 measured by as many groups side by side as `busy` workers make, since that is how a loaded host
 runs.
 
-    parent  ── Cell ──▶ process 0 (rank 0) ── times ──▶ parent
-            ── Cell ──▶ process 1 (rank 1) ── times ──▶    only first members' times count
+    parent  ── ProfileCell ──▶ process 0 (rank 0) ── times ──▶ parent
+            ── ProfileCell ──▶ process 1 (rank 1) ── times ──▶    only first members' times count
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from gpuworker.collectives.group_cache import GroupCache
 from gpuworker.collectives.groups import Group
 from gpuworker.collectives.rendezvous import Rendezvous
-from gpuworker.collectives.team import Layout, Team
+from gpuworker.collectives.team import GroupLayout, Team
 from gpuworker.loading import LoadError
 from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import CardFacts, ModelCard
@@ -43,19 +43,19 @@ _PROMPT = "a fox on a green background"
 
 
 @dataclass(frozen=True)
-class Cell:
+class ProfileCell:
     """What is measured: one node at one shape, layout and batch."""
 
     node: str
     width: int
     height: int
     frames: int
-    layout: Layout
+    layout: GroupLayout
     batch: int
     calls: int
 
 
-class CallFailed(Exception):
+class CellFailed(Exception):
     """A cell that cannot be measured here; the text says why."""
 
 
@@ -89,13 +89,13 @@ class Bench:
             process.join()
 
     def ready(self) -> tuple[CardFacts, str]:
-        """Waits for all models; the model's facts and the device's name. Raises: CallFailed."""
+        """Waits for all models; the model's facts and the device's name. Raises: CellFailed."""
         answers = _answers(self._pipes)
         self._addresses = [address for _, _, address in answers]
         return answers[0][0], answers[0][1]
 
-    def measure(self, cell: Cell, busy: int) -> list[int]:
-        """Times of all calls of the groups side by side, in microseconds. Raises: CallFailed."""
+    def measure(self, cell: ProfileCell, busy: int) -> list[int]:
+        """Times of all calls of the groups side by side, in microseconds. Raises: CellFailed."""
         degree = cell.layout.degree
         self._epoch += 1
         side_by_side = max(1, min(busy, len(self._pipes)) // degree)
@@ -119,7 +119,7 @@ def _answers(pipes: Sequence[Connection]) -> list[Any]:
             told.append((False, "a process ended; is there memory enough?"))
     for succeeded, answer in told:
         if not succeeded:
-            raise CallFailed(answer)
+            raise CellFailed(answer)
     return [answer for _, answer in told]
 
 
@@ -147,7 +147,9 @@ def _serve(index: int, model: str, device: str, pipe: Connection) -> None:
             pipe.send((False, f"{type(error).__name__}: {error}"))
 
 
-def _calls(card: ModelCard, cell: Cell, group: Group | None, where: torch.device) -> list[int]:
+def _calls(
+    card: ModelCard, cell: ProfileCell, group: Group | None, where: torch.device
+) -> list[int]:
     """Makes all calls of a cell; the times of those that count."""
     if group is not None:
         group.timeout_s = STEP_S
@@ -163,7 +165,9 @@ def _calls(card: ModelCard, cell: Cell, group: Group | None, where: torch.device
     return times_us[WARM_UPS:]
 
 
-def _call(card: ModelCard, cell: Cell, states: Sequence[LatentState], team: Team | None) -> None:
+def _call(
+    card: ModelCard, cell: ProfileCell, states: Sequence[LatentState], team: Team | None
+) -> None:
     """What one assignment of the node does, for all jobs of the batch."""
     if cell.node == TEXT:
         for seed in range(1, cell.batch + 1):
@@ -175,7 +179,7 @@ def _call(card: ModelCard, cell: Cell, states: Sequence[LatentState], team: Team
         card.step(states, team)
 
 
-def _encoded(card: ModelCard, cell: Cell, seed: int) -> LatentState:
+def _encoded(card: ModelCard, cell: ProfileCell, seed: int) -> LatentState:
     facts = card.facts
     return card.encode(
         prompt=_PROMPT,

@@ -15,7 +15,7 @@ from hocket.clock import steady_ns
 Cell = Mapping[str, str | int | bool]
 
 
-class Record:
+class MeasurementLog:
     """The cells of one section."""
 
     def __init__(self, path: Path, minutes: float) -> None:

@@ -31,7 +31,7 @@ WEIGHTS_SEED = 20
 _TEXT_TOKENS = 512
 
 
-class Shape(NamedTuple):
+class MediaSize(NamedTuple):
     """Pixels, and frames (1 for a picture)."""
 
     width: int
@@ -73,7 +73,7 @@ class Size:
     vae: Callable[[], nn.Module]
     vae_float32: bool
     scheduler: Callable[[], Any]
-    shapes: tuple[Shape, ...]
+    shapes: tuple[MediaSize, ...]
     batches: tuple[int, ...]
     guidance: float
     text_tokens: int = _TEXT_TOKENS
@@ -117,8 +117,8 @@ def _wan_config(heads: int, ffn: int, layers: int) -> Mapping[str, Any]:
     return {"num_attention_heads": heads, "ffn_dim": ffn, "num_layers": layers}
 
 
-_IMAGES = tuple(Shape(side, side) for side in (512, 768, 1024, 2048))
-_VIDEOS = tuple(Shape(w, h, n) for w, h in ((832, 480), (1280, 720)) for n in (17, 33, 81))
+_IMAGES = tuple(MediaSize(side, side) for side in (512, 768, 1024, 2048))
+_VIDEOS = tuple(MediaSize(w, h, n) for w, h in ((832, 480), (1280, 720)) for n in (17, 33, 81))
 _TINY_FLUX = {
     "num_layers": 1,
     "num_single_layers": 1,
@@ -181,7 +181,7 @@ TINY: Mapping[str, Size] = {
         vae=_tiny_flux_vae,
         vae_float32=False,
         scheduler=_flux_scheduler,
-        shapes=(Shape(64, 64),),
+        shapes=(MediaSize(64, 64),),
         batches=(1, 2),
         guidance=3.5,
         text_tokens=8,
@@ -194,7 +194,7 @@ TINY: Mapping[str, Size] = {
         vae=_tiny_wan_vae,
         vae_float32=True,
         scheduler=_wan_scheduler,
-        shapes=(Shape(48, 32, 5),),
+        shapes=(MediaSize(48, 32, 5),),
         batches=(1,),
         guidance=5.0,
         text_tokens=8,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from gpuworker.measuring.plain import plain_loop
-from gpuworker.measuring.record import Cell, Record
-from gpuworker.measuring.sizes import Shape, Size, built, twin
+from gpuworker.measuring.record import Cell, MeasurementLog
+from gpuworker.measuring.sizes import MediaSize, Size, built, twin
 from gpuworker.models.card import DiffusersCard
 from gpuworker.state import LatentState
 from hocket.clock import steady_ns
@@ -30,7 +30,7 @@ def measure_steps(
     size: Size,
     device: torch.device,
     dtype: torch.dtype,
-    record: Record,
+    record: MeasurementLog,
     pairs: int,
     cell_s: float,
     backend: str,
@@ -65,7 +65,7 @@ def cells(size: Size) -> list[Cell]:
     return found + [_cell(size, "vae", shape, "off", 1) for shape in size.shapes]
 
 
-def _cell(size: Size, node: str, shape: Shape, compiled: str, batch: int) -> Cell:
+def _cell(size: Size, node: str, shape: MediaSize, compiled: str, batch: int) -> Cell:
     return {
         "model": size.name,
         "node": node,
@@ -105,16 +105,16 @@ class _Bench:
             self._card.compile(self._backend)
             self._twin.compile_repeated_blocks(backend=self._backend)
             self._compiled = True
-        shape = Shape(int(cell["width"]), int(cell["height"]), int(cell["frames"]))
+        shape = MediaSize(int(cell["width"]), int(cell["height"]), int(cell["frames"]))
         if cell["node"] == "vae":
             return self._decodes(shape)
         return self._pairs_of_steps(shape, int(cell["batch"]))
 
-    def _first(self, shape: Shape, seed: int, steps: int) -> LatentState:
+    def _first(self, shape: MediaSize, seed: int, steps: int) -> LatentState:
         guidance = self._size.guidance
         return self._card.encode("measured", "", *shape, steps, guidance, seed)
 
-    def _pairs_of_steps(self, shape: Shape, batch: int) -> dict[str, Any]:
+    def _pairs_of_steps(self, shape: MediaSize, batch: int) -> dict[str, Any]:
         steps = WARM_STEPS + self._pairs
         first = [self._first(shape, seed, steps) for seed in range(batch)]
         ours, plain = (
@@ -147,7 +147,7 @@ class _Bench:
             **compared(ours.latents, plain.latents),
         }
 
-    def _decodes(self, shape: Shape) -> dict[str, Any]:
+    def _decodes(self, shape: MediaSize) -> dict[str, Any]:
         state = self._first(shape, 0, 1)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from gpuworker.models.card import ModelCard
-from gpuworker.models.footprint import Call
+from gpuworker.models.footprint import ModelCall
 
 _CALLS_MAX = 4096  # remembered; the oldest are forgotten first
 _RAISED_BY = 1.5  # where a failed allocation did not say what it had asked for
@@ -24,9 +24,9 @@ class Activations:
         self._cards = cards
         self._device = device
         self._lock = threading.Lock()
-        self._known: dict[tuple[str, Call], int] = {}  # of calls that were asked for
+        self._known: dict[tuple[str, ModelCall], int] = {}  # of calls that were asked for
 
-    def bytes_of(self, model: str, call: Call) -> int:
+    def bytes_of(self, model: str, call: ModelCall) -> int:
         """What a call takes, as far as is known."""
         with self._lock:
             known = self._known.get((model, call))
@@ -44,11 +44,11 @@ class Activations:
             return max(known)
         facts = self._cards[model].facts
         width, height = facts.size_default
-        call = Call(node, width, height, facts.frames_default)
+        call = ModelCall(node, width, height, facts.frames_default)
         return self._cards[model].activation_bytes(call)
 
     @contextmanager
-    def measured(self, model: str, call: Call) -> Iterator[None]:
+    def measured(self, model: str, call: ModelCall) -> Iterator[None]:
         """Learns from what a call takes at its peak; on a CPU nothing tells."""
         if self._device.type != "cuda":
             yield
@@ -61,7 +61,7 @@ class Activations:
         if moved < peak // 2:  # or else weights came or went meanwhile: that says nothing
             self._learn(model, call, peak)
 
-    def fell_short(self, model: str, call: Call, asked_bytes: int) -> int:
+    def fell_short(self, model: str, call: ModelCall, asked_bytes: int) -> int:
         """An allocation of `asked_bytes` failed (0: not told): a call takes more than was thought.
 
         Returns the new estimate.
@@ -71,7 +71,7 @@ class Activations:
         self._learn(model, call, raised)
         return raised
 
-    def _learn(self, model: str, call: Call, size_bytes: int) -> None:
+    def _learn(self, model: str, call: ModelCall, size_bytes: int) -> None:
         with self._lock:
             self._known.pop((model, call), None)
             self._known[model, call] = size_bytes

@@ -19,10 +19,10 @@ import torch
 
 from gpuworker.executor import SideNote
 from gpuworker.memory.activations import Activations
-from gpuworker.memory.latents import LatentShelf, Place
-from gpuworker.memory.weights import PartName, WeightStore, Wish
+from gpuworker.memory.latents import LatentPlace, LatentShelf
+from gpuworker.memory.weights import MemoryDemand, PartName, WeightStore
 from gpuworker.models.card import ModelCard
-from gpuworker.models.footprint import Call
+from gpuworker.models.footprint import ModelCall
 from hocket.v1 import mesh_pb2, types_pb2
 
 _LOADS_MAX = 1024  # told ahead of their assignments
@@ -35,7 +35,7 @@ _SAID = ("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot
 class OutOfMemory(Exception):
     """A call needed more memory than there was; `metadata` says which and how much."""
 
-    def __init__(self, model: str, call: Call, needed_bytes: int, free_bytes: int) -> None:
+    def __init__(self, model: str, call: ModelCall, needed_bytes: int, free_bytes: int) -> None:
         self.metadata = {
             "model": model,
             "node": call.node,
@@ -83,7 +83,7 @@ class Memory:
     def expect(self, assignment: mesh_pb2.Assignment) -> None:
         """An assignment waits: its weights come as soon as there is room."""
         if assignment.batch[0].spec.model in self._cards:
-            self._weights.expect(self._wish(assignment))
+            self._weights.expect(self._demand(assignment))
 
     def forget_before(self, term: int) -> None:
         """A newer leader counts its assignments anew."""
@@ -99,10 +99,10 @@ class Memory:
 
         Raises `OutOfMemory` where a call inside needed too much, and whatever made a load fail.
         """
-        wish, (model, call) = self._wish(assignment), _call(assignment)
+        demand, (model, call) = self._demand(assignment), _call(assignment)
         try:
             requests = [member.request_id for member in assignment.batch]
-            with self._weights.use(wish) as told, self._shelf.in_hand(requests):
+            with self._weights.use(demand) as told, self._shelf.in_hand(requests):
                 sides += told
                 with self._activations.measured(model, call):
                     yield
@@ -114,7 +114,7 @@ class Memory:
             traceback.clear_frames(error.__traceback__)  # what the call had made lives there
         needed_bytes = self._activations.fell_short(model, call, asked_bytes)
         free_bytes = self._free_bytes()
-        self._weights.evict_others(keep=wish.part)
+        self._weights.evict_others(keep=demand.part)
         self._shelf.spill_parked()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -138,9 +138,9 @@ class Memory:
             weights_bytes=sum(part.size_bytes for part in parts if part.resident),
             activations_bytes=max((p.peak_bytes - p.size_bytes for p in parts), default=0),
             latents_budget_bytes=self._latents_budget_bytes,
-            latents_bytes=self._shelf.bytes_in(Place.DEVICE),
-            latents_host_bytes=self._shelf.bytes_in(Place.HOST) + self._shelf.offered_bytes,
-            latents_file_bytes=self._shelf.bytes_in(Place.FILE),
+            latents_bytes=self._shelf.bytes_in(LatentPlace.DEVICE),
+            latents_host_bytes=self._shelf.bytes_in(LatentPlace.HOST) + self._shelf.offered_bytes,
+            latents_file_bytes=self._shelf.bytes_in(LatentPlace.FILE),
             parts=parts,
             loads=self._weights.loads,
             evictions=self._weights.evictions,
@@ -150,9 +150,9 @@ class Memory:
         self._weights.close()
         self._shelf.close()
 
-    def _wish(self, assignment: mesh_pb2.Assignment) -> Wish:
+    def _demand(self, assignment: mesh_pb2.Assignment) -> MemoryDemand:
         model, call = _call(assignment)
-        return Wish(
+        return MemoryDemand(
             (assignment.term, assignment.sequence),
             (model, call.node),
             self._activations.bytes_of(model, call),
@@ -184,10 +184,10 @@ def ran_out(error: BaseException) -> bool:
     return _asked_bytes(error) is not None
 
 
-def _call(assignment: mesh_pb2.Assignment) -> tuple[str, Call]:
+def _call(assignment: mesh_pb2.Assignment) -> tuple[str, ModelCall]:
     """The model, and what is asked of it."""
     spec = assignment.batch[0].spec
-    return spec.model, Call(
+    return spec.model, ModelCall(
         assignment.node,
         spec.shape.width,
         spec.shape.height,

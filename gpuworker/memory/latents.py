@@ -65,7 +65,7 @@ class Shares(NamedTuple):
     folder: Path | None = None  # made anew at start, and emptied
 
 
-class Place(Enum):
+class LatentPlace(Enum):
     """Where a latent is."""
 
     DEVICE = "device"
@@ -80,14 +80,14 @@ class _Entry:
     steps_done: int
     size_bytes: int
     device: torch.device  # where it belongs
-    place: Place
+    place: LatentPlace
     state: LatentState | None = None  # on the device or the host
     file: Path | None = None
 
     @classmethod
     def of(cls, state: LatentState) -> _Entry:
         device = state.tensors["latents"].device
-        return cls(state.steps_done, state.nbytes, device, Place.DEVICE, state)
+        return cls(state.steps_done, state.nbytes, device, LatentPlace.DEVICE, state)
 
 
 class LatentShelf:
@@ -146,7 +146,7 @@ class LatentShelf:
             if entry is None or entry.steps_done != steps_done:
                 return None
             self._entries[request] = self._entries.pop(request)
-        if entry.place is Place.DEVICE:
+        if entry.place is LatentPlace.DEVICE:
             return entry.state
         state = _read(entry)
         with self._changed:
@@ -196,12 +196,12 @@ class LatentShelf:
                 request_id=request,
                 steps_done=entry.steps_done,
                 size_bytes=entry.size_bytes,
-                spilled=entry.place is not Place.DEVICE,
+                spilled=entry.place is not LatentPlace.DEVICE,
             )
             for request, entry in entries
         )
 
-    def bytes_in(self, place: Place) -> int:
+    def bytes_in(self, place: LatentPlace) -> int:
         """Of all latents there."""
         with self._changed:
             return self._bytes_in(place)
@@ -302,12 +302,12 @@ class LatentShelf:
                     spilled.file.unlink(missing_ok=True)
                 self._tell()
 
-    def _next(self) -> tuple[str, _Entry, Place] | None:
+    def _next(self) -> tuple[str, _Entry, LatentPlace] | None:
         """What has to be spilled now, and where to."""
         device_bytes = 0 if self._pressed else self._shares.device_bytes or sys.maxsize
         for place, share_bytes in (
-            (Place.HOST, self._shares.host_bytes),
-            (Place.DEVICE, device_bytes),
+            (LatentPlace.HOST, self._shares.host_bytes),
+            (LatentPlace.DEVICE, device_bytes),
         ):
             lent = self.offered_bytes if place is self._host_place() else 0
             if self._bytes_in(place) + lent <= share_bytes:
@@ -319,18 +319,18 @@ class LatentShelf:
         self._pressed = False
         return None
 
-    def _host_place(self) -> Place:
+    def _host_place(self) -> LatentPlace:
         """Whose share host memory is: of a CPU, the device's."""
-        return Place.HOST if self._shares.host_bytes else Place.DEVICE
+        return LatentPlace.HOST if self._shares.host_bytes else LatentPlace.DEVICE
 
-    def _below(self, entry: _Entry) -> Place:
-        own_memory = entry.place is Place.DEVICE and entry.device.type != "cpu"
-        return Place.HOST if own_memory and self._shares.host_bytes else Place.FILE
+    def _below(self, entry: _Entry) -> LatentPlace:
+        own_memory = entry.place is LatentPlace.DEVICE and entry.device.type != "cpu"
+        return LatentPlace.HOST if own_memory and self._shares.host_bytes else LatentPlace.FILE
 
-    def _spilled(self, entry: _Entry, place: Place) -> _Entry:
+    def _spilled(self, entry: _Entry, place: LatentPlace) -> _Entry:
         assert entry.state is not None and self._shares.folder is not None
         facts = (entry.steps_done, entry.size_bytes, entry.device, place)
-        if place is Place.HOST:
+        if place is LatentPlace.HOST:
             return _Entry(*facts, state=entry.state.to("cpu"))
         file = self._shares.folder / f"{next(self._files)}.safetensors"
         file.write_bytes(entry.state.to_bytes())
@@ -347,7 +347,7 @@ class LatentShelf:
         if entry is not None:
             self._entries[request] = entry
 
-    def _bytes_in(self, place: Place) -> int:
+    def _bytes_in(self, place: LatentPlace) -> int:
         return sum(e.size_bytes for e in self._entries.values() if e.place is place)
 
 

@@ -3,7 +3,7 @@
 The weights of one node of one model are a *part*. With a budget, parts come when an assignment
 needs them and leave when others need the room; without one, all are there from the start and stay.
 
-    agent ── expect(assignment) ──▶ wishes, in the plan's order
+    agent ── expect(assignment) ──▶ demands, in the plan's order
                                        │  loader thread: the first part that is missing, once there
                                        ▼  is room; what is in use, or wanted before it, stays
     compute ── use(assignment) ──▶ waits only if the part is not there yet
@@ -37,7 +37,7 @@ PartName = tuple[str, str]  # model, node
 Order = tuple[int, int]  # term and sequence of an assignment
 
 
-class Wish(NamedTuple):
+class MemoryDemand(NamedTuple):
     """What an assignment needs."""
 
     order: Order
@@ -107,10 +107,10 @@ class WeightStore:
         self._changed = threading.Condition()
         self._parts: dict[PartName, _Part] = {}
         self._resident: dict[PartName, None] = {}  # least recently used first
-        self._wishes: dict[Order, Wish] = {}  # of assignments not over, in the plan's order
+        self._demands: dict[Order, MemoryDemand] = {}  # of assignments not over, in plan order
         self._newest: Order = (0, 0)
-        self._waiting: Wish | None = None  # the compute thread cannot go on without it
-        self._in_use: Wish | None = None
+        self._waiting: MemoryDemand | None = None  # the compute thread cannot go on without it
+        self._in_use: MemoryDemand | None = None
         self._loading: PartName | None = None
         self._failed: dict[PartName, BaseException] = {}
         self._thread: threading.Thread | None = None
@@ -148,7 +148,7 @@ class WeightStore:
         entry.drop(self._device)
 
     def start(self, activations_bytes: Callable[[PartName], int]) -> None:
-        """Loads what fits beside each other, in the order of `add`, and begins to take wishes."""
+        """Loads what fits beside each other, in the order of `add`, and begins to take demands."""
         if not self.budget_bytes:
             return
         for name, part in self._parts.items():
@@ -162,19 +162,19 @@ class WeightStore:
     # ------------------------------------------------------------------------------------------
     # the agent's side
 
-    def expect(self, wish: Wish) -> None:
+    def expect(self, demand: MemoryDemand) -> None:
         """An assignment will need a part; loading begins when there is room. Never blocks."""
         with self._changed:
-            if wish.order > self._newest and wish.part in self._parts:
-                self._newest = wish.order
-                self._wishes[wish.order] = wish
+            if demand.order > self._newest and demand.part in self._parts:
+                self._newest = demand.order
+                self._demands[demand.order] = demand
                 self._changed.notify_all()
 
     def forget_before(self, term: int) -> None:
         """A newer leader has forgotten what the older one had planned."""
         with self._changed:
-            for order in [order for order in self._wishes if order[0] < term]:
-                del self._wishes[order]
+            for order in [order for order in self._demands if order[0] < term]:
+                del self._demands[order]
             self._changed.notify_all()
 
     def facts(self) -> tuple[PartFact, ...]:
@@ -202,20 +202,20 @@ class WeightStore:
     # the compute thread's side
 
     @contextmanager
-    def use(self, wish: Wish) -> Iterator[tuple[SideNote, ...]]:
+    def use(self, demand: MemoryDemand) -> Iterator[tuple[SideNote, ...]]:
         """Holds a part on the device; gives what is to be told of the load that it took, if any.
 
         Raises whatever made the load fail, and StoreClosed.
         """
-        if wish.part not in self._parts:
-            raise KeyError(f"no weights of {wish.part}")
+        if demand.part not in self._parts:
+            raise KeyError(f"no weights of {demand.part}")
         with self._changed:
-            for order in [order for order in self._wishes if order < wish.order]:
-                del self._wishes[order]  # assignments are run in their order: those are over
-            wish = self._wishes.setdefault(wish.order, wish)
-            waited = self._wait_for(wish)
-            self._in_use = wish
-            arrival = self._touch(wish.part)
+            for order in [order for order in self._demands if order < demand.order]:
+                del self._demands[order]  # assignments are run in their order: those are over
+            demand = self._demands.setdefault(demand.order, demand)
+            waited = self._wait_for(demand)
+            self._in_use = demand
+            arrival = self._touch(demand.part)
         try:
             yield () if arrival is None else (_told(arrival, waited),)
         finally:
@@ -223,7 +223,7 @@ class WeightStore:
                 torch.cuda.current_stream(self._device).synchronize()  # it may be freed from now on
             with self._changed:
                 self._in_use = None
-                self._wishes.pop(wish.order, None)
+                self._demands.pop(demand.order, None)
                 self._changed.notify_all()
 
     def evict_others(self, keep: PartName) -> None:
@@ -233,28 +233,28 @@ class WeightStore:
             for name in away:
                 self._evict(name)
 
-    def _wait_for(self, wish: Wish) -> int:
+    def _wait_for(self, demand: MemoryDemand) -> int:
         """Returns how long it took, in nanoseconds. The lock is held by the caller."""
         began = Stopwatch()
-        self._waiting = wish
-        self._failed.pop(wish.part, None)  # of an attempt that nobody waited for
+        self._waiting = demand
+        self._failed.pop(demand.part, None)  # of an attempt that nobody waited for
         self._changed.notify_all()
         self._changed.wait_for(
-            lambda: wish.part in self._resident or wish.part in self._failed or self._closed
+            lambda: demand.part in self._resident or demand.part in self._failed or self._closed
         )
-        if wish.part in self._resident:
-            self._make_room(wish)
+        if demand.part in self._resident:
+            self._make_room(demand)
         self._waiting = None
-        if (failure := self._failed.pop(wish.part, None)) is not None:
-            self._wishes.pop(wish.order, None)
+        if (failure := self._failed.pop(demand.part, None)) is not None:
+            self._demands.pop(demand.order, None)
             raise failure
-        if wish.part not in self._resident:
+        if demand.part not in self._resident:
             raise StoreClosed
         return began.elapsed_ns()
 
-    def _make_room(self, wish: Wish) -> None:
+    def _make_room(self, demand: MemoryDemand) -> None:
         """For the activations of a part that may have been there before."""
-        for name in self._victims(wish) or () if self.budget_bytes else ():
+        for name in self._victims(demand) or () if self.budget_bytes else ():
             self._evict(name)
 
     def _touch(self, name: PartName) -> SideNote | None:
@@ -274,50 +274,50 @@ class WeightStore:
                 found = None if self._closed else self._next()
                 if found is None:
                     return
-                wish, victims = found
+                demand, victims = found
                 for name in victims:
                     self._evict(name)
-                self._loading = wish.part
+                self._loading = demand.part
             try:
-                self._load(self._parts[wish.part], victims)
+                self._load(self._parts[demand.part], victims)
             except BaseException as error:  # whoever needs the part raises it
-                log.warning("cannot load %s's %s: %s", *wish.part, error)
+                log.warning("cannot load %s's %s: %s", *demand.part, error)
                 traceback.clear_frames(error.__traceback__)  # what it had read so far lives there
                 with self._changed:
                     self._loading = None
-                    self._failed[wish.part] = error
+                    self._failed[demand.part] = error
                     self._changed.notify_all()
 
-    def _next(self) -> tuple[Wish, tuple[PartName, ...]] | None:
+    def _next(self) -> tuple[MemoryDemand, tuple[PartName, ...]] | None:
         """The load to begin now, and what has to leave for it."""
         urgent = [self._waiting] if self._waiting is not None else []
-        for wish in (*urgent, *(self._wishes[order] for order in sorted(self._wishes))):
-            if wish.part in self._resident or wish.part in self._failed:
+        for demand in (*urgent, *(self._demands[order] for order in sorted(self._demands))):
+            if demand.part in self._resident or demand.part in self._failed:
                 continue
-            victims = self._victims(wish)
-            return None if victims is None else (wish, victims)
+            victims = self._victims(demand)
+            return None if victims is None else (demand, victims)
         return None
 
-    def _victims(self, wish: Wish) -> tuple[PartName, ...] | None:
+    def _victims(self, demand: MemoryDemand) -> tuple[PartName, ...] | None:
         """What has to leave for a part; None where that is not to be had now."""
-        before = {w.part for w in self._wishes.values() if w.order <= wish.order}
-        before.add(wish.part)
-        if self._waiting is not None:  # whose wish a newer leader may have forgotten
+        before = {w.part for w in self._demands.values() if w.order <= demand.order}
+        before.add(demand.part)
+        if self._waiting is not None:  # whose demand a newer leader may have forgotten
             before.add(self._waiting.part)
         later: dict[PartName, Order] = {}
-        for order in sorted(self._wishes, reverse=True):
-            later[self._wishes[order].part] = order  # the first one stays
+        for order in sorted(self._demands, reverse=True):
+            later[self._demands[order].part] = order  # the first one stays
         used = self._in_use
         free = [
             name
             for name in self._resident
             if name not in before and (used is None or name != used.part)
         ]
-        free.sort(key=lambda name: _worth(name, wish, later))
-        activations_bytes = max(wish.activations_bytes, used.activations_bytes if used else 0)
+        free.sort(key=lambda name: _worth(name, demand, later))
+        activations_bytes = max(demand.activations_bytes, used.activations_bytes if used else 0)
         excess_bytes = self._used_bytes() + activations_bytes - self.budget_bytes
-        if wish.part not in self._resident:
-            excess_bytes += self._parts[wish.part].size_bytes
+        if demand.part not in self._resident:
+            excess_bytes += self._parts[demand.part].size_bytes
         victims = []
         for name in free:
             if excess_bytes <= 0:
@@ -329,7 +329,7 @@ class WeightStore:
                 excess_bytes += self._parts[name].size_bytes
                 victims.remove(name)
         # Activations are an estimate: it must not keep the compute thread waiting for ever.
-        return tuple(victims) if excess_bytes <= 0 or wish is self._waiting else None
+        return tuple(victims) if excess_bytes <= 0 or demand is self._waiting else None
 
     def _load(self, part: _Part, victims: tuple[PartName, ...]) -> None:
         began = Stopwatch()
@@ -368,11 +368,13 @@ class WeightStore:
         return fixed + sum(self._parts[name].size_bytes for name in (*self._resident, *coming))
 
 
-def _worth(name: PartName, wish: Wish, later: dict[PartName, Order]) -> tuple[bool, int, int]:
+def _worth(
+    name: PartName, demand: MemoryDemand, later: dict[PartName, Order]
+) -> tuple[bool, int, int]:
     """Small leaves first; equal ones in the order of their last use."""
     term, sequence = later.get(name, (0, 0))
     soon = (-term, -sequence) if name in later else (-(1 << 62), 0)
-    return (name not in wish.evict, *soon)
+    return (name not in demand.evict, *soon)
 
 
 def _told(arrival: SideNote, waited_ns: int) -> SideNote:

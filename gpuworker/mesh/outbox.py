@@ -16,7 +16,7 @@ _NOTES_MAX = 64
 _MEDIA_BYTES_MAX = 256 << 20  # of files that wait in notes
 
 
-class Outbox:
+class NoteOutbox:
     """Create it on the agent's loop. `put` may be called from any thread."""
 
     def __init__(self, notes_max: int = _NOTES_MAX) -> None:

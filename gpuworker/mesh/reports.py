@@ -21,7 +21,7 @@ from opentelemetry.trace import Tracer
 
 from gpuworker.executor import RunNote, failure_of
 from gpuworker.mesh.media_bucket import MediaBucket
-from gpuworker.mesh.outbox import Outbox
+from gpuworker.mesh.outbox import NoteOutbox
 from hocket.clock import Clock, unix_ns
 from hocket.messaging.bus import Bus, Subjects
 from hocket.tracing import spans, telemetry
@@ -54,7 +54,7 @@ class Reports:
         tracer: Tracer,
         bucket: MediaBucket,
     ) -> None:
-        self.outbox = Outbox()
+        self.outbox = NoteOutbox()
         self._worker = worker
         self._incarnation = incarnation
         self._bus = bus

@@ -28,7 +28,7 @@ from gpuworker.attention.elastic import ElasticSP
 from gpuworker.attention.exchange import ParallelAttention
 from gpuworker.collectives.team import LayoutRefused, Team
 from gpuworker.models import decoding, footprint
-from gpuworker.models.footprint import Call
+from gpuworker.models.footprint import ModelCall
 from gpuworker.models.solvers import Schedules, check_solver
 from gpuworker.state import Fact, LatentState
 
@@ -168,7 +168,7 @@ class ModelCard(ABC):
         """Makes one step of the default shape: what is compiled is compiled behind it."""
 
     @abstractmethod
-    def activation_bytes(self, call: Call) -> int:
+    def activation_bytes(self, call: ModelCall) -> int:
         """What a call takes beside its weights, estimated (see footprint.py)."""
 
 
@@ -285,7 +285,7 @@ class DiffusersCard(ModelCard):
         state = self.encode("", "", width, height, facts.frames_default, steps, guidance, seed=0)
         self.step([state], None)
 
-    def activation_bytes(self, call: Call) -> int:
+    def activation_bytes(self, call: ModelCall) -> int:
         element_bytes = self._dtype.itemsize
         if call.node == "text":
             return footprint.text_bytes(self._parts["text_encoder"].config, element_bytes)

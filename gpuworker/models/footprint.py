@@ -32,7 +32,7 @@ _FRAMES_AT_ONCE = {
 }
 
 
-class Call(NamedTuple):
+class ModelCall(NamedTuple):
     """What is asked of a model in one go."""
 
     node: str
@@ -44,7 +44,12 @@ class Call(NamedTuple):
 
 
 def denoiser_bytes(
-    config: Any, call: Call, token_px: int, frames_a_token: int, element_bytes: int, guided: bool
+    config: Any,
+    call: ModelCall,
+    token_px: int,
+    frames_a_token: int,
+    element_bytes: int,
+    guided: bool,
 ) -> int:
     """Of one step."""
     rows = -(-call.height // token_px)
@@ -56,7 +61,7 @@ def denoiser_bytes(
     return whole // call.degree
 
 
-def decoder_bytes(config: Any, call: Call, tiled_over_px: int, element_bytes: int) -> int:
+def decoder_bytes(config: Any, call: ModelCall, tiled_over_px: int, element_bytes: int) -> int:
     """Of one job's decode: jobs are decoded one after the other."""
     pixels = call.width * call.height
     at_once = min(pixels, _TILE_SIDE_PX**2) if pixels > tiled_over_px else pixels

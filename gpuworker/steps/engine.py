@@ -24,7 +24,7 @@ import torch
 
 from gpuworker.collectives.group_cache import GroupCache
 from gpuworker.collectives.groups import Group, GroupLost, GroupSpent
-from gpuworker.collectives.team import Layout, Team
+from gpuworker.collectives.team import GroupLayout, Team
 from gpuworker.executor import Listener, Media, RunNote, Stopwatch, failure_of
 from gpuworker.memory.budget import Memory, OutOfMemory, ran_out
 from gpuworker.memory.latents import CalledOff, LatentMissing, LatentShelf
@@ -35,7 +35,7 @@ from gpuworker.steps import media
 from gpuworker.steps.broken_device import DeviceBroken, is_broken
 from gpuworker.steps.decode import Decodes
 from gpuworker.steps.inbox import Inbox
-from gpuworker.steps.pace import Ended, Pace
+from gpuworker.steps.pace import MarkedCall, StepPace
 from gpuworker.steps.run import GO, Run
 from gpuworker.steps.sources import Off, Sources
 from hocket.tracing import spans, telemetry
@@ -65,7 +65,7 @@ class Engine:
         shelf: LatentShelf,
         groups: GroupCache,
         sources: Sources,
-        pace: Pace,
+        pace: StepPace,
         memory: Memory,
     ) -> None:
         self._worker = worker
@@ -167,7 +167,7 @@ class Engine:
             return run.note(0, last=True, resolved={})
         states = self._gather(run, listener)
         made, seen = 0, 0
-        launched: deque[tuple[list[LatentState], Ended]] = deque()  # and not seen to end
+        launched: deque[tuple[list[LatentState], MarkedCall]] = deque()  # and not seen to end
         while made < run.assignment.steps:
             word = self._word(run, made)
             self._report(run, seen, listener)
@@ -195,14 +195,14 @@ class Engine:
         if due and run.leads(self._worker):
             listener(run.note(seen, resolved={}))
 
-    def _land_all(self, run: Run, launched: deque[tuple[list[LatentState], Ended]]) -> int:
+    def _land_all(self, run: Run, launched: deque[tuple[list[LatentState], MarkedCall]]) -> int:
         """Waits for all that was launched; how many steps that were."""
         count = len(launched)
         while launched:
             self._land(run, *launched.popleft())
         return count
 
-    def _land(self, run: Run, states: Sequence[LatentState], ended: Ended) -> None:
+    def _land(self, run: Run, states: Sequence[LatentState], ended: MarkedCall) -> None:
         """Waits for the end of a call on this member's device; what it made is shown from then."""
         note = self._pace.wait(ended)
         for member, state in zip(run.members, states, strict=True):
@@ -388,6 +388,6 @@ def _encoded(card: ModelCard, spec: types_pb2.GenerationSpec) -> LatentState:
     )
 
 
-def _layout(assignment: mesh_pb2.Assignment) -> Layout:
+def _layout(assignment: mesh_pb2.Assignment) -> GroupLayout:
     named = assignment.layout
-    return Layout(max(1, named.cfg), max(1, named.ulysses), max(1, named.ring))
+    return GroupLayout(max(1, named.cfg), max(1, named.ulysses), max(1, named.ring))

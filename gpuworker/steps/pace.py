@@ -22,7 +22,7 @@ from gpuworker.executor import StepNote, Stopwatch
 _AHEAD_BELOW_US = 50_000  # a longer step would make a truncation wait, and hides its launch anyway
 
 
-class Ended(NamedTuple):
+class MarkedCall(NamedTuple):
     """A call behind which a mark was left; `start` and `end` are its events on a GPU."""
 
     step: int
@@ -37,7 +37,7 @@ class Ended(NamedTuple):
         return took_us if self.waited is None else self.waited.own_us(took_us)
 
 
-class Pace:
+class StepPace:
     """Of a CPU: what has returned has ended."""
 
     ahead = False  # whether the next step may be launched before the last is waited for
@@ -45,18 +45,18 @@ class Pace:
     def enter(self) -> None:
         """To be called by the compute thread, once."""
 
-    def start(self, group: Group | None = None) -> Ended:
+    def start(self, group: Group | None = None) -> MarkedCall:
         """Marks where a call begins."""
         waited = None if group is None else group.watch()
-        return Ended(0, Stopwatch(), group, waited, self._mark())
+        return MarkedCall(0, Stopwatch(), group, waited, self._mark())
 
-    def end(self, started: Ended, step: int) -> Ended:
+    def end(self, started: MarkedCall, step: int) -> MarkedCall:
         """Marks where it ends, as the assignment's `step`-th."""
         if started.group is not None:
             started.group.unwatch()
         return started._replace(step=step, end=self._end(started, step))
 
-    def wait(self, ended: Ended) -> StepNote:
+    def wait(self, ended: MarkedCall) -> StepNote:
         """Returns when the call has ended on this device. Raises `GroupLost`."""
         note: StepNote = ended.end
         return note
@@ -64,12 +64,12 @@ class Pace:
     def _mark(self) -> Any:
         """Where the device is, on its own clock."""
 
-    def _end(self, started: Ended, step: int) -> Any:
+    def _end(self, started: MarkedCall, step: int) -> Any:
         note = started.watch.step(step)
         return replace(note, own_us=started.own_us(note.duration_us))
 
 
-class CudaPace(Pace):
+class CudaPace(StepPace):
     """Of a GPU, whose compute thread uses one stream."""
 
     def __init__(self, device: torch.device) -> None:
@@ -78,7 +78,7 @@ class CudaPace(Pace):
     def enter(self) -> None:
         torch.cuda.set_device(self._device)  # a thread's own: it would be the first GPU
 
-    def wait(self, ended: Ended) -> StepNote:
+    def wait(self, ended: MarkedCall) -> StepNote:
         if ended.group is None:
             ended.end.synchronize()
         else:
@@ -93,10 +93,10 @@ class CudaPace(Pace):
         event.record()
         return event
 
-    def _end(self, started: Ended, step: int) -> Any:
+    def _end(self, started: MarkedCall, step: int) -> Any:
         return self._mark()
 
 
-def pace_of(device: torch.device) -> Pace:
+def pace_of(device: torch.device) -> StepPace:
     """The pace of a device."""
-    return CudaPace(device) if device.type == "cuda" else Pace()
+    return CudaPace(device) if device.type == "cuda" else StepPace()

@@ -33,7 +33,13 @@ from hocket.errors import HocketError, MeshStopped, from_rpc_error
 from hocket.launching.launcher import RunningMesh
 from hocket.rpc.channels import CHANNEL_OPTIONS
 from hocket.tracing import gantt
-from hocket.tracing.interruptions import Interruption, Kind, Stretch, interruptions, stretches
+from hocket.tracing.interruptions import (
+    Interruption,
+    InterruptionKind,
+    Stretch,
+    interruptions,
+    stretches,
+)
 from hocket.tracing.span_file import SpanRecord, read_spans
 from hocket.tracing.trace_view import chrome_trace
 from hocket.v1.control_pb2 import DrainWorkerRequest
@@ -63,7 +69,7 @@ _CHART_COLUMNS = 100
 
 
 @dataclass
-class Run:
+class DemoRequest:
     """One request and what was seen of it."""
 
     prompt: str
@@ -136,7 +142,7 @@ def step_runs(steps: Sequence[Progress]) -> str:
     return f"steps {', '.join(pieces)}" if pieces else "no steps seen"
 
 
-def summary(run: Run) -> str:
+def summary(run: DemoRequest) -> str:
     """What a person wants to know about one request."""
     if run.finished is None:
         return f"{run.title}: {run.line}"
@@ -152,20 +158,20 @@ def summary(run: Run) -> str:
     )
 
 
-def _runs(known: Sequence[ModelInfo], number: int) -> list[Run]:
+def _runs(known: Sequence[ModelInfo], number: int) -> list[DemoRequest]:
     """The video, or the largest picture, and the pictures that overtake it."""
     pictures = next((m for m in known if "txt2vid" not in m.workflows), known[0])
     first = next((m for m in known if "txt2vid" in m.workflows), pictures)
     largest = max(first.shapes, key=lambda s: s.width * s.height * max(1, s.frames))
     deadline_s = VIDEO_DEADLINE_S if first is not pictures else DEADLINES_S.get(largest.width, 60.0)
-    runs = [Run(_prompt(first, number), largest, deadline_s, first.name)]
+    runs = [DemoRequest(_prompt(first, number), largest, deadline_s, first.name)]
     served = {shape.width: shape for shape in sorted(pictures.shapes, key=lambda s: s.width)}
     for wave, sides in enumerate(WAVES):
         for side in sides:
             shape = served.get(side, list(served.values())[-1])
             prompt = _prompt(pictures, number + len(runs))
             due_s = DEADLINES_S.get(shape.width, 60.0)
-            runs.append(Run(prompt, shape, due_s, pictures.name, wave))
+            runs.append(DemoRequest(prompt, shape, due_s, pictures.name, wave))
     return runs
 
 
@@ -174,7 +180,7 @@ def _prompt(model: ModelInfo, number: int) -> str:
     return prompts[number % len(prompts)]
 
 
-async def _make(runs: list[Run], client: HocketClient, control: str, output: Path) -> None:
+async def _make(runs: list[DemoRequest], client: HocketClient, control: str, output: Path) -> None:
     """Runs the first request, and the waves on top of it; drains its workers under way."""
     drain = _Drain(control)
     waves = [asyncio.Event() for _ in WAVES]
@@ -190,8 +196,8 @@ async def _make(runs: list[Run], client: HocketClient, control: str, output: Pat
 
 
 async def _follow(
-    run: Run,
-    runs: list[Run],
+    run: DemoRequest,
+    runs: list[DemoRequest],
     client: HocketClient,
     drain: _Drain,
     waves: list[asyncio.Event],
@@ -235,7 +241,7 @@ def _let_go(waves: list[asyncio.Event], part: float) -> None:
             wave.set()
 
 
-async def _spans(runs: Sequence[Run], state_dir: Path) -> list[SpanRecord]:
+async def _spans(runs: Sequence[DemoRequest], state_dir: Path) -> list[SpanRecord]:
     """All spans, once the decodes of these requests are among them."""
     wanted = {one.accepted.request_id for one in runs if one.finished is not None}
     async with asyncio.timeout(_SPANS_S):
@@ -246,13 +252,13 @@ async def _spans(runs: Sequence[Run], state_dir: Path) -> list[SpanRecord]:
             await asyncio.sleep(_POLL_S)
 
 
-def _seen(spans: Sequence[SpanRecord], runs: Sequence[Run]) -> Seen:
+def _seen(spans: Sequence[SpanRecord], runs: Sequence[DemoRequest]) -> Seen:
     names = {one.accepted.request_id for one in runs}
     found = [s for s in stretches(spans) if s.request in names]
     return Seen(found, interruptions(found))
 
 
-def _tell(seen: Seen, runs: Sequence[Run]) -> None:
+def _tell(seen: Seen, runs: Sequence[DemoRequest]) -> None:
     """Prints who was where, and who was interrupted when and for whom."""
     names = {one.accepted.request_id: one.title for one in runs}
     console.print("\nwho ran where:")
@@ -264,12 +270,14 @@ def _tell(seen: Seen, runs: Sequence[Run]) -> None:
     console.print("\npreemptions and moves:")
     start_ns = min(s.start_ns for s in seen.stretches)
     for one in seen.happened:
-        if one.kind is Kind.PAUSED or one.overtakers:
+        if one.kind is InterruptionKind.PAUSED or one.overtakers:
             sentence = gantt.told(one, names, start_ns)
             console.print(f"  {sentence}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _write(seen: Seen, spans: Sequence[SpanRecord], runs: Sequence[Run], output: Path) -> None:
+def _write(
+    seen: Seen, spans: Sequence[SpanRecord], runs: Sequence[DemoRequest], output: Path
+) -> None:
     names = {one.accepted.request_id: one.title for one in runs}
     output.mkdir(parents=True, exist_ok=True)
     page, trace = output / "timeline.html", output / "timeline.json"

@@ -27,7 +27,7 @@ _LAST_DELIVERED = "Nats-Last-Consumer"
 
 
 @dataclass(frozen=True)
-class Entry:
+class StreamEntry:
     """One entry of a stream."""
 
     subject: str
@@ -93,7 +93,7 @@ class Delivery:
                 await messages.close()
         return cls(messages, int(made.num_pending or 0))
 
-    async def next(self) -> tuple[Entry, int]:
+    async def next(self) -> tuple[StreamEntry, int]:
         """The next entry, and how many more match now. Raises Broken."""
         while True:
             message = await self._next()
@@ -104,7 +104,7 @@ class Delivery:
             if delivered != self._seen + 1:
                 raise Broken("entries are missing in the delivery")
             self._seen += 1
-            return Entry(message.subject, message.data, sequence, stamp_ns // 1000), pending
+            return StreamEntry(message.subject, message.data, sequence, stamp_ns // 1000), pending
 
     async def close(self) -> None:
         """The broker forgets a consumer that nobody listens to."""
@@ -153,7 +153,7 @@ def _numbers(reply: str) -> tuple[int, int, int, int]:
     return sequence, delivered, stamp_ns, pending
 
 
-async def one_by_one(bus: Bus, stream: str, subject: str, upto: int) -> AsyncIterator[Entry]:
+async def one_by_one(bus: Bus, stream: str, subject: str, upto: int) -> AsyncIterator[StreamEntry]:
     """Entries up to number `upto`, oldest first, each asked for: where there are no consumers.
 
     Raises BrokerUnavailable.
@@ -170,7 +170,7 @@ async def one_by_one(bus: Bus, stream: str, subject: str, upto: int) -> AsyncIte
             raise BrokerUnavailable("JetStream", str(error) or "no answer") from error
         after = int(found.seq or upto)
         if after <= upto:
-            yield Entry(found.subject or "", found.data or b"", after, unix_us_of(found.time))
+            yield StreamEntry(found.subject or "", found.data or b"", after, unix_us_of(found.time))
 
 
 def unix_us_of(stamp: datetime | None) -> int:

@@ -11,7 +11,7 @@ import msgspec
 from hocket.errors import BrokerUnavailable
 from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.feed import Feed
-from hocket.messaging.stores import Cell
+from hocket.messaging.stores import LeasedKey
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class LeaderWatch:
 
     def __init__(self, bus: Bus, cluster: str) -> None:
         self._bus = bus
-        self._cell = Cell(bus, Subjects(cluster).leader_bucket, LEADER_KEY)
+        self._cell = LeasedKey(bus, Subjects(cluster).leader_bucket, LEADER_KEY)
         self._feed: Feed[bytes | None] | None = None
         self._first = True
         self.address = ""  # "host:port", as told last; empty: nobody leads

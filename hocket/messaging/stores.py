@@ -1,4 +1,4 @@
-"""Durable places on the broker: a `Log` is one stream, a `Cell` one key that expires.
+"""Durable places on the broker: a `Log` is one stream, a `LeasedKey` one key that expires.
 
 Everything that lasts goes through these two, so that a simulation can put its own in their place.
 Both tell apart what a caller has to tell apart: refused (somebody else wrote), stored, and *not
@@ -24,11 +24,8 @@ from nats.js.errors import APIError, NotFoundError
 from hocket.cancelling import cancellable
 from hocket.errors import BrokerUnavailable, HocketError
 from hocket.messaging.bus import Bus
-from hocket.messaging.deliveries import Broken, Delivery, Entry, one_by_one, unix_us_of
+from hocket.messaging.deliveries import Broken, Delivery, StreamEntry, one_by_one, unix_us_of
 from hocket.messaging.feed import Feed
-
-__all__ = ["Cell", "Entry", "EntryTooLarge", "Guard", "Log", "LogFull", "LogMoved", "LogShape"]
-__all__ += ["NoRoom", "OutcomeUnknown"]
 
 _AGAIN_S = 0.2  # between tries to follow a log that cannot be had
 _FEED_MAX = 4096
@@ -92,7 +89,7 @@ class NoRoom(HocketError):
 
 
 @dataclass(frozen=True)
-class Guard:
+class AppendCondition:
     """A condition on an append: the newest entry on `subject` is number `sequence` (0: none)."""
 
     subject: str
@@ -166,7 +163,7 @@ class Log:
         data: bytes,
         *,
         after: int | None = None,
-        guard: Guard | None = None,
+        guard: AppendCondition | None = None,
         ttl_s: float = 0.0,
         message_id: str = "",
     ) -> int:
@@ -199,7 +196,7 @@ class Log:
             raise OutcomeUnknown(subject, str(error) or "no answer") from error
         return int(ack.seq)
 
-    async def newest(self, subject: str) -> Entry | None:
+    async def newest(self, subject: str) -> StreamEntry | None:
         """The newest entry on a subject. Raises BrokerUnavailable."""
         try:
             found = await cancellable(self._bus.jetstream.get_last_msg(self.name, subject))
@@ -207,7 +204,7 @@ class Log:
             return None
         except (nats.errors.Error, OSError) as error:
             raise BrokerUnavailable("JetStream", str(error) or "no answer") from error
-        return Entry(
+        return StreamEntry(
             subject=found.subject or subject,
             data=found.data or b"",
             sequence=int(found.seq or 0),
@@ -235,7 +232,7 @@ class Log:
         info = await self._info()
         return 0 if info is None else int(info.state.last_seq)
 
-    async def read(self, subject: str, *, history: bool = False) -> AsyncIterator[Entry]:
+    async def read(self, subject: str, *, history: bool = False) -> AsyncIterator[StreamEntry]:
         """The newest entry of each subject (`history`: all of them), oldest first, up to the newest
         at the call. `subject` may have wildcards. Raises BrokerUnavailable when it breaks off.
         """
@@ -262,11 +259,11 @@ class Log:
         finally:
             await delivery.close()
 
-    async def follow(self, after: int, subject: str = "") -> Feed[Entry]:
+    async def follow(self, after: int, subject: str = "") -> Feed[StreamEntry]:
         """Everything behind entry number `after`, as it comes, for as long as the feed is open; a
         broker that is away is waited for.
         """
-        feed: Feed[Entry] = Feed(_FEED_MAX)
+        feed: Feed[StreamEntry] = Feed(_FEED_MAX)
         feed.attach(self._bus.own(self._keep_following(feed, after, subject)))
         return feed
 
@@ -280,7 +277,7 @@ class Log:
         except (nats.errors.Error, OSError) as error:
             raise BrokerUnavailable("JetStream", str(error) or "no answer") from error
 
-    async def _keep_following(self, feed: Feed[Entry], after: int, subject: str) -> None:
+    async def _keep_following(self, feed: Feed[StreamEntry], after: int, subject: str) -> None:
         while True:
             with suppress(Broken, BrokerUnavailable):
                 if await self.last_sequence() < after:
@@ -312,7 +309,7 @@ class Log:
         return OutcomeUnknown(subject, str(error.description or error))
 
 
-class Cell:
+class LeasedKey:
     """One key with a value that goes when nobody renews it. Its revisions only ever rise."""
 
     def __init__(self, bus: Bus, bucket: str, key: str) -> None:
@@ -323,7 +320,7 @@ class Cell:
     @classmethod
     async def open(
         cls, bus: Bus, bucket: str, key: str, ttl_s: float = 0.0, replicas: int = 1
-    ) -> Cell:
+    ) -> LeasedKey:
         """Makes the bucket where needed; 0 s: values stay. Raises BrokerUnavailable."""
         shape = LogShape(
             name=f"KV_{bucket}",
@@ -359,7 +356,7 @@ class Cell:
         """
         try:
             return await self._log.append(
-                self._subject, value, guard=Guard(self._subject, revision)
+                self._subject, value, guard=AppendCondition(self._subject, revision)
             )
         except LogMoved:
             return None

@@ -9,7 +9,7 @@ from html import escape
 
 from rich.text import Text
 
-from hocket.tracing.interruptions import Interruption, Kind, Stretch
+from hocket.tracing.interruptions import Interruption, InterruptionKind, Stretch
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 # Told apart on dark and on light grounds, also with the common kinds of colour blindness.
@@ -79,7 +79,7 @@ def told(interruption: Interruption, names: Mapping[str, str], start_ns: int) ->
     due = f" for {for_whom}" if for_whom else ""
     here, there = " ".join(before.workers), " ".join(after.workers)
     head = f"{at_s:5.1f} s  {who} {interruption.kind} after step {before.last_step}"
-    if interruption.kind is Kind.PAUSED:
+    if interruption.kind is InterruptionKind.PAUSED:
         back_s = (after.start_ns - start_ns) / 1e9
         return f"{head} [{here}]{due}; went on at {back_s:.1f} s x{len(after.workers)} [{there}]"
     return f"{head}, [{here}] to [{there}]{due}"

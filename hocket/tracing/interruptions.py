@@ -39,7 +39,7 @@ class Stretch(NamedTuple):
         return (self.end_ns - self.start_ns) / (self.last_step - self.first_step + 1)
 
 
-class Kind(StrEnum):
+class InterruptionKind(StrEnum):
     """What happened between two stretches of a request."""
 
     PAUSED = "paused"
@@ -51,7 +51,7 @@ class Kind(StrEnum):
 class Interruption(NamedTuple):
     """A request between two of its stretches."""
 
-    kind: Kind
+    kind: InterruptionKind
     before: Stretch
     after: Stretch
     overtakers: tuple[str, ...]  # requests that ran on its workers in a pause, or took them over
@@ -121,18 +121,22 @@ def _goes_on(last: Stretch, step: Stretch) -> bool:
     return step.start_ns - last.end_ns <= max(last.step_ns, step.step_ns)
 
 
-def _kind(before: Stretch, after: Stretch) -> Kind:
+def _kind(before: Stretch, after: Stretch) -> InterruptionKind:
     if after.start_ns - before.end_ns > max(before.step_ns, after.step_ns):
-        return Kind.PAUSED
+        return InterruptionKind.PAUSED
     if len(after.workers) != len(before.workers):
-        return Kind.NARROWED if len(after.workers) < len(before.workers) else Kind.WIDENED
-    return Kind.MOVED
+        return (
+            InterruptionKind.NARROWED
+            if len(after.workers) < len(before.workers)
+            else InterruptionKind.WIDENED
+        )
+    return InterruptionKind.MOVED
 
 
 def _overtakers(before: Stretch, after: Stretch, found: Sequence[Stretch]) -> tuple[str, ...]:
     """Requests that began on workers it had left, before it went on or soon after."""
     left = set(before.workers)
-    if _kind(before, after) is not Kind.PAUSED:
+    if _kind(before, after) is not InterruptionKind.PAUSED:
         left -= set(after.workers)
     until_ns = max(after.start_ns, before.end_ns + int(after.step_ns))
     others = [

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bench.chaos import faults, wishes
 from bench.chaos.checks import OPEN, Leftovers, Written, all_checks, nothing_left
-from bench.chaos.faults import Fault, draw
+from bench.chaos.faults import ChaosFault, draw
 from bench.chaos.history import (
     CANCELLED,
     FAILED,
@@ -19,7 +19,7 @@ from bench.chaos.history import (
     GIVEN_UP,
     QUIT,
     History,
-    Story,
+    ObservedCall,
     Struck,
     by_kind,
 )
@@ -59,8 +59,10 @@ def test_other_seeds_draw_other_faults_and_calls() -> None:
     assert {c.wish.model for c in calls} == {wishes.PICTURES, wishes.CLIPS}
 
 
-def story(name: str, behaviour: str = wishes.PATIENT, ended: str = FINISHED) -> Story:
-    told = Story(name, behaviour, 0.0, ids=[f"r-{name}"], accepted_s=0.1, ended=ended, ended_s=9.0)
+def observed(name: str, behaviour: str = wishes.PATIENT, ended: str = FINISHED) -> ObservedCall:
+    told = ObservedCall(
+        name, behaviour, 0.0, ids=[f"r-{name}"], accepted_s=0.1, ended=ended, ended_s=9.0
+    )
     if ended == FINISHED:
         told.picture, told.finishes = EQUAL, 1
     return told
@@ -70,12 +72,12 @@ def sound() -> tuple[History, list[Written]]:
     """A run in which everything held."""
     history = History()
     for one in (
-        story("a"),
-        story("b", wishes.DETACHED),
-        story("c", wishes.CANCELLER, CANCELLED),
-        story("d", wishes.QUITTER, QUIT),
+        observed("a"),
+        observed("b", wishes.DETACHED),
+        observed("c", wishes.CANCELLER, CANCELLED),
+        observed("d", wishes.QUITTER, QUIT),
     ):
-        history.stories[one.key] = one
+        history.calls[one.key] = one
     states = {"a": FINISHED, "b": FINISHED, "c": CANCELLED, "d": CANCELLED}
     return history, [Written(f"r-{key}", state, key) for key, state in states.items()]
 
@@ -88,7 +90,7 @@ def test_a_sound_run_has_no_violation() -> None:
 def violations(change: str) -> list[str]:
     """Of a sound run with one thing wrong."""
     history, written = sound()
-    a = history.stories["a"]
+    a = history.calls["a"]
     match change:
         case "lost":
             a.ended, a.problem = GIVEN_UP, "no end"
@@ -152,14 +154,14 @@ def test_what_is_left_over_is_seen() -> None:
 def test_recovery_is_counted_from_the_fault_to_what_comes_next() -> None:
     history = History()
     for name in ("a", "b"):
-        history.stories[name] = story(name, ended="")
-        history.stories[name].workers = ("w1",) if name == "a" else ("w0",)
+        history.calls[name] = observed(name, ended="")
+        history.calls[name].workers = ("w1",) if name == "a" else ("w0",)
     history.progress_s |= {"a": [1.0, 1.02, 3.5], "b": [1.5]}
-    fault = Fault(1.0, faults.WORKER, faults.KILL, 0.0, 0.5)
+    fault = ChaosFault(1.0, faults.WORKER, faults.KILL, 0.0, 0.5)
     affected = history.affected(fault, "w1")
     assert affected == {"a"}
-    history.stories["probe"] = story("probe")
-    history.stories["probe"].accepted_s = 1.75
+    history.calls["probe"] = observed("probe")
+    history.calls["probe"].accepted_s = 1.75
     history.struck.append(Struck(fault, 1.0, "w1", affected, "probe"))
     (row,) = by_kind(history)
     assert row["kind"] == "kill -9, worker" and row["faults"] == 1

@@ -6,8 +6,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench.sim.case import Case, ClusterSpec, Fault, load_case
-from bench.sim.costs import CostError, Costs, Noise, Slowness, Straggler
+from bench.sim.case import Case, ClusterSpec, FaultSpec, load_case
+from bench.sim.costs import CostError, Costs, Noise, Straggler, StragglerSchedule
 from bench.sim.loop import run
 from bench.sim.workers import Workers
 from bench.sim.workloads import generate
@@ -194,7 +194,7 @@ def test_noise_is_the_same_for_all_policies_and_the_same_again():
 
 
 def test_a_straggler_holds_its_group_up():
-    slow = Slowness((Straggler(worker="w1", from_us=100, until_us=200, factor=3.0),))
+    slow = StragglerSchedule((Straggler(worker="w1", from_us=100, until_us=200, factor=3.0),))
     assert [slow.factor(("w0", "w1"), t) for t in (99, 100, 199, 200)] == [1.0, 3.0, 3.0, 1.0]
     assert slow.factor(("w0",), 150) == 1.0
 
@@ -251,14 +251,14 @@ def test_a_latent_that_nobody_has_is_reported():
 def test_late_reports_and_faults_cost_no_request(seed):
     rng = random.Random(seed)
     faults = tuple(
-        Fault(
+        FaultSpec(
             at_us=rng.randrange(1, 4_000),
             kind=rng.choice(["lost", "up", "beat", "fail"]),
             worker=f"w000{rng.randrange(4)}",
         )
         for _ in range(6)
     )
-    rescue = tuple(Fault(at_us=9_000, kind="up", worker=f"w000{i}") for i in range(4))
+    rescue = tuple(FaultSpec(at_us=9_000, kind="up", worker=f"w000{i}") for i in range(4))
     case = small_case(
         faults=faults + rescue,
         seed=seed,

@@ -12,7 +12,7 @@ from bench.__main__ import app
 from bench.gpu.report import gpu_kind, profile_csv, write_report
 from control.scheduler.times.profile import Profile
 from gpuworker.measuring.facts import MODELS, TINY_MODELS
-from gpuworker.measuring.record import Cell, Record
+from gpuworker.measuring.record import Cell, MeasurementLog
 from gpuworker.measuring.sizes import SIZES, TINY
 
 SECTIONS = "tiny-wan,groups"
@@ -51,11 +51,11 @@ def test_tiny_steps_and_groups(tmp_path: Path) -> None:
 def test_a_record_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     wanted: list[Cell] = [{"batch": batch} for batch in (1, 2, 3)]
     path = tmp_path / "section.jsonl"
-    assert list(Record(path, minutes=0).wanted(wanted)) == []
-    record = Record(path, minutes=60)
+    assert list(MeasurementLog(path, minutes=0).wanted(wanted)) == []
+    record = MeasurementLog(path, minutes=60)
     record.add(wanted[1], ours_us=[1])
-    assert list(record.wanted(wanted)) == list(Record(path, 60).wanted(wanted))
-    assert [cell["batch"] for cell in Record(path, 60).wanted(wanted)] == [1, 3]
+    assert list(record.wanted(wanted)) == list(MeasurementLog(path, 60).wanted(wanted))
+    assert [cell["batch"] for cell in MeasurementLog(path, 60).wanted(wanted)] == [1, 3]
 
 
 def test_sizes_are_those_that_the_command_names() -> None:

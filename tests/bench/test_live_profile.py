@@ -8,9 +8,9 @@ import io
 import msgspec
 import pytest
 
-from bench.live_compare import compare
-from bench.live_profile import live_profile
-from bench.live_run import Outcome
+from bench.live.compare import compare
+from bench.live.profile import live_profile
+from bench.live.run import RequestOutcome
 from bench.sim.call_times import Contention
 from bench.sim.case import Case, CaseError, ClusterSpec
 from bench.sim.loop import run
@@ -156,9 +156,9 @@ def latencies(case: Case) -> dict[str, int]:
     return {t.id: finish_us[t.id] - t.arrival_us for t in case.trace}
 
 
-def as_simulated(case: Case, scale: float = 1.0) -> dict[str, Outcome]:
+def as_simulated(case: Case, scale: float = 1.0) -> dict[str, RequestOutcome]:
     took_us = {r: round(scale * us) for r, us in latencies(case).items()}
-    return {t.id: Outcome(took_us[t.id], took_us[t.id] <= t.slo_us) for t in case.trace}
+    return {t.id: RequestOutcome(took_us[t.id], took_us[t.id] <= t.slo_us) for t in case.trace}
 
 
 def test_a_live_run_like_the_simulated_one_differs_in_nothing() -> None:
@@ -171,8 +171,8 @@ def test_a_live_run_like_the_simulated_one_differs_in_nothing() -> None:
 def test_what_differs_is_seen() -> None:
     case = planned()
     live = as_simulated(case, 1.5)
-    live["r0"] = Outcome(None, False, problem="refused")
-    late = {r: Outcome(o.latency_us, on_time=False) for r, o in live.items()}
+    live["r0"] = RequestOutcome(None, False, problem="refused")
+    late = {r: RequestOutcome(o.latency_us, on_time=False) for r, o in live.items()}
     found = compare("p", 0, [late], case, case)
     assert found.simulated.error_p50 == pytest.approx(0.5, rel=1e-3)
     assert found.simulated.bias_p50 == found.simulated.one_p50 == found.simulated.error_p50

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bench.report import report, report_command
 from bench.reporting.analysis import carried, compared, standings, sweeps
 from bench.reporting.rows import ReportError, read_experiment
-from bench.reporting.statistics import Verdict
+from bench.reporting.statistics import PolicyVerdict
 
 from .making import CLASSES, row, swept, write
 
@@ -67,7 +67,7 @@ def test_standings_and_verdicts(tmp_path: Path) -> None:
     assert ours.attainment.mean == pytest.approx(0.93)
     assert ours.gap is not None and ours.gap.mean == pytest.approx(0.02)
     assert rival.difference is not None and rival.difference.mean == pytest.approx(0.06)
-    assert rival.verdict is Verdict.AHEAD
+    assert rival.verdict is PolicyVerdict.AHEAD
 
 
 def test_sweep_and_what_it_carries(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from bench.reporting.statistics import (
+    PolicyVerdict,
     Sustained,
-    Verdict,
     mean_interval,
     paired_difference,
     sustained,
@@ -41,16 +41,16 @@ def test_pairing_takes_the_seeds_noise_out() -> None:
     found = paired_difference(ours, theirs)
     assert found is not None and found.n == 4
     assert found.mean == pytest.approx(0.01) and found.half == pytest.approx(0.0, abs=1e-9)
-    assert verdict(found) is Verdict.AHEAD
+    assert verdict(found) is PolicyVerdict.AHEAD
     back = paired_difference(theirs, ours)
-    assert back is not None and verdict(back) is Verdict.BEHIND
+    assert back is not None and verdict(back) is PolicyVerdict.BEHIND
     assert paired_difference({1: 0.5}, {2: 0.5}) is None
 
 
 def test_verdict_is_level_where_zero_lies_inside() -> None:
-    assert verdict(mean_interval([0.1, -0.1, 0.05])) is Verdict.LEVEL
-    assert verdict(mean_interval([0.0, 0.0])) is Verdict.LEVEL
-    assert verdict(mean_interval([0.1])) is Verdict.UNKNOWN
+    assert verdict(mean_interval([0.1, -0.1, 0.05])) is PolicyVerdict.LEVEL
+    assert verdict(mean_interval([0.0, 0.0])) is PolicyVerdict.LEVEL
+    assert verdict(mean_interval([0.1])) is PolicyVerdict.UNKNOWN
 
 
 def test_sustained_load_is_interpolated_and_censored() -> None:

@@ -22,7 +22,7 @@ from control.scheduler.times.latency import LatencyModel
 from control.scheduler.times.profile import REQUIRED, CellKey, Profile
 from control.scheduler.values import DIT, Layout, Shape
 from hocket.messaging.bus import Bus, Subjects
-from hocket.messaging.stores import Cell, Log
+from hocket.messaging.stores import LeasedKey, Log
 from hocket.v1 import journal_pb2
 from tests.brokers import running_broker
 from tests.control.made import book_of, promised, taken
@@ -174,7 +174,7 @@ async def test_latencies_of_an_older_version_are_read(bus: Bus, subjects: Subjec
     store = await LatencyStore.open(bus, subjects)
     assert await store.load() == learned()
     await store.save(taught(learned()))
-    kept = await Cell(bus, subjects.latency_bucket, LATENCIES).get()
+    kept = await LeasedKey(bus, subjects.latency_bucket, LATENCIES).get()
     assert kept is not None and not kept[0].startswith(b"{") and await store.load() is not None
 
 

@@ -16,7 +16,7 @@ from hocket.clock import SystemClock
 from hocket.errors import BrokerUnavailable
 from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.leader import LEADER_KEY, LeaderWatch
-from hocket.messaging.stores import Cell
+from hocket.messaging.stores import LeasedKey
 from tests.brokers import running_broker
 
 WAIT_S = 30.0
@@ -26,7 +26,7 @@ TTL_S = 1.0
 class One:
     """One replica's side."""
 
-    def __init__(self, cell: Cell, name: str) -> None:
+    def __init__(self, cell: LeasedKey, name: str) -> None:
         ttl_us = int(TTL_S * 1e6)
         self.side = Leadership(cell, SystemClock(), f"{name}:1", name, ttl_us=ttl_us)
         self.keeping: asyncio.Task[NoReturn] | None = None
@@ -45,7 +45,7 @@ async def _nobody() -> bool:
     return True
 
 
-async def until_renewed(cell: Cell, revision: int) -> None:
+async def until_renewed(cell: LeasedKey, revision: int) -> None:
     """Three times, so that whoever wants it has seen it."""
     while True:
         with suppress(BrokerUnavailable):
@@ -56,8 +56,8 @@ async def until_renewed(cell: Cell, revision: int) -> None:
 
 
 @pytest.fixture
-async def cell(bus: Bus, subjects: Subjects) -> Cell:
-    return await Cell.open(bus, subjects.leader_bucket, LEADER_KEY, TTL_S)
+async def cell(bus: Bus, subjects: Subjects) -> LeasedKey:
+    return await LeasedKey.open(bus, subjects.leader_bucket, LEADER_KEY, TTL_S)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ async def watch(bus: Bus, subjects: Subjects) -> AsyncIterator[LeaderWatch]:
     await watching.close()
 
 
-async def test_a_second_replica_is_no_coup(cell: Cell, watch: LeaderWatch) -> None:
+async def test_a_second_replica_is_no_coup(cell: LeasedKey, watch: LeaderWatch) -> None:
     """It stands by for as long as the first one lives; it used to take the lead at once."""
     first, second = One(cell, "a"), One(cell, "b")
     async with asyncio.timeout(WAIT_S):
@@ -86,7 +86,7 @@ async def test_a_second_replica_is_no_coup(cell: Cell, watch: LeaderWatch) -> No
     second.fall_silent()
 
 
-async def test_who_resigns_is_followed_at_once(cell: Cell, watch: LeaderWatch) -> None:
+async def test_who_resigns_is_followed_at_once(cell: LeasedKey, watch: LeaderWatch) -> None:
     first, second = One(cell, "a"), One(cell, "b")
     async with asyncio.timeout(WAIT_S):
         await first.lead()
@@ -101,7 +101,7 @@ async def test_who_resigns_is_followed_at_once(cell: Cell, watch: LeaderWatch) -
     second.fall_silent()
 
 
-async def test_a_leader_that_was_stopped_learns_that_another_one_leads(cell: Cell) -> None:
+async def test_a_leader_that_was_stopped_learns_that_another_one_leads(cell: LeasedKey) -> None:
     first, second = One(cell, "a"), One(cell, "b")
     async with asyncio.timeout(WAIT_S):
         await first.lead()
@@ -120,7 +120,7 @@ async def test_a_broker_that_was_away_deposes_nobody(how: str, tmp_path: Path) -
     subjects = Subjects("still")
     with running_broker(tmp_path) as broker:
         bus = await Bus.connect(broker.url, "test")
-        cell = await Cell.open(bus, subjects.leader_bucket, LEADER_KEY, TTL_S)
+        cell = await LeasedKey.open(bus, subjects.leader_bucket, LEADER_KEY, TTL_S)
         stream = await open_stream(bus, subjects)
         first, second = One(cell, "a"), One(cell, "b")
         async with asyncio.timeout(WAIT_S):
@@ -150,7 +150,7 @@ async def test_a_key_of_an_older_version_is_free(bus: Bus, subjects: Subjects) -
     """It had a bucket without time to live, and an empty value under the same name."""
     old = await bus.jetstream.create_key_value(bucket=subjects.leader_bucket)
     revision = await old.update("leader", b"", last=0)
-    cell = await Cell.open(bus, subjects.leader_bucket, LEADER_KEY, TTL_S)
+    cell = await LeasedKey.open(bus, subjects.leader_bucket, LEADER_KEY, TTL_S)
     one = One(cell, "a")
     async with asyncio.timeout(WAIT_S):
         await one.lead()

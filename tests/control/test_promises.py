@@ -11,7 +11,8 @@ from control.leading.promises import LANES, Deposed, Promises, open_stream
 from control.leading.standby import Book, Standby
 from hocket.errors import WrongConfig
 from hocket.messaging.bus import Bus, Subjects
-from hocket.messaging.stores import Entry, EntryTooLarge, Log, OutcomeUnknown
+from hocket.messaging.deliveries import StreamEntry
+from hocket.messaging.stores import EntryTooLarge, Log, OutcomeUnknown
 from hocket.v1 import journal_pb2
 from tests.brokers import running_broker
 from tests.control.made import PROMPT, book_of, ended, promised, taken
@@ -256,8 +257,8 @@ def test_a_book_leaves_out_what_is_too_old_or_unreadable(
     book = Book(subjects)
     for number, name in enumerate("abc", 1):
         data = ended(name).SerializeToString()
-        book.take(Entry(subjects.promise(name), data, number, number * 1_000_000))
-    book.take(Entry(subjects.promise("odd"), b"\xff\xff", 4, 4_000_000))
+        book.take(StreamEntry(subjects.promise(name), data, number, number * 1_000_000))
+    book.take(StreamEntry(subjects.promise("odd"), b"\xff\xff", 4, 4_000_000))
     assert "left out" in caplog.text and len(book.ended) == 3
     book.prune(unix_us=4_000_000, retention_us=2_500_000, ended_max=9)
     assert set(book.ended) == {"b", "c"}

@@ -10,7 +10,7 @@ from control.requests.lifecycle import (
     ENDED,
     OPEN,
     REQUEST_MOVES,
-    RequestState,
+    LifecycleState,
     advanced,
     diagram,
     told,
@@ -21,14 +21,14 @@ ADR = Path(__file__).parents[2] / "docs/adr/0013-operations-belong-to-control.md
 
 
 def test_every_state_has_a_row_and_a_way_to_it() -> None:
-    assert set(REQUEST_MOVES) == set(RequestState)
+    assert set(REQUEST_MOVES) == set(LifecycleState)
     reached = {target for targets in REQUEST_MOVES.values() for target in targets}
-    assert reached == set(RequestState) - {RequestState.RECEIVED}
+    assert reached == set(LifecycleState) - {LifecycleState.RECEIVED}
 
 
-@pytest.mark.parametrize("state", RequestState)
-@pytest.mark.parametrize("target", RequestState)
-def test_a_move_is_taken_or_raises(state: RequestState, target: RequestState) -> None:
+@pytest.mark.parametrize("state", LifecycleState)
+@pytest.mark.parametrize("target", LifecycleState)
+def test_a_move_is_taken_or_raises(state: LifecycleState, target: LifecycleState) -> None:
     if target is state or target in REQUEST_MOVES[state]:
         assert advanced("r", state, target) is target
     else:
@@ -43,7 +43,7 @@ def test_what_has_ended_stays_ended() -> None:
 
 
 def test_clients_have_a_word_for_what_they_can_see() -> None:
-    assert {state for state in RequestState if told(state)} == OPEN | ENDED
+    assert {state for state in LifecycleState if told(state)} == OPEN | ENDED
 
 
 def test_the_documentation_shows_the_table() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from control import translate
 from control.requests.degrade import Ladder, ladders
-from control.requests.verdicts import Newcomer, judge
+from control.requests.verdicts import AdmissionCandidate, judge
 from control.scheduler.values import Forecast, OnMiss, Request, Shape
 from hocket.v1 import generation_pb2, types_pb2
 from tests.control.stage import SHAPES, STEP_US, running
@@ -51,7 +51,7 @@ def asked(name: str, steps: int, by_us: int | None = None, *, reject: bool = Fal
 
 
 def verdicts(*requests: Request, ahead: Sequence[Request] = (), inside: Sequence[str] = ()) -> str:
-    newcomers = [Newcomer(request) for request in requests]
+    newcomers = [AdmissionCandidate(request) for request in requests]
     found = judge(OneWorker(*inside), ahead, newcomers, NOW_US)
     return "".join("r" if v.refused else "l" if v.late else "y" for v in found.of)
 
@@ -64,7 +64,7 @@ def test_those_accepted_a_moment_ago_count_until_the_scheduler_has_them() -> Non
     before = asked("z", 5)
     assert verdicts(asked("a", 10, 10), ahead=[before]) == "l"
     assert verdicts(asked("a", 10, 10), ahead=[before], inside=["z"]) == "y"
-    assert judge(OneWorker("z"), [before], [Newcomer(asked("a", 1))], 0).arrived == {"z"}
+    assert judge(OneWorker("z"), [before], [AdmissionCandidate(asked("a", 1))], 0).arrived == {"z"}
 
 
 def test_who_is_refused_leaves_its_place_to_the_others() -> None:
@@ -74,7 +74,7 @@ def test_who_is_refused_leaves_its_place_to_the_others() -> None:
 
 def test_a_batch_full_of_hopeless_ones_is_not_forecast_for_each() -> None:
     scheduler = OneWorker()
-    crowd = [Newcomer(asked(f"h{i}", 50, 1, reject=True)) for i in range(200)]
+    crowd = [AdmissionCandidate(asked(f"h{i}", 50, 1, reject=True)) for i in range(200)]
     assert all(v.refused for v in judge(scheduler, (), crowd, NOW_US).of)
     assert scheduler.asked < 20
 
@@ -82,7 +82,9 @@ def test_a_batch_full_of_hopeless_ones_is_not_forecast_for_each() -> None:
 @pytest.mark.parametrize(("by_us", "steps"), [(10, 10), (9, 9), (5, 5), (4, 4), (3, None)])
 def test_the_cheapest_variant_that_is_on_time(by_us: int, steps: int | None) -> None:
     request = asked("a", 10, by_us)
-    (found,) = judge(OneWorker(), (), [Newcomer(request, (Ladder(64, 64, 9, 4),))], NOW_US).of
+    (found,) = judge(
+        OneWorker(), (), [AdmissionCandidate(request, (Ladder(64, 64, 9, 4),))], NOW_US
+    ).of
     if steps is None:
         assert found.late and found.request == request, "nothing fits: best effort, as asked"
     else:
@@ -92,7 +94,7 @@ def test_the_cheapest_variant_that_is_on_time(by_us: int, steps: int | None) -> 
 def test_smaller_shapes_come_after_fewer_steps() -> None:
     request = asked("a", 10, 3)
     found_ladders = (Ladder(64, 64, 9, 5), Ladder(32, 32, 10, 5))
-    (found,) = judge(OneWorker(), (), [Newcomer(request, found_ladders)], NOW_US).of
+    (found,) = judge(OneWorker(), (), [AdmissionCandidate(request, found_ladders)], NOW_US).of
     assert found.request.shape == Shape(width=32, height=32) and found.request.steps == 10
     assert found.degraded
 
@@ -160,7 +162,9 @@ async def test_where_nothing_fits_it_is_run_as_asked() -> None:
 
 def test_variants_differ_in_steps_and_shape_only() -> None:
     request = asked("a", 10, 1)
-    (found,) = judge(OneWorker(), (), [Newcomer(request, (Ladder(8, 16, 9, 3),))], NOW_US).of
+    (found,) = judge(
+        OneWorker(), (), [AdmissionCandidate(request, (Ladder(8, 16, 9, 3),))], NOW_US
+    ).of
     variant = found.request
     assert (variant.steps, variant.shape) == (9, Shape(width=8, height=16))
     assert (variant.id, variant.deadline_us) == (request.id, request.deadline_us)

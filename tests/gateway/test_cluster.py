@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.cluster import Cluster
+from gateway.cluster import ClusterWatch
 from gateway.grpc_link import Doors
 from hocket.errors import BrokerAway, ControlUnavailable, NotReady
 
@@ -17,7 +17,7 @@ async def test_a_broker_that_is_away_is_named(away: bool, told: type[NotReady]) 
         """Nobody listens."""
 
     doors = Doors([], None)
-    cluster = Cluster(doors, ready, lambda: away)
+    cluster = ClusterWatch(doors, ready, lambda: away)
     with pytest.raises(NotReady) as caught:
         await cluster.ask(lambda control: control.CancelRequest(None), timeout_s=0.01)
     assert type(caught.value) is told

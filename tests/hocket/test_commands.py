@@ -15,7 +15,7 @@ from gateway.__main__ import main as gateway
 from gpuworker.__main__ import main as gpuworker
 from hocket.cli.__main__ import app
 from hocket.cli.common import pixels, seconds
-from hocket.cli.demo import Run, step_runs, summary
+from hocket.cli.demo import DemoRequest, step_runs, summary
 from hocket.cli.generate import (
     Format,
     commitment,
@@ -210,7 +210,9 @@ def test_step_runs_are_compressed() -> None:
 
 def test_a_summary_says_what_a_person_wants_to_know() -> None:
     shape = Shape(width=128, height=128)
-    run = Run("a fox", shape, 4.0, accepted=Accepted(request_id="r1"), path=Path("out/r1.png"))
+    run = DemoRequest(
+        "a fox", shape, 4.0, accepted=Accepted(request_id="r1"), path=Path("out/r1.png")
+    )
     run.finished = Finished(latency_us=2_000_000, predicted_latency_us=1_500_000, on_time=True)
     told = summary(run)
     for part in ("128x128 'a fox'", "r1", "predicted 1.50 s, took 2.00 s", "kept", "out/r1.png"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 from hocket.tracing import gantt, spans
-from hocket.tracing.interruptions import Kind, Stretch, interruptions, stretches
+from hocket.tracing.interruptions import InterruptionKind, Stretch, interruptions, stretches
 from hocket.tracing.span_file import SpanRecord
 
 MS = 1_000_000
@@ -66,9 +66,13 @@ def test_steps_on_the_same_workers_are_one_stretch() -> None:
 
 def test_a_pause_names_who_overtook() -> None:
     paused, widened = interruptions(stretches(overtaken()))
-    assert (paused.kind, paused.request, paused.gap_ns) == (Kind.PAUSED, "video", 410 * MS)
+    assert (paused.kind, paused.request, paused.gap_ns) == (
+        InterruptionKind.PAUSED,
+        "video",
+        410 * MS,
+    )
     assert paused.overtakers == ("apple", "fox")
-    assert (widened.kind, widened.overtakers) == (Kind.WIDENED, ())
+    assert (widened.kind, widened.overtakers) == (InterruptionKind.WIDENED, ())
 
 
 def test_a_gap_shorter_than_a_step_is_no_pause() -> None:
@@ -83,13 +87,13 @@ def test_who_loses_one_of_two_workers_is_narrowed_for_the_newcomer() -> None:
         *steps("b", 1, 3, 210, 100, "w1"),
     ]
     (narrowed,) = interruptions(stretches(spans_))
-    assert (narrowed.kind, narrowed.overtakers) == (Kind.NARROWED, ("b",))
+    assert (narrowed.kind, narrowed.overtakers) == (InterruptionKind.NARROWED, ("b",))
 
 
 def test_who_goes_on_elsewhere_has_moved() -> None:
     spans_ = [*steps("a", 1, 2, 0, 100, "w0"), *steps("a", 3, 2, 210, 100, "w1")]
     (moved,) = interruptions(stretches(spans_))
-    assert (moved.kind, moved.overtakers) == (Kind.MOVED, ())
+    assert (moved.kind, moved.overtakers) == (InterruptionKind.MOVED, ())
 
 
 def test_repeated_steps_after_a_loss_are_no_interruption() -> None:

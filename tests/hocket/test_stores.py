@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.deliveries import StreamEntry
 from hocket.messaging.stores import (
-    Cell,
-    Entry,
-    Guard,
+    AppendCondition,
+    LeasedKey,
     Log,
     LogFull,
     LogMoved,
@@ -32,7 +32,7 @@ def shape(subjects: Subjects, bytes_max: int = -1) -> LogShape:
     return LogShape(name, (subjects.promises,), bytes_max=bytes_max, newest_only=True)
 
 
-async def listed(entries: AsyncIterator[Entry]) -> list[tuple[str, bytes]]:
+async def listed(entries: AsyncIterator[StreamEntry]) -> list[tuple[str, bytes]]:
     return [(entry.subject.rpartition(".")[2], entry.data) async for entry in entries]
 
 
@@ -51,8 +51,8 @@ async def test_a_guard_refuses_whoever_has_not_seen_the_newest_fence(
 ) -> None:
     """However many appends are under way: a counted sequence could match by chance."""
     fence = subjects.fence(0)
-    first = await log.append(fence, b"1", guard=Guard(fence, 0))
-    old = Guard(fence, first)
+    first = await log.append(fence, b"1", guard=AppendCondition(fence, 0))
+    old = AppendCondition(fence, first)
     await log.append(subjects.promise("a"), b"open", guard=old, message_id="1-1")
     await log.append(fence, b"2", guard=old)
     results = await asyncio.gather(
@@ -121,8 +121,8 @@ async def test_a_stream_that_is_not_there_is_no_traceback(bus: Bus, subjects: Su
 
 
 async def test_a_cell_has_one_owner_and_expires(bus: Bus, subjects: Subjects) -> None:
-    cell = await Cell.open(bus, subjects.leader_bucket, "leader", ttl_s=1.0)
-    other = Cell(bus, subjects.leader_bucket, "leader")
+    cell = await LeasedKey.open(bus, subjects.leader_bucket, "leader", ttl_s=1.0)
+    other = LeasedKey(bus, subjects.leader_bucket, "leader")
     watch = await other.watch()
     async with asyncio.timeout(WAIT_S):
         assert await watch.next() is None and await cell.get() is None

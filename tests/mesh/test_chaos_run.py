@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from bench.chaos.run import Plan, run
+from bench.chaos.run import ChaosPlan, run
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("seed", [3])
 async def test_promises_hold_while_processes_die(seed: int) -> None:
-    plan = Plan(
+    plan = ChaosPlan(
         seconds=14.0,
         seed=seed,
         workers=8,

@@ -34,7 +34,7 @@ from control.scheduler.values import (
 )
 from hocket.clock import ManualClock, SystemClock
 from hocket.messaging.bus import Bus, Subjects
-from hocket.messaging.stores import Cell, Log
+from hocket.messaging.stores import LeasedKey, Log
 from hocket.tracing import telemetry
 from hocket.v1 import journal_pb2
 from tests.waiting import until
@@ -59,8 +59,8 @@ def taught(snapshot: LatencySnapshot) -> Scheduler:
     return scheduler
 
 
-def cell(bus: Bus, subjects: Subjects) -> Cell:
-    return Cell(bus, subjects.latency_bucket, LATENCIES)
+def cell(bus: Bus, subjects: Subjects) -> LeasedKey:
+    return LeasedKey(bus, subjects.latency_bucket, LATENCIES)
 
 
 async def test_a_new_scheduler_predicts_as_the_old_one(bus: Bus, subjects: Subjects) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import msgspec
 
-from bench.live_compare import compare
-from bench.live_run import run_live
+from bench.live.compare import compare
+from bench.live.run import run_live
 from bench.sim.case import Case, ClusterSpec
 from control.scheduler.settings import Settings
 from control.scheduler.times.profile import Profile

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench.manual_run import ManualRun
+from bench.live.manual_run import ManualRun
 from bench.sim.case import Case, ClusterSpec
 from bench.sim.loop import run
 from bench.sim.trace import TraceRequest

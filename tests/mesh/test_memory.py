@@ -24,8 +24,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.mesh.scripted_leader import WAIT_S, Leader, Piece, WorkerPool
 from bench.replay import entries_from_broker, replay
-from bench.scripted_leader import WAIT_S, Leader, Piece, WorkerPool
 from gpuworker.config import EMBEDDED_MODEL
 from gpuworker.measuring.reference import Reference as PlainLoop
 from hocket.client import HocketClient

@@ -27,7 +27,7 @@ import torch
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from bench.scripted_leader import Leader, Piece, WorkerPool
+from bench.mesh.scripted_leader import Leader, Piece, WorkerPool
 from gpuworker.state import LatentState
 from hocket.client import HocketClient
 from hocket.errors import InvalidRequest

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.scripted_leader import Leader, Piece, WorkerPool
+from bench.mesh.scripted_leader import Leader, Piece, WorkerPool
 from gpuworker.config import EMBEDDED_MODEL
 from gpuworker.measuring.reference import Reference
 from hocket.messaging.bus import Bus

@@ -7,7 +7,7 @@ import os
 import signal
 from pathlib import Path
 
-from bench.scripted_leader import Leader, Piece, WorkerPool
+from bench.mesh.scripted_leader import Leader, Piece, WorkerPool
 from gpuworker.config import EMBEDDED_MODEL
 from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import mesh_pb2, types_pb2

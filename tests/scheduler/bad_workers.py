@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.sim.case import Case
 from bench.sim.loop import Loop
-from bench.sim.running import Running
+from bench.sim.running import RunningAssignment
 from bench.sim.workers import Fact, Workers
 from control.scheduler.values import Outcome
 
@@ -41,11 +41,11 @@ class BadWorkers(Workers):
     def __init__(self, case: Case, fails: Trouble, hangs: Trouble) -> None:
         super().__init__(case.profile, case)
         self.failures: list[Failure] = []
-        self.hung: list[Running] = []
+        self.hung: list[RunningAssignment] = []
         self._fails, self._hangs = fails, hangs
-        self._failing: list[tuple[int, int, Running, str]] = []  # heap
+        self._failing: list[tuple[int, int, RunningAssignment, str]] = []  # heap
 
-    def _start(self, now_us: int, running: Running) -> None:
+    def _start(self, now_us: int, running: RunningAssignment) -> None:
         a = running.assignment
         for worker in a.workers:
             for member in a.batch:

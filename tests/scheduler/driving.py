@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.sim.case import Case, ClusterSpec, Fault
+from bench.sim.case import Case, ClusterSpec, FaultSpec
 from bench.sim.trace import TraceRequest
 from control.scheduler.core import Scheduler
 from control.scheduler.settings import Settings
@@ -162,7 +162,7 @@ def case(
     *,
     steps: int = 6,
     workers: int = 4,
-    faults: tuple[Fault, ...] = (),
+    faults: tuple[FaultSpec, ...] = (),
     **settings: Any,
 ) -> Case:
     """A Case of (arrival_us, px, slo_us) rows."""

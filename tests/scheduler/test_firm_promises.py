@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from bench.sim.case import Promises
+from bench.sim.case import PromiseSpec
 from bench.sim.loop import run
 from control.scheduler.books.commitments import FIRM_BROKEN, MARGIN_GAIN, Commitments
 from control.scheduler.values import Arrived, Ended, Outcome, Request, Shape
@@ -127,7 +127,7 @@ def test_firm_promises_hold_in_a_crowd():
     kept = {}
     for firm in (0.0, 1.0):
         one = msgspec.structs.replace(
-            case(rows, policy="hocket"), promises=Promises(firm=firm, refuse=False)
+            case(rows, policy="hocket"), promises=PromiseSpec(firm=firm, refuse=False)
         )
         result = run(one)
         told = {f.request.id: f.on_time for f in result.facts if isinstance(f, Arrived)}
@@ -141,7 +141,7 @@ def test_firm_promises_hold_in_a_crowd():
 
 def test_who_is_refused_at_the_door_never_arrives():
     rows = [(i * 10_000, 2048, 5_000_000) for i in range(12)]
-    one = msgspec.structs.replace(case(rows, policy="hocket"), promises=Promises(firm=1.0))
+    one = msgspec.structs.replace(case(rows, policy="hocket"), promises=PromiseSpec(firm=1.0))
     result = run(one)
     assert result.refused and len(result.ended) + len(result.refused) == 12
     assert result.summary.rejected == len(result.refused)
@@ -202,4 +202,4 @@ def test_cancelled_requests_and_repeats_teach_nothing():
 
 def test_what_is_no_share_of_requests_is_said():
     with pytest.raises(ValueError, match=r"promises\.firm"):
-        Promises(firm=1.5)
+        PromiseSpec(firm=1.5)

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from bench.sim.case import Case, ClusterSpec, Fault
+from bench.sim.case import Case, ClusterSpec, FaultSpec
 from bench.sim.loop import run
 from bench.sim.trace import TraceRequest
 from control.scheduler.schedule_log import LostLine, RunLine
@@ -253,7 +253,7 @@ def test_a_request_is_served_in_one_pod_at_a_time():
 
 def test_the_requests_of_a_lost_host_go_on_elsewhere():
     lost_us = 500_000
-    faults = tuple(Fault(at_us=lost_us, kind="lost", worker=f"w{i:04d}") for i in range(8, 16))
+    faults = tuple(FaultSpec(at_us=lost_us, kind="lost", worker=f"w{i:04d}") for i in range(8, 16))
     result = run(hosts(BUSY_ROWS, faults))
     lost = [x for x in result.log.lines() if isinstance(x, LostLine)]
     assert lost and all(x.gpus[0] // 8 == 1 for x in lost), "somebody was served there"
@@ -269,7 +269,7 @@ def test_an_idle_pod_takes_waiting_work_from_another(steal):
     result = hocket(
         rows,
         workers=2,
-        faults=(Fault(at_us=100_000, kind="cancel", request="r0"),),
+        faults=(FaultSpec(at_us=100_000, kind="cancel", request="r0"),),
         policy_settings={"pod_workers": 1, "steal": steal},
     )
     helped = {r for x in runs(result) if x.gpus == (0,) for r in x.requests} - {"r0"}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.sim.case import Fault
+from bench.sim.case import FaultSpec
 from bench.sim.loop import run
 from control.scheduler.books.board import Board, Flight
 from control.scheduler.books.cluster import Cluster
@@ -293,7 +293,7 @@ def test_whoever_is_left_finishes(policy, at_us, kind):
     rows = [(i * 70_000, (256, 512, 1024, 2048)[i % 4], 3_000_000) for i in range(12)]
     for gone in (5, 7):
         faults = tuple(
-            Fault(at_us=at_us + i * 1_000, kind=kind, worker=f"w{i:04}") for i in range(gone)
+            FaultSpec(at_us=at_us + i * 1_000, kind=kind, worker=f"w{i:04}") for i in range(gone)
         )
         for lead_us in (0, 5_000):
             result = run(case(rows, workers=8, faults=faults, policy=policy, lead_us=lead_us))
@@ -303,9 +303,9 @@ def test_whoever_is_left_finishes(policy, at_us, kind):
 @pytest.mark.parametrize("policy", ["fixed-8", "rssp", "rasp", "edf", "sjf", "srtf"])
 def test_without_workers_requests_wait_until_some_come_back(policy):
     rows = [(0, 512, 3_000_000), (600_000, 1024, 3_000_000)]
-    drains = [Fault(at_us=300_000, kind="drain", worker=f"w{i:04}") for i in range(2)]
-    lost = [Fault(at_us=500_000, kind="lost", worker=f"w{i:04}") for i in range(2)]
-    back = [Fault(at_us=900_000, kind=kind, worker="w0000") for kind in ("up", "undrain")]
+    drains = [FaultSpec(at_us=300_000, kind="drain", worker=f"w{i:04}") for i in range(2)]
+    lost = [FaultSpec(at_us=500_000, kind="lost", worker=f"w{i:04}") for i in range(2)]
+    back = [FaultSpec(at_us=900_000, kind=kind, worker="w0000") for kind in ("up", "undrain")]
     result = run(case(rows, workers=2, faults=(*drains, *lost, *back), policy=policy))
     assert [e.outcome for e in result.ended] == [Outcome.DONE] * 2
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from bench.sim.case import Fault
+from bench.sim.case import FaultSpec
 from bench.sim.loop import run
 from control.scheduler.books.cluster import Cluster
 from control.scheduler.books.fetches import AGAIN_US, TRIES_MAX
@@ -214,8 +214,8 @@ def test_a_copy_that_is_there_saves_the_steps_when_the_worker_goes(full):
 def test_drained_workers_can_be_stopped_without_losing_a_step(policy):
     """Half of the cluster is drained in a crowd; once its latents have copies it goes."""
     rows = [(i * 30_000, (512, 1024)[i % 2], 60_000_000) for i in range(24)]
-    drains = [Fault(at_us=1_500_000, kind="drain", worker=f"w{i:04}") for i in range(4)]
-    lost = [Fault(at_us=4_500_000, kind="lost", worker=f"w{i:04}") for i in range(4)]
+    drains = [FaultSpec(at_us=1_500_000, kind="drain", worker=f"w{i:04}") for i in range(4)]
+    lost = [FaultSpec(at_us=4_500_000, kind="lost", worker=f"w{i:04}") for i in range(4)]
     result = run(case(rows, workers=8, faults=(*drains, *lost), policy=policy))
     assert [e.outcome for e in result.ended] == [Outcome.DONE] * 24
     assert sum(e.steps_lost for e in result.ended) == 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bench.sim.case import Fault
+from bench.sim.case import FaultSpec
 from bench.sim.costs import Costs, Straggler
 from bench.sim.loop import Loop, run
 from control.scheduler.policies import registry
@@ -43,7 +43,7 @@ arrivals = st.lists(
 )
 faults = st.lists(
     st.builds(
-        Fault,
+        FaultSpec,
         at_us=st.integers(1, END_US - 1),
         kind=st.sampled_from(FAULTS),
         worker=st.sampled_from(WORKERS),
@@ -172,7 +172,7 @@ def test_safety(arrivals, faults, costs, world):
 @given(arrivals=arrivals, faults=faults, costs=costs, world=worlds, last=st.sampled_from(WORKERS))
 def test_liveness(arrivals, faults, costs, world, last):
     """Where one able worker lives on at the end, every request ends: done, or as it was asked."""
-    rescue = [Fault(at_us=END_US, kind=kind, worker=last) for kind in ("undrain", "up")]
+    rescue = [FaultSpec(at_us=END_US, kind=kind, worker=last) for kind in ("undrain", "up")]
     result = run(drawn(arrivals, faults, costs, world, rescue))
     outcomes = {e.request: e.outcome for e in result.ended}
     assert outcomes.keys() == {f"r{i}" for i in range(len(arrivals))}
@@ -184,8 +184,8 @@ def test_liveness(arrivals, faults, costs, world, last):
         assert outcome is Outcome.DONE or cancelled or struck_out
 
 
-ALL_LOST = tuple(Fault(at_us=500_000, kind="lost", worker=w) for w in WORKERS[:4])
-OTHERS = tuple(Fault(at_us=9_000_000, kind="up", worker=f"w{i:04d}") for i in range(5, 9))
+ALL_LOST = tuple(FaultSpec(at_us=500_000, kind="lost", worker=w) for w in WORKERS[:4])
+OTHERS = tuple(FaultSpec(at_us=9_000_000, kind="up", worker=f"w{i:04d}") for i in range(5, 9))
 ROWS = [(200_000 * i, 512, 60_000_000) for i in range(6)]
 
 
@@ -215,7 +215,7 @@ def test_a_mate_of_a_mate_may_be_off_the_board_already(seed):
         (draw.randrange(300_000), 512, draw.randrange(700_000, 2_500_000)) for _ in range(8)
     )
     drawn_faults = [
-        Fault(
+        FaultSpec(
             at_us=draw.randrange(100_000, 900_000),
             kind=draw.choice(["cancel", "fail", "lost"]),
             worker=f"w{draw.randrange(2):04d}",
@@ -223,7 +223,7 @@ def test_a_mate_of_a_mate_may_be_off_the_board_already(seed):
         )
         for _ in range(3)
     ]
-    back = [Fault(at_us=2_000_000, kind="up", worker=f"w{i:04d}") for i in range(2)]
+    back = [FaultSpec(at_us=2_000_000, kind="up", worker=f"w{i:04d}") for i in range(2)]
     one = case(rows, workers=2, faults=(*drawn_faults, *back), policy="hocket", lead_us=20_000)
     models = (msgspec.structs.replace(FLUX, degrees=(1,), batch_max=4),)
     result = run(
@@ -249,7 +249,7 @@ def test_batches_under_faults(policy, data):
     rows = [(data.draw(st.integers(0, 300_000)), 512, 700_000) for _ in range(count)]
     names_ = st.sampled_from([f"r{i}" for i in range(count)])
     some = st.builds(
-        Fault,
+        FaultSpec,
         at_us=st.integers(1_000, 1_500_000),
         kind=st.sampled_from(FAULTS),
         worker=st.sampled_from(WORKERS[:2]),
@@ -258,7 +258,7 @@ def test_batches_under_faults(policy, data):
     faults = data.draw(st.lists(some, max_size=6))
     gone = any(f.kind in ("lost", "drain", "fail") for f in faults)
     back = [
-        Fault(at_us=3_000_000, kind=kind, worker=w)
+        FaultSpec(at_us=3_000_000, kind=kind, worker=w)
         for w in WORKERS[:2]
         for kind in ("undrain", "up")
         if gone

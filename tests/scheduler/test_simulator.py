@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bench.sim.case import ClusterSpec, Fault
+from bench.sim.case import ClusterSpec, FaultSpec
 from bench.sim.loop import run
 from control.scheduler.core import Scheduler
 from control.scheduler.facts import in_order
@@ -47,7 +47,7 @@ ways = st.fixed_dictionaries(
 )
 faults = st.lists(
     st.builds(
-        Fault,
+        FaultSpec,
         at_us=st.integers(1, 4_000_000),
         kind=st.sampled_from(["lost", "up", "beat", "drain", "cancel", "fail"]),
         worker=st.sampled_from(["w0000", "w0001", "w0002", "w0003"]),
@@ -146,7 +146,7 @@ def test_without_faults_plans_come_true(rows, ways):
 def test_faults_cost_steps_and_never_a_request(rows, ways, faults):
     known = {f"r{i}" for i in range(len(rows))}
     faults = [f for f in faults if f.kind != "cancel" or f.request in known]
-    rescue = [Fault(at_us=5_000_000, kind="up", worker=f"w000{i}") for i in range(2)]
+    rescue = [FaultSpec(at_us=5_000_000, kind="up", worker=f"w000{i}") for i in range(2)]
     result = run(case(rows, steps=STEPS, faults=(*faults, *rescue), **ways))
     check_plans(result)
     check_usable(result)
@@ -177,7 +177,7 @@ def replay(result, facts, settings_, profile):
 
 
 def test_a_recorded_run_replays():
-    one = case(ROWS, faults=(Fault(at_us=600_000, kind="lost", worker="w0001"),))
+    one = case(ROWS, faults=(FaultSpec(at_us=600_000, kind="lost", worker="w0001"),))
     result = run(one)
     assert replay(result, result.facts, one.settings, one.profile) == result.digests
     tampered = [
@@ -191,8 +191,8 @@ def test_a_recorded_run_replays():
 
 def test_end_to_end_with_a_crash_and_a_newcomer():
     faults = (
-        Fault(at_us=500_000, kind="lost", worker="w0002"),
-        Fault(at_us=900_000, kind="up", worker="w0009"),
+        FaultSpec(at_us=500_000, kind="lost", worker="w0002"),
+        FaultSpec(at_us=900_000, kind="up", worker="w0009"),
     )
     result = run(case(ROWS, steps=28, faults=faults))
     assert {e.outcome for e in result.ended} == {Outcome.DONE} and len(result.ended) == 12

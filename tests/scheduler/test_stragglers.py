@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.latency_recording import false_alarms
+from bench.latency.recording import false_alarms
 from bench.sim.costs import Costs, Straggler
 from bench.sim.loop import Loop, run
 from control.scheduler.books.cluster import Cluster

@@ -21,7 +21,7 @@ from bench.replay import entries_from_broker
 from hocket.launching.broker import free_port, nats_server_binary
 from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.leader import LEADER_KEY, LeaderKey, LeaderWatch
-from hocket.messaging.stores import Cell, Log, LogShape
+from hocket.messaging.stores import LeasedKey, Log, LogShape
 from hocket.security.broker_rules import API, configuration, inbox_of
 from hocket.security.certificates import make_all
 from hocket.security.identity import broker_access
@@ -312,7 +312,7 @@ async def test_who_has_no_consumers_reads_and_watches_all_the_same(
         await diary.append(S.journal("observed_json"), entry.SerializeToString())
     found = await entries_from_broker(broker, CLUSTER, certificates / "operator")
     assert [entry.sequence for entry in found] == [1, 2, 3, 4, 5]
-    cell = await Cell.open(control, S.leader_bucket, LEADER_KEY)
+    cell = await LeasedKey.open(control, S.leader_bucket, LEADER_KEY)
     watch = LeaderWatch(gateway, CLUSTER)
     async with asyncio.timeout(30):
         known = await cell.get()

@@ -10,15 +10,22 @@ from typing import Any, TypeVar
 
 import pytest
 
-from bench.shell.broker import Broker, Connection, Stream, WrongLast, matcher
-from bench.shell.client import Client, Received
-from bench.shell.jetstream import JetStream
-from bench.shell.loop import Deadlock, Process, SimulatedLoop
+from bench.shell.loop import Deadlock, SimulatedLoop, SimulatedProcess
+from bench.shell.messaging.broker import Broker, Connection, Stream, WrongLast, matcher
+from bench.shell.messaging.client import Client, Received
+from bench.shell.messaging.jetstream import JetStream
 from bench.shell.waits import SimulatedClock
 from bench.shell.wire import Weather, Wire
 from hocket.messaging.bus import Bus
 from hocket.messaging.deliveries import Broken, Delivery, _numbers
-from hocket.messaging.stores import Cell, Guard, Log, LogMoved, LogShape, OutcomeUnknown
+from hocket.messaging.stores import (
+    AppendCondition,
+    LeasedKey,
+    Log,
+    LogMoved,
+    LogShape,
+    OutcomeUnknown,
+)
 
 T = TypeVar("T")
 
@@ -133,7 +140,7 @@ def test_a_stream_keeps_its_rules() -> None:
     assert run(course) == [[("a.x", b"2", 2), ("a.y", b"3", 3)], b""]
 
 
-async def _bus(loop: SimulatedLoop, broker: Broker) -> tuple[Process, Bus]:
+async def _bus(loop: SimulatedLoop, broker: Broker) -> tuple[SimulatedProcess, Bus]:
     process = loop.process("p")
 
     async def connects() -> Bus:
@@ -155,14 +162,14 @@ def test_the_stores_run_on_it_as_they_do_on_the_real_one() -> None:
         async def uses() -> list[object]:
             log = await Log.open(bus, LogShape("s", ("a.>",), newest_only=True))
             first = await log.append("a.fence", b"one")
-            await log.append("a.r1", b"open", guard=Guard("a.fence", first))
-            second = await log.append("a.fence", b"two", guard=Guard("a.fence", first))
+            await log.append("a.r1", b"open", guard=AppendCondition("a.fence", first))
+            second = await log.append("a.fence", b"two", guard=AppendCondition("a.fence", first))
             with pytest.raises(LogMoved):
-                await log.append("a.r2", b"late", guard=Guard("a.fence", first))
+                await log.append("a.r2", b"late", guard=AppendCondition("a.fence", first))
             again = await log.append("a.r3", b"once", message_id="m1")
             repeated = await log.append("a.r3", b"once", message_id="m1")
             read = [(e.subject, e.data) async for e in log.read("a.>")]
-            cell = await Cell.open(bus, "b", "leader", ttl_s=3.0)
+            cell = await LeasedKey.open(bus, "b", "leader", ttl_s=3.0)
             revision = await cell.create(b"me")
             refused = await cell.create(b"you")
             await asyncio.sleep(5.0)
@@ -195,7 +202,7 @@ def test_an_answer_that_is_lost_leaves_the_outcome_unknown() -> None:
     assert run(course) == ("OutcomeUnknown", 1)
 
 
-def _read_one(disturb: Callable[[Process, Connection], None]) -> tuple[str, int]:
+def _read_one(disturb: Callable[[SimulatedProcess, Connection], None]) -> tuple[str, int]:
     """What comes of reading a delivery that is disturbed, and after how many µs."""
 
     async def course(loop: SimulatedLoop) -> tuple[str, int]:

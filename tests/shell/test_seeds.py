@@ -11,38 +11,40 @@ from typing import Any
 
 import pytest
 
-from bench.shell.awaits import PLACES, courses
+from bench.shell.awaits import SITES, courses
 from bench.shell.command import play_all
-from bench.shell.scenario import BEGIN_US, Script, Verdict, perform
+from bench.shell.scenario import BEGIN_US, Script, SeedResult, perform
 from bench.shell.stories import draw_burst, draw_slow
 from control import admission, desk
-from control.admission import Admission
+from control.admission import AdmissionControl
 from control.entrance import servicer
 from control.requests.endings import Endings
 from control.requests.records import Record, ending_event
 from control.workers import intake
 from control.workers.leases import Leases
 from gateway import follower
-from hocket.messaging.stores import Guard, Log
+from hocket.messaging.stores import AppendCondition, Log
 from hocket.v1 import journal_pb2
 
 SLICE = 80
-AWAITED = tuple(p for p in PLACES if p.coroutine in ("ServerCall._serve", "Admission.", "Endings."))
+AWAITED = tuple(
+    p for p in SITES if p.coroutine in ("ServerCall._serve", "AdmissionControl.", "Endings.")
+)
 
 
-def told(verdicts: Iterable[Verdict]) -> str:
+def told(results: Iterable[SeedResult]) -> str:
     return "\n".join(
         f"seed {v.seed} {v.faults}: {'; '.join(map(str, v.problems))}"
-        for v in verdicts
+        for v in results
         if v.problems
     )
 
 
 @pytest.mark.parametrize("first", range(0, SLICE, 40))
 def test_nothing_is_wrong_with_a_slice(first: int) -> None:
-    verdicts = play_all(list(range(first, first + 40)), ())
-    assert not told(verdicts), told(verdicts)
-    assert sum(v.requests for v in verdicts) > 100
+    results = play_all(list(range(first, first + 40)), ())
+    assert not told(results), told(results)
+    assert sum(v.requests for v in results) > 100
 
 
 def test_a_seed_tells_the_same_story_twice() -> None:
@@ -52,23 +54,23 @@ def test_a_seed_tells_the_same_story_twice() -> None:
 
 def test_nothing_goes_wrong_at_some_awaits() -> None:
     found = {}
-    for what, verdict in courses(AWAITED, every=4, most=1):
-        found[what] = told([verdict])
+    for what, result in courses(AWAITED, every=4, most=1):
+        found[what] = told([result])
     assert len(found) > 15
     assert not any(found.values()), {what: told for what, told in found.items() if told}
 
 
 def is_found(wrong: set[str], seeds: range, kinds: tuple[str, ...] = ()) -> bool:
     """Whether one of the seeds shows one of these problems."""
-    verdicts = (play_all([seed], kinds)[0] for seed in seeds)
-    return any(problem.kind in wrong for verdict in verdicts for problem in verdict.problems)
+    results = (play_all([seed], kinds)[0] for seed in seeds)
+    return any(problem.kind in wrong for result in results for problem in result.problems)
 
 
 def test_a_leader_without_a_fence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     append = Log.append
 
     async def unguarded(self: Log, subject: str, data: bytes, **options: Any) -> int:
-        if ".promise.request." in subject and isinstance(options.get("guard"), Guard):
+        if ".promise.request." in subject and isinstance(options.get("guard"), AppendCondition):
             options["guard"] = None
         return await append(self, subject, data, **options)
 
@@ -121,20 +123,20 @@ def test_two_workers_of_one_name_are_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_burst_without_answers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not _burst().problems
-    offer = Admission.offer
+    offer = AdmissionControl.offer
 
-    def silent(self: Admission, submit: Any, answered: Any, **options: Any) -> None:
+    def silent(self: AdmissionControl, submit: Any, answered: Any, **options: Any) -> None:
         def unless_full(response: Any, known: bool) -> None:
             if response.rejected.reason != "QUEUE_FULL":
                 answered(response, known)
 
         offer(self, submit, unless_full, **options)
 
-    monkeypatch.setattr(Admission, "offer", silent)
+    monkeypatch.setattr(AdmissionControl, "offer", silent)
     assert "no answer at once" in {problem.kind for problem in _burst().problems}
 
 
-def _burst() -> Verdict:
+def _burst() -> SeedResult:
     stories = draw_burst(random.Random(1), BEGIN_US)
     return perform(1, Script(stories, [], "edf", workers=2, open_max=3))
 
@@ -145,5 +147,5 @@ def test_a_mailbox_without_a_bound_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     assert {"mailbox without a bound"} == {problem.kind for problem in _slow().problems}
 
 
-def _slow() -> Verdict:
+def _slow() -> SeedResult:
     return perform(1, Script([draw_slow(random.Random(1), BEGIN_US)], [], "edf", workers=2))

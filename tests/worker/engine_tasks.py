@@ -20,7 +20,7 @@ from gpuworker.models.card import ModelCard
 from gpuworker.state import LatentState
 from gpuworker.steps.engine import Engine
 from gpuworker.steps.inbox import Inbox, StopMark
-from gpuworker.steps.pace import Pace
+from gpuworker.steps.pace import StepPace
 from gpuworker.steps.sources import Sources
 from hocket.clock import steady_ns
 from hocket.v1 import mesh_pb2, types_pb2
@@ -93,7 +93,7 @@ def run_engine(member: Member, order: Order) -> tuple[list[Told], dict[str, byte
     cards = {card.facts.name: card}
     sources = Sources(member.name, inbox, shelf, member.rendezvous, _nobody)
     memory = Memory(cards, CPU, weights, shelf)
-    pace = Pace()
+    pace = StepPace()
     pace.ahead = order.ahead
     engine = Engine(member.name, cards, inbox, shelf, member.groups, sources, pace, memory)
     for assignment in assignments:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpuworker.collectives.team import Layout
+from gpuworker.collectives.team import GroupLayout
 from gpuworker.loading import LoadError, load_card
 from gpuworker.models.cogvideox import CogVideoXCard
 from gpuworker.state import LatentState
@@ -38,7 +38,7 @@ def test_frames_in_pairs(pool: Pool, tmp_path: Path) -> None:
     alone, _ = run_schedule(pool, reference, [((0,), 8)])
     assert latent_error(alone, reference) == 0
     state, frames = run_schedule(
-        pool, reference, [((0, 1), 3), ((2, 3, 1, 0), 3, Layout(2, 1, 2)), ((1,), 2)]
+        pool, reference, [((0, 1), 3), ((2, 3, 1, 0), 3, GroupLayout(2, 1, 2)), ((1,), 2)]
     )
     assert latent_error(state, reference) <= LATENT_TOLERANCE
     assert level_error(frames, reference) <= 1

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 
-from gpuworker.collectives.team import Layout, Team
+from gpuworker.collectives.team import GroupLayout, Team
 from gpuworker.loading import load_card
 from gpuworker.models.card import ModelRefused
 from gpuworker.state import LatentState
@@ -44,7 +44,7 @@ def compiled_over(
     (state,) = card.step([state], None)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs, "nothing was compiled"
-    team = Team(meeting.join(member), Layout(ulysses=2))
+    team = Team(meeting.join(member), GroupLayout(ulysses=2))
     (state,) = card.step([state], team)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     return state.to_bytes(), graphs

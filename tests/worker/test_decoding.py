@@ -22,7 +22,7 @@ from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import ModelCard, to_frames
 from gpuworker.state import LatentState
 from gpuworker.steps.decode import Decodes, decoded
-from gpuworker.steps.pace import Pace
+from gpuworker.steps.pace import StepPace
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.test_pace import STEPS, Desk
 from tests.worker.tiny_models import Reference
@@ -236,7 +236,7 @@ def test_the_worker_makes_the_file_at_its_second_try(flux: Reference) -> None:
     """The first one is told as any failed allocation is."""
     weights = WeightStore(CPU)
     card = load_card(flux.folder, CPU, torch.float32, weights)
-    desk = Desk((card, weights), flux, Pace())
+    desk = Desk((card, weights), flux, StepPace())
     desk.give("text", 1)
     desk.give("dit", STEPS)
     for attempt in (0, 1):

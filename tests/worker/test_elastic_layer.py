@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gpuworker.attention.elastic import DegreeRefused, ElasticSP, degrees
 from gpuworker.attention.exchange import AttentionInputs, DiffusersMoved, ulysses
-from gpuworker.collectives.team import Layout, Team, split_lengths
+from gpuworker.collectives.team import GroupLayout, Team, split_lengths
 from gpuworker.models import pixart, sd3
 from tests.worker import worker_tasks as tasks
 from tests.worker.worker_jobs import meet
@@ -75,7 +75,7 @@ class Alone:
 
 def over(comm: Alone) -> Team:
     """A team that splits its sequence over all its members."""
-    return Team(comm, Layout(ulysses=comm.size))
+    return Team(comm, GroupLayout(ulysses=comm.size))
 
 
 class Echo(Alone):

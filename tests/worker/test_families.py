@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpuworker.attention.elastic import DegreeRefused
-from gpuworker.collectives.team import Layout, Team
+from gpuworker.collectives.team import GroupLayout, Team
 from gpuworker.loading import load_card
 from gpuworker.models.card import ShapeRefused
 from tests.worker import worker_tasks as tasks
@@ -188,5 +188,5 @@ def test_heads_that_do_not_divide_are_refused_before_the_kernel(reference: Refer
     card = load_card(reference.folder, CPU, torch.float32)
     assert 3 not in card.facts.degrees
     with pytest.raises(DegreeRefused) as refused:
-        card.step([card.encode(**reference.settings)], Team(Mute(3), Layout(ulysses=3)))
+        card.step([card.encode(**reference.settings)], Team(Mute(3), GroupLayout(ulysses=3)))
     assert refused.value.degree == 3 and refused.value.allowed == card.facts.degrees

@@ -12,7 +12,7 @@ import torch
 from gpuworker.config import EMBEDDED_MODELS
 from gpuworker.loading import LoadError, load_card
 from gpuworker.models.card import ModelRefused
-from gpuworker.models.footprint import Call
+from gpuworker.models.footprint import ModelCall
 from gpuworker.models.frame_counts import FrameCounts, frame_counts
 from gpuworker.torch_executor import model_info
 from hocket.v1 import generation_pb2
@@ -99,7 +99,9 @@ def test_more_frames_need_more_memory(family: str, request: pytest.FixtureReques
     sizes = {"width": 512, "height": 320}
     few, more = 1 + card.facts.frames_multiple, 1 + 5 * card.facts.frames_multiple
     for node in ("dit", "vae"):
-        short, long = (card.activation_bytes(Call(node, **sizes, frames=n)) for n in (few, more))
+        short, long = (
+            card.activation_bytes(ModelCall(node, **sizes, frames=n)) for n in (few, more)
+        )
         assert 1.1 * short < long < 5 * short
     asked = {**reference.settings, **{"width": 64, "height": 32}}
     states = [card.encode(**asked | {"frames": n}).tensors["latents"] for n in (few, more)]

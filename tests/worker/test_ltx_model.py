@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpuworker.collectives.team import Layout, LayoutRefused, Team
+from gpuworker.collectives.team import GroupLayout, LayoutRefused, Team
 from gpuworker.loading import LoadError, load_card
 from gpuworker.models.card import ModelCard
 from gpuworker.state import LatentState
@@ -42,7 +42,7 @@ def test_without_guidance_there_are_no_halves(tmp_path: Path) -> None:
     reference = ltx_reference(tmp_path / "tiny-ltx", guidance_scale=1.0)
     card = load_card(reference.folder, CPU, torch.float32)
     with pytest.raises(LayoutRefused):
-        card.step([card.encode(**reference.settings)], Team(Mute(2), Layout(cfg=2)))
+        card.step([card.encode(**reference.settings)], Team(Mute(2), GroupLayout(cfg=2)))
 
 
 def test_a_decoder_that_denoises_gets_the_pipelines_noise(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gpuworker.state import LatentState
 from gpuworker.steps.broken_device import DeviceBroken, is_broken
 from gpuworker.steps.engine import Engine
 from gpuworker.steps.inbox import Inbox, StopMark
-from gpuworker.steps.pace import Ended, Pace
+from gpuworker.steps.pace import MarkedCall, StepPace
 from gpuworker.steps.sources import Sources
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker.tiny_models import Reference
@@ -34,7 +34,7 @@ STEPS = 8
 Loaded = tuple[ModelCard, WeightStore]
 
 
-class LatePace(Pace):
+class LatePace(StepPace):
     """Looks at a step's end after the next one was launched, and notes the order."""
 
     ahead = True
@@ -42,11 +42,11 @@ class LatePace(Pace):
     def __init__(self) -> None:
         self.order: list[str] = []
 
-    def end(self, started: Ended, step: int) -> Ended:
+    def end(self, started: MarkedCall, step: int) -> MarkedCall:
         self.order.append(f"launched {step}")
         return super().end(started, step)
 
-    def wait(self, ended: Ended) -> StepNote:
+    def wait(self, ended: MarkedCall) -> StepNote:
         self.order.append(f"seen {ended.step}")
         return super().wait(ended)
 
@@ -54,7 +54,7 @@ class LatePace(Pace):
 class Desk:
     """An engine of one worker, run to the end of what it was given."""
 
-    def __init__(self, loaded: Loaded, reference: Reference, pace: Pace) -> None:
+    def __init__(self, loaded: Loaded, reference: Reference, pace: StepPace) -> None:
         card, weights = loaded
         self.inbox, self.notes, self.pace = Inbox(), [], pace
         self.rendezvous = Rendezvous()
@@ -124,7 +124,7 @@ def failing(card: ModelCard, at_step: int) -> Iterator[None]:
 def test_a_failure_is_not_told_at_more_length_than_control_takes(
     flux: Reference, card: Loaded
 ) -> None:
-    desk = Desk(card, flux, Pace())
+    desk = Desk(card, flux, StepPace())
     desk.give("text", 1)
     desk.give("dit", STEPS)
     notes: list[RunNote] = []
@@ -150,7 +150,7 @@ def test_a_device_that_is_broken_ends_the_worker_once_that_is_told(
     flux: Reference, card: Loaded
 ) -> None:
     """A CUDA error is sticky: whoever went on would fail everything, at once."""
-    desk = Desk(card, flux, Pace())
+    desk = Desk(card, flux, StepPace())
     desk.give("text", 1)
     desk.give("dit", STEPS)
     desk.give("dit", STEPS)
@@ -192,8 +192,10 @@ def card(flux: Reference) -> Loaded:
     return load_card(flux.folder, CPU, torch.float32, weights), weights
 
 
-@pytest.mark.parametrize("pace", [Pace(), LatePace()], ids=["at once", "late"])
-def test_the_picture_and_the_notes_are_the_same(card: Loaded, flux: Reference, pace: Pace) -> None:
+@pytest.mark.parametrize("pace", [StepPace(), LatePace()], ids=["at once", "late"])
+def test_the_picture_and_the_notes_are_the_same(
+    card: Loaded, flux: Reference, pace: StepPace
+) -> None:
     desk = Desk(card, flux, pace)
     desk.give("text", 1)
     desk.give("dit", STEPS)
@@ -218,8 +220,8 @@ def test_a_late_pace_launches_one_step_ahead(card: Loaded, flux: Reference) -> N
     assert steps == ["launched 0", "launched 1", "seen 0", "launched 2", "seen 1", "seen 2"]
 
 
-@pytest.mark.parametrize("pace", [Pace(), LatePace()], ids=["at once", "late"])
-def test_a_truncation_stops_at_its_step(card: Loaded, flux: Reference, pace: Pace) -> None:
+@pytest.mark.parametrize("pace", [StepPace(), LatePace()], ids=["at once", "late"])
+def test_a_truncation_stops_at_its_step(card: Loaded, flux: Reference, pace: StepPace) -> None:
     desk = Desk(card, flux, pace)
     desk.inbox.truncate("r", StopMark(0, 3))
     desk.give("text", 1)
@@ -228,9 +230,9 @@ def test_a_truncation_stops_at_its_step(card: Loaded, flux: Reference, pace: Pac
     assert last.steps_done == 3 and desk.shelf.steps_done("r") == 3
 
 
-@pytest.mark.parametrize("pace", [Pace(), LatePace()], ids=["at once", "late"])
+@pytest.mark.parametrize("pace", [StepPace(), LatePace()], ids=["at once", "late"])
 def test_after_a_failure_a_latent_is_held_that_can_be_gone_on_from(
-    card: Loaded, flux: Reference, pace: Pace
+    card: Loaded, flux: Reference, pace: StepPace
 ) -> None:
     desk = Desk(card, flux, pace)
     desk.give("text", 1)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.memory_bench import flux_state_bytes, wan_state_bytes
+from bench.mesh.parking_cost import flux_state_bytes, wan_state_bytes
 from gpuworker.loading import load_card
-from gpuworker.memory.latents import LatentShelf, Place, Shares
+from gpuworker.memory.latents import LatentPlace, LatentShelf, Shares
 from gpuworker.state import LatentState
 from hocket.v1 import mesh_pb2
 from tests.waiting import until
@@ -68,7 +68,7 @@ def spilled(shelf: LatentShelf) -> list[str]:
 
 
 async def settled(shelf: LatentShelf) -> None:
-    await until(lambda: shelf.bytes_in(Place.DEVICE) <= 2 * SIZE)
+    await until(lambda: shelf.bytes_in(LatentPlace.DEVICE) <= 2 * SIZE)
 
 
 async def test_the_least_recently_used_go_and_come_back_to_the_bit(
@@ -79,7 +79,7 @@ async def test_the_least_recently_used_go_and_come_back_to_the_bit(
         shelf.put(f"r{number}", state(number))
     await settled(shelf)
     assert spilled(shelf) == ["r0", "r1", "r2"]
-    assert shelf.bytes_in(Place.FILE) == 3 * SIZE and len(files(tmp_path)) == 3
+    assert shelf.bytes_in(LatentPlace.FILE) == 3 * SIZE and len(files(tmp_path)) == 3
     assert [held.steps_done for held in shelf.held()] == [3] * 5
     back = shelf.get("r1", 3)
     assert back is not None and back.to_bytes() == state(1).to_bytes()
@@ -158,7 +158,7 @@ async def test_when_memory_ran_out_all_that_is_parked_goes(tmp_path: Path, store
         shelf.spill_parked()
         await until(lambda: spilled(shelf) == ["r0", "r1"])
     shelf.put("r3", state(3))
-    assert shelf.bytes_in(Place.DEVICE) == 2 * SIZE
+    assert shelf.bytes_in(LatentPlace.DEVICE) == 2 * SIZE
     shelf.close()
 
 
@@ -166,7 +166,7 @@ def test_without_a_share_nothing_is_spilled(store: Store) -> None:
     shelf = LatentShelf(store.blobs.__setitem__, store.drop)
     for number in range(100):
         shelf.put(f"r{number}", state(number))
-    assert shelf.bytes_in(Place.DEVICE) == 100 * SIZE
+    assert shelf.bytes_in(LatentPlace.DEVICE) == 100 * SIZE
     shelf.close()
 
 

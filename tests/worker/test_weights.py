@@ -19,11 +19,11 @@ from torch import nn
 from gpuworker.loading import load_card
 from gpuworker.memory.weights import (
     BudgetTooSmall,
+    MemoryDemand,
     Order,
     PartName,
     StoreClosed,
     WeightStore,
-    Wish,
 )
 from tests.waiting import WAIT_S, until
 from tests.worker.families import FAMILIES
@@ -77,10 +77,10 @@ def two(folder: Path) -> Iterator[Shelfful]:
     made.store.close()
 
 
-def wish(
+def demand(
     sequence: int, part: PartName, activations: int = 0, evict: tuple[PartName, ...] = ()
-) -> Wish:
-    return Wish((1, sequence), part, activations, evict)
+) -> MemoryDemand:
+    return MemoryDemand((1, sequence), part, activations, evict)
 
 
 A_TEXT, A_DIT, B_TEXT, B_DIT = PARTS
@@ -90,7 +90,7 @@ def test_what_fits_is_there_from_the_start_and_what_leaves_comes_back(two: Shelf
     assert two.resident == [A_TEXT, A_DIT]
     assert two.modules[B_DIT].weight.numel() == 0, "away is away"
     for sequence, part in enumerate((B_DIT, A_TEXT, B_TEXT, A_DIT), 1):
-        with two.store.use(wish(sequence, part)):
+        with two.store.use(demand(sequence, part)):
             assert two.right(part)
             assert len(two.resident) <= 2
     assert (two.store.loads, two.store.evictions) == (2 + 4, 4)
@@ -99,25 +99,25 @@ def test_what_fits_is_there_from_the_start_and_what_leaves_comes_back(two: Shelf
 async def test_the_next_part_loads_while_this_one_is_in_use(two: Shelfful) -> None:
     """And what is in use, or wanted before it, is not what makes room."""
     for sequence, part in enumerate((A_DIT, B_TEXT, A_DIT), 1):
-        two.store.expect(wish(sequence, part))
-    with two.store.use(wish(1, A_DIT)) as told:
+        two.store.expect(demand(sequence, part))
+    with two.store.use(demand(1, A_DIT)) as told:
         assert told == (), "it came at the start, for nobody"
         await until(lambda: two.resident == [A_DIT, B_TEXT])
         assert two.right(A_DIT)
-    with two.store.use(wish(2, B_TEXT)) as told:
+    with two.store.use(demand(2, B_TEXT)) as told:
         (note,) = told
         assert note.attributes["hocket.evicted"] == "a/text"
-    with two.store.use(wish(3, A_DIT)) as told:
+    with two.store.use(demand(3, A_DIT)) as told:
         assert told == ()
 
 
 async def test_a_part_waits_until_what_is_in_use_can_leave(two: Shelfful) -> None:
     """Two parts in use and wanted before: nothing can leave for a third until the first is over."""
     for sequence, part in enumerate((A_TEXT, A_DIT, B_DIT), 1):
-        two.store.expect(wish(sequence, part))
-    with two.store.use(wish(1, A_TEXT)):
+        two.store.expect(demand(sequence, part))
+    with two.store.use(demand(1, A_TEXT)):
         assert two.resident == [A_DIT, A_TEXT]
-    with two.store.use(wish(2, A_DIT)):
+    with two.store.use(demand(2, A_DIT)):
         await until(lambda: B_DIT in two.resident)
         assert A_TEXT not in two.resident
 
@@ -126,57 +126,57 @@ async def test_a_part_waits_until_what_is_in_use_can_leave(two: Shelfful) -> Non
 def test_what_the_plan_names_leaves_first(
     two: Shelfful, named: tuple[PartName, ...], stays: PartName
 ) -> None:
-    with two.store.use(wish(1, B_DIT, evict=named)):
+    with two.store.use(demand(1, B_DIT, evict=named)):
         assert stays in two.resident
 
 
 def test_of_what_is_wanted_the_latest_leaves_first(two: Shelfful) -> None:
-    two.store.expect(wish(2, A_TEXT))
-    two.store.expect(wish(3, A_DIT))
-    with two.store.use(wish(1, B_DIT)):
+    two.store.expect(demand(2, A_TEXT))
+    two.store.expect(demand(3, A_DIT))
+    with two.store.use(demand(1, B_DIT)):
         assert two.resident == [A_TEXT, B_DIT]
 
 
 def test_activations_need_room_too(two: Shelfful) -> None:
-    with two.store.use(wish(1, A_DIT, activations=PART_BYTES)):
+    with two.store.use(demand(1, A_DIT, activations=PART_BYTES)):
         assert two.resident == [A_DIT]
-    with two.store.use(wish(2, B_DIT, activations=100 * PART_BYTES)):  # it is but an estimate
+    with two.store.use(demand(2, B_DIT, activations=100 * PART_BYTES)):  # it is but an estimate
         assert two.resident == [B_DIT] and two.right(B_DIT)
 
 
 def test_a_newer_leader_forgets_what_the_older_one_wanted(folder: Path) -> None:
     one = Shelfful(folder, 1).started()
-    with one.store.use(wish(1, A_TEXT)):
-        one.store.expect(wish(2, A_DIT))
-        one.store.expect(wish(3, B_DIT))
+    with one.store.use(demand(1, A_TEXT)):
+        one.store.expect(demand(2, A_DIT))
+        one.store.expect(demand(3, B_DIT))
         one.store.forget_before(2)
-    with one.store.use(Wish((2, 1), B_TEXT, 0)):
+    with one.store.use(MemoryDemand((2, 1), B_TEXT, 0)):
         assert one.resident == [B_TEXT]
     assert one.store.loads == 2, "the older one's were never loaded"
     one.store.close()
 
 
 def test_assignments_that_were_passed_over_protect_nothing(two: Shelfful) -> None:
-    two.store.expect(wish(1, A_TEXT))
-    two.store.expect(wish(2, A_DIT))
-    with two.store.use(wish(3, B_DIT)):
+    two.store.expect(demand(1, A_TEXT))
+    two.store.expect(demand(2, A_DIT))
+    with two.store.use(demand(3, B_DIT)):
         assert len(two.resident) == 2 and two.right(B_DIT)
 
 
 def test_a_failed_load_is_told_to_who_needs_it_and_tried_again(two: Shelfful) -> None:
     file = two.folder / "3" / "model.safetensors"
     file.rename(file.with_suffix(".away"))
-    with pytest.raises(FileNotFoundError), two.store.use(wish(1, B_DIT)):
+    with pytest.raises(FileNotFoundError), two.store.use(demand(1, B_DIT)):
         pass
     file.with_suffix(".away").rename(file)
-    with two.store.use(wish(2, B_DIT)):
+    with two.store.use(demand(2, B_DIT)):
         assert two.right(B_DIT)
 
 
 def test_a_store_that_closes_lets_nobody_wait(folder: Path) -> None:
     one = Shelfful(folder, 1).started()
     one.store.close()
-    with pytest.raises(StoreClosed), one.store.use(wish(1, B_DIT)):
+    with pytest.raises(StoreClosed), one.store.use(demand(1, B_DIT)):
         pass
 
 
@@ -199,8 +199,8 @@ def test_after_a_failed_allocation_all_others_leave(two: Shelfful) -> None:
 def test_a_new_leader_takes_no_part_from_who_waits_for_it(
     two: Shelfful, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wish was forgotten while the compute thread waited for its load; then the part made room
-    for its own activations, and the worker took its store for closed.
+    """The demand was forgotten while the compute thread waited for its load; then the part made
+    room for its own activations, and the worker took its store for closed.
     """
     loading, go = threading.Event(), threading.Event()
     load = two.store._load
@@ -215,33 +215,35 @@ def test_a_new_leader_takes_no_part_from_who_waits_for_it(
         target=lambda: (loading.wait(WAIT_S), two.store.forget_before(2), go.set())
     )
     leader.start()
-    with two.store.use(wish(1, B_DIT, activations=PART_BYTES + 1)):
+    with two.store.use(demand(1, B_DIT, activations=PART_BYTES + 1)):
         assert two.right(B_DIT)
     leader.join()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_the_order_every_use_finds_its_weights(folder: Path, seed: int) -> None:
-    """Wishes come from one thread, uses from another, loads from a third."""
+    """Demands come from one thread, uses from another, loads from a third."""
     chance = random.Random(seed)
     full = Shelfful(folder, chance.choice((1, 1.5, 2, 3))).started()
-    wishes: list[Wish] = []
+    demands: list[MemoryDemand] = []
     order: Order = (1, 0)
     for _ in range(300):
         order = (order[0] + 1, 1) if chance.random() < 0.02 else (order[0], order[1] + 1)
         activations = chance.choice((0, 0, PART_BYTES // 2))
-        wishes.append(Wish(order, chance.choice(PARTS), activations, (chance.choice(PARTS),)))
+        demands.append(
+            MemoryDemand(order, chance.choice(PARTS), activations, (chance.choice(PARTS),))
+        )
     told = threading.Semaphore(0)
 
     def agent() -> None:
-        for each in wishes:
+        for each in demands:
             full.store.forget_before(each.order[0])
             full.store.expect(each)
             told.release()
 
     expecting = threading.Thread(target=agent)
     expecting.start()
-    for each in wishes:
+    for each in demands:
         told.acquire()
         with full.store.use(each):
             assert full.right(each.part)
@@ -270,14 +272,14 @@ def test_every_family_makes_the_same_with_room_for_one_part(family: str, tmp_pat
     assert store._used_bytes() == 0, "all of it can leave"
     store.start(lambda _: 0)
     model = card.facts.name
-    with store.use(wish(1, (model, "text"))):
+    with store.use(demand(1, (model, "text"))):
         state = card.encode(**reference.settings)
     mine, theirs = [state], [plain.encode(**reference.settings)]
     for step in range(2):
-        with store.use(wish(2 + step, (model, "dit"))):
+        with store.use(demand(2 + step, (model, "dit"))):
             mine = card.step(mine, None)
         theirs = plain.step(theirs, None)
-    with store.use(wish(9, (model, "vae"))):
+    with store.use(demand(9, (model, "vae"))):
         frames = card.decode(mine[0])
     assert mine[0].to_bytes() == theirs[0].to_bytes()
     assert (frames == plain.decode(theirs[0])).all()

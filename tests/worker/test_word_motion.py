@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from gpuworker.collectives.team import Layout
+from gpuworker.collectives.team import GroupLayout
 from gpuworker.config import EMBEDDED_MODELS
 from gpuworker.loading import load_card
 from gpuworker.models.card import ModelCard, ShapeRefused
@@ -58,7 +58,7 @@ def plain(frames: int) -> Reference:
     "schedule",
     [
         [((0,), 2), ((1, 0), 2), ((2, 3, 0, 1), 2)],
-        [((0, 3), 2, Layout(cfg=2)), ((1, 2, 0, 3), 4, Layout(cfg=2, ring=2))],
+        [((0, 3), 2, GroupLayout(cfg=2)), ((1, 2, 0, 3), 4, GroupLayout(cfg=2, ring=2))],
         random_schedule(2, STEPS, cfg=(1, 2)),
     ],
 )

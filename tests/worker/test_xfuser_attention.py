@@ -9,7 +9,7 @@ import torch
 
 from gpuworker.attention.exchange import AttentionInputs
 from gpuworker.attention.xfuser_usp import XfuserAttention, XfuserMissing, chosen_attention
-from gpuworker.collectives.team import Layout
+from gpuworker.collectives.team import GroupLayout
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_jobs import LATENT_TOLERANCE, meet
 from tests.worker.worker_pool import CPU, Pool
@@ -18,12 +18,18 @@ from tests.worker.xfuser_on_cpu import INSTALLED, attention_errors, denoised, lo
 needs_xfuser = pytest.mark.skipif(
     not INSTALLED, reason="xfuser is in the extra `cuda` only: it is made for accelerators (ADR 3)"
 )
-LAYOUTS = [Layout(1, 2, 1), Layout(1, 1, 2), Layout(1, 4, 1), Layout(1, 1, 4), Layout(1, 2, 2)]
+LAYOUTS = [
+    GroupLayout(1, 2, 1),
+    GroupLayout(1, 1, 2),
+    GroupLayout(1, 4, 1),
+    GroupLayout(1, 1, 4),
+    GroupLayout(1, 2, 2),
+]
 
 
 @needs_xfuser
-@pytest.mark.parametrize("layout", [*LAYOUTS, Layout(2, 2, 1), Layout(2, 1, 2)], ids=str)
-def test_split_attention_is_whole_attention(pool: Pool, layout: Layout) -> None:
+@pytest.mark.parametrize("layout", [*LAYOUTS, GroupLayout(2, 2, 1), GroupLayout(2, 1, 2)], ids=str)
+def test_split_attention_is_whole_attention(pool: Pool, layout: GroupLayout) -> None:
     members = pool.names[: layout.degree]
     lengths = (5,) * layout.sequence
     found = pool.each(members, attention_errors, meet(pool, members), layout, lengths)
@@ -32,8 +38,8 @@ def test_split_attention_is_whole_attention(pool: Pool, layout: Layout) -> None:
 
 
 @needs_xfuser
-@pytest.mark.parametrize("layout", [Layout(1, 2, 1), Layout(1, 2, 2)], ids=str)
-def test_uneven_lengths_go_the_native_way(pool: Pool, layout: Layout) -> None:
+@pytest.mark.parametrize("layout", [GroupLayout(1, 2, 1), GroupLayout(1, 2, 2)], ids=str)
+def test_uneven_lengths_go_the_native_way(pool: Pool, layout: GroupLayout) -> None:
     members = pool.names[: layout.degree]
     lengths = tuple(3 - (rank > 0) for rank in range(layout.degree))
     found = pool.each(members, attention_errors, meet(pool, members), layout, lengths)
@@ -43,7 +49,7 @@ def test_uneven_lengths_go_the_native_way(pool: Pool, layout: Layout) -> None:
 
 @needs_xfuser
 def test_the_picture_is_the_stock_one_while_layouts_change(pool: Pool, wan: Reference) -> None:
-    pairs = [(pool.names[:2], Layout(1, 2, 1)), (pool.names[:2], Layout(1, 1, 2))]
+    pairs = [(pool.names[:2], GroupLayout(1, 2, 1)), (pool.names[:2], GroupLayout(1, 1, 2))]
     legs = [(meet(pool, names), layout) for names, layout in pairs * 2]
     found = pool.each(pool.names[:2], denoised, wan.folder, wan.settings, legs)
     for latents in found:

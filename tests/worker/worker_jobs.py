@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from gpuworker.collectives.team import Layout
+from gpuworker.collectives.team import GroupLayout
 from gpuworker.state import LatentState
 from tests.worker import worker_tasks as tasks
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import Pool
 
 LATENT_TOLERANCE = 1e-4  # float32, the contract
-Leg = tuple[tuple[int, ...], int, Layout]  # places of the members in the pool, steps, layout
+Leg = tuple[tuple[int, ...], int, GroupLayout]  # places of the members in the pool, steps, layout
 Schedule = Sequence[tuple[tuple[int, ...], int] | Leg]  # without a layout: plain Ulysses
 
 
@@ -42,7 +42,7 @@ class Job:
         steps: int,
         timeout_s: float = 20.0,
         plant: str = "",
-        layout: Layout | None = None,
+        layout: GroupLayout | None = None,
     ) -> list[int | tasks.Loss]:
         """Runs steps on a new group: from a member that holds the state, or else by a copy."""
         segment = self.segment(members, steps, timeout_s, plant, layout)
@@ -56,7 +56,7 @@ class Job:
         steps: int,
         timeout_s: float,
         plant: str,
-        layout: Layout | None = None,
+        layout: GroupLayout | None = None,
     ) -> tasks.Segment:
         """The order for such a run."""
         holders = [name for name in members if name in self.holders]
@@ -130,11 +130,11 @@ def random_schedule(seed: int, steps: int, cfg: tuple[int, ...] = (1,)) -> list[
     return schedule
 
 
-def layouts(degree: int, cfg: tuple[int, ...] = (1,)) -> list[Layout]:
+def layouts(degree: int, cfg: tuple[int, ...] = (1,)) -> list[GroupLayout]:
     """All layouts of a degree that is a power of two."""
     found = []
     for halves in cfg:
         for ulysses in (1, 2, 4):
             if degree % (halves * ulysses) == 0:
-                found.append(Layout(halves, ulysses, degree // halves // ulysses))
+                found.append(GroupLayout(halves, ulysses, degree // halves // ulysses))
     return found

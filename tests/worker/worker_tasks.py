@@ -16,7 +16,7 @@ from gpuworker.attention.exchange import AttentionInputs, ulysses
 from gpuworker.collectives.group_cache import GroupCache
 from gpuworker.collectives.groups import Group, GroupLost, GroupSpent
 from gpuworker.collectives.rendezvous import BlobLost
-from gpuworker.collectives.team import Communicator, Layout, Team
+from gpuworker.collectives.team import Communicator, GroupLayout, Team
 from gpuworker.state import LatentState
 from tests.worker.worker_pool import CPU, Member
 
@@ -64,7 +64,7 @@ class Segment:
     steps: int
     source: int  # rank of the member that has the state, or fetches it
     fetch_from: str = ""  # a store address; the source fetches the state there first
-    layout: Layout | None = None  # None: Ulysses over all members
+    layout: GroupLayout | None = None  # None: Ulysses over all members
     plant: str = ""  # a fault to be planted: "reversed gather" or "suicide"
 
 
@@ -100,7 +100,7 @@ def denoise(member: Member, segment: Segment) -> int | Loss:
         group = segment.meeting.join(member)
         state = _received(member, segment, group)
         member.shelf[segment.job] = state
-        layout = segment.layout or Layout(ulysses=group.size)
+        layout = segment.layout or GroupLayout(ulysses=group.size)
         team = Team(_planted(member, segment.plant, group), layout)
         # Before each step the first member settles whether to go on: the word is steps to do.
         for step in itertools.count():
@@ -122,7 +122,7 @@ class Batch:
     settings: tuple[dict[str, object], ...]
     behind: tuple[int, ...]
     meeting: Meeting
-    layout: Layout
+    layout: GroupLayout
 
 
 def step_together(member: Member, batch: Batch) -> bytes:

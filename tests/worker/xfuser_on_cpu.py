@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpuworker.attention.exchange import AttentionInputs
 from gpuworker.attention.xfuser_usp import XfuserAttention
-from gpuworker.collectives.team import Layout, Team
+from gpuworker.collectives.team import GroupLayout, Team
 from gpuworker.loading import load_card
 from tests.worker.worker_pool import CPU, Member
 from tests.worker.worker_tasks import Meeting
@@ -54,7 +54,7 @@ def _kernel(
 
 
 def attention_errors(
-    member: Member, meeting: Meeting, layout: Layout, lengths: tuple[int, ...]
+    member: Member, meeting: Meeting, layout: GroupLayout, lengths: tuple[int, ...]
 ) -> tuple[float, int]:
     """How far split attention is from whole attention, and how often xfuser was asked."""
     adapter, asked = load_on_cpu(), []

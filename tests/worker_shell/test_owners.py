@@ -12,7 +12,7 @@ import torch
 from gpuworker.executor import FAILURE_CHARS_MAX, RunNote
 from gpuworker.memory.latents import Shares
 from gpuworker.memory.weights import WeightStore
-from gpuworker.mesh.outbox import Outbox
+from gpuworker.mesh.outbox import NoteOutbox
 from gpuworker.torch_executor import TorchExecutor
 from hocket.messaging.bus import Bus, Subjects
 from tests.worker_shell.desk import WAIT_S, desk, job
@@ -21,7 +21,7 @@ BOUND = 4
 
 
 async def test_a_thread_that_tells_faster_than_it_is_heard_waits_and_loses_nothing() -> None:
-    outbox, put = Outbox(BOUND), 0
+    outbox, put = NoteOutbox(BOUND), 0
     full = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -48,7 +48,7 @@ async def test_a_thread_that_tells_faster_than_it_is_heard_waits_and_loses_nothi
 
 
 async def test_what_is_not_told_yet_counts_as_pending() -> None:
-    outbox = Outbox(BOUND)
+    outbox = NoteOutbox(BOUND)
     note = RunNote(assignment=job(7, "dit"), behind={}, last=True)
     outbox.put(note)
     assert outbox.untold(1) == (7,) and outbox.untold(2) == ()
@@ -59,7 +59,7 @@ async def test_what_is_not_told_yet_counts_as_pending() -> None:
 
 
 async def test_a_closed_outbox_holds_up_nobody() -> None:
-    outbox = Outbox(1)
+    outbox = NoteOutbox(1)
     outbox.put(RunNote(assignment=job(1, "dit"), behind={}))
     waiting = threading.Thread(
         target=outbox.put, args=(RunNote(assignment=job(2, "dit"), behind={}),)

@@ -22,7 +22,7 @@ from hocket.messaging.bus import Bus, Feed, Subjects
 from hocket.v1 import mesh_pb2, types_pb2
 
 WAIT_S = 90.0
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

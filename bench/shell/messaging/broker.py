@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from .loop import SimulatedLoop
-from .wire import Weather, Wire
+from ..loop import SimulatedLoop
+from ..wire import Weather, Wire
 
 SECOND_US = 1_000_000
 DELIVERY = "_DELIVERY."  # subjects of what consumers get

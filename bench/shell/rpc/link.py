@@ -17,10 +17,10 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from .loop import Process, SimulatedLoop
-from .served import Door, ServerCall, told_every
-from .waits import Bell
-from .wire import Weather, Wire
+from ..loop import SimulatedLoop, SimulatedProcess
+from ..waits import Bell
+from ..wire import Weather, Wire
+from .served import ServedAddress, ServerCall, told_every
 
 _KEEPALIVE_US = 15_000_000
 _RETRY_S = 0.1
@@ -35,7 +35,7 @@ class Network:
 
     def __init__(self, loop: SimulatedLoop, rng: random.Random, weather: Weather) -> None:
         self.loop, self.rng, self.weather = loop, rng, weather
-        self.doors: dict[str, Door] = {}
+        self.doors: dict[str, ServedAddress] = {}
         self.channels: list[Channel] = []
         self.apart: set[frozenset[str]] = set()  # pairs of processes that cannot reach each other
         self._port = 40_000
@@ -44,11 +44,11 @@ class Network:
         self._port += 1
         return self._port
 
-    def listen(self, door: Door) -> None:
+    def listen(self, door: ServedAddress) -> None:
         self.doors[door.address] = door
         door.process.at_death.append(lambda: self.close(door))
 
-    def close(self, door: Door) -> None:
+    def close(self, door: ServedAddress) -> None:
         """Closes a door and breaks what goes through it."""
         if self.doors.get(door.address) is door:
             del self.doors[door.address]
@@ -84,11 +84,11 @@ class Channel:
     """A process's connection to an address; made anew whenever it broke."""
 
     def __init__(
-        self, network: Network, process: Process, address: str, window: int | None = None
+        self, network: Network, process: SimulatedProcess, address: str, window: int | None = None
     ) -> None:
         self.network, self.process, self.address = network, process, address
         self.window = window or _WINDOW  # responses that come ahead of their reader
-        self.door: Door | None = None
+        self.door: ServedAddress | None = None
         self.calls: list[Call] = []
         self.closed = False
         self.up = Wire(network.loop, network.rng, network.weather)
@@ -160,7 +160,7 @@ class Channel:
         for call in tuple(self.calls):
             call.broken()
 
-    def _keepalive(self, door: Door | None) -> None:
+    def _keepalive(self, door: ServedAddress | None) -> None:
         if self._held and self.door is door:
             self.break_off()
 

@@ -10,16 +10,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import nats.errors
 
+from ..loop import SimulatedProcess
+from ..waits import Bell
 from .broker import DELIVERY, INBOX, Broker, Connection, Interest, Message
-from .loop import Process
-from .waits import Bell
-
-if TYPE_CHECKING:
-    from .jetstream import JetStream
 
 _RETRY_S = 0.1
 _BUFFER_BYTES_MAX = 2 << 20  # of what is sent while the broker is away
@@ -104,14 +101,15 @@ class Subscription:
 class Client:
     """One process's connection. Its broker may go away and come back; it follows."""
 
-    def __init__(self, broker: Broker, process: Process, name: str) -> None:
+    def __init__(self, broker: Broker, process: SimulatedProcess, name: str) -> None:
         self.name = name
         self.process = process
         self.broker = broker
         self.max_payload = 1 << 20
         self.stats = {"in_msgs": 0, "out_msgs": 0}
         self.is_closed = False
-        self.jetstream_of: Callable[[Client, float], JetStream] = _no_jetstream
+        # What its `jetstream` gives, by a time-out in seconds (see jetstream.py).
+        self.jetstream_of: Callable[[Client, float], object] = _no_jetstream
         self.barred = False  # the network lets no new connection through
         self.subscriptions: list[Subscription] = []
         self.connection: Connection | None = None
@@ -216,7 +214,7 @@ class Client:
     async def drain(self) -> None:
         await self.close()
 
-    def jetstream(self, timeout: float = 5.0, **_: object) -> JetStream:
+    def jetstream(self, timeout: float = 5.0, **_: object) -> object:
         return self.jetstream_of(self, timeout)
 
     # for the simulated stores
@@ -385,5 +383,5 @@ def _nothing() -> None:
     """Nobody minds."""
 
 
-def _no_jetstream(client: Client, timeout_s: float) -> JetStream:
+def _no_jetstream(client: Client, timeout_s: float) -> object:
     raise NotImplementedError

@@ -1,8 +1,8 @@
 """One Case through the *live* mesh in real time: real broker, services, workers and gRPC calls.
 
 The counterpart of `bench.sim.loop.run`, which runs the same Case in simulated time; how near the
-two come is what `python -m bench live` tells. (`bench.manual_run` is the third way: the live driver
-on a manual clock, whose plans must be equal to the simulator's.)
+two come is what `python -m bench live` tells. (`manual_run.py` is the third way: the live driver on
+a manual clock, whose plans must be equal to the simulator's.)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SETTINGS = ("rounds", "amend", "round_us", "lead_us", "stages_ahead")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RequestOutcome:
     """How a request went; times in microseconds."""
 
     latency_us: int | None  # from acceptance to the end; None: it was refused or failed
@@ -46,7 +46,7 @@ class Outcome:
 
 async def run_live(
     case: Case, folder: Path, executor: str, told: Callable[[int, int], None]
-) -> dict[str, Outcome]:
+) -> dict[str, RequestOutcome]:
     """Starts a mesh in `folder`, sends the Case's requests at their times; outcomes by request.
 
     `told(ended, all)` is called as requests end. Raises: MeshStopped, HocketError.
@@ -94,9 +94,9 @@ async def _send(
     client: HocketClient,
     prompts: Mapping[str, list[str]],
     told: Callable[[int, int], None],
-) -> dict[str, Outcome]:
+) -> dict[str, RequestOutcome]:
     begin_ns = steady_ns() + round(_BEGIN_S * 1e9)
-    ended: dict[str, Outcome] = {}
+    ended: dict[str, RequestOutcome] = {}
 
     async def one(number: int, item: TraceRequest) -> None:
         await asyncio.sleep((begin_ns - steady_ns()) / 1e9 + item.arrival_us / 1e6)
@@ -109,7 +109,7 @@ async def _send(
     return ended
 
 
-async def _outcome(client: HocketClient, wanted: GenerateRequest) -> Outcome:
+async def _outcome(client: HocketClient, wanted: GenerateRequest) -> RequestOutcome:
     name = ""
     try:
         async for event in client.generate(wanted, timeout_s=_CALL_S):
@@ -117,9 +117,9 @@ async def _outcome(client: HocketClient, wanted: GenerateRequest) -> Outcome:
                 name = event.request_id
             elif isinstance(event, Finished):
                 predicted_us = event.predicted_latency_us
-                return Outcome(event.latency_us, event.on_time, predicted_us, name)
+                return RequestOutcome(event.latency_us, event.on_time, predicted_us, name)
     except HocketError as error:
-        return Outcome(None, False, name=name, problem=str(error))
+        return RequestOutcome(None, False, name=name, problem=str(error))
     raise MeshStopped(f"the stream of {name} ended without a word")
 
 

@@ -14,14 +14,14 @@ from statistics import mean, median
 
 from rich.table import Column, Table
 
-from bench.live_run import Outcome
+from bench.live.run import RequestOutcome
 from bench.reporting.statistics import mean_interval
 from bench.sim.case import Case
 from bench.sim.loop import run
 from control.scheduler.schedule_log import DoneLine
 from control.scheduler.summary import percentile
 
-Outcomes = Mapping[str, Outcome]  # by request
+Outcomes = Mapping[str, RequestOutcome]  # by request
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Differences:
 
 
 @dataclass(frozen=True)
-class Compared:
+class LiveComparison:
     """Live runs of a Case with one seed, beside the simulator."""
 
     policy: str
@@ -74,14 +74,16 @@ class Compared:
         )
 
 
-def compare(policy: str, seed: int, lives: Sequence[Outcomes], case: Case, own: Case) -> Compared:
+def compare(
+    policy: str, seed: int, lives: Sequence[Outcomes], case: Case, own: Case
+) -> LiveComparison:
     """Runs the simulator, with a measured profile and with the live runs' own, and compares."""
     took = _latencies(lives)
     pairs = [
         median(abs(a[r] / b[r] - 1) for r in a.keys() & b.keys())
         for a, b in itertools.combinations([_latencies([live]) for live in lives], 2)
     ]
-    return Compared(
+    return LiveComparison(
         policy=policy,
         seed=seed,
         requests=len(case.trace),
@@ -96,7 +98,7 @@ def compare(policy: str, seed: int, lives: Sequence[Outcomes], case: Case, own: 
     )
 
 
-def table(found: Sequence[Compared]) -> Table:
+def table(found: Sequence[LiveComparison]) -> Table:
     """One row a policy, means over seeds with 95 % intervals."""
     shown = Table(
         Column("policy", no_wrap=True),

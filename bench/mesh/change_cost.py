@@ -20,8 +20,8 @@ from statistics import median
 
 from rich.progress import Progress
 
-from bench.mesh_bench import Findings
-from bench.scripted_leader import Leader, Piece, WorkerPool
+from bench.mesh.request_cost import MeshFindings
+from bench.mesh.scripted_leader import Leader, Piece, WorkerPool
 from hocket.clock import steady_ns
 from hocket.launching.broker import free_port, nats_server_command
 from hocket.messaging.bus import Bus
@@ -100,12 +100,12 @@ class _Bench:
                 await asyncio.sleep(_POLL_S)
 
 
-async def measure(turns: int, seconds: float, progress: Progress) -> Findings:
+async def measure(turns: int, seconds: float, progress: Progress) -> MeshFindings:
     """Costs by model and shape, in steps of the job that is disturbed.
 
     So many turns a shape at least, and so many as there is time for in so many seconds.
     """
-    found = Findings()
+    found = MeshFindings()
     with tempfile.TemporaryDirectory(prefix="hocket-overheads-") as folder:
         port = free_port()
         broker = await asyncio.create_subprocess_exec(
@@ -129,7 +129,7 @@ async def measure(turns: int, seconds: float, progress: Progress) -> Findings:
 
 
 async def _models(
-    bench: _Bench, turns: int, seconds: float, found: Findings, progress: Progress
+    bench: _Bench, turns: int, seconds: float, found: MeshFindings, progress: Progress
 ) -> None:
     models = next(iter(bench.leader.beats.values())).models
     cells = [(model, shape) for model in models for shape in model.shapes]

@@ -1,6 +1,6 @@
 """`python -m bench mesh`: what the mesh costs over the plain diffusers loop, on this machine.
 
-Paired and with spread, since machines are shared (`mesh_pairs`): both shipped models, every size,
+Paired and with spread, since machines are shared (`pairs.py`): both shipped models, every size,
 end to end and the denoising alone. Ratios and invariants are the gates; milliseconds are
 aims on an idle machine.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from bench.mesh_pairs import Compared, Told, paired
+from bench.mesh.pairs import PairComparison, Told, paired
 from hocket.client import HocketClient
 from hocket.clock import steady_ns
 from hocket.launching.launcher import MeshPlan, mesh
@@ -67,7 +67,7 @@ class Figure:
 
 
 @dataclass
-class Findings:
+class MeshFindings:
     """All figures of a run."""
 
     figures: list[Figure] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MeshBenchPlan:
     """How much is measured."""
 
     policy: str = "hocket"
@@ -95,10 +95,10 @@ class Plan:
     admissions: int = 200
 
 
-async def measure(plan: Plan, told: Told) -> Findings:
+async def measure(plan: MeshBenchPlan, told: Told) -> MeshFindings:
     """Starts a mesh of one worker, round by round, and takes every figure."""
-    found = Findings()
-    compared: list[Compared] = []
+    found = MeshFindings()
+    compared: list[PairComparison] = []
     for number in range(plan.rounds):
         told(f"round {number + 1} of {plan.rounds}")
         with tempfile.TemporaryDirectory(prefix="hocket-bench-") as folder:
@@ -110,7 +110,7 @@ async def measure(plan: Plan, told: Told) -> Findings:
                 if number == 0:
                     await _admissions(client, plan.admissions, found)
             recorded = read_spans(Path(folder) / "traces")
-        compared = compared or [Compared(cell.name) for cell in cells]
+        compared = compared or [PairComparison(cell.name) for cell in cells]
         for cell, so_far in zip(cells, compared, strict=True):
             so_far.add(cell, recorded)
     for c in compared:
@@ -119,7 +119,7 @@ async def measure(plan: Plan, told: Told) -> Findings:
     return found
 
 
-def _add(found: Findings, c: Compared) -> None:
+def _add(found: MeshFindings, c: PairComparison) -> None:
     cell = c.name
     found.add(f"end to end, mesh / plain, {cell}", "x", c.whole, _RATIO)
     found.add(f"end to end, mesh - plain, {cell}", "ms", c.whole_more_ms)
@@ -131,7 +131,7 @@ def _add(found: Findings, c: Compared) -> None:
         found.add(f"gap between steps of one, {cell}", "ms", c.inner_ms)
 
 
-async def _admissions(client: HocketClient, count: int, found: Findings) -> None:
+async def _admissions(client: HocketClient, count: int, found: MeshFindings) -> None:
     took_ms = []
     for seed in range(count + 5):
         began_ns = steady_ns()
@@ -141,7 +141,7 @@ async def _admissions(client: HocketClient, count: int, found: Findings) -> None
     found.add("Generate to accepted", "ms", took_ms, ("p99", 20.0))
 
 
-async def _building_blocks(found: Findings) -> None:
+async def _building_blocks(found: MeshFindings) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "gpuworker.measuring.blocks", stdout=asyncio.subprocess.PIPE
     )
@@ -158,7 +158,7 @@ def quantile(ordered: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def write(found: Findings, path: Path, command: str) -> None:
+def write(found: MeshFindings, path: Path, command: str) -> None:
     """Stores the figures with what they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {

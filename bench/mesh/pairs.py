@@ -45,27 +45,27 @@ class Pair:
 
 
 @dataclass
-class Cell:
+class PairedCell:
     """Pairs of one model and size."""
 
     name: str
     pairs: list[Pair] = field(default_factory=list)
 
 
-async def paired(client: HocketClient, pairs: int, seconds: float, told: Told) -> list[Cell]:
+async def paired(client: HocketClient, pairs: int, seconds: float, told: Told) -> list[PairedCell]:
     """All sizes of the shipped models, with their default number of steps.
 
     Each size takes so many pairs at least, and goes on until so many seconds went by: short
     requests differ more from one to the next, and cost little.
     """
-    cells: list[Cell] = []
+    cells: list[PairedCell] = []
     infos = {info.name: info for info in await client.models(wait_for_ready=True)}
     for folder in EMBEDDED_MODELS:
         async with _plain(folder) as plain:
             for shape in infos[folder.name].shapes:
                 side = shape.width
                 video = f", {shape.frames} frames" if shape.frames > 1 else ""
-                cell = Cell(f"{folder.name} {side} px{video}")
+                cell = PairedCell(f"{folder.name} {side} px{video}")
                 told(cell.name)
                 await _pairs(client, plain, infos[folder.name], side, (pairs, seconds), cell)
                 cells.append(cell)
@@ -78,7 +78,7 @@ async def _pairs(
     model: ModelInfo,
     side: int,
     least: tuple[int, float],
-    cell: Cell,
+    cell: PairedCell,
 ) -> None:
     prompt = model.examples[0] if model.examples else "a fox on a green background"
     pairs, seconds = least
@@ -140,7 +140,7 @@ async def _plain(folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
 
 
 @dataclass
-class Compared:
+class PairComparison:
     """What the pairs of a cell say; ratios are mesh over plain."""
 
     name: str
@@ -151,7 +151,7 @@ class Compared:
     gaps_ms: list[float] = field(default_factory=list)  # between assignments
     inner_ms: list[float] = field(default_factory=list)  # between steps of one
 
-    def add(self, cell: Cell, recorded: Sequence[SpanRecord]) -> None:
+    def add(self, cell: PairedCell, recorded: Sequence[SpanRecord]) -> None:
         """Takes a cell's requests in, as their traces tell of them, beside the plain loop's."""
         by_request: dict[str, list[SpanRecord]] = {}
         for s in recorded:

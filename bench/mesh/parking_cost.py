@@ -12,19 +12,19 @@ import asyncio
 import json
 import sys
 
-from bench.mesh_bench import Findings
+from bench.mesh.request_cost import MeshFindings
 
 _FLUX_SIDES_PX = (512, 1024, 2048)
 _WAN_SHAPES = ((832, 480, 81), (1280, 720, 81))
 _MIB = 1 << 20
 
 
-async def measure(rounds: int) -> Findings:
+async def measure(rounds: int) -> MeshFindings:
     """Every figure, with `rounds` repetitions of what is timed."""
     command = (sys.executable, "-m", "gpuworker.measuring.parked", str(rounds))
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()
-    found = Findings()
+    found = MeshFindings()
     for unit, figures in json.loads(out).items():
         for name, values in figures.items():
             found.add(name, unit, values)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.latency_recording import (
+from bench.latency.recording import (
     MACHINE,
     PROFILE,
     SLOW_WORKER,
@@ -45,7 +45,7 @@ DEGREES: tuple[tuple[int, ...], ...] = ((1,), (1, 2, 4))
 SHOWN_STEPS = 60  # of the curves
 
 
-class Row(msgspec.Struct, frozen=True):
+class LatencyRow(msgspec.Struct, frozen=True):
     """One policy and noise, over all seeds."""
 
     policy: str
@@ -94,24 +94,24 @@ def latency_command(
         _curves(found, out / "curve.png")
     text = _report(rows, alarms, unseen, seeds)
     (out / "README.md").write_text(text, encoding="utf-8")
-    _show("recorded runs", Row.__struct_fields__, rows)
+    _show("recorded runs", LatencyRow.__struct_fields__, rows)
     _show("left out", Unseen._fields, unseen)
     console.print(f"written to {out}/README.md and {out}/curve.png")
 
 
-def _show(title: str, names: Sequence[str], rows: Sequence[Row | Unseen]) -> None:
+def _show(title: str, names: Sequence[str], rows: Sequence[LatencyRow | Unseen]) -> None:
     table = Table(*names, title=title)
     for row in rows:
         table.add_row(*(str(value) for value in _values(row)))
     console.print(table)
 
 
-def _row(policy: str, noise: float, runs: Sequence[Learning]) -> Row:
+def _row(policy: str, noise: float, runs: Sequence[Learning]) -> LatencyRow:
     flags = [run.flagged_at for run in runs]
     known = sorted(f for f in flags if f is not None)
     typical = f"{median(known):g} ({known[-1]})" if known else "never"
     soon = sum(f is not None and f <= 5 for f in flags)
-    return Row(
+    return LatencyRow(
         policy,
         noise,
         _percent([median(run.unseen[20:]) for run in runs if len(run.unseen) > 20]),
@@ -130,7 +130,7 @@ def _percent(samples: Sequence[float]) -> str:
     return f"{interval.mean:.2f} ± {interval.half or 0.0:.2f}"
 
 
-def _values(row: Row | Unseen) -> tuple[object, ...]:
+def _values(row: LatencyRow | Unseen) -> tuple[object, ...]:
     if isinstance(row, Unseen):
         return (*row[:3], f"{100 * row.relatives:.1f}", f"{100 * row.form:.1f}")
     return tuple(getattr(row, name) for name in row.__struct_fields__)
@@ -165,12 +165,12 @@ def _curves(found: dict[tuple[str, float], list[Learning]], path: Path) -> None:
 
 
 def _report(
-    rows: Sequence[Row],
+    rows: Sequence[LatencyRow],
     alarms: dict[tuple[float, tuple[int, ...]], list[int]],
     unseen: Sequence[Unseen],
     seeds: str,
 ) -> str:
-    names = " | ".join(Row.__struct_fields__).replace("_", " ")
+    names = " | ".join(LatencyRow.__struct_fields__).replace("_", " ")
     lines = [
         "# The latency model, on line",
         "",
@@ -187,7 +187,7 @@ def _report(
         "Curves: medians and the middle 80 % of seeds; the error under fixed-1.",
         "",
         f"| {names} |",
-        "|" + " --- |" * len(Row.__struct_fields__),
+        "|" + " --- |" * len(LatencyRow.__struct_fields__),
         *(f"| {' | '.join(str(v) for v in _values(row))} |" for row in rows),
         "",
         "after 20: median error in % against the true median time; measured: against each measured",

@@ -8,17 +8,14 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import Message
 
-from .loop import Process
-from .waits import Bell
-from .wire import Wire
-
-if TYPE_CHECKING:
-    from .link import Network
+from ..loop import SimulatedProcess
+from ..waits import Bell
+from ..wire import Wire
 
 _WINDOW = 256  # messages that a stream sends ahead of its reader
 
@@ -47,11 +44,11 @@ class Aborted(Exception):
 
 
 @dataclass
-class Door:
+class ServedAddress:
     """Where a process serves."""
 
     address: str
-    process: Process
+    process: SimulatedProcess
     interceptors: Sequence[Any]
     handlers: list[Any]  # grpc.GenericRpcHandler
 
@@ -72,15 +69,30 @@ class Door:
         return handler
 
 
+class ServingNetwork(Protocol):
+    """Who serves where, and the channels there (see link.py)."""
+
+    doors: dict[str, ServedAddress]
+
+    @property
+    def channels(self) -> Sequence[Any]: ...
+
+    def port(self) -> int: ...
+    def listen(self, door: ServedAddress) -> None: ...
+    def close(self, door: ServedAddress) -> None: ...
+
+
 class Server:
     """What `grpc.aio.server` returns."""
 
-    def __init__(self, network: Network, process: Process, interceptors: Sequence[Any]) -> None:
+    def __init__(
+        self, network: ServingNetwork, process: SimulatedProcess, interceptors: Sequence[Any]
+    ) -> None:
         self._network, self._process = network, process
         self._interceptors = interceptors
         self._handlers: list[Any] = []
         self._addresses: list[str] = []
-        self._doors: list[Door] = []
+        self._doors: list[ServedAddress] = []
         self._stopped = asyncio.Event()
 
     def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
@@ -102,7 +114,7 @@ class Server:
 
     async def start(self) -> None:
         for address in self._addresses:
-            door = Door(address, self._process, self._interceptors, self._handlers)
+            door = ServedAddress(address, self._process, self._interceptors, self._handlers)
             self._doors.append(door)
             self._network.listen(door)
 
@@ -139,7 +151,7 @@ class ServerCall:
     def __init__(
         self,
         caller: Caller,
-        door: Door,
+        door: ServedAddress,
         method: str,
         down: Wire,
         ends_us: int | None,

@@ -24,9 +24,9 @@ import msgspec
 import typer
 from rich.progress import Progress
 
-from bench.live_compare import Compared, Outcomes, compare, table
-from bench.live_profile import live_profile
-from bench.live_run import run_live
+from bench.live.compare import LiveComparison, Outcomes, compare, table
+from bench.live.profile import live_profile
+from bench.live.run import run_live
 from bench.sim.case import Case, CaseError
 from bench.sim.experiment import Experiment, RunSpec, load_experiment, parse_seeds
 from bench.sim.trace import TraceRequest
@@ -157,7 +157,7 @@ def _draw(path: Path, title: str, live: _Live) -> None:
     path.write_text(gantt.page(title, pieces, interruptions(pieces), names))
 
 
-def _write(out: Path, title: str, command: str, found: Sequence[Compared]) -> None:
+def _write(out: Path, title: str, command: str, found: Sequence[LiveComparison]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "title": title,

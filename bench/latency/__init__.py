@@ -1,0 +1,1 @@
+"""How well calls are predicted, and how soon a slow worker is found."""

@@ -1,0 +1,1 @@
+"""A Case through the live mesh, in real time or by a manual clock, beside the simulator."""

@@ -1,0 +1,1 @@
+"""Simulated gRPC calls: channels, and servers that run in their processes."""
