@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     straggler_factor: float = 1.2  # a worker so much slower than its peers is slow; 0: none is
     straggler_avoid: float = 1.5  # from here on it costs its groups more than it gives: avoided
     straggler_retry_us: int = 10_000_000  # it is tried again after so long, then twice that …
-    quarantine_failures: int = 3  # of different requests in a row keep a worker out; 0: never
+    quarantine_failures: int = 3  # that others do not share keep a worker out; 0: never
     quarantine_retry_us: int = 5_000_000  # it is tried again after so long, then twice that …
     hung_after_factor: float = 8.0  # of its predicted span an assignment may take; 0: for ever
     hung_min_us: int = 5_000_000  # … but never less than this

@@ -165,7 +165,7 @@ class _Known:
         if name in self.kept_out:
             out = self.kept_out[name]
             wait_s = max(0, out.retry_us - now_us) / 1e6
-            return "suspect", f"{out.strikes} failures in a row; next try in {wait_s:.0f} s"
+            return "suspect", f"{out.strikes} failures of its own; next try in {wait_s:.0f} s"
         if lease.suspect:
             return "suspect", ""
         slowness = self.slow.get(name)

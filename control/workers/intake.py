@@ -142,7 +142,7 @@ class Intake:
                 model, gpu, node = notice.family
                 log.warning(what, node, model, gpu, notice.factor)
             elif isinstance(notice, Quarantined):
-                what = "worker %s failed %d times in a row: it gets no work for a while"
+                what = "worker %s failed %d times where others did not: it gets no work for a while"
                 if notice.strikes:
                     log.warning(what, notice.worker, notice.strikes)
                 else:

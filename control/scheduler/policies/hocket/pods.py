@@ -2,7 +2,7 @@
 
 A large cluster is cut into pods of about eight workers that can do the same, in cluster order, so
 that a host, or an island of it, is a pod where it is large enough. A request belongs to one pod; it
-joins the one that can begin it soonest and changes it only while nothing of it runs.
+joins the one with the least work for each worker and changes it only while nothing of it runs.
 """
 
 from __future__ import annotations
