@@ -1,4 +1,4 @@
-"""Writes the report of one folder: README.md, report.html, curves.png, cdf.png, classes.png."""
+"""Writes the report of one folder: README.md with one picture (curves.png), report.html with all."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from .tables import (
     sweep_table,
 )
 
+PICTURE = "curves"  # of README.md
 CLOSE_UPS = ("classes", "cdf")
 OPEN_CELLS = 3  # cells whose table is unfolded in HTML
 INTERVALS = (
@@ -113,9 +114,9 @@ def write(findings: ExperimentFindings) -> tuple[Path, ...]:
     with house_style():
         figures = _figures(findings)
     written = []
-    for name, (figure, _) in figures.items():
-        write_png(figure, folder / f"{name}.png")
-        written.append(folder / f"{name}.png")
+    if PICTURE in figures:
+        write_png(figures[PICTURE][0], folder / f"{PICTURE}.png")
+        written.append(folder / f"{PICTURE}.png")
     readme, web = folder / "README.md", folder / "report.html"
     readme.write_text(_readme(findings, figures))
     web.write_text(_html(findings, figures))
@@ -222,8 +223,9 @@ def _readme(f: ExperimentFindings, figures: Mapping[str, tuple[Figure, str]]) ->
     parts += [f"- **{number}** {what}" for number, what in headline(f)]
     if e.command:
         parts.append(f"```text\n{e.command}\n```")
-    for name, (_, caption) in figures.items():
-        parts.append(f"![{caption}]({name}.png)\n\n{caption}")
+    if PICTURE in figures:
+        caption = figures[PICTURE][1]
+        parts.append(f"![{caption}]({PICTURE}.png)\n\n{caption}")
     for title, note, tables in _sections(f):
         parts.append(f"## {title}\n\n{note}")
         parts += [markdown(t) for t in tables]
@@ -235,7 +237,7 @@ def _readme(f: ExperimentFindings, figures: Mapping[str, tuple[Figure, str]]) ->
         title = cell_title(cell.cell)
         table = markdown(cell_table(cell, e.baseline))
         parts.append(f"<details><summary>{title}</summary>\n\n{table}\n</details>")
-    parts.append("`report.html`, written beside this, has the same with vector charts.")
+    parts.append("`report.html`, written beside this, has the same with all charts.")
     return _joined(parts)
 
 
