@@ -1,4 +1,4 @@
-"""Writes the report of one folder: README.md with one picture (curves.png), report.html with all."""
+"""Writes the report of one folder: README.md with a picture (curves.png), report.html with all."""
 
 from __future__ import annotations
 
