@@ -25,6 +25,7 @@ source = "abstract"
 [[paper]]
 policy = "unknown"
 value = 0.5
+source = "none"
 """
 
 
