@@ -17,17 +17,15 @@ value = 0.83
 source = "Table 1 <draft>"
 
 [[paper]]
-cell = {}
 policy = "hocket"
 over = "edf"
 value = 1.2
 source = "abstract"
 
 [[paper]]
-cell = {}
 policy = "unknown"
 value = 0.5
-source = ""
+source = "none"
 """
 
 
