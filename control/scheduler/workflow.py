@@ -45,7 +45,7 @@ class Degrees(StrEnum):
     OFFERED = "offered"  # any degree that the workers with its part offer
 
 
-class Place(IntEnum):
+class Section(IntEnum):
     """Where a node stands in a request's time. Ascending: what comes first is less."""
 
     BEFORE = 0  # the stepped node needs it, directly or not
@@ -118,7 +118,7 @@ class Workflow:
     # Its end ends the request.
     last: str = field(init=False, compare=False, repr=False)
     node: Mapping[str, Node] = field(init=False, compare=False, repr=False)
-    place: Mapping[str, Place] = field(init=False, compare=False, repr=False)
+    section: Mapping[str, Section] = field(init=False, compare=False, repr=False)
     # Position in `order`.
     rank: Mapping[str, int] = field(init=False, compare=False, repr=False)
     # Of a node's inputs.
@@ -137,17 +137,17 @@ class Workflow:
         followers = {id_: tuple(n for n in order if id_ in makers[n]) for id_ in order}
         (stepped,) = (n.id for n in self.nodes if n.kind is NodeKind.STEPPED)
         needed = _ancestors(stepped, makers)
-        place = {n: Place.BEFORE if n in needed else Place.AFTER for n in order}
-        place[stepped] = Place.STEPPED
+        section = {n: Section.BEFORE if n in needed else Section.AFTER for n in order}
+        section[stepped] = Section.STEPPED
         for name, value in {
             "order": order,
             "first": tuple(n for n in order if not makers[n]),
-            "before": tuple(n for n in order if place[n] is Place.BEFORE),
+            "before": tuple(n for n in order if section[n] is Section.BEFORE),
             "stepped": stepped,
-            "after": tuple(n for n in order if place[n] is Place.AFTER),
+            "after": tuple(n for n in order if section[n] is Section.AFTER),
             "last": next(n for n in order if not followers[n]),
             "node": {n.id: n for n in self.nodes},
-            "place": place,
+            "section": section,
             "rank": {n: i for i, n in enumerate(order)},
             "makers": makers,
             "followers": followers,

@@ -14,8 +14,8 @@ from control.scheduler.workflow import (
     Degrees,
     Node,
     NodeKind,
-    Place,
     Redo,
+    Section,
     Workflow,
     WorkflowFaults,
 )
@@ -49,7 +49,7 @@ def test_the_chain() -> None:
     assert CHAIN.order == (TEXT, DIT, VAE)
     assert (CHAIN.first, CHAIN.before, CHAIN.after) == ((TEXT,), (TEXT,), (VAE,))
     assert (CHAIN.stepped, CHAIN.last) == (DIT, VAE)
-    assert CHAIN.place == {TEXT: Place.BEFORE, DIT: Place.STEPPED, VAE: Place.AFTER}
+    assert CHAIN.section == {TEXT: Section.BEFORE, DIT: Section.STEPPED, VAE: Section.AFTER}
     assert CHAIN.on_latents == {DIT, VAE}
     assert CHAIN.released(TEXT, {TEXT}) == (DIT,)
     assert CHAIN.released(DIT, {TEXT, DIT}) == (VAE,)
