@@ -10,7 +10,6 @@ from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _COLLECTIVE_TIMEOUT_STEPS = 8  # a collective counts as hung after this many predicted step times …
 _COLLECTIVE_TIMEOUT_MIN_US = 5_000_000  # … but never sooner than this
-_FIRM: dict[str, bool] = {"firm": True} if "firm" in values.Request.__struct_fields__ else {}
 _LOADS_LATE = 3  # times its prediction that a load may take while others wait for it
 
 
@@ -35,7 +34,7 @@ def to_request(
         priority=request.priority,
         tenant=request.tenant,
         branches=max(1, spec.guidance_branches),
-        **_FIRM if commitment(slo) == types_pb2.COMMITMENT_FIRM else {},
+        firm=commitment(slo) == types_pb2.COMMITMENT_FIRM,
     )
 
 

@@ -5,7 +5,8 @@
       ▲                                                 denoise jobs: window ▶ policy ▶ placement
       └────────────── Plan: assignments, truncations, releases ◀──────────────┘
 
-A *request* runs three *jobs*: encode, *S* denoising *steps*, decode. An *assignment* gives some
+A *request* runs a *job* for each node of its *workflow*: encode, *S* denoising *steps*, decode,
+unless it names another. An *assignment* gives some
 steps of a job to an ordered list of *workers*; every worker runs its assignments in the order of
 their sequence numbers, so no two groups ever wait for each other. Denoising is planned by *round*:
 once each round for all jobs, a lead time before its boundary and on the state predicted there; in
@@ -46,9 +47,6 @@ from .times.cells import LatencySnapshot
 from .times.latency import LatencyModel, Prediction
 from .times.profile import Profile
 from .values import (
-    DIT,
-    TEXT,
-    VAE,
     Arrived,
     Assignment,
     Ended,
@@ -62,20 +60,27 @@ from .values import (
     Request,
 )
 from .views import JobView, WorkerView, job_view, worker_views
+from .workflow import CHAIN, NodeKind, Section, Workflow
 
 
 class Scheduler:
     """One cluster's scheduler. Raises SettingError when built with settings that make no sense."""
 
     def __init__(
-        self, settings: Settings, profile: Profile, loads: LoadTable | None = None
+        self,
+        settings: Settings,
+        profile: Profile,
+        loads: LoadTable | None = None,
+        workflows: Iterable[Workflow] = (),
     ) -> None:
+        """`workflows` are those that requests may name, beside the chain."""
         self._ledger = Ledger(
             settings,
             LatencyModel(profile, settings),
             Cluster(settings.epoch_base),
             Moving(settings),
             Residency(loads or LoadTable({})),
+            {workflow.name: workflow for workflow in (CHAIN, *workflows)},
         )
         self._planner = make_planner(settings, self._ledger)
         self._estimates = prediction.Estimates(self._ledger, self._planner)
@@ -304,7 +309,8 @@ class Scheduler:
             reason=start.reason,
         )
         ledger.next_sequence += 1
-        ledger.board.add(Flight(assignment, now_us, setup_us))
+        kind = first.workflow.node[start.node].kind
+        ledger.board.add(Flight(assignment, now_us, kind, setup_us))
         ledger.overdue.issued(assignment, first.request.model, now_us)
         ledger.quarantine.issued(assignment, first.request.model)
         for tracked in members:
@@ -318,7 +324,8 @@ class Scheduler:
         """Halves of guidance only where every worker says that it obeys them."""
         model, workers = members[0].request.model, self._ledger.cluster.workers
         halves = all(workers[name].models[model].halves for name in start.workers)
-        branches = min(t.request.branches for t in members) if start.node == DIT else 1
+        stepped = members[0].workflow.node[start.node].kind is NodeKind.STEPPED
+        branches = min(t.request.branches for t in members) if stepped else 1
         return Layout.of(len(start.workers), branches if halves else 1)
 
     def _member(self, tracked: Tracked, start: Start) -> Member:
@@ -331,21 +338,24 @@ class Scheduler:
 
     def _setup_us(self, tracked: Tracked, start: Start) -> int:
         """Loads, the latent's move, a new group: before the first step. Enters the loads."""
-        ledger = self._ledger
+        ledger, workflow, node = self._ledger, tracked.workflow, tracked.workflow.node[start.node]
         loads = [
             ledger.residency.bring(
-                ledger.cluster.workers[w], tracked.request.model, start.node, ledger.next_sequence
+                ledger.cluster.workers[w], tracked.request.model, node.part, ledger.next_sequence
             )
-            for w in start.workers
+            for w in (start.workers if node.part else ())
         ]
         self._loads += [load for each in loads for load in each]
-        load_us = max(sum(load.load_us for load in each) for each in loads)
-        if start.node == TEXT:
+        load_us = max([sum(load.load_us for load in each) for each in loads], default=0)
+        if workflow.section[node.id] is Section.BEFORE:
             return load_us
-        where = workers_before(ledger, tracked)
+        if node.id in workflow.on_latents:
+            where = workers_before(ledger, tracked)
+        else:
+            where = tuple(h.worker for h in standing_for(ledger, tracked, node.id)[1])
         return load_us + ledger.moving.cost_us(
-            ledger.cluster, where, start.workers, decode=start.node == VAE
+            ledger.cluster, where, start.workers, decode=node.kind is NodeKind.ONCE
         )
 
 
-__all__ = ["TEXT", "VAE", "Scheduler"]
+__all__ = ["Scheduler"]

@@ -13,10 +13,8 @@ from .books.tracker import Tracked
 from .resilience import evacuation, failures
 from .times.profile import CellKey
 from .values import (
-    DIT,
-    TEXT,
-    VAE,
     Arrived,
+    Assignment,
     AssignmentFailed,
     CancelRequested,
     DrainRequested,
@@ -32,6 +30,7 @@ from .values import (
     WorkerLost,
     WorkerUp,
 )
+from .workflow import NodeKind
 
 _KINDS: tuple[type[Event], ...] = (
     WorkerUp,
@@ -117,7 +116,7 @@ def _arrived(ledger: Ledger, fact: Arrived) -> tuple[Ended, ...]:
     request = fact.request
     if request.id in ledger.tracked:
         return ()
-    tracked = Tracked(request, ledger.arrivals, fact.at_us, fact.at_us)
+    tracked = Tracked(request, ledger.arrivals, fact.at_us, fact.at_us, ledger.workflow(request))
     tracked.promised = request.firm and fact.on_time and request.deadline_us is not None
     ledger.tracked[request.id] = tracked
     ledger.arrivals += 1
@@ -185,11 +184,12 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
     if not news and not (fact.last and (flight.left or not fact.jobs)):
         failures.late_copies(ledger, assignment.workers, flight.left, fact.jobs)
         return ()
-    over = fact.last or (assignment.node != DIT and all(progress for _, progress in staying))
+    once = flight.kind is NodeKind.ONCE
+    over = fact.last or (once and all(progress for _, progress in staying))
     _learn(ledger, flight, fact, over)
     if flight.reported_us is None:
         ledger.moving.observe(fact)
-    if assignment.node == DIT or over:
+    if over or not once:
         flight.reported_us = fact.at_us
         ledger.overdue.look_again((fact.sequence,))
         ledger.move(assignment.workers)
@@ -219,7 +219,7 @@ def _tell_jobs(
     """What a report says of the jobs that are in the flight; an encode or decode may tell of some
     of them before the others.
     """
-    assignment = flight.assignment
+    assignment, once = flight.assignment, flight.kind is NodeKind.ONCE
     ended: list[Ended] = []
     steps_before = flight.steps_done
     for member, progress in staying:
@@ -229,16 +229,17 @@ def _tell_jobs(
                 tracked.jobs[assignment.node].outstanding.remove(fact.sequence)
                 latents.restart(ledger, tracked, fact.at_us)
             continue
-        if assignment.node == DIT:
+        if not once:
             steps = min(progress.steps_done - member.first_step, assignment.steps)
             flight.steps_done = max(flight.steps_done, steps)
             if steps > steps_before:
-                tracked.stepped(member.first_step + steps, assignment.workers, fact.at_us)
-                ledger.quarantine.got_on(tracked.id, DIT, tracked.steps_done)
+                rank = tracked.workflow.rank[assignment.node]
+                tracked.advance(member.first_step + steps, assignment.workers, fact.at_us)
+                ledger.quarantine.got_on(tracked.id, (rank, tracked.steps_done))
                 ledger.progress(tracked.id)
         if over:
             ended += _job_over(ledger, tracked, flight, fact.at_us)
-        elif assignment.node != DIT:
+        elif once:
             flight.part(member.request)
             ended += _job_over(ledger, tracked, flight, fact.at_us)
     return tuple(ended)
@@ -256,7 +257,7 @@ def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded, over: bool) -> None
     if len(gpus) != 1 or tracked is None or flight.left:
         return
     times_us = fact.step_time_us
-    if assignment.node != DIT:  # one call, however many reports tell of it
+    if flight.kind is NodeKind.ONCE:  # one call, however many reports tell of it
         flight.spent_us += sum(times_us)
         times_us = (flight.spent_us,) if over and flight.spent_us else ()
     model, shape = tracked.request.model, tracked.request.shape
@@ -296,31 +297,34 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
         for sequence in other.outstanding:
             ledger.board.flights[sequence].behind_us = at_us
     ledger.touched[tracked.id] = None
-    if ledger.stages_wait and assignment.node != DIT:
-        ledger.due = True
-    if assignment.node != DIT:
-        ledger.quarantine.got_on(tracked.id, assignment.node, tracked.request.steps + 1)
-    if assignment.node == VAE:
-        job.move(JobState.DONE)
-        return (ledger.end(tracked, Outcome.DONE, at_us),)
-    if assignment.node == TEXT:
-        job.move(JobState.DONE)
-        if not tracked.group:  # else steps behind it were told of first
-            tracked.holders = {w: 0 for w in assignment.workers}
-        tracked.progressed_us = at_us
-        if tracked.jobs[DIT].state is JobState.BLOCKED:
-            tracked.jobs[DIT].move(JobState.READY)
-        idle = not ledger.board.denoising()
-        ledger.due = ledger.due or ledger.eager or idle
-        return ()
+    if flight.kind is NodeKind.ONCE:
+        return _call_over(ledger, tracked, assignment, at_us)
     if flight.steps_left:  # ended early: what follows it starts from a step that nobody reached
         latents.restart(ledger, tracked, at_us)
     elif tracked.steps_done >= tracked.request.steps:
         job.move(JobState.DONE)
-        if tracked.jobs[VAE].state is JobState.BLOCKED:
-            tracked.jobs[VAE].move(JobState.READY)
+        if job is tracked.last:
+            return (ledger.end(tracked, Outcome.DONE, at_us),)
+        tracked.released(job.node)
         ledger.due = True
     elif not job.outstanding:
         job.move(JobState.READY)
         ledger.due = ledger.due or ledger.eager
+    return ()
+
+
+def _call_over(
+    ledger: Ledger, tracked: Tracked, assignment: Assignment, at_us: int
+) -> tuple[Ended, ...]:
+    """A node that is called once was."""
+    node, workflow = assignment.node, tracked.workflow
+    ledger.due = ledger.due or ledger.stages_wait
+    ledger.quarantine.got_on(tracked.id, (workflow.rank[node], tracked.request.steps + 1))
+    if node == workflow.last:
+        tracked.last.move(JobState.DONE)
+        return (ledger.end(tracked, Outcome.DONE, at_us),)
+    released = tracked.called(node, assignment.workers, at_us)
+    calls = any(workflow.node[n].kind is NodeKind.ONCE for n in released)
+    idle = not ledger.board.denoising()
+    ledger.due = ledger.due or ledger.eager or idle or calls
     return ()

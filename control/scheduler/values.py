@@ -13,7 +13,7 @@ from enum import StrEnum
 
 import msgspec
 
-# Node names, as in profiles and schedule logs.
+# Nodes of the chain (see workflow.py), as in profiles and schedule logs.
 TEXT = "text"
 DIT = "dit"
 VAE = "vae"
@@ -74,6 +74,7 @@ class Request(_Value, frozen=True):
     tenant: str = ""
     branches: int = 1  # of guidance in each step; two can be made by different workers
     firm: bool = False  # told "on time", it is not given up for one that came later
+    workflow: str = "chain"  # name of one that its scheduler knows
 
 
 class ModelFacts(_Value, frozen=True):

@@ -9,7 +9,7 @@ import msgspec
 from .books.ledger import Ledger
 from .books.lifecycle import JobState, WorkerState
 from .books.tracker import Tracked
-from .values import DIT, TEXT, VAE, Holder
+from .values import Holder
 
 
 class RequestState(StrEnum):
@@ -96,10 +96,10 @@ def worker_views(ledger: Ledger) -> tuple[WorkerView, ...]:
 
 
 def _state(tracked: Tracked) -> RequestState:
-    text, dit, vae = (tracked.jobs[n].state for n in (TEXT, DIT, VAE))
-    if dit is JobState.DONE and vae is not JobState.BLOCKED:
+    dit = tracked.stepped.state
+    if dit is JobState.DONE and any(job.state is not JobState.BLOCKED for job in tracked.after):
         return RequestState.DECODING
-    if text is JobState.ASSIGNED:
+    if any(job.state is JobState.ASSIGNED for job in tracked.before):
         return RequestState.ENCODING
     if dit is JobState.ASSIGNED:
         return RequestState.DENOISING

@@ -15,7 +15,7 @@ import msgspec
 from bench.sim.case import Fault
 from bench.sim.costs import Costs
 from bench.sim.loop import run
-from control.scheduler import stages
+from control.scheduler.planning import stages
 from control.scheduler.policies import registry
 from tests.scheduler.driving import case
 

@@ -36,6 +36,7 @@ from control.scheduler.values import (
     StepsEnded,
     WorkerUp,
 )
+from control.scheduler.workflow import NodeKind
 
 from .driving import FLUX, FLUX_CSV, World, case
 
@@ -188,7 +189,7 @@ def test_rates_follow_losses_and_measurements():
 def test_called_off_work_is_forgotten_with_the_last_of_its_requests():
     board = Board()
     for sequence, requests in ((1, ("a",)), (2, ("a", "b")), (3, ("b",))):
-        board.add(Flight(assignment(sequence, *requests), 0))
+        board.add(Flight(assignment(sequence, *requests), 0, NodeKind.STEPPED))
         board.call_off(sequence)
     board.forget("a")
     assert list(board.retired) == [2, 3], "the other one may still hear of its step"

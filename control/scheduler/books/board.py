@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ..values import DIT, Assignment, Member
+from ..values import Assignment, Member
+from ..workflow import NodeKind
 from .cluster import Cluster
 
 
@@ -30,11 +31,12 @@ class Flight:
 
     assignment: Assignment  # of the jobs that are still in it
     issued_us: int
+    kind: NodeKind  # of its node
     setup_us: int = 0  # loads, transfers and group before the first step, as predicted
     steps_done: int = 0  # reported of its own steps
     reported_us: int | None = None  # when its last report came
     behind_us: int = 0  # when what its jobs had out before it ended
-    spent_us: int = 0  # reported of an encode or decode that tells job by job
+    spent_us: int = 0  # reported of a call that tells job by job
     left: list[Member] = field(default_factory=list)  # called off, or given up, before its end
     size: int = 0  # jobs that it was issued for
 
@@ -154,7 +156,7 @@ class Board:
         return {w for f in self.flights.values() for w in f.assignment.workers}
 
     def denoising(self) -> bool:
-        return any(f.assignment.node == DIT for f in self.flights.values())
+        return any([f.kind is NodeKind.STEPPED for f in self.flights.values()])
 
     def forecast(self, cluster: Cluster, now_us: int) -> Forecast:
         """Predicts starts and ends from mean step times, the last reports, and now."""

@@ -7,9 +7,8 @@ lives, and a new leader knows of no steps at all.
 
 from __future__ import annotations
 
-from ..values import DIT, TEXT, Held
+from ..values import Held
 from .ledger import Ledger
-from .lifecycle import JobState
 from .tracker import Tracked
 
 
@@ -24,11 +23,11 @@ def restart(ledger: Ledger, tracked: Tracked, at_us: int) -> None:
 def profit(ledger: Ledger, request: str) -> None:
     """A request that still waits goes on from the best latent there is now."""
     tracked = ledger.tracked.get(request)
-    if tracked is None or tracked.outstanding or not tracked.holders:
+    if tracked is None or tracked.outstanding or not (tracked.holders or tracked.copies):
         return
-    before = tracked.steps_done, tracked.jobs[TEXT].state
+    before = tracked.steps_done, [job.state for job in tracked.jobs.values()]
     ledger.fall_back(tracked, parked=True)
-    if before != (tracked.steps_done, tracked.jobs[TEXT].state):
+    if before != (tracked.steps_done, [job.state for job in tracked.jobs.values()]):
         ledger.due = True
 
 
@@ -65,8 +64,8 @@ def adopt(
 
 
 def _better(ledger: Ledger, tracked: Tracked, worker: str, steps_done: int, fresh: bool) -> bool:
-    encoded = tracked.jobs[TEXT].state is JobState.DONE
-    if encoded and steps_done <= tracked.steps_done:
+    prepared = tracked.prepared
+    if prepared and steps_done <= tracked.steps_done:
         return False
     if fresh:
         return True
@@ -77,6 +76,6 @@ def _better(ledger: Ledger, tracked: Tracked, worker: str, steps_done: int, fres
         m.first_step + a.steps
         for a in flights
         for m in a.batch
-        if a.node == DIT and m.request == tracked.id
+        if a.node == tracked.stepped.node and m.request == tracked.id
     ]
-    return not encoded or steps_done > max(ends, default=tracked.steps_done)
+    return not prepared or steps_done > max(ends, default=tracked.steps_done)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from ..settings import Settings
 from ..times.drift import Shift
 from ..times.latency import LatencyModel, Prediction
-from ..values import DIT, VAE, Ended, Outcome, Request, Shape, Truncation
+from ..values import Ended, Outcome, Request, Shape, Truncation
+from ..workflow import CHAIN, Workflow
 from .board import Board
 from .cluster import Cluster
 from .fetches import FetchesUnderWay
@@ -43,7 +44,7 @@ class Rates(NamedTuple):
     mean_us: dict[int, int]  # of one step, by degree
     safe_us: dict[int, int]
     width_us: dict[int, int]  # mean, by any width that so many workers with the model could run
-    decode_safe_us: int
+    after_safe_us: int  # of the calls behind the steps, along their critical path
     calls: dict[tuple[str, int, int], Prediction]  # by node, degree and batch, as they come up
 
 
@@ -56,6 +57,7 @@ class Ledger:
     cluster: Cluster
     moving: Moving
     residency: Residency
+    workflows: dict[str, Workflow] = field(default_factory=lambda: {CHAIN.name: CHAIN})
     stragglers: Stragglers = field(init=False)
     quarantine: Quarantine = field(init=False)
     overdue: Overdue = field(init=False)
@@ -77,13 +79,17 @@ class Ledger:
     parting: dict[str, int] = field(default_factory=dict)  # worker -> end of a called-off step
     stages_wait: bool = False  # the last plan left encode or decode jobs for want of room
     memory: MemoryLimits = field(default_factory=MemoryLimits)
-    _rates: dict[tuple[str, Shape], Rates] = field(default_factory=dict)
+    _rates: dict[tuple[str, Shape, str], Rates] = field(default_factory=dict)
     _rates_version: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self) -> None:
         self.stragglers = Stragglers(self.settings)
         self.quarantine = Quarantine(self.settings)
         self.overdue = Overdue(self.settings)
+
+    def workflow(self, request: Request) -> Workflow:
+        """The one that a request names. Raises KeyError: nobody registered it."""
+        return self.workflows[request.workflow]
 
     def predict(
         self, request: Request, node: str, degree: int, gpus: Iterable[str], batch: int = 1
@@ -120,7 +126,7 @@ class Ledger:
         if version != self._rates_version or len(self._rates) >= RATES_MAX:
             self._rates.clear()
             self._rates_version = version
-        key = (request.model, request.shape)
+        key = (request.model, request.shape, request.workflow)
         known = self._rates.get(key)
         if known is None:
             known = self._rates[key] = self._rates_of(request)
@@ -141,23 +147,27 @@ class Ledger:
         able = cluster.able(request.model)
         gpus = self.gpus(cluster.able_names(request.model))
         degrees = self.degrees(request)
-        times = {d: self.predict(request, DIT, d, gpus) for d in degrees}
+        workflow = self.workflow(request)
+        stepped = workflow.stepped
+        times = {d: self.predict(request, stepped, d, gpus) for d in degrees}
         widths = {1} | {d for w in able for d in w.models[request.model].degrees if d <= len(able)}
         return Rates(
             gpus,
             degrees,
             {d: t.mean_us for d, t in times.items()},
             {d: t.safe_us for d, t in times.items()},
-            {d: self.predict(request, DIT, d, gpus).mean_us for d in sorted(widths)},
-            self.predict(request, VAE, 1, gpus).safe_us,
+            {d: self.predict(request, stepped, d, gpus).mean_us for d in sorted(widths)},
+            workflow.longest_us(
+                workflow.after, lambda node: self.predict(request, node, 1, gpus).safe_us
+            ),
             {},
         )
 
     def denoise_deadline_us(self, request: Request) -> int | None:
-        """Deadline of the last denoising step: time for the decode is reserved."""
+        """Deadline of the last denoising step: time for what comes after it is reserved."""
         if request.deadline_us is None:
             return None
-        return request.deadline_us - self.rates(request).decode_safe_us
+        return request.deadline_us - self.rates(request).after_safe_us
 
     def call_off(self, tracked: Tracked, now_us: int, release: bool = False) -> None:
         """Calls off all that a request has outstanding, and says so in the next plan.
@@ -167,6 +177,8 @@ class Ledger:
         called_off = tracked.outstanding
         forecast = self.board.forecast(self.cluster, now_us) if called_off else None
         involved: set[str] = set(tracked.holders) if release else set()
+        for workers in tracked.copies.values() if release else ():
+            involved.update(workers)
         for sequence in called_off:
             assert forecast is not None
             assignment = self.board.flights[sequence].assignment
@@ -200,14 +212,13 @@ class Ledger:
             self.released.append(tracked.id)
 
     def fall_back(self, tracked: Tracked, parked: bool = False) -> None:
-        """Stands a request without outstanding work at its latest surviving latent.
+        """Stands a request without outstanding work where what survived lets it go on.
 
         `parked`: nothing of it was called off, so that nobody else counts a new attempt.
         """
         assert not tracked.outstanding
         before = tracked.steps_done
-        surviving = [done for w, done in tracked.holders.items() if self.cluster.living(w)]
-        tracked.resume_from(max(surviving, default=None))
+        tracked.resume(self.cluster.living)
         if parked and tracked.steps_done < before:
             tracked.attempt += 1  # it runs steps again
         self.progress(tracked.id)

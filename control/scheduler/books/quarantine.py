@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..settings import Settings
-from ..values import DIT, TEXT, VAE, Assignment
+from ..values import Assignment
+from ..workflow import Section, Workflow
 from .cluster import Cluster, Worker
 from .lifecycle import WorkerState
 
@@ -34,10 +35,9 @@ STRIKES_MAX = 64  # remembered of a worker: more say nothing new
 PARTS_MAX = 256  # of which it is known how they went on a worker
 FAILED, UNTRIED, WELL = range(3)
 GROWTH_MAX = 16  # the longest wait, in first waits
-_RANK = {TEXT: 0, DIT: 1, VAE: 2}
 
 Part = tuple[str, str]  # model, node
-Place = tuple[int, int]  # rank of the node, steps done
+Place = tuple[int, int]  # rank of the node in its workflow, steps done
 
 
 class Quarantined(NamedTuple):
@@ -127,10 +127,10 @@ class Quarantine:
             if record is not None and record.strikes.pop(part, None) is not None:
                 self._due = True
 
-    def got_on(self, request: str, node: str, steps_done: int) -> None:
-        """A request made progress: what it failed on before was not its own fault."""
+    def got_on(self, request: str, place: Place) -> None:
+        """A request got to a place: what it failed on before that was not its own fault."""
         failing = self._failing.get(request)
-        if failing is None or (_RANK[node], steps_done) <= failing.place:
+        if failing is None or place <= failing.place:
             return
         del self._failing[request]
         for name in failing.workers:
@@ -278,9 +278,10 @@ class Quarantine:
         )
 
 
-def place(node: str, steps_done: int) -> Place:
+def place(workflow: Workflow, node: str, steps_done: int) -> Place:
     """Where a request stands; they compare in the order in which it goes on."""
-    return (_RANK[node], steps_done if node != TEXT else 0)
+    before = workflow.section[node] is Section.BEFORE
+    return (workflow.rank[node], 0 if before else steps_done)
 
 
 def _inside(cluster: Cluster, name: str) -> bool:

@@ -17,11 +17,12 @@ from ..books.board import Forecast
 from ..books.cluster import Worker
 from ..books.ledger import Ledger
 from ..books.lifecycle import JobState
-from ..books.tracker import Tracked
+from ..books.tracker import Job, Tracked
 from ..starts import Decision, Start
-from ..values import DIT, TEXT, VAE, Holder, Request
+from ..values import Holder, Request
+from ..workflow import NodeKind, Section, Workflow
 from .placement import Demand, Placement
-from .standing import standing
+from .standing import standing, standing_for
 
 
 # Seats and works are never changed; made anew for every scene, they are not frozen for speed only.
@@ -45,12 +46,13 @@ class Work:
 
     request: Request
     node: str
+    section: Section  # of the node
     order: int  # rank of arrival
     arrived_us: int
     available_us: int  # now, or within the lead
     waiting_since_us: int  # last time it made progress
     first_step: int
-    steps_left: int  # 1 for encode and decode
+    steps_left: int  # 1 for what is called once
     group: tuple[str, ...]  # ran its last denoising step
     holders: tuple[Holder, ...]  # have its latent
     company: str  # shares a batch with those of the same word only; its own id: with nobody
@@ -71,6 +73,7 @@ class Running:
 
     sequence: int
     node: str
+    kind: NodeKind
     requests: tuple[str, ...]
     workers: tuple[str, ...]
     steps_left: int  # of the assignment
@@ -105,8 +108,26 @@ class Scene:
     # ------------------------------------------------------------------------------ prices
 
     def call_us(self, request: Request, node: str, degree: int = 1, batch: int = 1) -> int:
-        """Mean time of one call (for DIT: one step) on the usable workers' slowest kind."""
+        """Mean time of one call (or step) on the usable workers' slowest kind."""
         return self._ledger.predict_usable(request, node, degree, batch).mean_us
+
+    def workflow(self, request: Request) -> Workflow:
+        """What it consists of."""
+        return self._ledger.workflow(request)
+
+    def before_us(self, request: Request, batch: int = 1) -> int:
+        """Mean time of the calls before its steps, each on one worker: their critical path."""
+        workflow = self._ledger.workflow(request)
+        return workflow.longest_us(workflow.before, lambda n: self.call_us(request, n, 1, batch))
+
+    def step_us(self, request: Request, degree: int = 1, batch: int = 1) -> int:
+        """Mean time of one step."""
+        return self.call_us(request, self._ledger.workflow(request).stepped, degree, batch)
+
+    def after_us(self, request: Request, batch: int = 1) -> int:
+        """As `before_us`, of the calls behind its steps."""
+        workflow = self._ledger.workflow(request)
+        return workflow.longest_us(workflow.after, lambda n: self.call_us(request, n, 1, batch))
 
     def steps_us(self, request: Request) -> dict[int, int]:
         """Mean time of one denoising step, by every degree."""
@@ -126,10 +147,10 @@ class Scene:
 
     def move_us(self, work: Work, workers: tuple[str, ...]) -> int:
         """Setting up a run there: moving the latent, forming the group."""
-        if work.node == TEXT:
+        if work.section is Section.BEFORE:
             return 0
         moving, cluster = self._ledger.moving, self._ledger.cluster
-        return moving.cost_us(cluster, work.where, workers, work.node == VAE)
+        return moving.cost_us(cluster, work.where, workers, work.section is Section.AFTER)
 
     def load_us(self, request: Request, node: str, workers: Iterable[str]) -> int:
         """Getting the node's weights onto all of these workers; they load at the same time."""
@@ -163,6 +184,7 @@ class Scene:
                 Running(
                     sequence,
                     f.assignment.node,
+                    f.kind,
                     tuple(m.request for m in f.assignment.batch),
                     f.assignment.workers,
                     f.steps_left,
@@ -208,28 +230,34 @@ class Scene:
 
 def _works(ledger: Ledger, forecast: Forecast, now_us: int, until_us: int) -> Iterable[Work]:
     for tracked in ledger.tracked.values():
-        text, dit, vae = (tracked.jobs[n].state for n in (TEXT, DIT, VAE))
-        if text is JobState.READY:
-            yield _work(tracked, TEXT, now_us, 0, 1, (), ())
-        elif vae is JobState.READY:
-            done, copies = tracked.steps_done, tracked.latest()
-            yield _work(tracked, VAE, now_us, done, 1, tracked.group, copies)
-        elif dit is JobState.READY and tracked.steps_done < tracked.request.steps:
+        stepped = tracked.stepped
+        calls = [j for j in tracked.before if j.state is JobState.READY]
+        calls += [j for j in tracked.after if j.state is JobState.READY]
+        if calls:
+            yield from [_call(ledger, tracked, job, now_us) for job in calls]
+        elif stepped.state is JobState.READY and tracked.steps_done < tracked.request.steps:
             done, left = tracked.steps_done, tracked.request.steps - tracked.steps_done
-            yield _work(tracked, DIT, now_us, done, left, tracked.group, tracked.latest())
-        elif dit is JobState.ASSIGNED and until_us > now_us:  # else its report is still to come
+            yield _work(tracked, stepped.node, now_us, done, left, tracked.group, tracked.latest())
+        elif stepped.state is JobState.ASSIGNED and until_us > now_us:  # else its report is to come
             where = standing(ledger, tracked, forecast, now_us)
             left = 0 if where is None else tracked.request.steps - where.first_step
             if where is not None and left > 0 and where.available_us <= until_us:
                 yield _work(
                     tracked,
-                    DIT,
+                    stepped.node,
                     where.available_us,
                     where.first_step,
                     left,
                     where.group,
                     where.holders,
                 )
+
+
+def _call(ledger: Ledger, tracked: Tracked, job: Job, now_us: int) -> Work:
+    """A node that is called once."""
+    first_step, holders = standing_for(ledger, tracked, job.node)
+    group = tracked.group if job.node in tracked.workflow.on_latents else ()
+    return _work(tracked, job.node, now_us, first_step, 1, group, holders)
 
 
 def _work(
@@ -244,6 +272,7 @@ def _work(
     return Work(
         tracked.request,
         node,
+        tracked.workflow.section[node],
         tracked.order,
         tracked.arrived_us,
         available_us,

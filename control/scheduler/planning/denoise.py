@@ -19,7 +19,7 @@ from ..outlook.rounds import Window, WindowKind
 from ..outlook.standing import Standing, standing
 from ..policies.base import Candidate, Choice, Policy, steps_in
 from ..resilience import elsewhere
-from ..values import DIT, Request
+from ..values import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ def plannable(
         where = standing(ledger, tracked, forecast, now_us)
         if where is None or where.first_step >= tracked.request.steps:
             continue
-        waits = tracked.jobs[DIT].state is JobState.READY
-        encoding = tracked.jobs[DIT].state is JobState.BLOCKED
+        waits = tracked.stepped.state is JobState.READY
+        encoding = tracked.stepped.state is JobState.BLOCKED
         if window.kind is WindowKind.AMENDMENT and not waits:
             continue
         limit_us = window.start_us + 1 if encoding else window.end_us

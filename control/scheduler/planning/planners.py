@@ -20,7 +20,7 @@ from ..policies.registry import make_policy
 from ..resilience import elsewhere
 from ..settings import Settings
 from ..starts import Issue, Planned, Start
-from ..values import DIT, TEXT, VAE
+from ..workflow import CHAIN
 from . import denoise, stages
 
 
@@ -44,7 +44,9 @@ class WindowPlanner(Planner):
                 start_us = window.start_us
                 bound = denoise.decide(ledger, self._policy, window, forecast, now_us)
                 for b in bound:
-                    start = Start((b.tracked.id,), DIT, b.workers, b.steps, b.choice.reason)
+                    start = Start(
+                        (b.tracked.id,), b.tracked.stepped.node, b.workers, b.steps, b.choice.reason
+                    )
                     issue(start, b.start_us)
         return Planned(self._grid.number, start_us)
 
@@ -73,7 +75,7 @@ class WindowPlanner(Planner):
         s = ledger.settings
         slowest_us = 0
         for tracked in ledger.tracked.values():
-            if tracked.jobs[DIT].state is not JobState.DONE:
+            if tracked.stepped.state is not JobState.DONE:
                 request = tracked.request
                 slowest_us = max(slowest_us, denoise.fastest_us(ledger, request))
         wanted_us = s.round_us or min(
@@ -91,7 +93,7 @@ class WindowPlanner(Planner):
         usable = ledger.cluster.usable()
         denoising = ledger.board.denoising()
         for tracked in ledger.tracked.values():
-            if not denoising and tracked.jobs[DIT].state is not JobState.READY:
+            if not denoising and tracked.stepped.state is not JobState.READY:
                 continue
             where = standing(ledger, tracked, forecast, 0)
             if where is None or where.first_step >= tracked.request.steps:
@@ -104,11 +106,11 @@ class WindowPlanner(Planner):
         """The grid stands as long as steps run; as published, as long as any request is mid-way."""
         if ledger.board.denoising():
             return True
-        mid_way = (t.jobs[DIT].state is JobState.READY and t.group for t in ledger.tracked.values())
+        mid_way = (t.stepped.state is JobState.READY and t.group for t in ledger.tracked.values())
         return not ledger.settings.amend and any(mid_way)
 
     def _start_stages(self, ledger: Ledger, forecast: Forecast, now_us: int, issue: Issue) -> None:
-        """Encodes and decodes that can start; the forecast follows what they add."""
+        """Calls that can start; the forecast follows what they add."""
         room = stages.Room(ledger, forecast.free_us, now_us)
         for tracked, job in stages.waiting(ledger):
             choice = room.choose(tracked, job)
@@ -159,7 +161,7 @@ class EventPlanner(Planner):
             if self._preloaded.get(worker.name) != worker.incarnation:
                 self._preloaded[worker.name] = worker.incarnation
                 for model in worker.models:
-                    for node in (TEXT, DIT, VAE):
+                    for node in CHAIN.order:
                         ledger.residency.preload(worker, model, node)
 
     def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:
@@ -180,9 +182,9 @@ class EventPlanner(Planner):
 def lead_ends(ledger: Ledger, forecast: Forecast) -> list[int]:
     """A lead before each end of a job's only assignment."""
     return [
-        forecast.end_us[t.jobs[DIT].outstanding[0]] - ledger.settings.lead_us
+        forecast.end_us[t.stepped.outstanding[0]] - ledger.settings.lead_us
         for t in ledger.tracked.values()
-        if len(t.jobs[DIT].outstanding) == 1
+        if len(t.stepped.outstanding) == 1
     ]
 
 

@@ -16,7 +16,7 @@ from ..books.ledger import Ledger
 from ..books.lifecycle import JobState
 from ..books.tracker import Tracked
 from ..policies.base import Planner
-from ..values import DIT, TEXT, VAE, Request, Shape
+from ..values import Request, Shape
 
 PRICES_MAX = 4096  # call times kept
 Urgency = tuple[int, bool, int, int]
@@ -66,39 +66,50 @@ class Estimates:
         rates = self._ledger.rates(request)
         if self._planner.foresees and rates.degrees:  # at safe times, on the fastest kind
             return min(self._safe_us(request, rates.degrees, (gpu,)) for gpu in rates.gpus)
-        own_us = self._stage_us(request, TEXT) + request.steps * self._step_us(request)
-        return own_us + self._stage_us(request, VAE)
+        return self._whole_us(request)
 
     def _safe_us(self, request: Request, degrees: Sequence[int], gpus: tuple[str, ...]) -> int:
-        predict = self._ledger.predict
-        step_us = min(predict(request, DIT, degree, gpus).safe_us for degree in degrees)
-        stages_us = sum(predict(request, node, 1, gpus).safe_us for node in (TEXT, VAE))
-        return stages_us + request.steps * step_us
+        predict, workflow = self._ledger.predict, self._ledger.workflow(request)
+        step_us = min(
+            predict(request, workflow.stepped, degree, gpus).safe_us for degree in degrees
+        )
+
+        def call_us(node: str) -> int:
+            return predict(request, node, 1, gpus).safe_us
+
+        before_us = workflow.longest_us(workflow.before, call_us)
+        after_us = workflow.longest_us(workflow.after, call_us)
+        return before_us + request.steps * step_us + after_us
+
+    def _whole_us(self, request: Request) -> int:
+        """All its calls at mean times, the steps at their likely degree."""
+        workflow = self._ledger.workflow(request)
+        calls_us = self._calls_us(request, workflow.before) + self._calls_us(
+            request, workflow.after
+        )
+        return calls_us + request.steps * self._step_us(request)
 
     def _fluid_us(self, request: Request, now_us: int) -> int:
-        own_us = self._stage_us(request, TEXT) + request.steps * self._step_us(request)
-        own_us += self._stage_us(request, VAE)
-        return (
-            now_us + self._queue_us(_urgency(request, self._ledger.arrivals), request.id) + own_us
-        )
+        queue_us = self._queue_us(_urgency(request, self._ledger.arrivals), request.id)
+        return now_us + queue_us + self._whole_us(request)
 
     def finish_us(self, tracked: Tracked, now_us: int) -> int:
         """Finish of a request inside."""
         ledger, request = self._ledger, tracked.request
-        text, dit, vae = (tracked.jobs[n].state for n in (TEXT, DIT, VAE))
+        workflow, stepped = tracked.workflow, tracked.stepped
         ready_us = now_us
         if tracked.outstanding:
             forecast = self._forecast_at(now_us)
             ready_us = max(now_us, *(forecast.end_us[s] for s in tracked.outstanding))
-        if vae is JobState.ASSIGNED:
+        if tracked.last.state is JobState.ASSIGNED:
             return ready_us
-        covered = sum(ledger.board.flights[s].steps_left for s in tracked.jobs[DIT].outstanding)
+        covered = sum(ledger.board.flights[s].steps_left for s in stepped.outstanding)
         left = max(0, request.steps - tracked.steps_done - covered)
-        own_us = left * self._step_us(request) + self._stage_us(request, VAE)
-        if text in (JobState.READY, JobState.BLOCKED):
-            own_us += self._stage_us(request, TEXT)
+        own_us = left * self._step_us(request) + self._calls_us(request, workflow.after)
+        if not tracked.preparing:
+            own_us += self._calls_us(request, workflow.before)
         queue_us = 0
-        if dit is not JobState.DONE and left > 0:
+        if stepped.state is not JobState.DONE and left > 0:
             queue_us = self._queue_us(_urgency(request, tracked.order), request.id)
         return max(ready_us, now_us + queue_us) + own_us
 
@@ -159,11 +170,17 @@ class Estimates:
         return False
 
     def _work_us(self, tracked: Tracked) -> int:
-        request = tracked.request
+        request, workflow = tracked.request, tracked.workflow
         left = request.steps - tracked.steps_done
-        return left * self._stage_us(request, DIT) + self._stage_us(request, VAE)
+        steps_us = left * self._call_us(request, workflow.stepped)
+        return steps_us + self._calls_us(request, workflow.after)
 
-    def _stage_us(self, request: Request, node: str) -> int:
+    def _calls_us(self, request: Request, nodes: tuple[str, ...]) -> int:
+        """The critical path of nodes that are called once."""
+        workflow = self._ledger.workflow(request)
+        return workflow.longest_us(nodes, lambda node: self._call_us(request, node))
+
+    def _call_us(self, request: Request, node: str) -> int:
         """One call of the node on one worker of the slowest kind."""
         ledger = self._ledger
         if self._version != (ledger.cluster.version, ledger.latency.version):

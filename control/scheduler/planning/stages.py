@@ -1,4 +1,5 @@
-"""Encode and decode: one call on one worker, assigned at any event, round or not.
+"""Nodes that are called once (encode, decode): one call on one worker, assigned at any event, round
+or not.
 
 They are short and at the two ends of a deadline, so they do not wait for boundaries: an idle worker
 takes them at once (decode: one that holds the latent, if it can), otherwise the one that is free
@@ -13,13 +14,14 @@ from ..books.cluster import Worker
 from ..books.ledger import Ledger
 from ..books.lifecycle import JobState
 from ..books.tracker import Job, Tracked
+from ..outlook.standing import standing_for
 from ..resilience import elsewhere
-from ..values import DIT, TEXT, VAE
+from ..workflow import NodeKind
 
 
 @dataclass(frozen=True, slots=True)
 class StageChoice:
-    """A worker for an encode or decode job."""
+    """A worker for a job that is called once."""
 
     tracked: Tracked
     job: Job
@@ -27,12 +29,13 @@ class StageChoice:
 
 
 def waiting(ledger: Ledger) -> list[tuple[Tracked, Job]]:
-    """Ready encode and decode jobs: by priority, then earlier deadline, then earlier arrival."""
+    """Ready jobs that are called once: by priority, then earlier deadline, then earlier arrival."""
     ready = [
-        (tracked, tracked.jobs[node])
+        (tracked, job)
         for tracked in ledger.tracked.values()
-        for node in (TEXT, VAE)
-        if tracked.jobs[node].state is JobState.READY
+        for jobs in (tracked.before, tracked.after)
+        for job in jobs
+        if job.state is JobState.READY
     ]
     return sorted(ready, key=lambda pair: _urgency(pair[0]))
 
@@ -50,7 +53,7 @@ class Room:
         self._now_us = now_us
         self._ahead: dict[str, int] = {}
         for flight in ledger.board.flights.values():
-            if flight.assignment.node != DIT:
+            if flight.kind is NodeKind.ONCE:
                 for name in flight.assignment.workers:
                     self._ahead[name] = self._ahead.get(name, 0) + 1
         limit = ledger.settings.stages_ahead
@@ -71,7 +74,7 @@ class Room:
         if not able:
             self.short = self.short or any(w.can(model) for w in self._usable)
             return None
-        holders = {h.worker for h in tracked.latest()} if job.node == VAE else set()
+        holders = {h.worker for h in standing_for(self._ledger, tracked, job.node)[1]}
 
         def preference(worker: Worker) -> tuple[int, bool, bool]:
             free_us = max(self._now_us, self._free_us[worker.name])

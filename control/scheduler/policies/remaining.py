@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..settings import SettingError
-from ..values import DIT, TEXT, VAE, Request
+from ..values import Request
+from ..workflow import Section
 
 if TYPE_CHECKING:
     from ..outlook.scene import Scene, Work
@@ -20,33 +21,35 @@ def steps_us(scene: Scene, request: Request, degrees: tuple[int, ...]) -> dict[i
     known = scene.steps_us(request)
     if degrees == tuple(known):
         return known
-    return {k: scene.call_us(request, DIT, k) for k in degrees}
+    return {k: scene.step_us(request, k) for k in degrees}
 
 
 def steps_left(work: Work) -> int:
     """Denoising steps that its request still has to run."""
-    if work.node == VAE:
+    if work.section is Section.AFTER:
         return 0
-    return work.request.steps if work.node == TEXT else work.steps_left
+    return work.request.steps if work.section is Section.BEFORE else work.steps_left
 
 
 def remaining_us(scene: Scene, work: Work, degree: int, *, decode: bool = True) -> int:
-    """All that its request still has to run, denoising at that degree."""
+    """All that its request still has to run, denoising at that degree. Of the calls before its
+    steps and behind them: all, as long as one is left.
+    """
     request = work.request
     left_us = 0
-    if work.node == TEXT:
-        left_us += scene.call_us(request, TEXT)
-    if work.node != VAE:
-        left_us += steps_left(work) * scene.call_us(request, DIT, degree)
-    if decode or work.node == VAE:
-        left_us += scene.call_us(request, VAE)
+    if work.section is Section.BEFORE:
+        left_us += scene.before_us(request)
+    if work.section is not Section.AFTER:
+        left_us += steps_left(work) * scene.step_us(request, degree)
+    if decode or work.section is Section.AFTER:
+        left_us += scene.after_us(request)
     return left_us
 
 
 def total_us(scene: Scene, request: Request, degree: int) -> int:
     """The whole request, from its arrival on."""
-    denoise_us = request.steps * scene.call_us(request, DIT, degree)
-    return scene.call_us(request, TEXT) + denoise_us + scene.call_us(request, VAE)
+    denoise_us = request.steps * scene.step_us(request, degree)
+    return scene.before_us(request) + denoise_us + scene.after_us(request)
 
 
 def fastest(step_us: Mapping[int, int]) -> int:

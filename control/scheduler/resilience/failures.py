@@ -24,7 +24,6 @@ from ..books.overdue import HUNG
 from ..books.quarantine import place
 from ..books.tracker import Tracked
 from ..values import (
-    DIT,
     Assignment,
     AssignmentFailed,
     Ended,
@@ -59,10 +58,10 @@ def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
     worker.lost_us = at_us
     ledger.cluster.raise_epochs((name,))
     for tracked in list(ledger.tracked.values()):
-        held = tracked.holders.pop(name, None)
+        held = tracked.lose(name)
         if _depends_on(ledger, tracked, name):
             restart(ledger, tracked, at_us)
-        elif held is not None and not tracked.outstanding:
+        elif held and not tracked.outstanding:
             ledger.fall_back(tracked, parked=True)
     ledger.due = True
     return ()
@@ -165,7 +164,7 @@ def _blame(ledger: Ledger, assignment: Assignment, fact: AssignmentFailed) -> No
     members = [m for m in named or assignment.batch if m.request in ledger.tracked]
     for i, member in enumerate(members):
         tracked = ledger.tracked[member.request]
-        at = place(assignment.node, tracked.steps_done)
+        at = place(tracked.workflow, assignment.node, tracked.steps_done)
         part = (tracked.request.model, assignment.node)
         for name in blamed:
             if i == 0:  # one failure, one strike
@@ -227,8 +226,9 @@ def _own_failure(
         held = any(p.request == tracked.id for p in copies)
         for name in (*(fact.tried or [h.worker for h in member.holders]), fact.worker):
             believed = tracked.holders.get(name, -1) >= member.first_step  # not: still on its way
+            believed = believed or name in tracked.inputs(node)
             if believed and (name != fact.worker or not held):
-                del tracked.holders[name]
+                tracked.lose(name)
     return _strike(ledger, tracked, node, fact)
 
 
@@ -251,7 +251,9 @@ def _overrun(ledger: Ledger, assignment: Assignment, together: int) -> bool:
     request, gpus = tracked.request, ledger.gpus(assignment.workers)
     degree = len(assignment.workers)
     news = ledger.memory.overrun(request, assignment.node, gpus, degree, together)
-    return news and (together > 1 or (assignment.node == DIT and ledger.may_fit(request)))
+    return news and (
+        together > 1 or (assignment.node == tracked.stepped.node and ledger.may_fit(request))
+    )
 
 
 def _depends_on(ledger: Ledger, tracked: Tracked, name: str) -> bool:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from ...books.ledger import Ledger
 from ...books.tracker import Tracked
 from ...outlook.standing import next_node
-from ...values import DIT
 from .binding import Wish
 from .improve import Limits
 from .kernel import AVAIL
@@ -35,11 +34,11 @@ def fill(
     for entry, price, left in roster.spare:
         if room <= 0:
             break
-        node = next_node(ledger, entry.tracked)
+        node, stepped = next_node(ledger, entry.tracked), entry.tracked.stepped.node
         for width, step_us in zip(roster.widths, price.step_us, strict=True):
             if width > room:
                 break
-            soon = node != DIT or step_us <= limits.fill_step_us
+            soon = node != stepped or step_us <= limits.fill_step_us
             long = not soon and step_us <= slow.step_us and width <= slow_room
             if soon or long or (alone and step_us == min(price.step_us)):
                 took_us = price.of(node, roster.widths.index(width))

@@ -162,7 +162,7 @@ class Forecaster:
         self, future: _Future, request: Request, begin_us: int, deadline_us: int | None
     ) -> Floats:
         roster = future.roster
-        kind = (request.model, request.shape, "")
+        kind = (request.model, request.shape, request.workflow, "")
         if kind not in roster.kinds:
             roster.kinds.append(kind)
             roster.prices.append(
@@ -174,7 +174,8 @@ class Forecaster:
         due_us = FAR_US if deadline_us is None else float(deadline_us - guard_us)
         worth = self._maker.worth(request)
         row = np.zeros(COLUMNS)
-        row[:8] = number, price.text_us, request.steps, price.vae_us, due_us, begin_us, 0.0, worth
+        row[:4] = number, price.before_us, request.steps, price.after_us
+        row[4:8] = due_us, begin_us, 0.0, worth
         row[GUARD] = guard_us
         return row
 

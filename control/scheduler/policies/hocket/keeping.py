@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...values import DIT, TEXT, VAE
+from ...workflow import Section
 from .binding import Wish
 from .filling import BEST_EFFORT
 from .guards import relax
@@ -44,6 +44,7 @@ from .kernel import (
 from .pods import Pod
 from .roster import Roster
 
+LEFT = {Section.BEFORE: TEXT_LEFT, Section.STEPPED: STEPS_LEFT, Section.AFTER: VAE_LEFT}
 WAYS = 2  # to look at who is held: free at once, and waiting
 
 
@@ -194,7 +195,9 @@ def _after(roster: Roster, wishes: Sequence[Wish], now_us: int) -> tuple[Floats,
             started.add(i)
             jobs[i, WIDTH] = 0 if place else wish.width
             jobs[i, AVAIL] = now_us + wish.took_us * wish.steps
-            left = {TEXT: TEXT_LEFT, DIT: STEPS_LEFT, VAE: VAE_LEFT}[wish.node]
-            jobs[i, left] = max(0.0, jobs[i, left] - wish.steps) if wish.node == DIT else 0.0
+            section = tracked.workflow.section[wish.node]
+            left = LEFT[section]
+            steps = wish.steps if section is Section.STEPPED else jobs[i, left]
+            jobs[i, left] = max(0.0, jobs[i, left] - steps)
     held = [i for i in range(n) if on[i] and i not in started and jobs[i, AVAIL] <= now_us]
     return jobs, on, held

@@ -29,7 +29,8 @@ from ...books.ledger import Ledger
 from ...outlook.standing import next_node, workers_before
 from ...settings import Settings, SettingValue, Spec
 from ...starts import Issue, Planned, Start
-from ...values import DIT, TEXT, VAE, Request
+from ...values import Request
+from ...workflow import CHAIN, Section
 from ..base import Newcomer, Planner
 from .binding import Binder, Wish
 from .filling import Slow, fill, first_come
@@ -48,7 +49,6 @@ from .search import decide
 from .wakes import Wakes
 from .wishes import wanted
 
-NODES = (TEXT, DIT, VAE)
 ENTRY_OPERATIONS = 200  # what a row of the roster costs, in operations of the kernel
 
 
@@ -311,7 +311,7 @@ class Hocket(Planner):
 
     def _steps(self, wish: Wish) -> int:
         """How many of those left are committed at once."""
-        if wish.node != DIT:
+        if wish.node != wish.first.stepped.node:
             return 1
         return max(1, min(wish.steps, int(self._commit_us // wish.took_us)))
 
@@ -327,21 +327,22 @@ class Hocket(Planner):
             tracked = entry.tracked
             group = workers_before(ledger, tracked)
             stays = all(w in roster.free for w in group)
-            decodes = next_node(ledger, tracked) == VAE
+            node = next_node(ledger, tracked)
+            behind = tracked.workflow.section[node] is Section.AFTER
             for k, width in enumerate(roster.widths):
                 same = width == len(group) and stays
-                if decodes:
+                if behind:
                     same = any(w in roster.free for w in group)
                 if group and not same:
                     moves[i, k] = moving.change_us
             if bounded:
-                moves[i] += self._loads_us(ledger, roster, tracked.request.model, decodes)
+                node = node if behind else tracked.stepped.node
+                moves[i] += self._loads_us(ledger, roster, tracked.request.model, node)
         return moves
 
-    def _loads_us(self, ledger: Ledger, roster: Roster, model: str, decodes: bool) -> list[float]:
+    def _loads_us(self, ledger: Ledger, roster: Roster, model: str, node: str) -> list[float]:
         """By width: loading on the free workers that need it least."""
         workers = ledger.cluster.workers
-        node = VAE if decodes else DIT
         each = sorted(ledger.residency.load_us(workers[w], model, node) for w in roster.free)
         return [float(each[min(k, len(each)) - 1]) for k in roster.widths]
 
@@ -372,7 +373,7 @@ class Hocket(Planner):
                     continue
                 self._preloaded[worker.name] = worker.incarnation
                 for model in worker.models:
-                    for node in NODES:
+                    for node in CHAIN.order:
                         ledger.residency.preload(worker, model, node)
 
     def _room(self, n: int) -> None:

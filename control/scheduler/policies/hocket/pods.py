@@ -17,7 +17,7 @@ from ...books.cluster import Worker
 from ...books.ledger import Ledger
 from ...books.tracker import Tracked
 from ...resilience import elsewhere
-from ...values import DIT, Request
+from ...values import Request
 
 BEST_EFFORT_KEY = 1 << 62
 ARRIVALS_MAX = 48  # last arrivals remembered in a pod
@@ -274,4 +274,6 @@ def _entry(ledger: Ledger, tracked: Tracked) -> Entry:
 def work_us(ledger: Ledger, request: Request) -> int:
     """All steps of a request on one worker."""
     gpus = ledger.rates(request).gpus
-    return request.steps * ledger.predict(request, DIT, 1, gpus).mean_us
+    return (
+        request.steps * ledger.predict(request, ledger.workflow(request).stepped, 1, gpus).mean_us
+    )

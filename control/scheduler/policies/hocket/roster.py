@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from ...books.ledger import Ledger
 from ...books.lifecycle import JobState
 from ...books.tracker import Tracked
-from ...values import DIT, TEXT, VAE, Request, Shape
+from ...values import Request, Shape
 from .kernel import (
     AGED,
     AVAIL,
@@ -36,7 +37,7 @@ from .kernel import (
 from .pods import Entry, Pod
 
 BATCHES_SAVE = 0.7  # of what a job costs alone
-Kind = tuple[str, Shape, str]  # the last one: of who shares no batch, its id
+Kind = tuple[str, Shape, str, str]  # with the workflow; last: of who shares no batch, its id
 _WORTH_LEAST = 0.01
 NEEDS_MAX = 256  # arrivals that tell what a newcomer may need
 
@@ -45,8 +46,9 @@ NEEDS_MAX = 256  # arrivals that tell what a newcomer may need
 class Prices:
     """Call times of one kind in a pod."""
 
-    text_us: int
-    vae_us: int
+    once_us: Mapping[str, int]  # by node that is called once
+    before_us: int  # of those before the steps, along their critical path
+    after_us: int
     step_us: tuple[float, ...]  # by index of width; NEVER where it cannot
     batch_us: tuple[float, ...]  # of 1, 2, ... jobs at degree 1
     fastest_us: float = field(init=False)  # of the steps
@@ -56,7 +58,8 @@ class Prices:
 
     def of(self, node: str, width: int) -> float:
         """One call of a node; `width`: index of the width of a step."""
-        return self.step_us[width] if node == DIT else self.text_us if node == TEXT else self.vae_us
+        once_us = self.once_us.get(node)
+        return self.step_us[width] if once_us is None else once_us
 
     @property
     def batches_save(self) -> bool:
@@ -139,7 +142,7 @@ class RosterMaker:
         self._guard = guard
         self._patience = patience
         self._needs: deque[int] = deque(maxlen=NEEDS_MAX)
-        self._prices: dict[tuple[tuple[str, ...], tuple[int, ...], str, Shape], Prices] = {}
+        self._prices: dict[tuple[tuple[str, ...], tuple[int, ...], str, Shape, str], Prices] = {}
 
     def guard_us(self, request: Request, arrived_us: int) -> int:
         """What is kept in hand of a firm promise's time."""
@@ -180,7 +183,8 @@ class RosterMaker:
             waits = self._waits(entry, now_us)
             if waits and look and request.deadline_us is None:
                 continue  # nobody who asks looks at it
-            kind = (request.model, request.shape, request.id if tracked.alone == DIT else "")
+            alone = request.id if tracked.alone == tracked.stepped.node else ""
+            kind = (request.model, request.shape, request.workflow, alone)
             number = numbers.get(kind)
             if number is None:
                 number = numbers[kind] = len(roster.kinds)
@@ -222,21 +226,29 @@ class RosterMaker:
 
     def price(self, ledger: Ledger, pod: Pod, widths: tuple[int, ...], request: Request) -> Prices:
         """Call times of the request's kind there."""
-        key = (pod.gpus, widths, request.model, request.shape)
+        key = (pod.gpus, widths, request.model, request.shape, request.workflow)
         known = self._prices.get(key)
         if known is None:
             facts = pod.workers[0].models[request.model]
+            workflow = ledger.workflow(request)
+            stepped = workflow.stepped
 
             def call(node: str, degree: int = 1, batch: int = 1) -> int:
                 return ledger.predict(request, node, degree, pod.gpus, batch).safe_us
 
             able = tuple(k for k in widths if k == 1 or k in facts.degrees)
             able = ledger.memory.wide_enough(request, pod.gpus, able)
-            steps = [float(call(DIT, k)) if k in able else NEVER for k in widths]
+            steps = [float(call(stepped, k)) if k in able else NEVER for k in widths]
             most = min(facts.batch_max, self._batch_max or facts.batch_max)
-            most = ledger.memory.batch_max(request, DIT, pod.gpus, most)
-            batches = [float(call(DIT, 1, b)) for b in range(1, most + 1)]
-            known = Prices(call(TEXT), call(VAE), tuple(steps), tuple(batches))
+            most = ledger.memory.batch_max(request, stepped, pod.gpus, most)
+            batches = [float(call(stepped, 1, b)) for b in range(1, most + 1)]
+            known = Prices(
+                {node: call(node) for node in (*workflow.before, *workflow.after)},
+                workflow.longest_us(workflow.before, call),
+                workflow.longest_us(workflow.after, call),
+                tuple(steps),
+                tuple(batches),
+            )
             self._prices[key] = known
         return known
 
@@ -260,15 +272,16 @@ class RosterMaker:
     def _waits(self, entry: Entry, now_us: int) -> bool:
         """Nothing of it has begun, and it has not waited too long: most of a long queue."""
         tracked = entry.tracked
-        text, dit, vae = tracked.jobs.values()
-        return (
-            text.state is JobState.READY
-            and vae.state is JobState.BLOCKED
-            and not (tracked.promised or text.outstanding or dit.outstanding or vae.outstanding)
-            and (
-                (entry.hopeful and tracked.request.deadline_us is not None)
-                or self._patience.lasts(now_us - tracked.progressed_us, now_us - tracked.arrived_us)
-            )
+        if tracked.promised or tracked.last.state is not JobState.BLOCKED:
+            return False
+        for job in tracked.first:
+            if job.state is not JobState.READY:
+                return False
+        for job in tracked.jobs.values():
+            if job.outstanding:
+                return False
+        return (entry.hopeful and tracked.request.deadline_us is not None) or self._patience.lasts(
+            now_us - tracked.progressed_us, now_us - tracked.arrived_us
         )
 
     def _row_of_waiting(
@@ -278,9 +291,9 @@ class RosterMaker:
         tracked, request = entry.tracked, entry.tracked.request
         return (
             float(number),
-            float(prices.text_us),
+            float(prices.before_us),
             float(max(0, request.steps - tracked.steps_done)),
-            float(prices.vae_us),
+            float(prices.after_us),
             -1.0 if request.deadline_us is None else float(request.deadline_us),
             float(now_us),
             0.0,
@@ -301,16 +314,15 @@ class RosterMaker:
     ) -> tuple[float, ...]:
         """Columns as in `kernel`."""
         tracked, request = entry.tracked, entry.tracked.request
-        text, dit, vae = tracked.jobs[TEXT], tracked.jobs[DIT], tracked.jobs[VAE]
+        outstanding = tracked.outstanding
         avail_us, width, steps_left = now_us, 0, request.steps - tracked.steps_done
-        if text.outstanding or dit.outstanding or vae.outstanding:
-            outstanding = tracked.outstanding
+        if outstanding:
             sequence = outstanding[-1]
             flight = ledger.board.flights[sequence]
             avail_us = flight_end_us(ledger, sequence)
-            if dit.outstanding:
+            if tracked.stepped.outstanding:
                 steps_left = request.steps - planned_steps(tracked, ledger)
-            ahead = len(outstanding) > 1 or bool(vae.outstanding) or avail_us <= now_us
+            ahead = len(outstanding) > 1 or bool(tracked.last.outstanding) or avail_us <= now_us
             if ahead or avail_us > now_us + ledger.settings.lead_us:
                 avail_us = max(avail_us, now_us + 1)  # nothing more can be given to it now
             else:
@@ -318,8 +330,8 @@ class RosterMaker:
             if sequence not in held and avail_us > now_us:
                 held.add(sequence)
                 width = sum(w in names for w in flight.assignment.workers)
-        text_us = prices.text_us if text.state in (JobState.READY, JobState.BLOCKED) else 0
-        decoding = vae.state in (JobState.ASSIGNED, JobState.DONE)
+        before_us = 0 if tracked.preparing else prices.before_us
+        ending = tracked.ending
         deadline_us = request.deadline_us
         guard_us = self.guard_us(request, tracked.arrived_us) if tracked.promised else 0
         age, idle_us = 0.0, now_us - tracked.progressed_us
@@ -327,14 +339,14 @@ class RosterMaker:
             idle_us, now_us - tracked.arrived_us
         ):
             step_us = prices.fastest_us
-            own_us = prices.text_us + request.steps * step_us + prices.vae_us
+            own_us = prices.before_us + request.steps * step_us + prices.after_us
             waited_us = now_us - tracked.arrived_us - tracked.steps_done * step_us
             age = self._patience.age(idle_us, waited_us, own_us)
         return (
             float(number),
-            float(text_us),
-            float(0 if decoding else max(0, steps_left)),
-            float(0 if decoding else prices.vae_us),
+            float(before_us),
+            float(0 if ending else max(0, steps_left)),
+            float(0 if ending else prices.after_us),
             float(-1 if deadline_us is None else deadline_us - guard_us),
             float(avail_us),
             float(width),
@@ -356,7 +368,7 @@ def need_of(entry: Entry, prices: Prices, widths: tuple[int, ...]) -> int:
     request = entry.tracked.request
     if request.deadline_us is None:
         return widths[0]
-    time_us = request.deadline_us - entry.tracked.arrived_us - prices.text_us - prices.vae_us
+    time_us = request.deadline_us - entry.tracked.arrived_us - prices.before_us - prices.after_us
     for width, step_us in zip(widths, prices.step_us, strict=True):
         if step_us < NEVER and request.steps * step_us <= time_us:
             return width
@@ -371,7 +383,7 @@ def widths_of(pod: Pod) -> tuple[int, ...]:
 
 def planned_steps(tracked: Tracked, ledger: Ledger) -> int:
     """Steps done once its outstanding assignment is over."""
-    assignment = ledger.board.flights[tracked.jobs[DIT].outstanding[-1]].assignment
+    assignment = ledger.board.flights[tracked.stepped.outstanding[-1]].assignment
     member = next(m for m in assignment.batch if m.request == tracked.id)
     return member.first_step + assignment.steps
 
