@@ -24,6 +24,7 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 COUNTS = (1, 10, 100, 500, 1000, 2500)
 _DEADLINE_S = 20.0
 _REPEATS = {1: 20, 10: 5}  # small bursts vary
+_WARM, _WARM_S = 100, 5.0  # callers of a first burst, and time for the workers to serve them
 
 
 def admission_command(
@@ -93,7 +94,7 @@ async def _measure(
     for count in sizes:
         console.print(f"{count} at once")
         async with _door(tree, workers, 50_000, create) as (mesh, at):
-            await callers.burst(at, 3, _DEADLINE_S)  # first calls are slow ones
+            await _warm(at)
             whole = Burst(count)
             async with callers.probed(_services(mesh), whole.stalls_ms):
                 for _ in range(_REPEATS.get(count, 1)):
@@ -105,7 +106,7 @@ async def _measure(
     if steady[0]:
         console.print(f"{steady[0]} callers, {steady[1]:g} calls a second")
         async with _door(tree, workers, 1_000, create) as (mesh, at):
-            await callers.burst(at, 3, _DEADLINE_S)
+            await _warm(at)
             stalls: dict[str, list[float]] = {}
             async with callers.probed(_services(mesh), stalls):
                 run = await callers.paced(at, *steady, seconds=10.0)
@@ -117,6 +118,13 @@ async def _measure(
         async with _door(tree, workers, 1_000_000, False) as (mesh, at):
             stayed = await streams.measure(at, mesh, open_streams, limit_s=150.0)
     return {"bursts": rows, "streams": stayed}
+
+
+async def _warm(at: CallerStubs) -> None:
+    """First calls are slow ones, and so is the first burst: code is loaded, connections grow."""
+    await callers.burst(at, 3, _DEADLINE_S)
+    await callers.burst(at, _WARM, _DEADLINE_S)
+    await asyncio.sleep(_WARM_S)
 
 
 @asynccontextmanager
