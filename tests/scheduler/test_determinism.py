@@ -12,7 +12,7 @@ import sys
 
 import msgspec
 
-from bench.sim.case import Fault
+from bench.sim.case import FaultSpec
 from bench.sim.costs import Costs
 from bench.sim.loop import run
 from control.scheduler.planning import stages
@@ -26,9 +26,9 @@ if "--by-hash" in sys.argv:
 PX, SLO_US = (256, 512, 1024, 2048), (900_000, 3_000_000)
 ROWS = [(i // 4 * 280_000, PX[i % 4], SLO_US[i % 2]) for i in range(12)]
 FAULTS = (
-    Fault(at_us=600_000, kind="lost", worker="w0001"),
-    Fault(at_us=900_000, kind="up", worker="w0009"),
-    Fault(at_us=950_000, kind="cancel", request="r5"),
+    FaultSpec(at_us=600_000, kind="lost", worker="w0001"),
+    FaultSpec(at_us=900_000, kind="up", worker="w0009"),
+    FaultSpec(at_us=950_000, kind="cancel", request="r5"),
 )
 for policy in registry.names():
     one = case(ROWS, faults=FAULTS, policy=policy)
