@@ -324,6 +324,8 @@ def _call_over(
         tracked.last.move(JobState.DONE)
         return (ledger.end(tracked, Outcome.DONE, at_us),)
     released = tracked.called(node, assignment.workers, at_us)
+    if not all(tracked.copies.values()) and not tracked.outstanding:
+        ledger.fall_back(tracked, parked=True)  # what another made was lost meanwhile
     calls = any(workflow.node[n].kind is NodeKind.ONCE for n in released)
     idle = not ledger.board.denoising()
     ledger.due = ledger.due or ledger.eager or idle or calls

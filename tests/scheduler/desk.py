@@ -23,6 +23,7 @@ from control.scheduler.values import (
     StepsEnded,
     WorkerUp,
 )
+from control.scheduler.workflow import Workflow
 
 MS = 1_000
 SHAPE = Shape(width=512, height=512)
@@ -60,12 +61,15 @@ class Desk:
         memory: int = 0,
         models: tuple[str, ...] = MODELS,
         lead_us: int = 0,
+        rows: str = ROWS,
+        workflows: tuple[Workflow, ...] = (),
         **policy_settings: Any,
     ) -> None:
         self.scheduler = Scheduler(
             Settings(policy=policy, policy_settings=policy_settings, lead_us=lead_us),
-            Profile.from_csv(ROWS),
+            Profile.from_csv(rows),
             LoadTable.from_csv(LOADS),
+            workflows,
         )
         self.now_us = 0
         self.loads: list[Load] = []
@@ -93,9 +97,15 @@ class Desk:
         slo_us: int = 10**9,
         plan: bool = True,
         shape: Shape = SHAPE,
+        workflow: str = "chain",
     ) -> list[Assignment]:
         request = Request(
-            id=name, model=model, shape=shape, steps=steps, deadline_us=self.now_us + slo_us
+            id=name,
+            model=model,
+            shape=shape,
+            steps=steps,
+            deadline_us=self.now_us + slo_us,
+            workflow=workflow,
         )
         self.scheduler.observe(Arrived(at_us=self.now_us, request=request))
         return self.plan() if plan else []

@@ -11,7 +11,7 @@ from ..settings import Settings
 from ..times.drift import Shift
 from ..times.latency import LatencyModel, Prediction
 from ..values import Ended, Outcome, Request, Shape, Truncation
-from ..workflow import CHAIN, Workflow
+from ..workflow import CHAIN, Degrees, Workflow
 from .board import Board
 from .cluster import Cluster
 from .fetches import FetchesUnderWay
@@ -105,13 +105,18 @@ class Ledger:
     def degrees(self, request: Request) -> tuple[int, ...]:
         """Widths in which its denoiser can run on the usable workers, ascending."""
         gpus = self.gpus(self.cluster.able_names(request.model))
-        return self.memory.wide_enough(request, gpus, self.cluster.degrees(request.model))
+        stepped = self.workflow(request).node[self.workflow(request).stepped]
+        offered = self.cluster.degrees(request.model)
+        if stepped.degrees is Degrees.ONE:
+            offered = tuple([degree for degree in offered if degree == 1])
+        return self.memory.wide_enough(request, stepped.id, gpus, offered)
 
     def may_fit(self, request: Request) -> bool:
         """Some kind of usable workers may have the memory for a step of it, at some degree."""
         kinds = {w.gpu for w in self.cluster.able(request.model)}
-        degrees = self.cluster.degrees(request.model)
-        return any(not self.memory.hopeless(request, (gpu,), degrees) for gpu in sorted(kinds))
+        degrees, stepped = self.cluster.degrees(request.model), self.workflow(request).stepped
+        hopeless = self.memory.hopeless
+        return any(not hopeless(request, stepped, (gpu,), degrees) for gpu in sorted(kinds))
 
     def batch_max(self, request: Request, node: str) -> int:
         """Most jobs of its model and shape that any usable worker takes at once."""

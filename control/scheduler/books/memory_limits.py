@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..values import DIT, Request, Shape
+from ..values import Request, Shape
 
 PLACES_MAX = 65_536  # the oldest are forgotten first
 
@@ -58,21 +58,23 @@ class MemoryLimits:
         return min([wanted, *(self._batch_max.get(place, wanted) for place in places)])
 
     def wide_enough(
-        self, request: Request, gpus: Iterable[str], degrees: tuple[int, ...]
+        self, request: Request, node: str, gpus: Iterable[str], degrees: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """Of these degrees of a denoiser, those at which one job may fit; all where none would."""
+        """Of these degrees of a node, those at which one job may fit; all where none would."""
         if not self._too_narrow:
             return degrees
-        return self._wider(request, gpus, degrees) or degrees
+        return self._wider(request, node, gpus, degrees) or degrees
 
-    def hopeless(self, request: Request, gpus: Iterable[str], degrees: tuple[int, ...]) -> bool:
+    def hopeless(
+        self, request: Request, node: str, gpus: Iterable[str], degrees: tuple[int, ...]
+    ) -> bool:
         """One job of its shape is known not to fit these kinds at any of these degrees."""
-        return bool(self._too_narrow) and not self._wider(request, gpus, degrees)
+        return bool(self._too_narrow) and not self._wider(request, node, gpus, degrees)
 
     def _wider(
-        self, request: Request, gpus: Iterable[str], degrees: tuple[int, ...]
+        self, request: Request, node: str, gpus: Iterable[str], degrees: tuple[int, ...]
     ) -> tuple[int, ...]:
-        narrow = max(self._too_narrow.get(place, 0) for place in _places(request, DIT, gpus))
+        narrow = max(self._too_narrow.get(place, 0) for place in _places(request, node, gpus))
         return tuple(d for d in degrees if d > narrow)
 
 

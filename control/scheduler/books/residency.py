@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..values import DIT, TEXT, VAE, Load, PartFacts
+from ..values import DIT, Load, PartFacts
+from ..workflow import CHAIN
 from .cluster import Worker
 from .loads import LoadTable, Weights
 
@@ -51,7 +52,7 @@ class Residency:
         """All of a model's weights and its largest activations; 0 where memory does not count."""
         if not self.bounded(worker):
             return 0
-        parts = [p for node in (TEXT, DIT, VAE) for p in self.needs(worker, model, node)]
+        parts = [p for node in CHAIN.order for p in self.needs(worker, model, node)]
         return self._room_mib([self._weights(worker, p) for p in dict.fromkeys(parts)])
 
     def load_us(self, worker: Worker, model: str, node: str) -> int:

@@ -88,6 +88,16 @@ class Tracked:
         return sorted([s for job in self.jobs.values() for s in job.outstanding])
 
     @property
+    def untouched(self) -> bool:
+        """It stands as at its arrival: nobody was given any of it, or all has to be done again."""
+        if self.last.state is not JobState.BLOCKED:
+            return False
+        for job in self.first:
+            if job.state is not JobState.READY:
+                return False
+        return not any([job.outstanding for job in self.jobs.values()])
+
+    @property
     def prepared(self) -> bool:
         """All that its steps need was made."""
         return all([job.state is JobState.DONE for job in self.before])

@@ -34,14 +34,15 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from ..settings import Settings, SettingValue, Spec
 from ..starts import Decision, Start
 from ..values import DIT, TEXT, VAE, Request, Shape
+from ..workflow import CHAIN, Section
 from .base import EventPolicy
 from .diflow_admission import Admission
 
 if TYPE_CHECKING:
     from ..outlook.scene import Scene, Seat, Work
 
-NODES = (TEXT, DIT, VAE)
 Op = tuple[str, str, Shape, str]  # model, node; the last one: of who shares no call, its id
+Key = tuple[str, str]  # request, node
 
 
 class Caps(NamedTuple):
@@ -139,7 +140,7 @@ class DiFlow(EventPolicy):
         open_: Sequence[Seat],
         queued_us: Mapping[str, int],
     ) -> Start:
-        branches = ready.branches[head.id]
+        branches = ready.branches[_key(head)]
         cap, mode = self._cap(scene, head, ready, len(queued_us))
         degree = 1
         if branches > cap:  # a call a branch: side by side where two workers are open
@@ -152,7 +153,7 @@ class DiFlow(EventPolicy):
         seats = sorted(costs, key=lambda c: c[:2])[:degree]
         workers = tuple(s.name for _, _, s in sorted(seats, key=lambda c: c[1]))
         steps = min(w.steps_left for w in group)
-        if head.node == DIT and self._commit_steps:
+        if head.section is Section.STEPPED and self._commit_steps:
             steps = min(steps, self._commit_steps)
         return Start(tuple(w.id for w in group), head.node, workers, steps, mode)
 
@@ -171,22 +172,23 @@ class DiFlow(EventPolicy):
     def _caps(self, scene: Scene, request: Request, node: str) -> Caps:
         caps = CAPS.get((request.model.split("+")[0], node))
         if caps is None:
-            branches = self._spread if node == DIT else 1
+            branches = self._spread if node == scene.workflow(request).stepped else 1
             caps = Caps(1, branches * scene.batch_max(request, node))
         return Caps(self._latency_cap or caps.latency, self._throughput_cap or caps.throughput)
 
-    def _branches(self, scene: Scene, works: Sequence[Work]) -> dict[str, int]:
+    def _branches(self, scene: Scene, works: Sequence[Work]) -> dict[Key, int]:
         """Nodes of each one's next step: what runs no faster on as many workers is one."""
         known: dict[Op, int] = {}
         for work in works:
             if _op(work) not in known:
                 request, spread = work.request, self._spread
-                divided = work.node == DIT and spread > 1 and spread in scene.degrees(request)
-                if divided and scene.call_us(request, DIT, spread) < scene.call_us(request, DIT):
+                stepped = work.section is Section.STEPPED
+                divided = stepped and spread > 1 and spread in scene.degrees(request)
+                if divided and scene.step_us(request, spread) < scene.step_us(request):
                     known[_op(work)] = spread
                 else:
                     known[_op(work)] = 1
-        return {w.id: known[_op(w)] for w in works}
+        return {_key(w): known[_op(w)] for w in works}
 
     # -------------------------------------------------------------------------- workers
 
@@ -216,21 +218,23 @@ class DiFlow(EventPolicy):
             if self._incarnations.get(seat.name) != seat.worker.incarnation:
                 self._incarnations[seat.name] = seat.worker.incarnation
                 if self._preload:
-                    preloads[seat.name] = tuple((m, n) for m in seat.worker.models for n in NODES)
+                    preloads[seat.name] = tuple(
+                        (m, n) for m in seat.worker.models for n in CHAIN.order
+                    )
         return preloads
 
 
 class _Ready:
     """Nodes that are ready, in the order of service."""
 
-    def __init__(self, works: Sequence[Work], branches: Mapping[str, int]) -> None:
-        self.branches = branches  # by request
-        self._works: dict[str, Work] = {w.id: w for w in works}
+    def __init__(self, works: Sequence[Work], branches: Mapping[Key, int]) -> None:
+        self.branches = branches
+        self._works: dict[Key, Work] = {_key(w): w for w in works}
         self._nodes: dict[Op, int] = {}
-        self._by_op: dict[Op, dict[str, Work]] = {}
+        self._by_op: dict[Op, dict[Key, Work]] = {}
         for work in works:
-            self._nodes[_op(work)] = self._nodes.get(_op(work), 0) + branches[work.id]
-            self._by_op.setdefault(_op(work), {})[work.id] = work
+            self._nodes[_op(work)] = self._nodes.get(_op(work), 0) + branches[_key(work)]
+            self._by_op.setdefault(_op(work), {})[_key(work)] = work
 
     def pop(self) -> Work | None:
         head = next(iter(self._works.values()), None)
@@ -250,7 +254,7 @@ class _Ready:
     def others(self, head: Work) -> list[tuple[Op, int, Request]]:
         """Ready nodes by operator, without the one that is being placed."""
         rest = [(op, n, next(iter(self._by_op[op].values())).request) for op, n in self._left()]
-        more = self.branches[head.id] - 1
+        more = self.branches[_key(head)] - 1
         if not more:
             return rest
         if not self._by_op[_op(head)]:
@@ -261,9 +265,15 @@ class _Ready:
         return [(op, n) for op, n in self._nodes.items() if n]
 
     def _remove(self, work: Work) -> None:
-        del self._works[work.id]
-        del self._by_op[_op(work)][work.id]
-        self._nodes[_op(work)] -= self.branches[work.id]
+        key = _key(work)
+        del self._works[key]
+        del self._by_op[_op(work)][key]
+        self._nodes[_op(work)] -= self.branches[key]
+
+
+def _key(work: Work) -> Key:
+    """Nodes of one request may be ready beside each other."""
+    return (work.id, work.node)
 
 
 def _op(work: Work) -> Op:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..books.lifecycle import JobState
-from ..values import DIT, TEXT, VAE, Request
+from ..values import Request
 from .remaining import total_us
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Admission:
         inside: list[Tracked] = []
         new: list[Tracked] = []
         for tracked in scene.tracked():
-            begun = tracked.jobs[TEXT].state is not JobState.READY
+            begun = any(job.state is not JobState.READY for job in tracked.first)
             (inside if begun or tracked.order <= self._judged else new).append(tracked)
         if new:
             self._judged = max(self._judged, *(t.order for t in new))
@@ -65,11 +65,12 @@ class _Prices:
         self._us: dict[tuple[str, object, str], int] = {}
 
     def left_us(self, tracked: Tracked) -> int:
-        request, jobs = tracked.request, tracked.jobs
-        left_us = (request.steps - tracked.steps_done) * self._call_us(request, DIT)
-        if jobs[TEXT].state is not JobState.DONE:
-            left_us += self._call_us(request, TEXT)
-        return left_us + self._call_us(request, VAE)
+        request, workflow = tracked.request, tracked.workflow
+        left_us = (request.steps - tracked.steps_done) * self._call_us(request, workflow.stepped)
+        for job in tracked.before:
+            if job.state is not JobState.DONE:
+                left_us += self._call_us(request, job.node)
+        return left_us + sum(self._call_us(request, job.node) for job in tracked.after)
 
     def _call_us(self, request: Request, node: str) -> int:
         key = (request.model, request.shape, node)

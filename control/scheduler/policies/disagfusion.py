@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..settings import SettingError, Settings, SettingValue, Spec
 from ..starts import Decision, Start
 from ..values import DIT
+from ..workflow import Section
 from .base import EventPolicy
 from .disagfusion_scaling import ROLES, Action, Scaling, StageTimes, backlog
 from .shares import largest_remainder
@@ -105,11 +106,12 @@ class DisagFusion(EventPolicy):
         for work in sorted(
             scene.works, key=lambda w: (-w.request.priority, w.waiting_since_us, w.order)
         ):
-            pool = pools[work.node] = [w for w in pools[work.node] if w in idle]
+            role = ROLES[work.section]
+            pool = pools[role] = [w for w in pools[role] if w in idle]
             if not pool:
                 continue
             degree = 1
-            if work.node == DIT and self._degree > 1:
+            if work.section is Section.STEPPED and self._degree > 1:
                 degree = self.likely_degree(dict.fromkeys(scene.degrees(work.request), 0))
             able = [w for w in pool if idle[w].worker.can(work.request.model, degree)]
             if len(able) >= degree:

@@ -21,9 +21,9 @@ from .shares import largest_remainder
 if TYPE_CHECKING:
     from ..outlook.scene import Scene
 
-ROLES = (TEXT, DIT, VAE)  # encoder, transformer, decoder
+ROLES = (TEXT, DIT, VAE)  # encoder, transformer, decoder: by section of the workflow
 KEEP = 0.8  # of the old value, when a stage time is updated
-Kind = tuple[str, Shape, int]  # model, shape, steps
+Kind = tuple[str, Shape, int, str]  # model, shape, steps, workflow
 
 
 class Action(NamedTuple):
@@ -67,7 +67,12 @@ def backlog(scene: Scene, times: StageTimes, only_next: bool) -> dict[str, float
         kind = _kind(tracked.request)
         votes[kind] = votes.get(kind, 0) + 1
         example[kind] = tracked.request
-        left = [r for r in ROLES if tracked.jobs[r].state is not JobState.DONE]
+        stages = (tracked.before, (tracked.stepped,), tracked.after)
+        left = [
+            role
+            for role, jobs in zip(ROLES, stages, strict=True)
+            if any(job.state is not JobState.DONE for job in jobs)
+        ]
         for role in left[:1] if only_next else left:
             weights[role] += times.of(tracked.request)[role]
     if not votes:
@@ -75,7 +80,8 @@ def backlog(scene: Scene, times: StageTimes, only_next: bool) -> dict[str, float
     # as published, a tie goes to fewer steps
     kind = min(votes, key=lambda k: (-votes[k], k[2], sum(times.of(example[k]).values())))
     for work in scene.works:
-        weights[work.node] += times.of(example[kind])[work.node]
+        role = ROLES[work.section]
+        weights[role] += times.of(example[kind])[role]
     return weights
 
 
@@ -143,10 +149,11 @@ class Scaling:
 
 def _stages(scene: Scene, request: Request) -> dict[str, float]:
     return {
-        role: float(scene.call_us(request, role) * (request.steps if role == DIT else 1))
-        for role in ROLES
+        TEXT: float(scene.before_us(request)),
+        DIT: float(request.steps * scene.step_us(request)),
+        VAE: float(scene.after_us(request)),
     }
 
 
 def _kind(request: Request) -> Kind:
-    return (request.model, request.shape, request.steps)
+    return (request.model, request.shape, request.steps, request.workflow)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..settings import Settings, SettingValue, Spec
 from ..starts import Decision, Start
-from ..values import DIT
+from ..workflow import Section
 from .base import EventPolicy
 from .remaining import fastest, remaining_us, steps_us
 
@@ -69,7 +69,7 @@ class EdfGreedy(EventPolicy):
                 break
             step_us: dict[int, int] = {}
             degree = 1
-            if work.node == DIT:
+            if work.section is Section.STEPPED:
                 step_us = steps_us(scene, work.request, scene.degrees(work.request))
                 fitting = [k for k in step_us if k <= left]
                 if not fitting:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..settings import Settings, SettingValue, Spec
 from ..starts import Decision, Start
-from ..values import DIT
+from ..workflow import Section
 from .base import EventPolicy
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Fixed(EventPolicy):
         starts: list[Start] = []
         for work in sorted(scene.works, key=lambda w: (-w.request.priority, w.order)):
             degree = 1
-            if work.node == DIT:
+            if work.section is Section.STEPPED:
                 degree = self.likely_degree(dict.fromkeys(scene.degrees(work.request), 0))
             members = scene.place(placement, work, degree)
             if members is not None:

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..settings import Settings, SettingValue, Spec
 from ..starts import Decision
-from ..values import DIT, TEXT, VAE, Request
+from ..values import Request
+from ..workflow import NodeKind, Section
 from .base import EventPolicy
 from .genserve_images import Batch, ImageRules, alike, batches, deadline_us, waits_until_us
 from .genserve_table import Table
@@ -89,16 +90,18 @@ class GenServe(EventPolicy):
         images = [w for w in scene.works if not elastic[w.id]]
         for w in images:
             self._last_image_us = max(self._last_image_us, w.arrived_us)
-        queue = [w for w in images if w.node == TEXT]
+        queue = [w for w in images if w.section is Section.BEFORE]
         if not table.idle:
             return Decision(wake_us=self._wake_us(scene, (), queue))
-        jobs = [w for w in scene.works if elastic[w.id] and w.node == DIT]
+        videos = [w for w in scene.works if elastic[w.id]]
+        jobs = [w for w in videos if w.section is Section.STEPPED]
         standing = [table.mask(w.group) for w in jobs if self._at_boundary(scene, w)]
-        stages = [w for w in scene.works if elastic[w.id] and w.node != DIT]
-        self._stages(scene, table, sum(standing), [w for w in images if w.node != TEXT], stages)
-        videos = self._videos(scene, table, jobs)
-        self._plan(scene, table, videos, {w.id: w for w in jobs}, queue)
-        return Decision(table.starts, wake_us=self._wake_us(scene, videos, queue))
+        stages = [w for w in videos if w.section is not Section.STEPPED]
+        begun = [w for w in images if w.section is not Section.BEFORE]
+        self._stages(scene, table, sum(standing), begun, stages)
+        found = self._videos(scene, table, jobs)
+        self._plan(scene, table, found, {w.id: w for w in jobs}, queue)
+        return Decision(table.starts, wake_us=self._wake_us(scene, found, queue))
 
     def _elastic(self, scene: Scene, request: Request) -> bool:
         if self._by_frames or request.shape.frames > 1:
@@ -159,7 +162,8 @@ class GenServe(EventPolicy):
         known = {t.id: t for t in scene.tracked()}
         for r in scene.running if self._all else ():
             request = known[r.requests[0]].request
-            if r.node == DIT and request.id not in ready and self._elastic(scene, request):
+            denoises = r.kind is NodeKind.STEPPED
+            if denoises and request.id not in ready and self._elastic(scene, request):
                 own = table.mask(r.workers)
                 left = request.steps - known[request.id].steps_done - r.steps_left
                 leader = table.mask(r.workers[:1])
@@ -193,7 +197,7 @@ class GenServe(EventPolicy):
         def urgency(w: Work) -> tuple[int, bool, int, int]:
             step_us = min(self._step_us(scene, table, w.request).values())
             end_us = max(scene.now_us, w.available_us) + w.steps_left * step_us
-            end_us += scene.call_us(w.request, VAE) if self._reserve_decode else 0
+            end_us += scene.after_us(w.request) if self._reserve_decode else 0
             limit_us = deadline_us(w.request)
             return (-w.request.priority, end_us > limit_us, limit_us, w.order)
 
@@ -225,7 +229,7 @@ class GenServe(EventPolicy):
     ) -> Video:
         limit_us = request.deadline_us
         if limit_us is not None and self._reserve_decode:
-            limit_us -= scene.call_us(request, VAE)
+            limit_us -= scene.after_us(request)
         step_us = self._step_us(scene, table, request)
         if own.bit_count() not in step_us:
             own = 0

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..values import DIT, TEXT, VAE, Request
+from ..values import Request
+from ..workflow import Section
 
 if TYPE_CHECKING:
     from ..outlook.scene import Scene, Work
@@ -45,11 +46,11 @@ def deadline_us(request: Request) -> int:
 def batch_us(scene: Scene, work: Work, batch: int) -> int:
     """T_img: what is left of a batch of such pictures, on one worker."""
     request = work.request
-    left_us = scene.call_us(request, VAE, 1, batch)
-    if work.node != VAE:
-        left_us += request.steps * scene.call_us(request, DIT, 1, batch)
-    if work.node == TEXT:
-        left_us += scene.call_us(request, TEXT, 1, batch)
+    left_us = scene.after_us(request, batch)
+    if work.section is not Section.AFTER:
+        left_us += request.steps * scene.step_us(request, 1, batch)
+    if work.section is Section.BEFORE:
+        left_us += scene.before_us(request, batch)
     return left_us
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from ..books.ledger import Ledger
 from ..starts import Start
-from ..values import DIT
 
 NOBODY: frozenset[str] = frozenset()
 
@@ -126,9 +125,10 @@ def _may_swap(
 
 
 def _narrower(ledger: Ledger, start: Start, spare: Sequence[str]) -> Start | None:
-    if start.node != DIT:
+    tracked = ledger.tracked[start.requests[0]]
+    if start.node != tracked.stepped.node:
         return None
-    request = ledger.tracked[start.requests[0]].request
+    request = tracked.request
     for degree in sorted(ledger.degrees(request), reverse=True):
         able = ledger.cluster.able_names(request.model, degree)
         fitting = [w for w in spare if w in able]

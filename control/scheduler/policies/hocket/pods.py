@@ -85,8 +85,9 @@ class Pod:
         facts = self.workers[0].models.get(request.model)
         if facts is None:
             return False
+        stepped = ledger.workflow(request).stepped
         degrees = tuple(d for d in (1, *facts.degrees) if d <= len(self.workers))
-        return not ledger.memory.hopeless(request, self.gpus, degrees)
+        return not ledger.memory.hopeless(request, stepped, self.gpus, degrees)
 
     def serves(self, ledger: Ledger, entry: Entry) -> bool:
         """Fits the request, and has a worker on which it did not just fail."""

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ...books.ledger import Ledger
-from ...books.lifecycle import JobState
 from ...books.tracker import Tracked
 from ...values import Request, Shape
+from ...workflow import Degrees
 from .kernel import (
     AGED,
     AVAIL,
@@ -236,8 +236,9 @@ class RosterMaker:
             def call(node: str, degree: int = 1, batch: int = 1) -> int:
                 return ledger.predict(request, node, degree, pod.gpus, batch).safe_us
 
-            able = tuple(k for k in widths if k == 1 or k in facts.degrees)
-            able = ledger.memory.wide_enough(request, pod.gpus, able)
+            wide = workflow.node[stepped].degrees is Degrees.OFFERED
+            able = tuple(k for k in widths if k == 1 or (wide and k in facts.degrees))
+            able = ledger.memory.wide_enough(request, stepped, pod.gpus, able)
             steps = [float(call(stepped, k)) if k in able else NEVER for k in widths]
             most = min(facts.batch_max, self._batch_max or facts.batch_max)
             most = ledger.memory.batch_max(request, stepped, pod.gpus, most)
@@ -272,17 +273,11 @@ class RosterMaker:
     def _waits(self, entry: Entry, now_us: int) -> bool:
         """Nothing of it has begun, and it has not waited too long: most of a long queue."""
         tracked = entry.tracked
-        if tracked.promised or tracked.last.state is not JobState.BLOCKED:
+        if tracked.promised or not tracked.untouched:
             return False
-        for job in tracked.first:
-            if job.state is not JobState.READY:
-                return False
-        for job in tracked.jobs.values():
-            if job.outstanding:
-                return False
-        return (entry.hopeful and tracked.request.deadline_us is not None) or self._patience.lasts(
-            now_us - tracked.progressed_us, now_us - tracked.arrived_us
-        )
+        hopes = entry.hopeful and tracked.request.deadline_us is not None
+        idle_us = now_us - tracked.progressed_us
+        return hopes or self._patience.lasts(idle_us, now_us - tracked.arrived_us)
 
     def _row_of_waiting(
         self, entry: Entry, number: int, prices: Prices, now_us: int
