@@ -102,12 +102,14 @@ class AdmissionControl:
         if known is not None:
             self._answer_known(known, submit, wish, answered, wanted, expires_us)
             return
+        if submit.known_only:  # whoever is here by now: the request lacks its defaults
+            answered(refusals.rejected(submit, refusals.no_workers()), False)
+            return
         violations = check_submit(submit)
         if violations:
             answered(refusals.invalid(submit, violations), False)
             return
-        refusal = self._no_room()
-        if refusal is not None:
+        if (refusal := self._no_room()) is not None:
             answered(refusals.rejected(submit, refusal), False)
             return
         record = self._records.receive(submit, wish)

@@ -240,6 +240,7 @@ class Calls:
             request_id=follower.request_id if follower is not None else name,
             request=effective,
             wish_sha256=wish.digest(asked),
+            known_only=absent is not None,
         )
         span = trace.get_current_span()
         span.add_event(spans.SUBMITTED)

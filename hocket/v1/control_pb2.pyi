@@ -30,12 +30,17 @@ class SubmitRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
     WISH_SHA256_FIELD_NUMBER: _builtins.int
+    KNOWN_ONLY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name chosen by the gateway: a ULID-like sortable id without user text."""
     wish_sha256: _builtins.bytes
     """SHA-256 over the deterministic serialization of the caller's own request, before any default, without what a retry
     may change: slo.deadline_us, progress_every, detached, idempotency_key. A repeated idempotency key must bring the
     same. Empty: control takes it over `request`.
+    """
+    known_only: _builtins.bool
+    """Only an earlier call answers, by its id or its idempotency key; where there is none, the answer is a rejection.
+    `request` has no defaults then: its gateway knows of no worker that would say what they are.
     """
     @_builtins.property
     def request(self) -> _generation_pb2.GenerateRequest:
@@ -47,10 +52,11 @@ class SubmitRequest(_message.Message):
         request_id: _builtins.str = ...,
         request: _generation_pb2.GenerateRequest | None = ...,
         wish_sha256: _builtins.bytes = ...,
+        known_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "request_id", b"request_id", "wish_sha256", b"wish_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_only", b"known_only", "request", b"request", "request_id", b"request_id", "wish_sha256", b"wish_sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

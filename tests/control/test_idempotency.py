@@ -198,6 +198,22 @@ async def test_a_known_key_is_answered_whatever_else_is_asked_without_defaults()
         assert two.answers[2].accepted.request_id == "a"
 
 
+async def test_an_unknown_key_admits_nothing_that_lacks_its_defaults() -> None:
+    """The gateway heard of no worker, control did: it ran a request with a guidance scale of 0."""
+    async with running() as stage:
+        gateway = stage.attach()
+        submit = submit_of("a", wish=b"w" * 32, idempotency_key="k")
+        submit.known_only = True
+        gateway.say(submits=[control_pb2.AttachedSubmit(call=1, submit=submit, follower="f-a")])
+        await stage.until(lambda: gateway.answers)
+        assert gateway.answers[1].rejected.reason == "NO_WORKERS"
+        assert not stage.desk.records.get("a") and not stage.shelf.ids(ended=False)
+        whole = submit_of("b", wish=b"w" * 32, idempotency_key="k")
+        gateway.say(submits=[control_pb2.AttachedSubmit(call=2, submit=whole, follower="f-b")])
+        await stage.until(lambda: len(gateway.answers) == 2)
+        assert gateway.answers[2].accepted.request_id == "b"
+
+
 async def test_what_is_stored_is_accepted_though_a_joiner_finds_no_room() -> None:
     """The first caller used to be refused, too, and its request stayed open for nobody."""
     async with running() as stage:

@@ -54,6 +54,7 @@ async def test_a_key_finds_its_request_while_no_worker_is_there(staged: Staging)
         await stage.health("", NOT_SERVING)
         media, _ = await stage.client.generate_media("a fox", idempotency_key="k")
         assert media == PICTURE
+        assert [submit.known_only for submit in stage.peer.submits] == [True]
 
 
 async def watched(stage: Stage, request_id: str, cursor: str = "") -> list[tuple[str, str]]:
