@@ -118,6 +118,8 @@ def stored(run: ScenarioRun) -> Iterator[Problem]:
             yield Problem("accepted twice", request)
         if request not in ended:
             yield Problem("accepted, never ended", f"{request}: {_who(run, request)}")
+    for request in sorted(run.incomplete):
+        yield Problem("accepted without its defaults", f"{request}: {_who(run, request)}")
     for request, entries in ended.items():
         if len(entries) > 1:
             yield Problem("ended twice", f"{request}: {[e.outcome for e in entries]}")

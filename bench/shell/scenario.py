@@ -208,6 +208,8 @@ def _read_stored(run: ScenarioRun) -> None:
                 run.ended.setdefault(name, []).append(found)
             elif promise.HasField("submit"):  # else it says that the request is forgotten
                 run.accepted.setdefault(name, []).append(at_us)
+                if not promise.submit.request.spec.HasField("guidance_scale"):
+                    run.incomplete.add(name)
 
 
 def _open_promises(world: World) -> int:

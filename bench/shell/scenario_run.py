@@ -39,6 +39,7 @@ class ScenarioRun:
     healed_us: int = 0
     led_us: int | None = None  # somebody leads since then, once all has healed
     accepted: dict[str, list[int]] = field(default_factory=dict)  # when, by request
+    incomplete: set[str] = field(default_factory=set)  # accepted without defaults
     ended: dict[str, list[JournalEnd]] = field(default_factory=dict)
     terms: list[int] = field(default_factory=list)  # of what was stored, in order
     # When something was first assigned, by worker, term and sequence.
