@@ -127,6 +127,8 @@ class Workflow:
     followers: Mapping[str, tuple[str, ...]] = field(init=False, compare=False, repr=False)
     # The stepped node, and who takes its latents.
     on_latents: frozenset[str] = field(init=False, compare=False, repr=False)
+    # At their end, workers have the latents, or all that these begin from.
+    leave_latents: frozenset[str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if faults := _faults(self.nodes):
@@ -139,6 +141,7 @@ class Workflow:
         needed = _ancestors(stepped, makers)
         section = {n: Section.BEFORE if n in needed else Section.AFTER for n in order}
         section[stepped] = Section.STEPPED
+        lone = len(makers[stepped]) == 1
         for name, value in {
             "order": order,
             "first": tuple(n for n in order if not makers[n]),
@@ -152,6 +155,9 @@ class Workflow:
             "makers": makers,
             "followers": followers,
             "on_latents": frozenset((stepped, *followers[stepped])),
+            "leave_latents": frozenset(
+                (stepped, *followers[stepped], *(makers[stepped] if lone else ()))
+            ),
         }.items():
             object.__setattr__(self, name, value)
 

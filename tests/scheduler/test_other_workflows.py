@@ -6,7 +6,14 @@ import dataclasses
 
 import pytest
 
-from control.scheduler.values import Arrived, Assignment, Outcome, Request, WorkerLost
+from control.scheduler.values import (
+    Arrived,
+    Assignment,
+    AssignmentFailed,
+    Outcome,
+    Request,
+    WorkerLost,
+)
 from control.scheduler.workflow import (
     CHAIN,
     Artifact,
@@ -117,6 +124,24 @@ def test_only_the_encoder_whose_embeddings_are_lost_runs_again() -> None:
         at.next()
     assert [a.node for a in at.flights] == ["t5"]
     assert again(at, clip.workers[0]) == ["clip", "dit", "vae", "files"]
+
+
+def test_a_late_report_of_one_encoder_says_nothing_of_the_other() -> None:
+    at = desk("edf", workers=3)
+    t5, clip = (next(a for a in at.log if a.node == node) for node in ("t5", "clip"))
+    failed = AssignmentFailed(
+        at_us=0, sequence=t5.sequence, worker=t5.workers[0], jobs=(), reason="ENCODE_FAILED"
+    )
+    at.scheduler.observe(failed)
+    at.over(clip)
+    view = at.scheduler.job("a")
+    assert view is not None and not view.holders
+    assert [view.nodes[n] for n in ("clip", "t5", "dit")] == ["done", "ready", "blocked"]
+    at.flights.clear()
+    at.plan()
+    at.run()
+    assert at.ended["a"].outcome is Outcome.DONE
+    assert [a.node for a in at.log if a.node in ("clip", "t5")] == [clip.node, t5.node, "t5"]
 
 
 def test_pixels_that_are_lost_are_decoded_again_from_latents_that_are_not() -> None:

@@ -50,7 +50,7 @@ def test_the_chain() -> None:
     assert (CHAIN.first, CHAIN.before, CHAIN.after) == ((TEXT,), (TEXT,), (VAE,))
     assert (CHAIN.stepped, CHAIN.last) == (DIT, VAE)
     assert CHAIN.section == {TEXT: Section.BEFORE, DIT: Section.STEPPED, VAE: Section.AFTER}
-    assert CHAIN.on_latents == {DIT, VAE}
+    assert CHAIN.on_latents == {DIT, VAE} and CHAIN.leave_latents == {TEXT, DIT, VAE}
     assert CHAIN.released(TEXT, {TEXT}) == (DIT,)
     assert CHAIN.released(DIT, {TEXT, DIT}) == (VAE,)
     assert CHAIN.released(VAE, {TEXT, DIT, VAE}) == ()

@@ -43,6 +43,21 @@ def hold(ledger: Ledger, request: str, worker: str, steps_done: int, *, exact: b
     return True
 
 
+def hold_late(
+    ledger: Ledger, request: str, node: str, workers: tuple[str, ...], steps_done: int
+) -> None:
+    """Enters what workers made, or took, in a run that nobody counted on any more."""
+    tracked = ledger.tracked.get(request)
+    if tracked is None:
+        return
+    if node in tracked.workflow.leave_latents:
+        for name in workers:
+            hold(ledger, request, name, steps_done, exact=False)
+    elif living := tuple([name for name in workers if ledger.cluster.living(name)]):
+        tracked.made(node, living)
+    profit(ledger, request)
+
+
 def adopt(
     ledger: Ledger, worker: str, latents: tuple[Held, ...], at_us: int, *, fresh: bool
 ) -> None:

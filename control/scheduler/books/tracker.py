@@ -90,12 +90,13 @@ class Tracked:
     @property
     def untouched(self) -> bool:
         """It stands as at its arrival: nobody was given any of it, or all has to be done again."""
-        if self.last.state is not JobState.BLOCKED:
-            return False
         for job in self.first:
             if job.state is not JobState.READY:
                 return False
-        return not any([job.outstanding for job in self.jobs.values()])
+        for job in self.jobs.values():
+            if job.outstanding:
+                return False
+        return self.last.state is JobState.BLOCKED
 
     @property
     def prepared(self) -> bool:
@@ -105,12 +106,18 @@ class Tracked:
     @property
     def preparing(self) -> bool:
         """All that its steps need was made or is being made."""
-        return all([job.state not in NOT_BEGUN for job in self.before])
+        begun = True
+        for job in self.before:
+            begun = begun and job.state not in NOT_BEGUN
+        return begun
 
     @property
     def ending(self) -> bool:
         """All calls behind its steps were given to somebody."""
-        return all([job.state not in NOT_BEGUN for job in self.after])
+        begun = True
+        for job in self.after:
+            begun = begun and job.state not in NOT_BEGUN
+        return begun
 
     def inputs(self, node: str) -> tuple[str, ...]:
         """Workers with a copy of something that a node takes from nodes called once, by name."""
@@ -145,8 +152,12 @@ class Tracked:
             if not self.group:  # else steps behind it were told of first
                 self.holders = {w: 0 for w in workers}
         else:
-            self.copies.update({a.name: workers for a in workflow.node[node].outputs})
+            self.made(node, workers)
         return self.released(node)
+
+    def made(self, node: str, workers: tuple[str, ...]) -> None:
+        """Workers with what a node, called once, makes."""
+        self.copies.update({a.name: workers for a in self.workflow.node[node].outputs})
 
     def released(self, node: str) -> tuple[str, ...]:
         """A node is done: moves those that waited for it alone, and returns them."""

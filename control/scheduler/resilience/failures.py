@@ -77,7 +77,8 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
         ledger.cluster.workers[fact.worker].revive(fact.sequence)
     requests = {m.request for m in (*assignment.batch, *(flight.left if flight else ()))}
     copies = [p for p in fact.jobs if p.request in requests]
-    for progress in copies:  # what a worker says of its own copy is exact
+    for progress in copies if _leaves_latents(ledger, assignment) else ():
+        # What a worker says of its own copy is exact.
         latents.hold(ledger, progress.request, fact.worker, progress.steps_done, exact=True)
     if flight is None:
         for progress in copies:
@@ -142,7 +143,7 @@ def late_report(ledger: Ledger, fact: StepsEnded) -> None:
     assignment = ledger.board.retired.get(fact.sequence)
     if assignment is not None:
         _not_hung(ledger, assignment)
-        late_copies(ledger, assignment.workers, assignment.batch, fact.jobs)
+        late_copies(ledger, assignment, assignment.batch, fact.jobs)
 
 
 def _not_hung(ledger: Ledger, assignment: Assignment) -> None:
@@ -185,17 +186,21 @@ def _blamed(assignment: Assignment, fact: AssignmentFailed) -> tuple[str, ...]:
 
 def late_copies(
     ledger: Ledger,
-    workers: tuple[str, ...],
+    assignment: Assignment,
     members: Sequence[Member],
     jobs: tuple[JobProgress, ...],
 ) -> None:
-    """What a report tells of jobs that its assignment no longer counts on."""
+    """What a report tells of jobs that their assignment no longer counts on."""
     known = {(m.request, m.attempt) for m in members}
     for progress in jobs:
         if (progress.request, progress.attempt) in known:
-            for name in workers:
-                latents.hold(ledger, progress.request, name, progress.steps_done, exact=False)
-            latents.profit(ledger, progress.request)
+            workers, done = assignment.workers, progress.steps_done
+            latents.hold_late(ledger, progress.request, assignment.node, workers, done)
+
+
+def _leaves_latents(ledger: Ledger, assignment: Assignment) -> bool:
+    tracked = next((t for m in assignment.batch if (t := ledger.tracked.get(m.request))), None)
+    return tracked is not None and assignment.node in tracked.workflow.leave_latents
 
 
 def _one_failed(
