@@ -31,8 +31,9 @@ T = TypeVar("T")
 INBOX_MAX = 65_536  # facts; beyond it what a later fact repeats is dropped, and counted
 _REST_US_MAX = 20_000  # between two plans, where they take long
 _LONG_US = 5_000  # a plan of a long queue. In a flood of newcomers it gives way to their forecasts
-_FLOOD, _FLOOD_US = 16, 250_000  # so many in one forecast, that long ago at most
-_RESTS_FLOODED, _REST_FLOODED_US_MAX = 4, 200_000  # and workers may be idle meanwhile
+_FLOOD, _FLOOD_US = 48, 250_000  # so many in one forecast, that long ago at most
+# Workers may be idle meanwhile; not longer than what was committed to them lasts, as a rule.
+_RESTS_FLOODED, _REST_FLOODED_US_MAX = 4, 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +130,10 @@ class Driver:
 
         `newcomers`: how many it is about.
         """
+        answer = await self._planning.run(lambda: question(self._scheduler))
         if newcomers >= _FLOOD:
             self._flooded_until_us = self._clock.now_us() + _FLOOD_US
-        return await self._planning.run(lambda: question(self._scheduler))
+        return answer
 
     async def ask_behind(self, question: Callable[[Scheduler], T]) -> T:
         """The same, once every fact that was posted before has been shown."""

@@ -73,7 +73,7 @@ class Node:
     degrees: Degrees = Degrees.ONE
 
 
-class Fault(NamedTuple):
+class WorkflowFault(NamedTuple):
     """What is wrong with a workflow, and where."""
 
     path: str  # as in "nodes[2].inputs[0]"
@@ -83,7 +83,7 @@ class Fault(NamedTuple):
 class WorkflowFaults(ValueError):
     """A workflow that cannot be run; `faults` are all that were found, in the order of paths."""
 
-    def __init__(self, name: str, faults: Sequence[Fault]) -> None:
+    def __init__(self, name: str, faults: Sequence[WorkflowFault]) -> None:
         told = "; ".join(f"{f.path}: {f.problem}" for f in faults)
         super().__init__(f"workflow {name!r}: {told}")
         self.name = name
@@ -226,33 +226,35 @@ def _ancestors(node: str, makers: Mapping[str, tuple[str, ...]]) -> set[str]:
     return found
 
 
-def _faults(nodes: Sequence[Node]) -> list[Fault]:
-    found: list[Fault] = []
+def _faults(nodes: Sequence[Node]) -> list[WorkflowFault]:
+    found: list[WorkflowFault] = []
     index: dict[str, int] = {}
     made_at: dict[str, str] = {}
     maker: dict[str, str] = {}
     for i, node in enumerate(nodes):
         if node.id in index:
-            found.append(Fault(f"nodes[{i}].id", f"nodes[{index[node.id]}] is {node.id!r}, too"))
+            found.append(
+                WorkflowFault(f"nodes[{i}].id", f"nodes[{index[node.id]}] is {node.id!r}, too")
+            )
         index.setdefault(node.id, i)
         for k, artifact in enumerate(node.outputs):
             at = f"nodes[{i}].outputs[{k}]"
             if artifact.name in made_at:
                 problem = f"{made_at[artifact.name]} makes {artifact.name!r}, too"
-                found.append(Fault(at, problem))
+                found.append(WorkflowFault(at, problem))
             made_at.setdefault(artifact.name, at)
             maker.setdefault(artifact.name, node.id)
         found += _faults_of_kind(f"nodes[{i}]", node)
     for i, node in enumerate(nodes):
         found += [
-            Fault(f"nodes[{i}].inputs[{k}]", f"no node makes {name!r}")
+            WorkflowFault(f"nodes[{i}].inputs[{k}]", f"no node makes {name!r}")
             for k, name in enumerate(node.inputs)
             if name not in maker
         ]
     stepped = [i for i, n in enumerate(nodes) if n.kind is NodeKind.STEPPED]
     if not stepped:
-        found.append(Fault("nodes", "none is stepped"))
-    found += [Fault(f"nodes[{i}].kind", "a second stepped node") for i in stepped[1:]]
+        found.append(WorkflowFault("nodes", "none is stepped"))
+    found += [WorkflowFault(f"nodes[{i}].kind", "a second stepped node") for i in stepped[1:]]
     makers: dict[str, tuple[str, ...]] = {}
     for node in nodes:
         known = makers.get(node.id, ())
@@ -260,20 +262,20 @@ def _faults(nodes: Sequence[Node]) -> list[Fault]:
     return sorted([*found, *_faults_of_shape(index, makers)], key=_position)
 
 
-def _faults_of_kind(at: str, node: Node) -> Iterator[Fault]:
+def _faults_of_kind(at: str, node: Node) -> Iterator[WorkflowFault]:
     if node.kind is NodeKind.ONCE:
         if node.degrees is not Degrees.ONE:
-            yield Fault(f"{at}.degrees", "a node that is called once runs on one worker")
+            yield WorkflowFault(f"{at}.degrees", "a node that is called once runs on one worker")
         return
     if not node.part:
-        yield Fault(f"{at}.part", "a stepped node needs one")
+        yield WorkflowFault(f"{at}.part", "a stepped node needs one")
     if [a.type for a in node.outputs] != [ArtifactType.LATENTS]:
-        yield Fault(f"{at}.outputs", "a stepped node makes latents, and nothing else")
+        yield WorkflowFault(f"{at}.outputs", "a stepped node makes latents, and nothing else")
 
 
 def _faults_of_shape(
     index: Mapping[str, int], makers: Mapping[str, tuple[str, ...]]
-) -> Iterator[Fault]:
+) -> Iterator[WorkflowFault]:
     """A cycle, or else more than one end."""
     rest = {n: makers[n] for n in makers if n not in _order(makers)}
     if rest:
@@ -281,15 +283,17 @@ def _faults_of_shape(
         while walk[-1] not in walk[:-1]:
             walk.append(next(m for m in rest[walk[-1]] if m in rest))
         cycle = walk[walk.index(walk[-1]) :][::-1]  # against the walk: makers first
-        yield Fault(f"nodes[{index[cycle[0]]}].inputs", "a cycle: " + " -> ".join(cycle))
+        yield WorkflowFault(f"nodes[{index[cycle[0]]}].inputs", "a cycle: " + " -> ".join(cycle))
         return
     taken = {m for of_one in makers.values() for m in of_one}
     ends = [n for n in makers if n not in taken]
     for end in ends if len(ends) > 1 else ():
-        yield Fault(f"nodes[{index[end]}].outputs", "one of several ends: no node takes them")
+        yield WorkflowFault(
+            f"nodes[{index[end]}].outputs", "one of several ends: no node takes them"
+        )
 
 
-def _position(fault: Fault) -> tuple[int, str]:
+def _position(fault: WorkflowFault) -> tuple[int, str]:
     number = fault.path.removeprefix("nodes[").partition("]")[0]
     return (int(number) if number.isdecimal() else -1, fault.path)
 

@@ -68,7 +68,7 @@ class NoteOutbox:
         with self._changed:
             key = (note.assignment.term, note.assignment.sequence)
             self._keys[key] -= 1
-            if not self._keys[key]:
+            if self._keys[key] <= 0:
                 del self._keys[key]
 
     def untold(self, term: int) -> tuple[int, ...]:

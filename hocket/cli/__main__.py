@@ -30,10 +30,5 @@ app.command("certs")(security.certs)
 app.add_typer(security.keys, name="keys")
 
 
-def main() -> None:
-    """Entry point of the installed command."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

@@ -150,7 +150,7 @@ class LongPlans(SlowScheduler):
         return self.at_us[-1] + 21_000 if self.at_us else 0
 
 
-@pytest.mark.parametrize(("newcomers", "pause_us"), [(0, 1_000), (3, 1_000), (16, 80_000)])
+@pytest.mark.parametrize(("newcomers", "pause_us"), [(0, 1_000), (16, 1_000), (48, 80_000)])
 async def test_plans_of_a_long_queue_give_way_to_a_flood_of_newcomers(
     newcomers: int, pause_us: int
 ) -> None:

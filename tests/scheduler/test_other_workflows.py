@@ -58,9 +58,12 @@ BRANCHED_ROWS = ROWS + "".join(
 )
 
 
-def desk(policy: str, workflow: Workflow = BRANCHED, workers: int = 2) -> Desk:
-    made = Desk(policy, workers=workers, rows=BRANCHED_ROWS, workflows=(workflow,))
-    made.arrive("a", steps=STEPS, workflow=workflow.name)
+def desk(
+    policy: str, workflow: Workflow = BRANCHED, workers: int = 2, lead_us: int = 0, slo_ms: int = 0
+) -> Desk:
+    made = Desk(policy, workers=workers, rows=BRANCHED_ROWS, workflows=(workflow,), lead_us=lead_us)
+    due = {"slo_us": slo_ms * MS} if slo_ms else {}
+    made.arrive("a", steps=STEPS, workflow=workflow.name, **due)
     return made
 
 
@@ -85,8 +88,9 @@ def again(at: Desk, lost: str) -> list[str]:
 @pytest.mark.parametrize(
     "policy", ["diflow", "disagfusion", "edf", "fixed-1", "genserve", "hocket", "tetriserve"]
 )
-def test_every_node_runs_once_its_inputs_are_there(policy: str) -> None:
-    at = desk(policy)
+@pytest.mark.parametrize(("lead_us", "slo_ms"), [(0, 0), (20 * MS, 320), (20 * MS, 450)])
+def test_every_node_runs_once_its_inputs_are_there(policy: str, lead_us: int, slo_ms: int) -> None:
+    at = desk(policy, lead_us=lead_us, slo_ms=slo_ms)
     at.run()
     assert at.ended["a"].outcome is Outcome.DONE and at.ended["a"].steps_done == STEPS
     first = {a.node: a for a in reversed(at.log)}

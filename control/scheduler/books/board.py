@@ -58,7 +58,7 @@ class Flight:
 
 
 @dataclass(slots=True)
-class Forecast:
+class BoardForecast:
     """When what is outstanding will be over."""
 
     free_us: dict[str, int]  # by worker; not before now
@@ -158,7 +158,7 @@ class Board:
     def denoising(self) -> bool:
         return any([f.kind is NodeKind.STEPPED for f in self.flights.values()])
 
-    def forecast(self, cluster: Cluster, now_us: int) -> Forecast:
+    def forecast(self, cluster: Cluster, now_us: int) -> BoardForecast:
         """Predicts starts and ends from mean step times, the last reports, and now."""
         idle_us = {w.name: w.freed_us for w in cluster.ordered()}  # without the "not before now"
         free_us = {name: us if us > now_us else now_us for name, us in idle_us.items()}
@@ -187,9 +187,9 @@ class Board:
                 idle_us[worker] = free_us[worker] = end
             for member in a.batch:
                 job_us[member.request] = end
-        return Forecast(free_us, start_us, end_us)
+        return BoardForecast(free_us, start_us, end_us)
 
-    def step_end_us(self, sequence: int, forecast: Forecast, now_us: int) -> int:
+    def step_end_us(self, sequence: int, forecast: BoardForecast, now_us: int) -> int:
         """When an assignment called off now lets its workers go: at the end of its current step."""
         flight = self.flights[sequence]
         if forecast.start_us[sequence] >= now_us:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..books.board import Forecast
+from ..books.board import BoardForecast
 from ..books.cluster import Worker
 from ..books.ledger import Ledger
 from ..books.lifecycle import JobState
@@ -84,7 +84,7 @@ class Running:
 class Scene:
     """One instant, as policies see it."""
 
-    def __init__(self, ledger: Ledger, forecast: Forecast, now_us: int) -> None:
+    def __init__(self, ledger: Ledger, forecast: BoardForecast, now_us: int) -> None:
         self._ledger = ledger
         self.now_us = now_us
         lead_us = ledger.settings.lead_us
@@ -228,7 +228,7 @@ class Scene:
         return members
 
 
-def _works(ledger: Ledger, forecast: Forecast, now_us: int, until_us: int) -> Iterable[Work]:
+def _works(ledger: Ledger, forecast: BoardForecast, now_us: int, until_us: int) -> Iterable[Work]:
     for tracked in ledger.tracked.values():
         stepped = tracked.stepped
         calls = [j for j in tracked.before if j.state is JobState.READY]

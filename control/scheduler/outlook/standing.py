@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..books.board import Forecast
+from ..books.board import BoardForecast
 from ..books.ledger import Ledger
 from ..books.lifecycle import JobState
 from ..books.tracker import Job, Tracked
@@ -27,7 +27,9 @@ class Standing:
     group: tuple[str, ...]
 
 
-def standing(ledger: Ledger, tracked: Tracked, forecast: Forecast, now_us: int) -> Standing | None:
+def standing(
+    ledger: Ledger, tracked: Tracked, forecast: BoardForecast, now_us: int
+) -> Standing | None:
     """None while the job cannot be planned: something before it is not under way, or a next
     assignment of it is already out.
     """
@@ -60,7 +62,7 @@ def standing_for(ledger: Ledger, tracked: Tracked, node: str) -> tuple[int, tupl
         makers = [tracked.jobs[maker] for maker in workflow.makers[node]]
         out = [s for job in makers for s in job.outstanding]
         known = [Holder(worker=w, steps_done=done) for w in tracked.inputs(node)]
-        return done, (*known, *_makers(ledger, done, out))
+        return done, _once_each((*known, *_makers(ledger, done, out)))
     return _behind(ledger, tracked)
 
 
@@ -78,8 +80,13 @@ def _behind(ledger: Ledger, tracked: Tracked) -> tuple[int, tuple[Holder, ...]]:
     if stepped.state is JobState.BLOCKED:  # else the report of what was before it is late
         out = [s for job in tracked.before for s in job.outstanding]
         if out:
-            return 0, (*known, *_makers(ledger, 0, out))
+            return 0, _once_each((*known, *_makers(ledger, 0, out)))
     return tracked.steps_done, tracked.latest() or tuple(known)
+
+
+def _once_each(holders: tuple[Holder, ...]) -> tuple[Holder, ...]:
+    """Without repetition: one worker may have several of a node's inputs."""
+    return holders if len(holders) < 2 else tuple(dict.fromkeys(holders))
 
 
 def next_node(ledger: Ledger, tracked: Tracked) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..books.board import Forecast
+from ..books.board import BoardForecast
 from ..books.ledger import Ledger
 from ..books.lifecycle import JobState
 from ..books.tracker import Tracked
@@ -35,7 +35,7 @@ class Bound:
 
 
 def plannable(
-    ledger: Ledger, window: Window, forecast: Forecast, now_us: int
+    ledger: Ledger, window: Window, forecast: BoardForecast, now_us: int
 ) -> dict[str, Standing]:
     """The denoise jobs that this window may decide on, in order of arrival."""
     found: dict[str, Standing] = {}
@@ -53,7 +53,9 @@ def plannable(
     return found
 
 
-def workers_of(ledger: Ledger, window: Window, forecast: Forecast, now_us: int) -> dict[str, int]:
+def workers_of(
+    ledger: Ledger, window: Window, forecast: BoardForecast, now_us: int
+) -> dict[str, int]:
     """The workers that this window may bind, and when each is free."""
     idle_only = window.kind is WindowKind.AMENDMENT
     return {
@@ -102,7 +104,7 @@ def candidate(
 
 
 def decide(
-    ledger: Ledger, policy: Policy, window: Window, forecast: Forecast, now_us: int
+    ledger: Ledger, policy: Policy, window: Window, forecast: BoardForecast, now_us: int
 ) -> list[Bound]:
     """Asks the policy for widths and binds them; in the order in which they go out."""
     open_ = workers_of(ledger, window, forecast, now_us)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..books.board import Forecast
+from ..books.board import BoardForecast
 from ..books.ledger import Ledger
 from ..books.lifecycle import JobState
 from ..outlook.rounds import RoundGrid
@@ -84,7 +84,7 @@ class WindowPlanner(Planner):
         # A round into which no step of some shape fits would never start that shape.
         return max(wanted_us, slowest_us, 2 * s.lead_us)
 
-    def _wants_denoising(self, ledger: Ledger, forecast: Forecast) -> bool:
+    def _wants_denoising(self, ledger: Ledger, forecast: BoardForecast) -> bool:
         """Some job has steps that nobody was given yet, and somebody could take them.
 
         In a cluster where nothing denoises, encodes under way are no reason to begin a round: their
@@ -109,7 +109,9 @@ class WindowPlanner(Planner):
         mid_way = (t.stepped.state is JobState.READY and t.group for t in ledger.tracked.values())
         return not ledger.settings.amend and any(mid_way)
 
-    def _start_stages(self, ledger: Ledger, forecast: Forecast, now_us: int, issue: Issue) -> None:
+    def _start_stages(
+        self, ledger: Ledger, forecast: BoardForecast, now_us: int, issue: Issue
+    ) -> None:
         """Calls that can start; the forecast follows what they add."""
         room = stages.Room(ledger, forecast.free_us, now_us)
         for tracked, job in stages.waiting(ledger):
@@ -179,7 +181,7 @@ class EventPlanner(Planner):
         return self._policy.likely_degree(step_us)
 
 
-def lead_ends(ledger: Ledger, forecast: Forecast) -> list[int]:
+def lead_ends(ledger: Ledger, forecast: BoardForecast) -> list[int]:
     """A lead before each end of a job's only assignment."""
     return [
         forecast.end_us[t.stepped.outstanding[0]] - ledger.settings.lead_us

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
-from ..books.board import Forecast
+from ..books.board import BoardForecast
 from ..books.ledger import Ledger
 from ..books.lifecycle import JobState
 from ..books.tracker import Tracked
@@ -43,7 +43,7 @@ class Estimates:
     def forget(self) -> None:
         """The ledger changes."""
         self._sums_us: list[int] | None = None
-        self._forecast: tuple[int, Forecast] | None = None
+        self._forecast: tuple[int, BoardForecast] | None = None
 
     def newcomers_finish_us(self, requests: Sequence[Request], now_us: int) -> list[int]:
         """Finishes of requests that arrived now, each behind those before it: by the planner's own
@@ -196,7 +196,7 @@ class Estimates:
         times = self._ledger.rates(request).width_us
         return times[self._planner.likely_degree(times)]
 
-    def _forecast_at(self, now_us: int) -> Forecast:
+    def _forecast_at(self, now_us: int) -> BoardForecast:
         if self._forecast is None or self._forecast[0] != now_us:
             ledger = self._ledger
             self._forecast = now_us, ledger.board.forecast(ledger.cluster, now_us)

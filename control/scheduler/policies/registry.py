@@ -43,8 +43,12 @@ def find(name: str) -> Registered:
     other = _others().get(name)
     if other is None:
         raise SettingError("policy", name, " | ".join(names()))
-    found = other.load()
-    assert isinstance(found, Registered), f"{other.value} is no policy"
+    try:
+        found = other.load()
+    except (ImportError, AttributeError) as error:
+        raise SettingError("policy", name, f"installed whole: {other.value}: {error}") from error
+    if not isinstance(found, Registered):
+        raise SettingError("policy", name, f"a Registered, which {other.value} is not")
     return found
 
 

@@ -17,7 +17,7 @@ from .roster import Roster
 BEST_EFFORT = "best-effort"  # reason of a start
 
 
-class Slow(NamedTuple):
+class SlowSteps(NamedTuple):
     """What long best-effort steps may take."""
 
     step_us: int
@@ -25,7 +25,7 @@ class Slow(NamedTuple):
 
 
 def fill(
-    ledger: Ledger, pod: Pod, roster: Roster, room: int, limits: Limits, slow: Slow
+    ledger: Ledger, pod: Pod, roster: Roster, room: int, limits: Limits, slow: SlowSteps
 ) -> list[Wish]:
     """The hopeless on what is left, in deadline order: as the kernel's own fill."""
     wishes: list[Wish] = []

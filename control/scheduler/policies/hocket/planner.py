@@ -33,7 +33,7 @@ from ...values import Request
 from ...workflow import CHAIN, Section
 from ..base import Newcomer, Planner
 from .binding import Binder, Wish
-from .filling import Slow, fill, first_come
+from .filling import SlowSteps, fill, first_come
 from .forecast import Forecaster
 from .improve import Limits, start_space
 from .keeping import keep
@@ -120,7 +120,7 @@ class Hocket(Planner):
             int(read["aged_workers"]),
         )
         self._may_steal = bool(read["steal"])
-        self._slow = Slow(int(read["slow_step_us"]), int(read["reserve"]))
+        self._slow = SlowSteps(int(read["slow_step_us"]), int(read["reserve"]))
         least_us = int(read["commit_leads"]) * settings.lead_us
         self._commit_us = max(least_us, int(read["commit_us"]))
         self._round = 0
