@@ -21,7 +21,7 @@ def test_announce_find_withdraw(tmp_path: Path) -> None:
 
 
 ANNOUNCER = (
-    "import sys; from pathlib import Path; from hocket import endpoints;"
+    "import sys; from pathlib import Path; from hocket.launching import endpoints;"
     "endpoints.announce(Path(sys.argv[1]), 'gateway', sys.argv[2]); print(flush=True);"
     "sys.stdin.read(); endpoints.withdraw(Path(sys.argv[1]), 'gateway')"
 )
