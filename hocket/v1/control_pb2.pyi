@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from hocket.v1 import generation_pb2 as _generation_pb2
 from hocket.v1 import mesh_pb2 as _mesh_pb2
 from hocket.v1 import types_pb2 as _types_pb2
+from hocket.v1 import workflows_pb2 as _workflows_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -31,6 +32,7 @@ class SubmitRequest(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     WISH_SHA256_FIELD_NUMBER: _builtins.int
     KNOWN_ONLY_FIELD_NUMBER: _builtins.int
+    WORKFLOW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name chosen by the gateway: a ULID-like sortable id without user text."""
     wish_sha256: _builtins.bytes
@@ -46,6 +48,10 @@ class SubmitRequest(_message.Message):
     def request(self) -> _generation_pb2.GenerateRequest:
         """The request, defaults filled in."""
 
+    @_builtins.property
+    def workflow(self) -> _workflows_pb2.WorkflowSpec:
+        """What `request.spec.workflow` names, where that is no model's plain chain. It stays with the request."""
+
     def __init__(
         self,
         *,
@@ -53,10 +59,11 @@ class SubmitRequest(_message.Message):
         request: _generation_pb2.GenerateRequest | None = ...,
         wish_sha256: _builtins.bytes = ...,
         known_only: _builtins.bool = ...,
+        workflow: _workflows_pb2.WorkflowSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "workflow", b"workflow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_only", b"known_only", "request", b"request", "request_id", b"request_id", "wish_sha256", b"wish_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_only", b"known_only", "request", b"request", "request_id", b"request_id", "wish_sha256", b"wish_sha256", "workflow", b"workflow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

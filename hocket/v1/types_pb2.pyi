@@ -306,7 +306,9 @@ class GenerationSpec(_message.Message):
     model: _builtins.str
     """Model name as listed by ListModels; empty picks the default model."""
     workflow: _builtins.str
-    """Workflow name: "txt2img" or "txt2vid"; empty picks the model's default."""
+    """Workflow: a model's own ("txt2img", "txt2vid") or a registered one, by name or by name and digest
+    ("upscale-twice@1f2e3d4c"); empty picks the model's default.
+    """
     prompt: _builtins.str
     """What to show."""
     negative_prompt: _builtins.str
@@ -333,7 +335,7 @@ class GenerationSpec(_message.Message):
 
     @_builtins.property
     def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Further named inputs of workflow nodes (control images and the like), by object-store name."""
+        """Further inputs of the workflow by their names there (pictures, masks …), each as PutInput named it."""
 
     def __init__(
         self,
@@ -548,6 +550,7 @@ class PartWeights(_message.Message):
     PEAK_BYTES_FIELD_NUMBER: _builtins.int
     LOAD_TIME_US_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model."""
     node: _builtins.str
@@ -560,6 +563,8 @@ class PartWeights(_message.Message):
     """Time that loading them takes, in microseconds, as measured last."""
     resident: _builtins.bool
     """They are on the device now."""
+    part: _builtins.str
+    """Their identity (see ModelPart); models that share it say the same of it."""
     def __init__(
         self,
         *,
@@ -569,10 +574,11 @@ class PartWeights(_message.Message):
         peak_bytes: _builtins.int = ...,
         load_time_us: _builtins.int = ...,
         resident: _builtins.bool = ...,
+        part: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load_time_us", b"load_time_us", "model", b"model", "node", b"node", "peak_bytes", b"peak_bytes", "resident", b"resident", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load_time_us", b"load_time_us", "model", b"model", "node", b"node", "part", b"part", "peak_bytes", b"peak_bytes", "resident", b"resident", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
