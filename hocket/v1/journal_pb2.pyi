@@ -5,11 +5,14 @@ What control writes to JetStream: promises, from which a leader leads on after a
 decision can be replayed.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from hocket.v1 import control_pb2 as _control_pb2
 from hocket.v1 import generation_pb2 as _generation_pb2
 from hocket.v1 import types_pb2 as _types_pb2
+from hocket.v1 import workflows_pb2 as _workflows_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -190,6 +193,30 @@ class DrainWish(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainWish: _TypeAlias = DrainWish  # noqa: Y015
+
+@_typing.final
+class StoredWorkflow(_message.Message):
+    """A registered workflow, as the bucket of workflows has it under its name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[_workflows_pb2.WorkflowSpec]:
+        """Its versions, the newest first."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[_workflows_pb2.WorkflowSpec] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoredWorkflow: _TypeAlias = StoredWorkflow  # noqa: Y015
 
 @_typing.final
 class AcceptedRequest(_message.Message):

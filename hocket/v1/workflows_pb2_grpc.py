@@ -68,6 +68,7 @@ class WorkflowServiceServicer:
     def RegisterWorkflow(self, request, context):
         """Registers a workflow under its name. A name that is taken by another content becomes a new version; requests that
         were accepted before keep theirs. The same content again changes nothing.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -75,6 +76,7 @@ class WorkflowServiceServicer:
 
     def ListWorkflows(self, request, context):
         """Lists the newest version of each workflow, shipped ones included, by name.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -82,6 +84,7 @@ class WorkflowServiceServicer:
 
     def GetWorkflow(self, request, context):
         """Gets one, by name or by name and digest.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,6 +92,7 @@ class WorkflowServiceServicer:
 
     def DeleteWorkflow(self, request, context):
         """Forgets a registered workflow with all its versions; requests that were accepted go on.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

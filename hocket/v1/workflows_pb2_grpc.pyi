@@ -39,13 +39,20 @@ class WorkflowServiceStub:
     RegisterWorkflow: _grpc.UnaryUnaryMultiCallable[_workflows_pb2.RegisterWorkflowRequest, _workflows_pb2.RegisterWorkflowResponse]
     """Registers a workflow under its name. A name that is taken by another content becomes a new version; requests that
     were accepted before keep theirs. The same content again changes nothing.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     ListWorkflows: _grpc.UnaryUnaryMultiCallable[_workflows_pb2.ListWorkflowsRequest, _workflows_pb2.ListWorkflowsResponse]
-    """Lists the newest version of each workflow, shipped ones included, by name."""
+    """Lists the newest version of each workflow, shipped ones included, by name.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
     GetWorkflow: _grpc.UnaryUnaryMultiCallable[_workflows_pb2.GetWorkflowRequest, _workflows_pb2.GetWorkflowResponse]
-    """Gets one, by name or by name and digest."""
+    """Gets one, by name or by name and digest.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
     DeleteWorkflow: _grpc.UnaryUnaryMultiCallable[_workflows_pb2.DeleteWorkflowRequest, _workflows_pb2.DeleteWorkflowResponse]
-    """Forgets a registered workflow with all its versions; requests that were accepted go on."""
+    """Forgets a registered workflow with all its versions; requests that were accepted go on.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
 
 @_typing.type_check_only
 class WorkflowServiceAsyncStub(WorkflowServiceStub):
@@ -58,13 +65,20 @@ class WorkflowServiceAsyncStub(WorkflowServiceStub):
     RegisterWorkflow: _aio.UnaryUnaryMultiCallable[_workflows_pb2.RegisterWorkflowRequest, _workflows_pb2.RegisterWorkflowResponse]  # type: ignore[assignment]
     """Registers a workflow under its name. A name that is taken by another content becomes a new version; requests that
     were accepted before keep theirs. The same content again changes nothing.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
     """
     ListWorkflows: _aio.UnaryUnaryMultiCallable[_workflows_pb2.ListWorkflowsRequest, _workflows_pb2.ListWorkflowsResponse]  # type: ignore[assignment]
-    """Lists the newest version of each workflow, shipped ones included, by name."""
+    """Lists the newest version of each workflow, shipped ones included, by name.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
     GetWorkflow: _aio.UnaryUnaryMultiCallable[_workflows_pb2.GetWorkflowRequest, _workflows_pb2.GetWorkflowResponse]  # type: ignore[assignment]
-    """Gets one, by name or by name and digest."""
+    """Gets one, by name or by name and digest.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
     DeleteWorkflow: _aio.UnaryUnaryMultiCallable[_workflows_pb2.DeleteWorkflowRequest, _workflows_pb2.DeleteWorkflowResponse]  # type: ignore[assignment]
-    """Forgets a registered workflow with all its versions; requests that were accepted go on."""
+    """Forgets a registered workflow with all its versions; requests that were accepted go on.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
 
 class WorkflowServiceServicer(metaclass=_abc_1.ABCMeta):
     """Registers workflows, and lists them.
@@ -80,6 +94,7 @@ class WorkflowServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_workflows_pb2.RegisterWorkflowResponse, _abc.Awaitable[_workflows_pb2.RegisterWorkflowResponse]]:
         """Registers a workflow under its name. A name that is taken by another content becomes a new version; requests that
         were accepted before keep theirs. The same content again changes nothing.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
 
     @_abc_1.abstractmethod
@@ -88,7 +103,9 @@ class WorkflowServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _workflows_pb2.ListWorkflowsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_workflows_pb2.ListWorkflowsResponse, _abc.Awaitable[_workflows_pb2.ListWorkflowsResponse]]:
-        """Lists the newest version of each workflow, shipped ones included, by name."""
+        """Lists the newest version of each workflow, shipped ones included, by name.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
 
     @_abc_1.abstractmethod
     def GetWorkflow(
@@ -96,7 +113,9 @@ class WorkflowServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _workflows_pb2.GetWorkflowRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_workflows_pb2.GetWorkflowResponse, _abc.Awaitable[_workflows_pb2.GetWorkflowResponse]]:
-        """Gets one, by name or by name and digest."""
+        """Gets one, by name or by name and digest.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
 
     @_abc_1.abstractmethod
     def DeleteWorkflow(
@@ -104,6 +123,8 @@ class WorkflowServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _workflows_pb2.DeleteWorkflowRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_workflows_pb2.DeleteWorkflowResponse, _abc.Awaitable[_workflows_pb2.DeleteWorkflowResponse]]:
-        """Forgets a registered workflow with all its versions; requests that were accepted go on."""
+        """Forgets a registered workflow with all its versions; requests that were accepted go on.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
 
 def add_WorkflowServiceServicer_to_server(servicer: WorkflowServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
