@@ -30,6 +30,7 @@ from control.requests.offers import Answered, Decided, Offer
 from control.requests.records import Record, Records
 from control.requests.verdicts import AdmissionCandidate, Verdict, judge, told_us
 from control.scheduler.values import Arrived, CancelRequested, Request
+from control.workflows.admitting import complete, taught, unserved
 from hocket.clock import Clock, unix_ns
 from hocket.errors import Refused
 from hocket.messaging.stores import EntryTooLarge
@@ -256,8 +257,9 @@ class AdmissionControl:
         if not offers:
             return []
         ahead = tuple(self._under_way.values())
+        submits = [offer.record.submit for offer in offers]
         verdicts = await self._driver.ask(
-            lambda s: judge(s, ahead, newcomers, now_us), newcomers=len(newcomers)
+            lambda s: judge(taught(s, submits), ahead, newcomers, now_us), newcomers=len(newcomers)
         )
         judged_us = self._clock.now_us()
         rest_us = min(_RESTS * (judged_us - now_us), _REST_US_MAX)
@@ -298,19 +300,18 @@ class AdmissionControl:
             return refusals.expired()
         if not self._has_workers():
             return refusals.no_workers()
-        model = offer.record.spec.model
-        return None if model in served else refusals.not_served(model, served)
+        return unserved(offer.record.submit, served)
 
     def _newcomer(
         self, offer: Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
     ) -> AdmissionCandidate:
         submit = offer.record.submit
         spec, slo = submit.request.spec, submit.request.slo
-        model = served[spec.model]
-        spec.guidance_branches = translate.branches_of(spec, (model,))
-        request = translate.to_request(submit.request_id, submit.request, now_us)
-        degrades = slo.on_miss == types_pb2.ON_MISS_DEGRADE
-        return AdmissionCandidate(request, ladders(spec, slo.degrade, model) if degrades else ())
+        complete(submit, served)
+        request = translate.to_request(submit, now_us)
+        if slo.on_miss != types_pb2.ON_MISS_DEGRADE or submit.HasField("workflow"):
+            return AdmissionCandidate(request)
+        return AdmissionCandidate(request, ladders(spec, slo.degrade, served[spec.model]))
 
     # ---------------------------------------------------------------------------- answers
 

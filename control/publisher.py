@@ -22,6 +22,7 @@ from control.requests.endings import Endings
 from control.requests.records import Record, Records
 from control.scheduler import values
 from control.workers.leases import Leases
+from control.workflows.compiled import steps_at
 from hocket.clock import unix_ns
 from hocket.messaging.bus import Subjects
 from hocket.tracing import spans, telemetry
@@ -158,11 +159,11 @@ class Publisher:
         result: mesh_pb2.StepResult,
         left_us: int,
     ) -> None:
-        denoising = report.node == values.DIT
+        steps = steps_at(record.submit, report.node)
         progress = generation_pb2.Progress(
             node=report.node,
-            step=result.steps_done if denoising else 1,
-            steps=record.spec.steps if denoising else 1,
+            step=result.steps_done if steps else 1,
+            steps=steps or 1,
             degree=len(report.members),
             workers=report.members,
             step_time_us=report.step_time_us[-1],
@@ -254,7 +255,7 @@ class Publisher:
             if self._records.run(record.id, assignment.sequence, assignment.step_time_us):
                 accepted_ns = min(now_ns, record.accepted_unix_us * 1000)
                 self._span(record, spans.QUEUE, accepted_ns, now_ns, {})
-            if assignment.node == values.DIT:
+            if steps_at(record.submit, assignment.node):
                 self._span(
                     record,
                     spans.ROUND,

@@ -27,6 +27,19 @@ def not_served(model: str, served: Iterable[str]) -> types_pb2.Failure:
     )
 
 
+def operation_not_served(
+    workflow: str, node: str, operation: str, model: generation_pb2.ModelInfo
+) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="WORKFLOW_NOT_SERVED",
+        message=(
+            f"workflow {workflow!r} needs the operation {operation!r} (node {node!r}) of "
+            f"{model.name!r}, which no living worker serves"
+        ),
+        metadata={"node": node, "operation": operation, "model": model.name},
+    )
+
+
 def queue_full(open_max: int) -> types_pb2.Failure:
     return types_pb2.Failure(
         reason="QUEUE_FULL",

@@ -29,6 +29,7 @@ from control.scheduler.values import (
     WorkerLost,
     WorkerUp,
 )
+from control.workflows.compiled import profile_name
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
 _MIB = 1 << 20
@@ -206,16 +207,19 @@ def _up(beat: mesh_pb2.Heartbeat, now_us: int, pending: tuple[int, ...]) -> Work
                 degrees=tuple(model.degrees),
                 batch_max=max(1, model.batch_max),
                 halves=model.obeys_layout,
+                operations=tuple(map(profile_name, model.operations)),
             )
             for model in beat.models
         ),
         latents=tuple(
-            Held(request=held.request_id, steps_done=held.steps_done) for held in beat.latents
+            Held(request=held.request_id, steps_done=held.steps_done, artifact=held.artifact)
+            for held in beat.latents
         ),
         memory_mib=beat.memory.budget_bytes >> 20,
         weights=_weights(beat.memory),
         stopping=beat.stopping,
         pending=pending,
+        operations=tuple(map(profile_name, beat.operations)),
     )
 
 

@@ -28,11 +28,33 @@ class SubmitRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ShapesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _types_pb2.Shape: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _types_pb2.Shape | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
     WISH_SHA256_FIELD_NUMBER: _builtins.int
     KNOWN_ONLY_FIELD_NUMBER: _builtins.int
     WORKFLOW_FIELD_NUMBER: _builtins.int
+    SHAPES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name chosen by the gateway: a ULID-like sortable id without user text."""
     wish_sha256: _builtins.bytes
@@ -52,6 +74,10 @@ class SubmitRequest(_message.Message):
     def workflow(self) -> _workflows_pb2.WorkflowSpec:
         """What `request.spec.workflow` names, where that is no model's plain chain. It stays with the request."""
 
+    @_builtins.property
+    def shapes(self) -> _containers.MessageMap[_builtins.str, _types_pb2.Shape]:
+        """By node of the workflow, what it makes has this shape. Filled in by control; what a gateway says is ignored."""
+
     def __init__(
         self,
         *,
@@ -60,10 +86,11 @@ class SubmitRequest(_message.Message):
         wish_sha256: _builtins.bytes = ...,
         known_only: _builtins.bool = ...,
         workflow: _workflows_pb2.WorkflowSpec | None = ...,
+        shapes: _abc.Mapping[_builtins.str, _types_pb2.Shape] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "workflow", b"workflow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_only", b"known_only", "request", b"request", "request_id", b"request_id", "wish_sha256", b"wish_sha256", "workflow", b"workflow"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_only", b"known_only", "request", b"request", "request_id", b"request_id", "shapes", b"shapes", "wish_sha256", b"wish_sha256", "workflow", b"workflow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

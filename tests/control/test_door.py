@@ -210,7 +210,7 @@ def test_any_request_is_judged(message: control_pb2.SubmitRequest) -> None:
     found = check_submit(message)
     if not found:
         scheduler = busy()
-        request = translate.to_request(message.request_id, message.request, 5)
+        request = translate.to_request(message, 5)
         scheduler.observe(Arrived(at_us=5, request=request))
         scheduler.plan(6)
 
