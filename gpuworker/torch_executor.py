@@ -27,6 +27,7 @@ from gpuworker.memory.latents import LatentShelf, Shares
 from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
 from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
+from gpuworker.steps.encoding import EncodingThreads
 from gpuworker.steps.engine import Engine
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.pace import pace_of
@@ -78,7 +79,10 @@ class TorchExecutor:
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
         store = self._rendezvous
         self._shelf = LatentShelf(store.put, store.drop, shares, store.fetched)
-        self._memory = Memory(cards, device, weights, self._shelf, shares.device_bytes)
+        self._encoding = encoding = EncodingThreads()
+        self._memory = Memory(
+            cards, device, weights, self._shelf, shares.device_bytes, lambda: encoding.size_bytes
+        )
         self._engine = Engine(
             worker,
             cards,
@@ -88,6 +92,7 @@ class TorchExecutor:
             Sources(worker, self._inbox, self._shelf, self._rendezvous, self._ask),
             pace_of(device),
             self._memory,
+            encoding,
         )
         self._copies = Copies(worker, self._shelf, self._rendezvous, self._ask)
         self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
@@ -185,8 +190,10 @@ class TorchExecutor:
         self._inbox.close()
         self._copies.close()
         self._groups.abort()
+        self._encoding.stop()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, patience_s)
+        await asyncio.to_thread(self._encoding.close, patience_s)
         await asyncio.to_thread(self._memory.close)
         self._offering.shutdown(wait=False, cancel_futures=True)
         self._groups.close()
