@@ -23,8 +23,9 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from gpuworker.models.card import DiffusersCard, noise
+from gpuworker.models.diffusers_card import DiffusersCard
 from gpuworker.models.flux import FluxCard
+from gpuworker.models.rows import noise
 from gpuworker.models.wan import WanCard
 
 WEIGHTS_SEED = 20

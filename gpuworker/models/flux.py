@@ -13,7 +13,7 @@ and that is a `FluxCard` method each:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,21 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, degrees
-from gpuworker.models.card import (
-    Asked,
-    CardFacts,
-    DiffusersCard,
-    Row,
-    latents_of,
-    noise,
-    number,
-    numbers_of,
-    stacked,
-    timesteps_of,
-    to_frames,
-)
+from gpuworker.models.card import Asked, CardFacts
 from gpuworker.models.decoding import decoded
-from gpuworker.models.solvers import dynamic_shift
+from gpuworker.models.diffusers_card import DiffusersCard
+from gpuworker.models.pictures import to_frames
+from gpuworker.models.rows import Row, drawn, latents_of, number, numbers_of, stacked, timesteps_of
+from gpuworker.models.solvers import dynamic_shift, schedule_steps
 from gpuworker.state import LatentState
 
 _T5_TOKENS = 512
@@ -47,6 +38,9 @@ _TILED_OVER_PX = 1536 * 1536  # for the decoder; card.json may say otherwise
 class FluxCard(DiffusersCard):
     """Flux with CLIP and T5 text encoders and AutoencoderKL."""
 
+    takes_pictures = True
+    tiled_over_px = _TILED_OVER_PX
+
     def __init__(
         self, name: str, parts: dict[str, Any], card: dict[str, Any], device: torch.device
     ) -> None:
@@ -54,10 +48,9 @@ class FluxCard(DiffusersCard):
         super().__init__(parts, card, device, elastic)
         self.facts = self._facts(name)
 
-    def _first(self, asked: Asked) -> dict[str, Tensor]:
-        tensors = self._text(asked.prompt, asked.negative_prompt, asked.width, asked.height)
-        tensors["latents"], tensors["img_ids"] = self._canvas(asked)
-        return tensors
+    def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
+        latents, ids = self._canvas(asked, generator)
+        return {"latents": latents, "img_ids": ids}
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -66,7 +59,7 @@ class FluxCard(DiffusersCard):
 
     def _pixels(self, latents: Tensor, state: LatentState) -> NDArray[np.uint8]:
         """Frames [F, H, W, 3] of latents [F, C, rows, columns]."""
-        tiled_over_px = int(self._card.get("tiled_over_px", _TILED_OVER_PX))
+        tiled_over_px = int(self._card.get("tiled_over_px", self.tiled_over_px))
         return to_frames(decoded(self._parts["vae"], latents, state, tiled_over_px))
 
     # What WordFluxCard and word_motion.py do otherwise.
@@ -99,11 +92,11 @@ class FluxCard(DiffusersCard):
             examples=tuple(self._card.get("examples", ())),
         )
 
-    def _text(self, prompt: str, negative: str, width: int, height: int) -> dict[str, Tensor]:
+    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
         """Embeddings [1, T, D] and pooled [1, P] of the prompt, and position ids [T, 3]."""
         clip, t5 = self._parts["text_encoder"], self._parts["text_encoder_2"]
-        words = self._ids("tokenizer", prompt, self._parts["tokenizer"].model_max_length)
-        pieces = self._ids("tokenizer_2", prompt, self._card.get("text_tokens", _T5_TOKENS))
+        words = self._ids("tokenizer", asked.prompt, self._parts["tokenizer"].model_max_length)
+        pieces = self._ids("tokenizer_2", asked.prompt, self._card.get("text_tokens", _T5_TOKENS))
         pooled = clip(words, output_hidden_states=False).pooler_output
         embeds = t5(pieces, output_hidden_states=False)[0]
         return {
@@ -112,21 +105,19 @@ class FluxCard(DiffusersCard):
             "txt_ids": torch.zeros(embeds.shape[1], 3, dtype=self._dtype),
         }
 
-    def _canvas(self, asked: Asked) -> tuple[Tensor, Tensor]:
+    def _canvas(self, asked: Asked, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Initial latents [1, N, C] and position ids [N, 3]."""
         factor = 2 * self._vae_factor()
         rows, columns = asked.height // factor, asked.width // factor
         channels = self._transformer.config.in_channels // 4
-        drawn = noise((1, channels, 2 * rows, 2 * columns), asked.seed).to(self._dtype)
-        drawn = drawn.view(1, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+        unpacked = drawn((1, channels, 2 * rows, 2 * columns), generator).to(self._dtype)
         ids = torch.zeros(rows, columns, 3)
         ids[..., 1] += torch.arange(rows)[:, None]
         ids[..., 2] += torch.arange(columns)[None]
-        latents = drawn.reshape(1, rows * columns, 4 * channels)
-        return latents, ids.reshape(-1, 3).to(self._dtype)
+        return self._packed(unpacked), ids.reshape(-1, 3).to(self._dtype)
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
-        steps, tokens = state.steps_total, state.tensors["latents"].shape[1]
+        steps, tokens = schedule_steps(state), state.tensors["latents"].shape[1]
         config = self._parts["scheduler"].config
         shift = {"mu": dynamic_shift(tokens, config)}
         if config.get("use_flow_sigmas"):
@@ -166,6 +157,17 @@ class FluxCard(DiffusersCard):
         latents = latents.view(1, rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
         unpacked: Tensor = latents.reshape(1, -1, 2 * rows, 2 * columns) / config.scaling_factor
         return unpacked + config.shift_factor
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        config = self._parts["vae"].config
+        scaled: Tensor = (latents - config.shift_factor) * config.scaling_factor
+        return scaled
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        return packed(latents)
+
+    def _latent_px(self) -> int:
+        return self._vae_factor()
 
     def _ids(self, tokenizer: str, prompt: str, length: int) -> Tensor:
         """Token ids [1, length]."""
@@ -228,11 +230,12 @@ class WordFluxCard(FluxCard):
         known = range(1, min(12, len(encoder.config.things)) + 1)
         return tuple(encoder.phrase(thing, 0) for thing in known)
 
-    def _text(self, prompt: str, negative: str, width: int, height: int) -> dict[str, Tensor]:
+    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
         """Embeddings [1, T, D] and pooled [1, P], prompted and plain; ids [T, 3]."""
         encoder = self._parts["text_encoder"]
-        size_word = self._card["size_words"][f"{width}x{height}"]
-        rows = [encoder.tokenize(f"{text} {size_word}") for text in (negative, prompt)]
+        size_word = self._card["size_words"][f"{asked.width}x{asked.height}"]
+        texts = (asked.negative_prompt, asked.prompt)
+        rows = [encoder.tokenize(f"{text} {size_word}") for text in texts]
         embeds, pooled = encoder(torch.cat(rows).to(self._device))
         return {
             "plain_embeds": embeds[:1],
@@ -242,17 +245,34 @@ class WordFluxCard(FluxCard):
             "txt_ids": encoder.text_ids(),
         }
 
-    def _canvas(self, asked: Asked) -> tuple[Tensor, Tensor]:
+    def _canvas(self, asked: Asked, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         patch, span = self._card["patch_px"], self._card["position_span"]
         rows, columns = asked.height // patch, asked.width // patch
-        drawn = noise((1, self._transformer.config.in_channels, rows, columns), asked.seed)
+        unpacked = drawn((1, self._transformer.config.in_channels, rows, columns), generator)
         ids = torch.zeros(rows, columns, 3)
         ids[..., 1] = ((torch.arange(rows) + 0.5) * span / rows)[:, None]
         ids[..., 2] = ((torch.arange(columns) + 0.5) * span / columns)[None]
-        return drawn.flatten(2).transpose(1, 2).contiguous().to(self._dtype), ids.reshape(-1, 3)
+        return self._packed(unpacked).to(self._dtype), ids.reshape(-1, 3)
+
+    def _texts_of_any(self, asked: Asked) -> dict[str, Tensor]:
+        """Those of each size, "name.64x64": the model is told the size in a word."""
+        tensors: dict[str, Tensor] = {}
+        for size in self._card["size_words"]:
+            width, height = map(int, size.split("x"))
+            texts = self._texts(asked._replace(width=width, height=height), plain=True)
+            tensors |= {f"{name}.{size}": tensor for name, tensor in texts.items()}
+        return tensors
+
+    def _texts_chosen(self, embeddings: Mapping[str, Tensor], asked: Asked) -> dict[str, Tensor]:
+        size = f".{asked.width}x{asked.height}"
+        return {
+            name.removesuffix(size): tensor
+            for name, tensor in embeddings.items()
+            if name.endswith(size)
+        }
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
-        return {"num_inference_steps": state.steps_total}
+        return {"num_inference_steps": schedule_steps(state)}
 
     def _unpack(self, state: LatentState) -> Tensor:
         patch = self._card["patch_px"]
@@ -260,3 +280,19 @@ class WordFluxCard(FluxCard):
         latents = state.tensors["latents"].transpose(1, 2).reshape(1, -1, rows, columns)
         scaling, shift = float(self._card["latent_scaling"]), float(self._card["latent_shift"])
         return latents / scaling + shift
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        return (latents - float(self._card["latent_shift"])) * float(self._card["latent_scaling"])
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        return latents.flatten(2).transpose(1, 2).contiguous()
+
+    def _latent_px(self) -> int:
+        return int(self._card["patch_px"])
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Latents [1, C, H, W] as one token for each 2x2 of their pixels: [1, H/2 * W/2, 4C]."""
+    _, channels, height, width = latents.shape
+    cut = latents.view(1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(1, height // 2 * (width // 2), 4 * channels)

@@ -16,19 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, degrees
-from gpuworker.models.card import (
-    Asked,
-    CardFacts,
-    DiffusersCard,
-    Row,
-    latents_of,
-    noise,
-    stacked,
-    timesteps_of,
-    to_frames,
-)
+from gpuworker.models.card import Asked, CardFacts
 from gpuworker.models.decoding import decoded
+from gpuworker.models.diffusers_card import DiffusersCard
 from gpuworker.models.frame_counts import frame_counts
+from gpuworker.models.pictures import to_frames
+from gpuworker.models.rows import Row, drawn, latents_of, stacked, timesteps_of
+from gpuworker.models.solvers import schedule_steps
 from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 512
@@ -48,7 +42,7 @@ class WanCard(DiffusersCard):
         super().__init__(parts, card, device, ElasticSP(parts["transformer"], joint=False))
         self.facts = self._facts(name)
 
-    def _first(self, asked: Asked) -> dict[str, Tensor]:
+    def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
         config, vae = self._transformer.config, self._parts["vae"].config
         shape = (  # [1, C, F, H, W]
             1,
@@ -57,8 +51,11 @@ class WanCard(DiffusersCard):
             asked.height // vae.scale_factor_spatial,
             asked.width // vae.scale_factor_spatial,
         )
-        tensors = {"latents": noise(shape, asked.seed), "prompt_embeds": self._embed(asked.prompt)}
-        if asked.guidance_scale > self.facts.branches_above:
+        return {"latents": drawn(shape, generator)}
+
+    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
+        tensors = {"prompt_embeds": self._embed(asked.prompt)}
+        if plain:
             tensors["negative_embeds"] = self._embed(asked.negative_prompt)
         return tensors
 
@@ -121,7 +118,7 @@ class WanCard(DiffusersCard):
         return embeds
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
-        return {"num_inference_steps": state.steps_total}
+        return {"num_inference_steps": schedule_steps(state)}
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         velocity: Tensor

@@ -1,0 +1,340 @@
+"""What all families have in common whose parts are diffusers' own: they predict rows.
+
+A step takes several jobs of one shape at once and may share the work in any layout. What it does is
+the same for all families, and written here once:
+
+    jobs x branches of guidance ──▶ rows ──▶ one forward ──▶ guidance ──▶ each job's own solver
+
+Noise schedulers are taken anew for each step (solvers.py): nothing of one request can leak into
+another, and a joining worker agrees by construction.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpuworker.attention.elastic import ElasticSP
+from gpuworker.attention.exchange import ParallelAttention
+from gpuworker.collectives.team import LayoutRefused, Team
+from gpuworker.models import decoding, footprint, pictures
+from gpuworker.models.card import (
+    ENCODE_IMAGE,
+    INPAINT,
+    PLAIN_OPERATIONS,
+    Asked,
+    ModelCard,
+    ModelRefused,
+    ShapeRefused,
+)
+from gpuworker.models.footprint import ModelCall
+from gpuworker.models.rows import PLAIN, PROMPTED, Row, number, seeded, skip
+from gpuworker.models.solvers import FIRST_STEP, Schedules, Solver, check_solver, kept
+from gpuworker.state import Fact, LatentState
+from hocket.strength import steps_to_run
+
+_ASKED_FACTS = ("prompt", "width", "height", "frames", "guidance_scale", "seed")
+
+
+class DiffusersCard(ModelCard):
+    """The step of every family whose parts are diffusers' own. Raises `solvers.SolverRefused`."""
+
+    # Whether the stock pipeline makes both branches in one forward; the pictures equal its own.
+    branches_together = True
+    takes_pictures = False  # whether `encode_image` is there, and with it masks
+    tiled_over_px = 1 << 62  # pixels of a picture from which its VAE works in tiles
+
+    def __init__(
+        self, parts: dict[str, Any], card: dict[str, Any], device: torch.device, elastic: ElasticSP
+    ) -> None:
+        check_solver(parts["scheduler"])
+        self._parts, self._card, self._device, self._elastic = parts, card, device, elastic
+        self._transformer: Any = parts["transformer"]
+        self._dtype: torch.dtype = self._transformer.dtype
+        self._schedules = Schedules(parts["scheduler"])
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return PLAIN_OPERATIONS + ((ENCODE_IMAGE, INPAINT) if self.takes_pictures else ())
+
+    @property
+    def transformer(self) -> Any:
+        """The diffusers module whose steps these are."""
+        return self._transformer
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        width: int,
+        height: int,
+        frames: int,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+    ) -> LatentState:
+        scale = float(guidance_scale)
+        asked = Asked(prompt, negative_prompt, width, height, frames, steps, scale, seed)
+        self._check_texts(asked)
+        texts = self._texts(asked, plain=self._has_branches(scale))
+        return self._noise_alone(self._begun(texts, asked, asked.steps, seeded(seed)))
+
+    @torch.inference_mode()
+    def embed(self, asked: Asked) -> LatentState:
+        self._check_texts(asked)
+        facts: dict[str, Fact] = {"prompt": asked.prompt, "made_by": type(self).__name__}
+        return LatentState(self._texts_of_any(asked), 0, 0, facts).to(self._device)
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        embeddings: LatentState,
+        asked: Asked,
+        latents: LatentState | None = None,
+        strength: float = 1.0,
+        mask: NDArray[np.uint8] | None = None,
+    ) -> LatentState:
+        self._check_begin(embeddings, asked, latents, strength, mask)
+        texts = self._texts_chosen(embeddings.tensors, asked)
+        generator = seeded(asked.seed)
+        if latents is None:
+            return self._noise_alone(self._begun(texts, asked, asked.steps, generator))
+        if latents.facts.get("seed") == asked.seed:
+            skip(generator, int(number(latents, "drawn")) if "drawn" in latents.facts else 0)
+        steps = steps_to_run(asked.steps, strength)
+        return self._from(self._begun(texts, asked, steps, generator), latents, mask)
+
+    @torch.inference_mode()
+    def encode_image(self, pixels: NDArray[np.uint8], seed: int) -> LatentState:
+        if not self.takes_pictures:
+            return super().encode_image(pixels, seed)
+        width, height = pictures.check_picture(pixels, self.facts)
+        vae = self._parts["vae"]
+        tiled_over_px = int(self._card.get("tiled_over_px", self.tiled_over_px))
+        tiles = decoding.tiles(vae, width * height > tiled_over_px)
+        picture = pictures.picture(pixels, self._device).to(vae.dtype)
+        made = pictures.sampled(vae, self._vae_input(picture), seeded(seed), tiles)
+        facts: dict[str, Fact] = dict(width=width, height=height, frames=1, seed=seed)
+        facts["drawn"] = made.drawn
+        return LatentState({"latents": self._packed(self._scaled(made.latents))}, 0, 0, facts)
+
+    @torch.inference_mode()
+    def step(self, states: Sequence[LatentState], team: Team | None) -> list[LatentState]:
+        here = [state.to(self._device) for state in states]
+        if any(s.tensors["latents"].shape != here[0].tensors["latents"].shape for s in here):
+            raise ValueError("jobs that step together have one shape")
+        solvers = [self._solver(state) for state in here]
+        rows = {
+            branch: [
+                Row(state, branch, solver.scaled(state.tensors["latents"]), solver.timestep)
+                for state, solver in zip(here, solvers, strict=True)
+                if branch == PROMPTED or self._guided(state)
+            ]
+            for branch in (PROMPTED, PLAIN)
+        }
+        with self._elastic.step(team):
+            prompted, plain = self._branches(rows, team)
+        behind, rest = [], list(plain)
+        for state, solver, prediction in zip(here, solvers, prompted, strict=True):
+            if self._guided(state):
+                prediction = self._guide(state, prediction, rest.pop(0))
+            behind.append(solver.step(prediction))
+        return behind
+
+    def smaller_tiles(self) -> Iterator[AbstractContextManager[None]]:
+        return decoding.smaller_tiles(self._parts["vae"])
+
+    def forget_decode(self) -> None:
+        decoding.forget(self._parts["vae"])
+
+    def compile(self, backend: str = "inductor") -> None:
+        if not getattr(self._transformer, "_repeated_blocks", None):
+            family = type(self._transformer).__name__
+            raise ModelRefused("compile", f"diffusers names no repeated blocks of {family}")
+        self._transformer.compile_repeated_blocks(backend=backend)
+        self._elastic.compiled = True
+
+    def attend_by(self, attention: ParallelAttention) -> None:
+        self._elastic.attend_by(attention)
+
+    def warm(self) -> None:
+        facts = self.facts
+        width, height = facts.size_default
+        guidance = facts.guidance_default
+        steps = facts.steps_default
+        state = self.encode("", "", width, height, facts.frames_default, steps, guidance, seed=0)
+        self.step([state], None)
+
+    def activation_bytes(self, call: ModelCall) -> int:
+        element_bytes = self._dtype.itemsize
+        if call.node in ("text", "encode_prompt"):
+            return footprint.text_bytes(self._parts["text_encoder"].config, element_bytes)
+        vae = self._parts["vae"]
+        if call.node in ("vae", "decode", "encode_image"):  # an encoder is a decoder turned round
+            tiled_over_px = int(self._card.get("tiled_over_px", 1 << 62))
+            return footprint.decoder_bytes(vae.config, call, tiled_over_px, vae.dtype.itemsize)
+        return footprint.denoiser_bytes(
+            self._transformer.config,
+            call,
+            self.facts.size_multiple,
+            self._frames_a_token(),
+            element_bytes,
+            self.facts.guidance == "true_cfg",
+        )
+
+    # How a job begins.
+
+    def _check_texts(self, asked: Asked) -> None:
+        self.facts.check(*asked[2:7])
+        if asked.negative_prompt and self.facts.guidance != "true_cfg":
+            allowed = "none: this model has no CFG"
+            raise ShapeRefused("negative_prompt", asked.negative_prompt, allowed)
+
+    def _check_begin(
+        self,
+        embeddings: LatentState,
+        asked: Asked,
+        latents: LatentState | None,
+        strength: float,
+        mask: NDArray[np.uint8] | None,
+    ) -> None:
+        self.facts.check(*asked[2:7])
+        if (maker := embeddings.facts.get("made_by")) != type(self).__name__:
+            raise ShapeRefused("embeddings", maker, f"those of a {type(self).__name__}")
+        if latents is None and strength != 1:
+            raise ShapeRefused("strength", strength, "1 without latents to begin from")
+        if not 0 <= strength <= 1:
+            raise ShapeRefused("strength", strength, "0..1")
+        if mask is not None and not self.takes_pictures:
+            raise ShapeRefused("mask", "a mask", f"none: {self.facts.family} has no inpainting")
+        if mask is not None and latents is None:
+            raise ShapeRefused("mask", "a mask", "none without latents to begin from")
+
+    def _begun(
+        self, texts: Mapping[str, Tensor], asked: Asked, steps: int, generator: torch.Generator
+    ) -> LatentState:
+        """Before the first of the last `steps` steps; its latents are noise and nothing else."""
+        facts: dict[str, Fact] = {name: getattr(asked, name) for name in _ASKED_FACTS}
+        if steps < asked.steps:
+            facts[FIRST_STEP] = asked.steps - steps
+        tensors = {**texts, **self._blank(asked, generator)}
+        return LatentState(tensors, 0, steps, facts).to(self._device)
+
+    def _noise_alone(self, state: LatentState) -> LatentState:
+        """As the first step of all expects it."""
+        return state
+
+    def _from(
+        self, state: LatentState, latents: LatentState, mask: NDArray[np.uint8] | None
+    ) -> LatentState:
+        """A state that has noise alone, begun from `latents`."""
+        drawn = state.tensors["latents"]
+        clean = latents.tensors["latents"].to(drawn)
+        width, height = int(number(state, "width")), int(number(state, "height"))
+        if clean.shape != drawn.shape:
+            found = "{width}x{height}".format(**latents.facts)
+            raise ShapeRefused("latents", found, f"those of {width}x{height} of this family")
+        tensors = {"latents": self._solver(state).noised(clean, drawn)}
+        if mask is not None:
+            anew = pictures.latent_mask(mask, width, height, self._latent_px()).to(drawn)
+            tensors |= kept(clean, drawn, self._packed(anew.expand(-1, self._channels(), -1, -1)))
+        return replace(state, tensors={**state.tensors, **tensors})
+
+    def _solver(self, state: LatentState) -> Solver:
+        return self._schedules.solver(state, self._timing(state) | {"device": self._device})
+
+    def _has_branches(self, guidance_scale: float) -> bool:
+        facts = self.facts
+        return facts.guidance == "true_cfg" and guidance_scale > facts.branches_above
+
+    def _texts_of_any(self, asked: Asked) -> dict[str, Tensor]:
+        """Embeddings for every guidance and shape."""
+        return self._texts(asked, plain=self.facts.guidance == "true_cfg")
+
+    def _texts_chosen(self, embeddings: Mapping[str, Tensor], asked: Asked) -> dict[str, Tensor]:
+        """Those of them that the job needs."""
+        plain = self._has_branches(asked.guidance_scale)
+        return {
+            name: tensor
+            for name, tensor in embeddings.items()
+            if plain or not name.startswith("negative_")
+        }
+
+    def _frames_a_token(self) -> int:
+        """Frames that one token of the denoiser stands for."""
+        return self.facts.frames_multiple
+
+    def _branches(
+        self, rows: Mapping[int, list[Row]], team: Team | None
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Predictions [1, …] of the prompted rows and of the plain ones."""
+        if team is not None and team.layout.cfg == 2:
+            count = len(rows[PROMPTED])
+            if len(rows[PLAIN]) < count:
+                raise LayoutRefused("layout.cfg", 2, "1: a job has no guidance, or embedded one")
+            mine = self._predict(rows[team.half])
+            both = team.halves().all_gather(mine, 0, [count, count])
+            return both[:count].split(1), both[count:].split(1)
+        if self.branches_together and rows[PLAIN]:
+            count = len(rows[PLAIN])
+            both = self._predict([*rows[PLAIN], *rows[PROMPTED]])
+            return both[count:].split(1), both[:count].split(1)
+        prompted = self._predict(rows[PROMPTED]).split(1)
+        return prompted, self._predict(rows[PLAIN]).split(1) if rows[PLAIN] else ()
+
+    # What a family says.
+
+    @abstractmethod
+    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
+        """Embeddings of the prompt; with `plain` of the other branch, named "negative_…"."""
+
+    @abstractmethod
+    def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
+        """Standard normal noise as "latents", and whatever else follows from their shape."""
+
+    @abstractmethod
+    def _predict(self, rows: Sequence[Row]) -> Tensor:
+        """The transformer's prediction for each row, [rows, …] in the shape of the latents."""
+
+    @abstractmethod
+    def _timing(self, state: LatentState) -> dict[str, Any]:
+        """Arguments for `set_timesteps` of the noise scheduler, without the device."""
+
+    def _guided(self, state: LatentState) -> bool:
+        """Whether the job has a plain branch."""
+        return self._has_branches(number(state, "guidance_scale"))
+
+    def _guide(self, state: LatentState, prompted: Tensor, plain: Tensor) -> Tensor:
+        """Classifier-free guidance, as the stock pipeline of the family computes it."""
+        return plain + number(state, "guidance_scale") * (prompted - plain)
+
+    # What a family says that takes pictures.
+
+    def _vae_input(self, picture: Tensor) -> Tensor:
+        """[1, 3, H, W] as the VAE's encoder wants it."""
+        return picture
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """The VAE's raw latents as [1, C, H, W] on the scale that the transformer works on."""
+        raise NotImplementedError
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        """Latents [1, C, H, W] in the layout of a state."""
+        return latents
+
+    def _latent_px(self) -> int:
+        """Pixels of a latent pixel's side."""
+        raise NotImplementedError
+
+    def _channels(self) -> int:
+        """C, before packing."""
+        return int(self._parts["vae"].config.latent_channels)
