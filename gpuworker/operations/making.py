@@ -14,18 +14,17 @@ from typing import Any
 import torch
 
 from gpuworker.models.card import Asked, ModelCard
-from gpuworker.operations.names import OperationRefused, shape_of
-from gpuworker.operations.pictures import FITS, METHODS, Pixels, fitted, read_picture, resized
-from gpuworker.operations.settings import Settings
+from gpuworker.operations.names import OperationRefused, settings_of, shape_of
+from gpuworker.operations.pictures import Pixels, fitted, read_picture, resized
 from gpuworker.state import LatentState
 from hocket.v1 import mesh_pb2, types_pb2
 
 _PIXELS = "pixels"
-_STEPS_MAX, _SEEDS = 100_000, 1 << 64
+_SEEDS = 1 << 64
 
 
 @dataclass(frozen=True)
-class Job:
+class JobCall:
     """One job of an assignment, with all that its call takes."""
 
     member: mesh_pb2.BatchMember
@@ -45,9 +44,9 @@ class Job:
         return shape_of(self.member)
 
     @property
-    def settings(self) -> Settings:
-        """Of its call."""
-        return Settings(self.member.call.settings)
+    def settings(self) -> dict[str, Any]:
+        """Of its call, by name, as the catalogue has them. Raises `OperationRefused`."""
+        return settings_of(self.member.call.op, self.member.call.settings)
 
     @property
     def model(self) -> ModelCard:
@@ -82,60 +81,59 @@ class Job:
         return asked._replace(**changed)
 
 
-def chain_encode(job: Job) -> LatentState:
+def chain_encode(job: JobCall) -> LatentState:
     """The plain chain's first state."""
     return job.model.encode(**job.asked()._asdict())
 
 
-def begin(job: Job) -> LatentState:
+def begin(job: JobCall) -> LatentState:
     """The state before the first step of a denoise call, or of the plain chain's."""
     if not job.member.HasField("call"):
         return job.input("latents")
     settings, spec = job.settings, job.spec
     asked = job.asked(
-        steps=settings.whole("steps", 0, 0, _STEPS_MAX) or spec.steps,
-        guidance_scale=settings.number("guidance_scale", spec.guidance_scale, 0.0, 1e6),
-        seed=(spec.seed + settings.whole("seed_offset", 0, 0, _SEEDS - 1)) % _SEEDS,
+        steps=int(settings["steps"]) or spec.steps,
+        guidance_scale=float(settings.get("guidance_scale", spec.guidance_scale)),
+        seed=(spec.seed + int(settings["seed_offset"])) % _SEEDS,
     )
     mask = job.inputs.get("mask")
     return job.model.begin(
         job.input("embeddings"),
         asked,
         job.inputs.get("latents"),
-        settings.number("strength", 1.0, 0.0, 1.0) if "latents" in job.inputs else 1.0,
+        float(settings["strength"]) if "latents" in job.inputs else 1.0,
         None if mask is None else pixels_of(mask),
     )
 
 
-def encode_prompt(job: Job) -> LatentState:
+def encode_prompt(job: JobCall) -> LatentState:
     """Embeddings of the prompts that the call names."""
     prompts = {name: job.text(name) for name in ("prompt", "negative_prompt")}
     return job.model.embed(job.asked(**prompts))
 
 
-def encode_image(job: Job) -> LatentState:
+def encode_image(job: JobCall) -> LatentState:
     """Latents of a picture."""
     return job.model.encode_image(pixels_of(job.input("image")), job.spec.seed)
 
 
-def load_image(job: Job) -> LatentState:
+def load_image(job: JobCall) -> LatentState:
     """The request's picture at the call's size."""
     return _loaded(job, "image", "RGB")
 
 
-def load_mask(job: Job) -> LatentState:
+def load_mask(job: JobCall) -> LatentState:
     """The request's mask at the call's size: one channel."""
     return _loaded(job, "mask", "L")
 
 
-def resize(job: Job) -> LatentState:
+def resize(job: JobCall) -> LatentState:
     """Pixels at another size."""
-    method = job.settings.word("method", "lanczos", tuple(METHODS))
-    made = resized(pixels_of(job.input("image")), job.shape.width, job.shape.height, method)
-    return pixels_artifact(made)
+    pixels, method = pixels_of(job.input("image")), job.settings["method"]
+    return pixels_artifact(resized(pixels, job.shape.width, job.shape.height, method))
 
 
-MAKERS: dict[str, Callable[[Job], LatentState]] = {
+MAKERS: dict[str, Callable[[JobCall], LatentState]] = {
     "text": chain_encode,
     "load_image": load_image,
     "load_mask": load_mask,
@@ -160,7 +158,8 @@ def pixels_of(state: LatentState) -> Pixels:
     return pixels
 
 
-def _loaded(job: Job, port: str, mode: str) -> LatentState:
-    fit = job.settings.word("fit", "cover", FITS)
-    picture = read_picture(job.files[port], mode)
+def _loaded(job: JobCall, port: str, mode: str) -> LatentState:
+    if port not in job.files:
+        raise OperationRefused(f"inputs.{port}", "missing", "a file that the request brought")
+    picture, fit = read_picture(job.files[port], mode), job.settings.get("fit", "cover")
     return pixels_artifact(fitted(picture, job.shape.width, job.shape.height, fit))

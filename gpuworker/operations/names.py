@@ -1,16 +1,21 @@
 """The operations that workers run: what each takes, makes and needs. Without torch.
 
-The three nodes of a model's plain chain are operations, too; theirs have no `BatchMember.call`, and
-one artifact, the request's latents, whose name is empty.
+Those of workflows are the catalogue's. The three nodes of a model's plain chain are operations,
+too: without a `BatchMember.call`, and with one artifact, the request's latents, whose name is
+empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from google.protobuf.struct_pb2 import Value
+
 from hocket.v1 import mesh_pb2, types_pb2
+from hocket.workflows.catalogue import FILE, OPERATIONS, OperationRule, SettingValue
+from hocket.workflows.content import value_of
 
 
 @dataclass(frozen=True)
@@ -18,43 +23,26 @@ class Operation:
     """A kind of call."""
 
     name: str
-    inputs: tuple[str, ...]  # ports
     output: str  # port
-    optional: frozenset[str] = frozenset()  # inputs that may be left out
+    inputs: tuple[str, ...] = ()  # ports
     part: str = ""  # of its model: "text", "dit" or "vae"; none: no weights
     stepped: bool = False
     file: bool = False  # what it makes is a file, and leaves the worker
 
+    @classmethod
+    def of(cls, rule: OperationRule) -> Operation:
+        """A workflow's."""
+        made = rule.outputs[0]
+        inputs = tuple(port.name for port in rule.inputs)
+        return cls(rule.name, made.name, inputs, rule.part, rule.stepped, file=made.type == FILE)
 
-_ALL = (
-    Operation("load_image", ("image",), "image"),
-    Operation("load_mask", ("mask",), "mask"),
-    Operation(
-        "encode_prompt",
-        ("prompt", "negative_prompt"),
-        "embeddings",
-        frozenset({"negative_prompt"}),
-        part="text",
-    ),
-    Operation("encode_image", ("image",), "latents", part="vae"),
-    Operation(
-        "denoise",
-        ("embeddings", "latents", "mask"),
-        "latents",
-        frozenset({"latents", "mask"}),
-        part="dit",
-        stepped=True,
-    ),
-    Operation("decode", ("latents",), "image", part="vae"),
-    Operation("resize", ("image",), "image"),
-    Operation("make_media", ("image",), "media", file=True),
-)
-OPERATIONS = {each.name: each for each in _ALL}
-WEIGHTLESS = tuple(each.name for each in _ALL if not each.part)
+
+CALLS = {name: Operation.of(rule) for name, rule in OPERATIONS.items()}
+WEIGHTLESS = tuple(name for name, each in CALLS.items() if not each.part)
 CHAIN = {
-    "text": Operation("text", (), "latents", part="text"),
-    "dit": Operation("dit", ("latents",), "latents", part="dit", stepped=True),
-    "vae": Operation("vae", ("latents",), "media", part="vae", file=True),
+    "text": Operation("text", "latents", part="text"),
+    "dit": Operation("dit", "latents", ("latents",), part="dit", stepped=True),
+    "vae": Operation("vae", "media", ("latents",), part="vae", file=True),
 }
 
 
@@ -80,7 +68,7 @@ def operation_of(assignment: mesh_pb2.Assignment) -> Operation:
     first = assignment.batch[0]
     known, name = CHAIN, assignment.node
     if first.HasField("call"):
-        known, name = OPERATIONS, first.call.op
+        known, name = CALLS, first.call.op
     if name not in known:
         raise OperationRefused("op", name, ", ".join(known))
     return known[name]
@@ -88,7 +76,7 @@ def operation_of(assignment: mesh_pb2.Assignment) -> Operation:
 
 def part_of(name: str) -> str:
     """Whose weights of a model an operation needs; none for an operation that is not known."""
-    known = CHAIN.get(name) or OPERATIONS.get(name)
+    known = CHAIN.get(name) or CALLS.get(name)
     return "" if known is None else known.part
 
 
@@ -120,4 +108,30 @@ def wanted_by(operation: Operation, member: mesh_pb2.BatchMember) -> tuple[Wante
     if operation.stepped and member.first_step:
         named = next((each.holders for each in inputs if each.artifact == own), ())
         return (Wanted(operation.output, own, member.first_step, member.holders or named),)
-    return tuple(Wanted(i.port, i.artifact, i.version, i.holders) for i in inputs if i.artifact)
+    return tuple(
+        Wanted(each.port, each.artifact, each.version, each.holders)
+        for each in inputs
+        if each.artifact and each.artifact != own
+    )
+
+
+def settings_of(op: str, values: Mapping[str, Value]) -> dict[str, SettingValue]:
+    """Settings of a call by name, defaults filled in; those that are absent by default stay so.
+
+    Control has checked them, too; what arrives from the bus may have been made by anybody. Raises
+    `OperationRefused` for what is not known, or cannot be.
+    """
+    rules = OPERATIONS[op].settings
+    for name in values:
+        if name not in rules:
+            raise OperationRefused("settings", name, ", ".join(rules))
+    found: dict[str, SettingValue] = {}
+    for name, rule in rules.items():
+        value = value_of(values[name]) if name in values else None
+        if value is None:
+            value = rule.default
+        elif isinstance(value, bool) or not rule.takes(value):
+            raise OperationRefused(f"settings.{name}", str(value)[:64], rule.allowed)
+        if value is not None:
+            found[name] = value
+    return found

@@ -15,7 +15,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from gpuworker.operations.names import OperationRefused
 
 Pixels = NDArray[np.uint8]
-FITS = ("cover", "contain", "stretch")
 METHODS = {
     "lanczos": Image.Resampling.LANCZOS,
     "bicubic": Image.Resampling.BICUBIC,

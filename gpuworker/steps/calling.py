@@ -13,8 +13,8 @@ from functools import partial
 from gpuworker.collectives.group_cache import GroupCache
 from gpuworker.executor import Media, RunNote, StepNote, Stopwatch
 from gpuworker.memory.latents import LatentShelf
-from gpuworker.operations.making import MAKERS, Job, pixels_artifact, pixels_of
-from gpuworker.operations.names import Operation, artifact_of
+from gpuworker.operations.making import MAKERS, JobCall, pixels_artifact, pixels_of
+from gpuworker.operations.names import Operation, OperationRefused, artifact_of
 from gpuworker.operations.pictures import Pixels
 from gpuworker.state import LatentState
 from gpuworker.steps import media
@@ -29,6 +29,8 @@ from hocket.tracing import telemetry
 from hocket.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
+
+Maker = Callable[[JobCall], LatentState]
 
 
 class Truncated(Exception):
@@ -56,7 +58,7 @@ class OnceCalls:
         self._pace = pace
         self._encoding = encoding
         self._decodes = Decodes()
-        self._makers: dict[str, Callable[[Job], LatentState]] = {**MAKERS, "decode": self._decoded}
+        self._makers: dict[str, Maker] = {**MAKERS, "decode": self._decoded}
         self._frames = {"vae": self._decode, "make_media": _pixels}
 
     def run(self, run: Run, operation: Operation, notes: NotesInOrder) -> RunNote | None:
@@ -143,17 +145,19 @@ class OnceCalls:
     def _stays(self, run: Run, member: mesh_pb2.BatchMember) -> bool:
         return member.request_id in self._inbox.staying(run.assignment)
 
-    def _decode(self, job: Job) -> Pixels:
+    def _decode(self, job: JobCall) -> Pixels:
         return self._decodes.frames(job.model, job.member, job.input("latents"))
 
-    def _decoded(self, job: Job) -> LatentState:
+    def _decoded(self, job: JobCall) -> LatentState:
         return pixels_artifact(self._decode(job))
 
 
 class _Encoding:
     """A file that is to be made."""
 
-    def __init__(self, run: Run, job: Job, frames: Pixels, made: StepNote, note: RunNote) -> None:
+    def __init__(
+        self, run: Run, job: JobCall, frames: Pixels, made: StepNote, note: RunNote
+    ) -> None:
         """`made`: what the frames took; `note`: what is told, but for the file."""
         self.run, self.job, self.note = run, job, note
         self._frames, self._made = frames, made
@@ -162,6 +166,8 @@ class _Encoding:
         """What is told of it. The time is that of frames and file, without waits between them."""
         spec, began = self.job.spec, Stopwatch()
         fps = self.job.shape.fps or spec.shape.fps or self.job.fps
+        if len(self._frames) > 1 and not fps:
+            raise OperationRefused("fps", fps, "1 or more, for several frames")
         file = Media(*media.encode_media(self._frames, spec.media_type, fps))
         took_us = self._made.duration_us + began.elapsed_ns() // 1000
         step = began.ended(0, took_us)
@@ -169,5 +175,5 @@ class _Encoding:
         return replace(self.note, steps=(step,), media={request: file})
 
 
-def _pixels(job: Job) -> Pixels:
+def _pixels(job: JobCall) -> Pixels:
     return pixels_of(job.input("image"))

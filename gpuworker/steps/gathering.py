@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from gpuworker.executor import Listener
 from gpuworker.memory.latents import CalledOff, LatentMissing
 from gpuworker.models.card import ModelCard
-from gpuworker.operations.making import Job
+from gpuworker.operations.making import JobCall
 from gpuworker.operations.names import Operation, model_of, wanted_by
 from gpuworker.state import LatentState
 from gpuworker.steps.failing import Failures
@@ -44,12 +44,12 @@ class Gathering:
 
     def jobs(
         self, run: Run, operation: Operation, listener: Listener, *, told_later: bool
-    ) -> dict[str, Job]:
+    ) -> dict[str, JobCall]:
         """The jobs that can begin, by request. `told_later`: members of a group tell each other,
         before their first step, what they lack; jobs that one of them lacks something of are among
         these.
         """
-        found: dict[str, Job] = {}
+        found: dict[str, JobCall] = {}
         for member in tuple(run.members):
             try:
                 found[member.request_id] = self._job(run, operation, member, told_later)
@@ -72,7 +72,7 @@ class Gathering:
 
     def _job(
         self, run: Run, operation: Operation, member: mesh_pb2.BatchMember, told_later: bool
-    ) -> Job:
+    ) -> JobCall:
         inputs: dict[str, LatentState] = {}
         for number, wanted in enumerate(wanted_by(operation, member)):
             try:
@@ -89,4 +89,4 @@ class Gathering:
         }
         model = self._cards.get(model_of(member))
         fps = model.facts.fps if model is not None else 0
-        return Job(member, model if operation.part else None, inputs, files, fps)
+        return JobCall(member, model if operation.part else None, inputs, files, fps)

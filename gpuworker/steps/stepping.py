@@ -16,7 +16,7 @@ from gpuworker.collectives.team import GroupLayout, Team
 from gpuworker.executor import RunNote
 from gpuworker.memory.latents import LatentShelf
 from gpuworker.models.card import ModelCard, ShapeRefused
-from gpuworker.operations.making import Job, begin
+from gpuworker.operations.making import JobCall, begin
 from gpuworker.operations.names import Operation, OperationRefused, artifact_of, model_of
 from gpuworker.state import LatentState
 from gpuworker.steps.encoding import NotesInOrder
@@ -91,7 +91,7 @@ class SteppedCalls:
         return run.note(made, last=True, resolved={})
 
     def _begun(
-        self, run: Run, jobs: Mapping[str, Job], listener: Callable[[RunNote], None]
+        self, run: Run, jobs: Mapping[str, JobCall], listener: Callable[[RunNote], None]
     ) -> dict[str, LatentState]:
         """The states before the first step of the run, which every member makes for itself. A call
         that cannot be made leaves the batch, on all members alike.
