@@ -25,6 +25,7 @@ from gpuworker.memory.weights import (
     StoreClosed,
     WeightStore,
 )
+from gpuworker.models.card import ENCODE_IMAGE
 from tests.waiting import WAIT_S, until
 from tests.worker.families import FAMILIES
 from tests.worker.worker_pool import CPU
@@ -283,5 +284,9 @@ def test_every_family_makes_the_same_with_room_for_one_part(family: str, tmp_pat
         frames = card.decode(mine[0])
     assert mine[0].to_bytes() == theirs[0].to_bytes()
     assert (frames == plain.decode(theirs[0])).all()
+    if ENCODE_IMAGE in card.operations:
+        with store.use(demand(10, (model, "vae"))):
+            latents = card.encode_image(frames, seed=1)
+        assert latents.to_bytes() == plain.encode_image(frames, seed=1).to_bytes()
     assert store.evictions >= 2
     store.close()
