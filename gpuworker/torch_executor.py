@@ -26,7 +26,10 @@ from gpuworker.memory.budget import Memory
 from gpuworker.memory.latents import LatentShelf, Shares
 from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
+from gpuworker.mesh.input_store import InputStore
 from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
+from gpuworker.operations.names import WEIGHTLESS
+from gpuworker.steps.encoding import EncodingThreads
 from gpuworker.steps.engine import Engine
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.pace import pace_of
@@ -78,7 +81,11 @@ class TorchExecutor:
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
         store = self._rendezvous
         self._shelf = LatentShelf(store.put, store.drop, shares, store.fetched)
-        self._memory = Memory(cards, device, weights, self._shelf, shares.device_bytes)
+        self._files = InputStore(bus, subjects.input_bucket)
+        self._encoding = encoding = EncodingThreads()
+        self._memory = Memory(
+            cards, device, weights, self._shelf, shares.device_bytes, lambda: encoding.size_bytes
+        )
         self._engine = Engine(
             worker,
             cards,
@@ -88,13 +95,19 @@ class TorchExecutor:
             Sources(worker, self._inbox, self._shelf, self._rendezvous, self._ask),
             pace_of(device),
             self._memory,
+            encoding,
+            self._files,
         )
         self._copies = Copies(worker, self._shelf, self._rendezvous, self._ask)
         self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
         self._thread: threading.Thread | None = None
         self._ended: asyncio.Future[NoReturn] = self._loop.create_future()
         facts = [replace(c.facts, degrees=(1,)) if alone else c.facts for c in cards.values()]
-        self.models = tuple(model_info(each, batch_max) for each in facts)
+        operations = [card.operations for card in cards.values()]
+        self.models = tuple(
+            model_info(each, batch_max, able) for each, able in zip(facts, operations, strict=True)
+        )
+        self.operations = WEIGHTLESS
         self.store_address = self._rendezvous.address
 
     @property
@@ -139,6 +152,7 @@ class TorchExecutor:
 
     def submit(self, assignment: mesh_pb2.Assignment) -> None:
         self._memory.expect(assignment)
+        self._files.want(assignment)
         self._inbox.put(assignment)
 
     def truncate(self, truncate: mesh_pb2.Truncate) -> None:
@@ -183,10 +197,13 @@ class TorchExecutor:
     async def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
         self._ended.cancel()
         self._inbox.close()
+        self._files.close()
         self._copies.close()
         self._groups.abort()
+        self._encoding.stop()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, patience_s)
+        await asyncio.to_thread(self._encoding.close, patience_s)
         await asyncio.to_thread(self._memory.close)
         self._offering.shutdown(wait=False, cancel_futures=True)
         self._groups.close()
@@ -268,8 +285,10 @@ def pick_device(wanted: str, index: int) -> torch.device:
     return device
 
 
-def model_info(facts: CardFacts, batch_max: int = 1) -> generation_pb2.ModelInfo:
-    """A card's facts as the API tells them."""
+def model_info(
+    facts: CardFacts, batch_max: int = 1, operations: Sequence[str] = ()
+) -> generation_pb2.ModelInfo:
+    """A card's facts as the API tells them; `operations` of workflows it serves, too."""
     shapes = [
         types_pb2.Shape(width=w, height=h, frames=facts.frames_default, fps=facts.fps)
         for w, h in facts.sizes or (facts.size_default,)
@@ -290,6 +309,7 @@ def model_info(facts: CardFacts, batch_max: int = 1) -> generation_pb2.ModelInfo
         degrees=facts.degrees,
         examples=facts.examples,
         batch_max=batch_max,
+        operations=operations,
         obeys_layout=True,
         branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,
     )

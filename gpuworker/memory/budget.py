@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import resource
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from gpuworker.memory.latents import LatentPlace, LatentShelf
 from gpuworker.memory.weights import MemoryDemand, PartName, WeightStore
 from gpuworker.models.card import ModelCard
 from gpuworker.models.footprint import ModelCall
+from gpuworker.operations.names import model_of, operation_of, shape_of
 from hocket.v1 import mesh_pb2, types_pb2
 
 _LOADS_MAX = 1024  # told ahead of their assignments
@@ -61,8 +62,11 @@ class Memory:
         weights: WeightStore,
         shelf: LatentShelf,
         latents_budget_bytes: int = 0,
+        media_bytes: Callable[[], int] = lambda: 0,
     ) -> None:
+        """`media_bytes`: what waits to be encoded."""
         self._device = device
+        self._media_bytes = media_bytes
         self._weights = weights
         self._shelf = shelf
         self._latents_budget_bytes = latents_budget_bytes
@@ -82,7 +86,7 @@ class Memory:
 
     def expect(self, assignment: mesh_pb2.Assignment) -> None:
         """An assignment waits: its weights come as soon as there is room."""
-        if assignment.batch[0].spec.model in self._cards:
+        if operation_of(assignment).part and model_of(assignment.batch[0]) in self._cards:
             self._weights.expect(self._demand(assignment))
 
     def forget_before(self, term: int) -> None:
@@ -99,9 +103,13 @@ class Memory:
 
         Raises `OutOfMemory` where a call inside needed too much, and whatever made a load fail.
         """
+        requests = [member.request_id for member in assignment.batch]
+        if not operation_of(assignment).part:
+            with self._shelf.in_hand(requests):
+                yield
+            return
         demand, (model, call) = self._demand(assignment), _call(assignment)
         try:
-            requests = [member.request_id for member in assignment.batch]
             with self._weights.use(demand) as told, self._shelf.in_hand(requests):
                 sides += told
                 with self._activations.measured(model, call):
@@ -144,6 +152,7 @@ class Memory:
             parts=parts,
             loads=self._weights.loads,
             evictions=self._weights.evictions,
+            media_bytes=self._media_bytes(),
         )
 
     def close(self) -> None:
@@ -154,7 +163,7 @@ class Memory:
         model, call = _call(assignment)
         return MemoryDemand(
             (assignment.term, assignment.sequence),
-            (model, call.node),
+            (model, operation_of(assignment).part),
             self._activations.bytes_of(model, call),
             self._evict.get(assignment.sequence, ()),
         )
@@ -186,12 +195,13 @@ def ran_out(error: BaseException) -> bool:
 
 def _call(assignment: mesh_pb2.Assignment) -> tuple[str, ModelCall]:
     """The model, and what is asked of it."""
-    spec = assignment.batch[0].spec
-    return spec.model, ModelCall(
-        assignment.node,
-        spec.shape.width,
-        spec.shape.height,
-        max(1, spec.shape.frames),
+    first = assignment.batch[0]
+    shape = shape_of(first)
+    return model_of(first), ModelCall(
+        operation_of(assignment).name,
+        shape.width,
+        shape.height,
+        max(1, shape.frames),
         len(assignment.batch),
         max(1, len(assignment.group.members)),
     )

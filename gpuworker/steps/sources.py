@@ -1,4 +1,4 @@
-"""Where a job's latent comes from: held here, broadcast by a member, or fetched from a holder.
+"""Where a job's inputs come from: held here, broadcast by a member, or fetched from a holder.
 
 Who broadcasts follows from the plan alone, so that all members of a group agree without a word. A
 source that has no latent to hand out says so in its place: then all members know why, the group
@@ -16,6 +16,7 @@ from gpuworker.collectives.groups import BlobWithheld
 from gpuworker.collectives.rendezvous import BlobLost, Cancel, Rendezvous
 from gpuworker.executor import Stopwatch
 from gpuworker.memory.latents import CalledOff, LatentMissing, LatentShelf
+from gpuworker.operations.names import Wanted
 from gpuworker.state import LatentState, StateCorrupt
 from gpuworker.steps.inbox import Inbox
 from gpuworker.steps.run import Run
@@ -33,7 +34,7 @@ _MISSING = b"missing"
 
 
 class Sources:
-    """Gets latents onto the shelf."""
+    """Gets artifacts onto the shelf."""
 
     def __init__(
         self, worker: str, inbox: Inbox, shelf: LatentShelf, rendezvous: Rendezvous, ask: Ask
@@ -44,31 +45,31 @@ class Sources:
         self._rendezvous = rendezvous
         self._ask = ask
 
-    def obtain(self, run: Run, member: mesh_pb2.BatchMember) -> LatentState:
-        """The latent to start from: held here, broadcast by a member, or fetched from a holder
+    def obtain(self, run: Run, member: mesh_pb2.BatchMember, wanted: Wanted) -> LatentState:
+        """What a job starts from: held here, broadcast by a member, or fetched from a holder
         outside.
 
         Raises `LatentMissing`, or `CalledOff`: the job was truncated meanwhile. In a group all
-        members raise alike, but for a missing latent that is not `agreed`.
+        members raise alike, but for a missing artifact that is not `agreed`.
         """
-        steps_done = member.first_step
-        own = self._shelf.get(member.request_id, steps_done)
+        request, artifact = member.request_id, wanted.artifact
+        own = self._shelf.get(request, wanted.version, artifact)
         if run.group is None:
             if own is None:
-                own = self._fetch(run, member)
-                self._shelf.put(member.request_id, own)
+                own = self._fetch(run, member, wanted)
+                self._shelf.put(request, own, artifact)
             return own
-        source = _source(run.assignment, member)
+        source = _source(run.assignment, wanted)
         if source is None:  # the plan knows that every member holds it
             if own is None:
                 tried = (self._worker,)
-                raise LatentMissing(member.request_id, steps_done, tried, agreed=False)
+                raise LatentMissing(request, wanted.version, tried, False, artifact)
             return own
         began = Stopwatch()
-        content = self._broadcast(run, member, source, own)
+        content = self._broadcast(run, member, wanted, source, own)
         if own is None:
             own = LatentState.from_bytes(content, run.group.device)
-        self._shelf.put(member.request_id, own)
+        self._shelf.put(request, own, artifact)
         if run.leads(self._worker):
             members = run.assignment.group.members
             holder = members[source]
@@ -82,15 +83,20 @@ class Sources:
         return own
 
     def _broadcast(
-        self, run: Run, member: mesh_pb2.BatchMember, source: int, own: LatentState | None
+        self,
+        run: Run,
+        member: mesh_pb2.BatchMember,
+        wanted: Wanted,
+        source: int,
+        own: LatentState | None,
     ) -> bytes:
-        """The latent's bytes, from that member."""
+        """The artifact's bytes, from that member."""
         assert run.group is not None
         blob: bytes | None = None
         excuse: bytes | None = None
         if run.group.rank == source:
             try:
-                blob = (own or self._fetch(run, member)).to_bytes()
+                blob = (own or self._fetch(run, member, wanted)).to_bytes()
             except LatentMissing as missing:
                 excuse = b"\n".join((_MISSING, *(name.encode() for name in missing.tried)))
             except CalledOff:
@@ -98,27 +104,29 @@ class Sources:
         try:
             return run.group.broadcast_blob(blob, source, excuse=excuse)
         except BlobWithheld as withheld:
-            _raise_alike(member, withheld.excuse)
+            _raise_alike(member, wanted, withheld.excuse)
 
-    def _fetch(self, run: Run, member: mesh_pb2.BatchMember) -> LatentState:
+    def _fetch(self, run: Run, member: mesh_pb2.BatchMember, wanted: Wanted) -> LatentState:
         off = Off(self._inbox, run.assignment, member.request_id)
         tried, began = [], Stopwatch()
         timeout_us = run.assignment.collective_timeout_us
-        for holder in member.holders:
+        for holder in wanted.holders:
             tried.append(holder.worker)
             if holder.worker == self._worker:
                 continue
             asked = mesh_pb2.LatentRequest(
                 request_id=member.request_id,
-                steps_done=member.first_step,
+                steps_done=wanted.version,
                 attempt=member.attempt,
                 wait_us=timeout_us // 2,
+                artifact=wanted.artifact,
             )
             try:
                 blob = fetch_from(self._rendezvous, self._ask, holder, asked, timeout_us / 1e6, off)
                 state = LatentState.from_bytes(blob)
             except (BlobLost, StateCorrupt) as lost:
-                log.warning("%s gave no latent: %s", holder.worker, lost)
+                what = wanted.artifact or "latent"
+                log.warning("%s gave no %s: %s", holder.worker, what, lost)
                 if off.is_set():
                     raise CalledOff(member.request_id) from lost
                 continue
@@ -129,7 +137,9 @@ class Sources:
                 )
             )
             return state
-        raise LatentMissing(member.request_id, member.first_step, tuple(tried))
+        raise LatentMissing(
+            member.request_id, wanted.version, tuple(tried), artifact=wanted.artifact
+        )
 
 
 def fetch_from(
@@ -147,12 +157,12 @@ def fetch_from(
     return rendezvous.fetch(holder.store_address, reply.key, timeout_s, cancel)
 
 
-def _raise_alike(member: mesh_pb2.BatchMember, excuse: bytes) -> NoReturn:
-    """On every member of a group what the source of a latent has met with."""
+def _raise_alike(member: mesh_pb2.BatchMember, wanted: Wanted, excuse: bytes) -> NoReturn:
+    """On every member of a group what the source of an artifact has met with."""
     if excuse == _CALLED_OFF:
         raise CalledOff(member.request_id)
     tried = tuple(name.decode() for name in excuse.split(b"\n")[1:])
-    raise LatentMissing(member.request_id, member.first_step, tried)
+    raise LatentMissing(member.request_id, wanted.version, tried, artifact=wanted.artifact)
 
 
 class Off(threading.Event):
@@ -169,13 +179,13 @@ class Off(threading.Event):
         return self._request not in staying if self._request else not staying
 
 
-def _source(assignment: mesh_pb2.Assignment, member: mesh_pb2.BatchMember) -> int | None:
-    """Rank that broadcasts the latent; None when every member holds it already.
+def _source(assignment: mesh_pb2.Assignment, wanted: Wanted) -> int | None:
+    """Rank that broadcasts the artifact; None when every member holds it already.
 
     Computed from the plan alone, so that all members agree without a word. Rank 0 fetches where no
     member holds it.
     """
-    holders = {h.worker for h in member.holders if h.steps_done == member.first_step}
+    holders = {h.worker for h in wanted.holders if h.steps_done == wanted.version}
     holding = [worker in holders for worker in assignment.group.members]
     if all(holding):
         return None

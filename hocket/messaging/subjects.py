@@ -82,5 +82,9 @@ class Subjects:
         return f"hocket-{self.cluster}-latencies"
 
     @property
+    def input_bucket(self) -> str:
+        return f"hocket-{self.cluster}-inputs"
+
+    @property
     def leader_bucket(self) -> str:
         return f"hocket-{self.cluster}-leader"

@@ -51,6 +51,7 @@ class Heartbeat(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     RESTARTS_FIELD_NUMBER: _builtins.int
+    OPERATIONS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     incarnation: _builtins.str
@@ -97,6 +98,10 @@ class Heartbeat(_message.Message):
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Group]:
         """Groups of more than one member that stand on this worker; others it has given up."""
 
+    @_builtins.property
+    def operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Operations of workflows that it runs without any model's weights."""
+
     def __init__(
         self,
         *,
@@ -116,10 +121,11 @@ class Heartbeat(_message.Message):
         groups: _abc.Iterable[_types_pb2.Group] | None = ...,
         stopping: _builtins.bool = ...,
         restarts: _builtins.int = ...,
+        operations: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_sequence", b"assignment_sequence", "device", b"device", "groups", b"groups", "host", b"host", "incarnation", b"incarnation", "latents", b"latents", "leaving", b"leaving", "memory", b"memory", "models", b"models", "pending_sequences", b"pending_sequences", "restarts", b"restarts", "sequence", b"sequence", "stopping", b"stopping", "store_address", b"store_address", "term", b"term", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_sequence", b"assignment_sequence", "device", b"device", "groups", b"groups", "host", b"host", "incarnation", b"incarnation", "latents", b"latents", "leaving", b"leaving", "memory", b"memory", "models", b"models", "operations", b"operations", "pending_sequences", b"pending_sequences", "restarts", b"restarts", "sequence", b"sequence", "stopping", b"stopping", "store_address", b"store_address", "term", b"term", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -783,10 +789,15 @@ class FailedJob(_message.Message):
     SUSPECTS_FIELD_NUMBER: _builtins.int
     TRIED_FIELD_NUMBER: _builtins.int
     SPENT_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The job; empty: it is not known which."""
     batch: _builtins.int
     """Jobs that were together when it failed."""
+    artifact: _builtins.str
+    """What nobody had: an artifact of a workflow ("node.port"), or the name of a file that the request brought.
+    Empty: the latents of a plain chain.
+    """
     @_builtins.property
     def suspects(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Members of the group that are to be suspected."""
@@ -807,10 +818,11 @@ class FailedJob(_message.Message):
         suspects: _abc.Iterable[_builtins.str] | None = ...,
         tried: _abc.Iterable[_builtins.str] | None = ...,
         spent: _abc.Iterable[_builtins.str] | None = ...,
+        artifact: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "request_id", b"request_id", "spent", b"spent", "suspects", b"suspects", "tried", b"tried"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "batch", b"batch", "request_id", b"request_id", "spent", b"spent", "suspects", b"suspects", "tried", b"tried"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -494,6 +494,7 @@ class Memory(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     LOADS_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
+    MEDIA_BYTES_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """For weights and activations; 0: all its models always fit, nothing is ever evicted."""
     weights_bytes: _builtins.int
@@ -512,6 +513,8 @@ class Memory(_message.Message):
     """Parts loaded since the worker started."""
     evictions: _builtins.int
     """Parts evicted since the worker started."""
+    media_bytes: _builtins.int
+    """Frames of finished media that wait to be encoded, in the host's memory."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartWeights]:
         """The weights it serves with, in parts; those used last come last."""
@@ -529,10 +532,11 @@ class Memory(_message.Message):
         parts: _abc.Iterable[Global___PartWeights] | None = ...,
         loads: _builtins.int = ...,
         evictions: _builtins.int = ...,
+        media_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "budget_bytes", b"budget_bytes", "evictions", b"evictions", "latents_budget_bytes", b"latents_budget_bytes", "latents_bytes", b"latents_bytes", "latents_file_bytes", b"latents_file_bytes", "latents_host_bytes", b"latents_host_bytes", "loads", b"loads", "parts", b"parts", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "budget_bytes", b"budget_bytes", "evictions", b"evictions", "latents_budget_bytes", b"latents_budget_bytes", "latents_bytes", b"latents_bytes", "latents_file_bytes", b"latents_file_bytes", "latents_host_bytes", b"latents_host_bytes", "loads", b"loads", "media_bytes", b"media_bytes", "parts", b"parts", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -15,6 +15,7 @@ from gpuworker.collectives.rendezvous import Cancel, Rendezvous
 from gpuworker.memory.latents import CalledOff, LatentMissing, LatentShelf, Shares
 from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
+from gpuworker.operations.names import Wanted, operation_of, wanted_by
 from gpuworker.state import LatentState
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.run import Run
@@ -132,6 +133,12 @@ def wanting(*holders: types_pb2.LatentHolder) -> mesh_pb2.Assignment:
     )
 
 
+def start_of(order: mesh_pb2.Assignment) -> tuple[mesh_pb2.BatchMember, Wanted]:
+    """The first job, and the latents that it starts from."""
+    member = order.batch[0]
+    return member, wanted_by(operation_of(order), member)[0]
+
+
 @pytest.fixture
 def inbox() -> Iterator[Inbox]:
     made = Inbox()
@@ -159,13 +166,13 @@ def test_behind_a_lost_blob_the_next_holder_is_asked(inbox: Inbox) -> None:
     )
     order = wanting(dead, alive.known)
     sources = Sources("me", inbox, me.shelf, me.rendezvous, ask)
-    got = sources.obtain(Run(order), order.batch[0])
+    got = sources.obtain(Run(order), *start_of(order))
     assert got.steps_done == 0 and ask.seen == ["dead", "alive"]
     assert me.shelf.steps_done("r") == 0
     lone = wanting(dead)
     me.shelf.release("r")
     with pytest.raises(LatentMissing) as missing:
-        sources.obtain(Run(lone), lone.batch[0])
+        sources.obtain(Run(lone), *start_of(lone))
     assert missing.value.tried == ("dead",)
 
 
@@ -179,7 +186,7 @@ def test_a_job_that_is_called_off_meanwhile_blames_nobody(inbox: Inbox) -> None:
     order = wanting(types_pb2.LatentHolder(worker="w1"), types_pb2.LatentHolder(worker="w2"))
     ask = Asking({"w1": off})
     with pytest.raises(CalledOff):
-        Sources("me", inbox, me.shelf, me.rendezvous, ask).obtain(Run(order), order.batch[0])
+        Sources("me", inbox, me.shelf, me.rendezvous, ask).obtain(Run(order), *start_of(order))
     assert ask.seen == ["w1"]
 
 
