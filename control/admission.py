@@ -298,8 +298,7 @@ class AdmissionControl:
             return refusals.expired()
         if not self._has_workers():
             return refusals.no_workers()
-        model = offer.record.spec.model
-        return None if model in served else refusals.not_served(model, served)
+        return refusals.unserved(offer.record.submit, served)
 
     def _newcomer(
         self, offer: Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int

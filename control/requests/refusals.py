@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from control.requests.records import Record
 from hocket.errors import HocketError, Refused, Violation
@@ -20,10 +20,26 @@ def no_workers() -> types_pb2.Failure:
     )
 
 
+def unserved(
+    submit: control_pb2.SubmitRequest, served: Collection[str]
+) -> types_pb2.Failure | None:
+    """Where no living worker can run it."""
+    spec = submit.request.spec
+    if submit.HasField("workflow"):
+        return workflow_not_served(spec.workflow)
+    return None if spec.model in served else not_served(spec.model, served)
+
+
 def not_served(model: str, served: Iterable[str]) -> types_pb2.Failure:
     return types_pb2.Failure(
         reason="MODEL_NOT_SERVED",
         message=f"no living worker serves {model!r}; served: {', '.join(sorted(served))}",
+    )
+
+
+def workflow_not_served(workflow: str) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="WORKFLOW_NOT_SERVED", message=f"no living worker serves the workflow {workflow!r}"
     )
 
 
