@@ -47,6 +47,8 @@ class ControlSettings(Common, frozen=True, kw_only=True):
     diary_bytes_max: Bytes = 0  # likewise
     media_bytes_max: Bytes = 0  # of all finished media; 0: 4 GiB, or what the broker has room for
     media_kept_s: Annotated[float, msgspec.Meta(gt=0)] = KEPT_S
+    inputs_bytes_max: Bytes = 0  # of all uploads; 0: 1 GiB, or what the broker has room for
+    inputs_kept_s: Annotated[float, msgspec.Meta(ge=60)] = KEPT_S  # uploads can be named so long
     stream_replicas: Literal[1, 3, 5] = 1  # copies of all that, in a cluster of brokers
 
 

@@ -31,6 +31,7 @@ from control.scheduler.values import CancelRequested
 from control.workers.cluster_view import ClusterView
 from control.workers.intake import Intake
 from control.workers.leases import Leases
+from control.workflow_registry import WorkflowRegistry
 from hocket.clock import Clock
 from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import control_pb2, mesh_pb2
@@ -55,6 +56,7 @@ class Wiring:
     retention_us: int = 86_400_000_000  # ended requests are known so long
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     replicas: Callable[[], Sequence[control_pb2.ReplicaStatus]] = tuple
+    stream_replicas: int = 1  # copies of what is stored, in a cluster of brokers
     outlet: Callable[[Publisher], Outlet] = lambda publisher: publisher  # what watches the driver
 
 
@@ -127,8 +129,9 @@ class Desk:
             troubles,
         )
         events.attachments = attachments
+        workflows = WorkflowRegistry(w.bus, w.subjects, w.stream_replicas)
         servicer = ControlServicer(
-            driver, w.promises, records, w.leases, admission, attachments, endings, view
+            driver, w.promises, records, w.leases, admission, attachments, endings, view, workflows
         )
         return cls(
             w,

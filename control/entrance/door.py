@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 
 from hocket.errors import Violation
 from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
+from hocket.workflows.checking import faults
 
 TERMS_AHEAD_MAX = 1 << 32  # a term that is further ahead was never held by anybody
 TIME_US_MAX = 86_400_000_000 * 30
@@ -82,6 +83,11 @@ def check_submit(submit: control_pb2.SubmitRequest) -> tuple[Violation, ...]:
     slo = request.slo
     need("request.slo.deadline_us", slo.deadline_us <= TIME_US_MAX, f"0 to {TIME_US_MAX}")
     _check_spec(request.spec, need)
+    if submit.HasField("workflow"):
+        found += [
+            Violation(f"workflow.{fault.field}", fault.description)
+            for fault in faults(submit.workflow)
+        ]
     return tuple(found)
 
 

@@ -100,6 +100,7 @@ class Term:
                     best_effort_wait_us_max=best_effort_wait_us_max(settings),
                 ),
                 replicas=parts.replicas.alive,
+                stream_replicas=settings.stream_replicas,
             )
         )
         self.intake = self.desk.intake(self._superseded, parts.health)
@@ -169,6 +170,7 @@ class Term:
                 tasks.create_task(self._store.keep(self.desk.driver.ask, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
                 tasks.create_task(self._keep_media_bucket())
+                tasks.create_task(self._keep_input_bucket())
                 await self._deposed
             raise AssertionError("it ends by an exception")
         finally:
@@ -187,6 +189,17 @@ class Term:
             settings.media_bytes_max, settings.media_kept_s, settings.stream_replicas
         )
         await media_bucket.keep(parts.bus, parts.subjects, parts.clock, bounds)
+
+    async def _keep_input_bucket(self) -> NoReturn:
+        parts, settings = self.parts, self.parts.settings
+        bounds = media_bucket.Bounds(
+            settings.inputs_bytes_max,
+            settings.inputs_kept_s,
+            settings.stream_replicas,
+            bytes_most=media_bucket.INPUT_BYTES_MOST,
+        )
+        bucket = parts.subjects.input_bucket
+        await media_bucket.keep(parts.bus, parts.subjects, parts.clock, bounds, bucket)
 
     def _is_idle(self) -> bool:
         return self.desk.records.open_count == 0

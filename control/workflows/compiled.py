@@ -21,6 +21,7 @@ from control.scheduler.workflow import (
     NodeKind,
     Workflow,
 )
+from hocket.strength import steps_to_run
 from hocket.v1 import control_pb2, workflows_pb2
 from hocket.workflows.catalogue import (
     EMBEDDINGS,
@@ -92,16 +93,6 @@ def _node(node: workflows_pb2.WorkflowNode, rule: OperationRule) -> Node:
     )
 
 
-def steps_of(settings: Mapping[str, SettingValue], asked: int, *, begins_from: bool) -> int:
-    """Steps that a stepped node runs; `begins_from` latents it leaves out those before its
-    strength.
-    """
-    steps = int(settings["steps"]) or asked
-    if not begins_from:
-        return steps
-    return max(1, min(int(steps * float(settings["strength"])), steps))
-
-
 def workflow_of(submit: control_pb2.SubmitRequest) -> Workflow:
     """Of a request; the plain chain unless it brought another."""
     return compiled(submit.workflow).workflow if submit.HasField("workflow") else CHAIN
@@ -114,8 +105,11 @@ def steps_at(submit: control_pb2.SubmitRequest, node: str) -> int:
     known = compiled(submit.workflow)
     if node not in known.workflow.steppeds:
         return 0
-    begins_from = "latents" in known.nodes[node].inputs
-    return steps_of(known.settings[node], submit.request.spec.steps, begins_from=begins_from)
+    settings = known.settings[node]
+    steps = int(settings["steps"]) or submit.request.spec.steps
+    if "latents" not in known.nodes[node].inputs:
+        return steps
+    return steps_to_run(steps, float(settings["strength"]))
 
 
 def steps_total(submit: control_pb2.SubmitRequest) -> int:

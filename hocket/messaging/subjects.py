@@ -82,6 +82,13 @@ class Subjects:
         return f"hocket-{self.cluster}-latencies"
 
     @property
+    def workflow_bucket(self) -> str:
+        return f"hocket-{self.cluster}-workflows"
+
+    def workflow(self, name: str) -> str:
+        return f"$KV.{self.workflow_bucket}.{token(name)}"
+
+    @property
     def input_bucket(self) -> str:
         return f"hocket-{self.cluster}-inputs"
 

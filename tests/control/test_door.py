@@ -54,7 +54,13 @@ def messages(kind: type[Message], depth: int = 3) -> st.SearchStrategy[Message]:
 def _fill(draw: Any, message: Message, field: FieldDescriptor, depth: int) -> None:
     nested = field.message_type
     if nested is not None and nested.GetOptions().map_entry:
-        getattr(message, field.name).update(draw(st.dictionaries(STRINGS, STRINGS, max_size=2)))
+        value, values = nested.fields_by_name["value"].message_type, getattr(message, field.name)
+        if value is None:
+            values.update(draw(st.dictionaries(STRINGS, STRINGS, max_size=2)))
+        elif depth:
+            of = messages(value._concrete_class, depth - 1)
+            for name, one in draw(st.dictionaries(STRINGS, of, max_size=2)).items():
+                values[name].CopyFrom(one)
     elif nested is not None and depth:
         of = messages(nested._concrete_class, depth - 1)
         if field.is_repeated:

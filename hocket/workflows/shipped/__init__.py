@@ -9,6 +9,7 @@ from hocket.v1.workflows_pb2 import WorkflowSpec
 from hocket.workflows.content import digest_of
 from hocket.workflows.files import read_file
 
+OF_MODELS = ("txt2img", "txt2vid")  # their plain chains
 _FOLDER = Path(__file__).parent
 
 
@@ -21,3 +22,8 @@ def shipped() -> dict[str, WorkflowSpec]:
         spec.digest, spec.shipped = digest_of(spec), True
         found[spec.name] = spec
     return found
+
+
+def is_reserved(name: str) -> bool:
+    """Whether nobody can register a workflow of that name: one is shipped, or models have it."""
+    return name in shipped() or name in OF_MODELS
