@@ -131,8 +131,8 @@ def to_weights_load(load: values.Load) -> mesh_pb2.WeightsLoad:
     """What a worker is told of a load."""
     return mesh_pb2.WeightsLoad(
         sequence=load.sequence,
-        weights=mesh_pb2.WeightsName(model=load.model, node=load.node),
-        evict=[mesh_pb2.WeightsName(model=model, node=node) for model, node in load.evict],
+        weights=mesh_pb2.WeightsName(model=load.model, node=load.node, part=load.part),
+        evict=[mesh_pb2.WeightsName(part=part) for part in load.evict],
     )
 
 

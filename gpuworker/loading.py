@@ -1,23 +1,27 @@
 """Models from diffusers folders: model_index.json says which classes, from_pretrained loads them.
 
-A source is a folder, or a hub id that is first brought into huggingface_hub's cache. Components are
-loaded one by one and never as a pipeline object: a card shares nothing between requests. An
-optional card.json beside the index gives what diffusers has no word for (sizes, examples, layout).
+A source is what folders/source.py takes. Components are loaded one by one and never as a pipeline
+object: a card shares nothing between requests. What several models have in common is loaded once
+(folders/identity.py says what that is). An optional card.json beside the index gives what diffusers
+has no word for (sizes, examples, layout).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from huggingface_hub import snapshot_download
 
+from gpuworker.folders.files import check_component, read_json, weight_files
+from gpuworker.folders.identity import FileDigests, part_id
+from gpuworker.folders.source import INDEX, LoadError, located
 from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import ModelCard, ModelRefused
 from gpuworker.models.cogvideox import CogVideoXCard
@@ -30,7 +34,10 @@ from gpuworker.models.sd3 import SD3Card
 from gpuworker.models.wan import WanCard
 from gpuworker.models.word_motion import WordMotionCard
 
-_INDEX = "model_index.json"
+__all__ = ["LoadError", "distinct_bytes", "load_card"]
+
+log = logging.getLogger(__name__)
+
 _HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 _NEEDED = ("transformer", "vae", "text_encoder", "scheduler")
 _ALWAYS_FLOAT32 = ("AutoencoderKLWan",)  # as its authors run it
@@ -66,56 +73,44 @@ _ALSO_NEEDED: Mapping[str, tuple[str, ...]] = {"SD3Transformer2DModel": ("text_e
 _LATENTS_ALONE = ("CogVideoXTransformer3DModel", "HunyuanVideoTransformer3DModel")
 
 
-class LoadError(Exception):
-    """A model that cannot be loaded.
-
-    Fields: `source`, `missing` (the file, component or class at fault), `reason`.
-    """
-
-    def __init__(self, source: str, missing: str, reason: str) -> None:
-        super().__init__(f"{source}: {missing}: {reason}")
-        self.source, self.missing, self.reason = source, missing, reason
-
-
 def load_card(
-    folder_or_id: str,
+    asked: str,
     device: torch.device,
     dtype: torch.dtype,
     weights: WeightStore | None = None,
+    digests: FileDigests | None = None,
 ) -> ModelCard:
-    """Loads a model onto `device` and returns its card, which is named like the folder.
+    """Loads a model onto `device` and returns its card.
 
-    With a store, the weights are the store's, and on the device when it says so. Raises
-    `LoadError`, `solvers.SolverRefused`, and `weights.BudgetTooSmall`.
+    With a store, the weights are the store's, shared with the models that it has, and on the device
+    when it says so; `digests` remembers what files were hashed. Raises `LoadError`,
+    `solvers.SolverRefused`, and `weights.BudgetTooSmall`.
     """
-    folder = _folder(folder_or_id)
-    index = _json(folder_or_id, folder / _INDEX)
+    source = located(asked)
+    index = read_json(asked, source.folder / INDEX)
     named = {name: entry for name, entry in index.items() if isinstance(entry, list) and all(entry)}
     for name in _TWO_STAGES:
         if name in named or index.get(name) not in (None, False, [None, None]):
-            raise LoadError(folder_or_id, name, "two-stage models are not supported")
+            raise LoadError(asked, name, "two-stage models are not supported")
     if (pipeline := index.get("_class_name")) in _OTHER_PIPELINES:
-        raise LoadError(folder_or_id, str(pipeline), "this pipeline is not supported")
-    _check_index(folder_or_id, named)
-    card = _json(folder_or_id, folder / "card.json") if (folder / "card.json").exists() else {}
-    model = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
-    parts: dict[str, Any] = {}
-    for name, (library, class_name) in named.items():
-        part = _component(folder_or_id, folder / name, library, class_name, dtype)
-        if isinstance(part, torch.nn.Module):
-            if weights is not None:
-                weights.add((model, _node(name)), part, folder / name)
-            else:
-                part.to(device)
-        parts[name] = part
+        raise LoadError(asked, str(pipeline), "this pipeline is not supported")
+    _check_index(asked, named)
+    facts = source.folder / "card.json"
+    card = read_json(asked, facts) if facts.exists() or facts.is_symlink() else {}
+    model = source.name if source.named else str(card.get("name", source.name))
+    loading = _Loading(asked, model, device, dtype, weights, digests or FileDigests())
+    parts = {
+        name: loading.component(source.folder / name, library, class_name)
+        for name, (library, class_name) in named.items()
+    }
     family = type(parts["transformer"]).__name__
-    _check_family(folder_or_id, family)
+    _check_family(asked, family)
     if family in _LATENTS_ALONE:
-        _check_latents_alone(folder_or_id, parts)
+        _check_latents_alone(asked, parts)
     try:
         return _FAMILIES[family](model, parts, card, device)
     except ModelRefused as refused:
-        raise LoadError(folder_or_id, refused.part, refused.reason) from refused
+        raise LoadError(asked, refused.part, refused.reason) from refused
 
 
 def _check_index(source: str, named: Mapping[str, list[str]]) -> None:
@@ -123,13 +118,13 @@ def _check_index(source: str, named: Mapping[str, list[str]]) -> None:
     family = named["transformer"][1] if "transformer" in named else ""
     for name in (*_NEEDED, *_ALSO_NEEDED.get(family, ())):
         if name not in named:
-            raise LoadError(source, name, f"{_INDEX} has no such component")
+            raise LoadError(source, name, f"{INDEX} has no such component")
     if family != _OLD_NAME:
         _check_family(source, family)
     for name, (library, _) in named.items():
         tokenizer = name.replace("text_encoder", "tokenizer")
         if library == "transformers" and tokenizer not in named:
-            raise LoadError(source, tokenizer, f"{_INDEX} has no such component, but {name}")
+            raise LoadError(source, tokenizer, f"{INDEX} has no such component, but {name}")
 
 
 def _check_family(source: str, family: str) -> None:
@@ -137,34 +132,17 @@ def _check_family(source: str, family: str) -> None:
         raise LoadError(source, family, f"no family for it; known: {', '.join(_FAMILIES)}")
 
 
-def _folder(source: str) -> Path:
-    local = Path(source)
-    if local.is_dir():
-        return local
-    if local.is_absolute() or source.count("/") != 1:
-        raise LoadError(source, source, "no such folder, and not a hub id (owner/name)")
-    try:
-        return Path(snapshot_download(source))
-    except (OSError, ValueError) as error:  # all of the hub's errors are one of these
-        raise LoadError(source, source, f"cannot be fetched from the hub: {error}") from error
+def distinct_bytes(sources: Sequence[str], digests: FileDigests) -> int:
+    """Bytes of models' weights as their files have them, files of the same content once.
 
-
-def _json(source: str, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LoadError(source, path.name, "the folder has no such file") from error
-    except ValueError as error:
-        raise LoadError(source, path.name, f"not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise LoadError(source, path.name, "not a JSON object")
-    return content
-
-
-def folder_bytes(folder_or_id: str) -> int:
-    """Bytes of a model's weights as its files have them. Raises `LoadError`."""
-    files = _folder(folder_or_id).glob("*/*.safetensors")
-    return sum(file.stat().st_size for file in files)
+    Raises `LoadError`.
+    """
+    sizes: dict[str, int] = {}
+    for asked in sources:
+        for file in located(asked).folder.glob("*/*.safetensors"):
+            if file.exists():  # what is missing is told when it is loaded
+                sizes[digests.of(file)] = file.stat().st_size
+    return sum(sizes.values())
 
 
 def _node(component: str) -> str:
@@ -174,31 +152,79 @@ def _node(component: str) -> str:
     return "vae" if component == "vae" else "dit"
 
 
-def _component(source: str, path: Path, library: str, class_name: str, dtype: torch.dtype) -> Any:
-    """One component, by its class; modules in evaluation mode on the host."""
-    if library not in _LIBRARIES and not library.startswith(_OUR_MODELS):
-        raise LoadError(source, f"{library}.{class_name}", "not a library that folders may name")
-    try:
-        kind = getattr(importlib.import_module(library), class_name)
-    except (ImportError, AttributeError) as error:
-        raise LoadError(source, f"{library}.{class_name}", "no such class here") from error
-    if not path.is_dir():
-        raise LoadError(source, path.name, f"{_INDEX} names it, but the folder lacks it")
-    if getattr(kind, "_keep_in_fp32_modules", None) and not _HAS_ACCELERATE:
-        # diffusers loads float32 islands through accelerate only; in float32 there are none.
-        if dtype != torch.float32:
-            raise LoadError(source, path.name, f"the package accelerate is needed for {dtype}")
-        kind = type(class_name, (kind,), {"_keep_in_fp32_modules": None})
-    precision = _precision(kind, class_name, dtype)
-    try:
-        part = kind.from_pretrained(path, **precision)
-    except Exception as error:  # whatever a broken folder makes these libraries raise
-        reason = f"{type(error).__name__}: {error}"
-        raise LoadError(source, path.name, f"cannot be loaded: {reason}") from error
-    if "torch_dtype" in precision and part.dtype != precision["torch_dtype"]:
-        # Without accelerate, diffusers takes the precision of a file whose first entry fits.
-        part = part.to(precision["torch_dtype"])
-    return part.eval() if isinstance(part, torch.nn.Module) else part
+@dataclass(frozen=True)
+class _Loading:
+    """The components of one model, one by one."""
+
+    asked: str
+    model: str
+    device: torch.device
+    dtype: torch.dtype
+    weights: WeightStore | None
+    digests: FileDigests
+
+    def component(self, path: Path, library: str, class_name: str) -> Any:
+        """By its class; a module is in evaluation mode, and its weights are the store's."""
+        kind = self._kind(path, library, class_name)
+        if not path.is_dir():
+            raise LoadError(self.asked, path.name, f"{INDEX} names it, but the folder lacks it")
+        check_component(self.asked, path)
+        if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+            return self._made(kind, path, {})
+        precision = _precision(kind, class_name, self.dtype)
+        dtype = next(v for v in precision.values() if isinstance(v, torch.dtype))
+        stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+        found = weight_files(self.asked, path, stem, dtype)
+        arguments = {**precision, "variant": found.variant, "use_safetensors": True}
+        if found.variant is not None:
+            log.info("%s: %s has %s alone", self.asked, path.name, found.variant)
+        if self.weights is None:
+            return self._module(kind, path, arguments, dtype).to(self.device)
+        part = part_id(
+            f"{library}.{class_name}",
+            read_json(self.asked, path / "config.json"),
+            str(dtype),
+            [self.digests.of(file) for file in found.files],
+        )
+        module = self.weights.module(part)
+        if module is None:
+            module = self._module(kind, path, arguments, dtype)
+        self.weights.add((self.model, _node(path.name)), part, module, found.files)
+        return module
+
+    def _kind(self, path: Path, library: str, class_name: str) -> Any:
+        if library not in _LIBRARIES and not library.startswith(_OUR_MODELS):
+            what = f"{library}.{class_name}"
+            raise LoadError(self.asked, what, "not a library that folders may name")
+        try:
+            kind = getattr(importlib.import_module(library), class_name)
+        except (ImportError, AttributeError) as error:
+            what = f"{library}.{class_name}"
+            raise LoadError(self.asked, what, "no such class here") from error
+        if getattr(kind, "_keep_in_fp32_modules", None) and not _HAS_ACCELERATE:
+            # diffusers loads float32 islands through accelerate only; in float32 there are none.
+            if self.dtype != torch.float32:
+                reason = f"the package accelerate is needed for {self.dtype}"
+                raise LoadError(self.asked, path.name, reason)
+            kind = type(class_name, (kind,), {"_keep_in_fp32_modules": None})
+        return kind
+
+    def _module(
+        self, kind: Any, path: Path, arguments: dict[str, Any], dtype: torch.dtype
+    ) -> torch.nn.Module:
+        module: Any = self._made(kind, path, arguments)
+        if "torch_dtype" in arguments and module.dtype != dtype:
+            # Without accelerate, diffusers takes the precision of a file whose first entry fits.
+            module = module.to(dtype)
+        made: torch.nn.Module = module.eval()
+        return made
+
+    def _made(self, kind: Any, path: Path, arguments: dict[str, Any]) -> Any:
+        try:
+            return kind.from_pretrained(path, **arguments)
+        except Exception as error:  # whatever a broken folder makes these libraries raise
+            reason = f"{type(error).__name__}: {error}"
+            raise LoadError(self.asked, path.name, f"cannot be loaded: {reason}") from error
 
 
 def _check_latents_alone(source: str, parts: dict[str, Any]) -> None:
@@ -212,10 +238,8 @@ def _check_latents_alone(source: str, parts: dict[str, Any]) -> None:
 
 
 def _precision(kind: Any, class_name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments for from_pretrained, whose names differ between the two libraries."""
+    """Arguments for a module's from_pretrained, whose names differ between the two libraries."""
     dtype = torch.float32 if class_name in _ALWAYS_FLOAT32 else dtype
-    if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin):
+    if issubclass(kind, diffusers.ModelMixin):
         return {"torch_dtype": dtype, "low_cpu_mem_usage": _HAS_ACCELERATE}
-    if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
-        return {"dtype": dtype}
-    return {}
+    return {"dtype": dtype}

@@ -21,6 +21,7 @@ from gpuworker.collectives.group_cache import GroupCache
 from gpuworker.collectives.rendezvous import Cancel, Rendezvous
 from gpuworker.collectives.tunnel import Tunnel
 from gpuworker.executor import CLOSE_PATIENCE_S, Listener, Room, always_room
+from gpuworker.folders.identity import FileDigests
 from gpuworker.loading import LoadError, load_card
 from gpuworker.memory.budget import Memory
 from gpuworker.memory.latents import LatentShelf, Shares
@@ -105,7 +106,8 @@ class TorchExecutor:
         facts = [replace(c.facts, degrees=(1,)) if alone else c.facts for c in cards.values()]
         operations = [card.operations for card in cards.values()]
         self.models = tuple(
-            model_info(each, batch_max, able) for each, able in zip(facts, operations, strict=True)
+            model_info(each, batch_max, able, weights.model_parts(each.name))
+            for each, able in zip(facts, operations, strict=True)
         )
         self.operations = WEIGHTLESS
         self.store_address = self._rendezvous.address
@@ -253,15 +255,20 @@ def load_cards(
     *,
     compiled: bool = False,
     attention: ParallelAttention | None = None,
+    digests: FileDigests | None = None,
 ) -> dict[str, ModelCard]:
-    """Loads every model, named by its card; the weights are the store's.
+    """Loads every model, by name; the weights are the store's, those that models share once.
 
     Raises LoadError naming what is missing, and BudgetTooSmall.
     """
+    digests = digests or FileDigests()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cards: dict[str, ModelCard] = {}
     for source in sources:
-        card = load_card(source, device, dtype, weights)
+        card = load_card(source, device, dtype, weights, digests)
+        if (name := card.facts.name) in cards:
+            reason = "two models have this name; NAME=PATH gives one of them another"
+            raise LoadError(source, name, reason)
         if attention is not None:
             card.attend_by(attention)
         if compiled:
@@ -271,7 +278,7 @@ def load_cards(
                 raise LoadError(source, refused.part, refused.reason) from refused
             if not weights.budget_bytes:  # else they are not there yet
                 card.warm()
-        cards[card.facts.name] = card
+        cards[name] = card
     return cards
 
 
@@ -286,9 +293,14 @@ def pick_device(wanted: str, index: int) -> torch.device:
 
 
 def model_info(
-    facts: CardFacts, batch_max: int = 1, operations: Sequence[str] = ()
+    facts: CardFacts,
+    batch_max: int = 1,
+    operations: Sequence[str] = (),
+    parts: Sequence[tuple[str, str]] = (),
 ) -> generation_pb2.ModelInfo:
-    """A card's facts as the API tells them; `operations` of workflows it serves, too."""
+    """A card's facts as the API tells them; `operations` of workflows it serves, too; `parts` are
+    (node, part).
+    """
     shapes = [
         types_pb2.Shape(width=w, height=h, frames=facts.frames_default, fps=facts.fps)
         for w, h in facts.sizes or (facts.size_default,)
@@ -310,6 +322,7 @@ def model_info(
         examples=facts.examples,
         batch_max=batch_max,
         operations=operations,
+        parts=[generation_pb2.ModelPart(node=node, part=part) for node, part in parts],
         obeys_layout=True,
         branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,
     )

@@ -14,7 +14,8 @@ import torch
 from gpuworker.agent import Agent
 from gpuworker.attention.xfuser_usp import XfuserMissing, chosen_attention
 from gpuworker.config import EMBEDDED_MODELS, WorkerSettings
-from gpuworker.loading import LoadError, folder_bytes
+from gpuworker.folders.identity import FileDigests
+from gpuworker.loading import LoadError, distinct_bytes
 from gpuworker.memory.latents import Shares
 from gpuworker.memory.weights import BudgetTooSmall, WeightStore
 from gpuworker.mesh.claim import claimed
@@ -82,7 +83,8 @@ async def _made(
     device = pick_device(settings.device, index)
     alone = device.type == "cuda" and settings.count > torch.cuda.device_count()
     wanted = "native" if alone and settings.attention == "auto" else settings.attention
-    shares, weights_bytes = budgets(settings, device, folder)
+    digests = FileDigests(settings.state_dir / "file-digests.json")
+    shares, weights_bytes = budgets(settings, device, folder, digests)
     weights = WeightStore(device, weights_bytes)
     cards = load_cards(
         settings.model,
@@ -90,6 +92,7 @@ async def _made(
         weights,
         compiled=settings.compile != "off",
         attention=chosen_attention(wanted, device),
+        digests=digests,
     )
     identity = Identity.load(settings.tls_dir)
     access = broker_access(identity, "worker")
@@ -112,16 +115,18 @@ async def _made(
     return bus, executor
 
 
-def budgets(settings: WorkerSettings, device: torch.device, folder: Path) -> tuple[Shares, int]:
+def budgets(
+    settings: WorkerSettings, device: torch.device, folder: Path, digests: FileDigests
+) -> tuple[Shares, int]:
     """Where latents may be parked, and the bytes that weights and activations may take.
 
-    Raises WrongConfig.
+    Raises WrongConfig and LoadError.
     """
     budget_bytes = settings.memory_mib << 20
     if not budget_bytes and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         room = int(total * (1 - _RESERVED))
-        if sum(folder_bytes(source) for source in settings.model) > room:
+        if distinct_bytes(settings.model, digests) > room:
             budget_bytes = room
     latents_bytes = (settings.latents_mib << 20) or budget_bytes // 4
     if budget_bytes and latents_bytes >= budget_bytes:

@@ -28,10 +28,10 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from control.scheduler.books.loads import LoadTable
+from control.scheduler.books.loads import LoadTable, own_part
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.times.profile import Profile
-from control.scheduler.values import DIT, TEXT, VAE, ModelFacts, WorkerUp
+from control.scheduler.values import DIT, TEXT, VAE, ModelFacts, NodeParts, WorkerUp
 
 from .call_times import Contention
 from .costs import CostError, Costs, Straggler
@@ -70,8 +70,18 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     hosts: int = 1
     memory_mib: int = 0  # a worker's, for weights; 0: all models always fit
 
-    def leases(self, at_us: int) -> tuple[WorkerUp, ...]:
+    def served(self, loads: LoadTable) -> tuple[ModelFacts, ...]:
+        """The models; where weights count, with the parts that their nodes need."""
+        return tuple(
+            msgspec.structs.replace(model, parts=parts_of(model.name, self.gpu, loads))
+            if loads and not model.parts
+            else model
+            for model in self.models
+        )
+
+    def leases(self, at_us: int, loads: LoadTable) -> tuple[WorkerUp, ...]:
         """The facts by which the workers join, in cluster order."""
+        models = self.served(loads)
         return tuple(
             WorkerUp(
                 at_us=at_us,
@@ -79,7 +89,7 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 incarnation="1",
                 gpu=self.gpu,
                 host=f"host{host:03d}",
-                models=self.models,
+                models=models,
                 memory_mib=self.memory_mib,
             )
             for host in range(self.hosts)
@@ -129,6 +139,21 @@ def models_of(profile: Profile, gpu: str) -> tuple[ModelFacts, ...]:
         )
         for model in sorted(degrees)
     )
+
+
+def parts_of(model: str, gpu: str, loads: LoadTable) -> tuple[NodeParts, ...]:
+    """What the nodes of a model of a load table need. A model named `base+adapter` shares the parts
+    of `base` and denoises with `controlnet-adapter` besides, unless the table has rows of its own.
+    """
+    base, *adapters = model.split("+")
+    found = []
+    for node in (TEXT, DIT, VAE):
+        extra = adapters if node == DIT else []
+        names = [own_part(base, node), *(own_part(base, f"controlnet-{a}") for a in extra)]
+        if loads.knows(own_part(model, node), gpu):
+            names = [own_part(model, node)]
+        found.append(NodeParts(node=node, parts=tuple(names)))
+    return tuple(found)
 
 
 class PromiseSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -151,6 +151,7 @@ def _memory(memory: types_pb2.Memory) -> None:
             raise _Refused(f"weights of {_shown(part.model)}")
         if not _NODE.fullmatch(part.node):
             raise _Refused(f"weights of node {_shown(part.node)}")
+        _part(part.part)
         _need(part.load_time_us <= TIME_US_MAX, "weights take too long to load")
         _need(max(part.size_bytes, part.peak_bytes) <= SEQUENCE_MAX, "weights are too large")
     _need(memory.budget_bytes <= SEQUENCE_MAX, "its memory is out of range")
@@ -168,10 +169,19 @@ def _wrong_with_model(message: bytes) -> str | None:
         _few(model.shapes, ITEMS_MAX, "shapes")
         for shape in model.shapes:
             _need(max(shape.width, shape.height, shape.frames) <= SIDE_MAX, "a shape")
+        _need(max(model.size_multiple, model.size_min, model.size_max) <= SIDE_MAX, "its sizes")
+        _few(model.parts, ITEMS_MAX, "parts")
+        for part in model.parts:
+            _need(bool(_NODE.fullmatch(part.node)), "a node of its parts")
+            _part(part.part)
         _sound(model)
     except _Refused as refused:
         return str(refused)
     return None
+
+
+def _part(name: str) -> None:
+    _need(len(name) <= NAME_CHARS_MAX, "a part's name is too long")
 
 
 def _report(report: mesh_pb2.StepReport, term: int) -> None:

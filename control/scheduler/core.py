@@ -203,8 +203,8 @@ class Scheduler:
         """All workers seen and not forgotten, in cluster order."""
         return worker_views(self._ledger)
 
-    def weights_on(self, worker: str) -> frozenset[tuple[str, str]]:
-        """(model, node) of the weights that are thought to lie on a worker."""
+    def weights_on(self, worker: str) -> frozenset[str]:
+        """The parts that are thought to lie on a worker."""
         known = self._ledger.cluster.workers.get(worker)
         return frozenset() if known is None else frozenset(self._ledger.residency.parts(known))
 

@@ -77,6 +77,13 @@ class Request(_Value, frozen=True):
     workflow: str = "chain"  # name of one that its scheduler knows
 
 
+class NodeParts(_Value, frozen=True):
+    """The weights that a node of a model needs."""
+
+    node: str
+    parts: tuple[str, ...]
+
+
 class ModelFacts(_Value, frozen=True):
     """What a worker says of a model it has loaded."""
 
@@ -84,6 +91,7 @@ class ModelFacts(_Value, frozen=True):
     degrees: tuple[int, ...] = (1,)  # ways its denoiser can be split
     batch_max: int = 1  # jobs of one shape that it steps, encodes or decodes together
     halves: bool = False  # it obeys a layout that gives branches of guidance to halves of a group
+    parts: tuple[NodeParts, ...] = ()  # a node that is not named here needs a part of its own
 
 
 # -------------------------------------------------------------------------------- facts in
@@ -113,7 +121,7 @@ class Held(_Value, frozen=True):
 
 
 class PartFacts(_Value, frozen=True):
-    """What a worker with bounded memory says of the weights of one node of one model."""
+    """What a worker with bounded memory says of a part; once for each node that needs it."""
 
     model: str
     node: str
@@ -121,6 +129,7 @@ class PartFacts(_Value, frozen=True):
     peak_mib: int  # with the activations of the largest call asked for
     load_us: int
     resident: bool = False  # on the device now
+    part: str = ""  # "": one of the model's node alone
 
 
 class GroupHeld(_Value, frozen=True):
@@ -311,10 +320,11 @@ class Load(_Value, frozen=True):
 
     sequence: int  # of the assignment that needs them
     worker: str
-    model: str
+    model: str  # that needs them
     node: str
+    part: str
     load_us: int  # predicted
-    evict: tuple[tuple[str, str], ...] = ()  # (model, node) that make room first
+    evict: tuple[str, ...] = ()  # parts that make room first
 
 
 class Fetch(_Value, frozen=True):

@@ -24,6 +24,7 @@ from control.scheduler.values import (
     GroupHeld,
     Held,
     ModelFacts,
+    NodeParts,
     NothingHeard,
     PartFacts,
     WorkerLost,
@@ -208,6 +209,7 @@ def _up(beat: mesh_pb2.Heartbeat, now_us: int, pending: tuple[int, ...]) -> Work
                 batch_max=max(1, model.batch_max),
                 halves=model.obeys_layout,
                 operations=tuple(map(profile_name, model.operations)),
+                parts=_parts(model),
             )
             for model in beat.models
         ),
@@ -221,6 +223,14 @@ def _up(beat: mesh_pb2.Heartbeat, now_us: int, pending: tuple[int, ...]) -> Work
         pending=pending,
         operations=tuple(map(profile_name, beat.operations)),
     )
+
+
+def _parts(model: generation_pb2.ModelInfo) -> tuple[NodeParts, ...]:
+    """By node, in the order in which the worker names them."""
+    found: dict[str, list[str]] = {}
+    for named in model.parts:
+        found.setdefault(named.node, []).append(named.part)
+    return tuple(NodeParts(node=node, parts=tuple(parts)) for node, parts in found.items())
 
 
 def _succeeds(beat: mesh_pb2.Heartbeat, first: mesh_pb2.Heartbeat) -> bool:
@@ -250,6 +260,7 @@ def _weights(memory: types_pb2.Memory) -> tuple[PartFacts, ...]:
             peak_mib=-(-part.peak_bytes // _MIB),
             load_us=part.load_time_us,
             resident=part.resident,
+            part=part.part,
         )
         for part in memory.parts
     )
@@ -259,9 +270,9 @@ def _is_news(told: tuple[PartFacts, ...], now: tuple[PartFacts, ...]) -> bool:
     """Sizes that changed, load times that changed a lot. What is resident changes all the time: see
     `Intake`.
     """
-    before = {(part.model, part.node): part for part in told}
+    before = {(part.model, part.node, part.part): part for part in told}
     for part in now:
-        was = before.get((part.model, part.node))
+        was = before.get((part.model, part.node, part.part))
         if was is None or (was.mib, was.peak_mib) != (part.mib, part.peak_mib):
             return True
         slower, faster = sorted((was.load_us, part.load_us), reverse=True)

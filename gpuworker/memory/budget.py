@@ -20,7 +20,8 @@ import torch
 from gpuworker.executor import SideNote
 from gpuworker.memory.activations import Activations
 from gpuworker.memory.latents import LatentPlace, LatentShelf
-from gpuworker.memory.weights import MemoryDemand, PartName, WeightStore
+from gpuworker.memory.parts import PartId
+from gpuworker.memory.weights import MemoryDemand, WeightStore
 from gpuworker.models.card import ModelCard
 from gpuworker.models.footprint import ModelCall
 from gpuworker.operations.names import model_of, operation_of, shape_of
@@ -73,14 +74,14 @@ class Memory:
         self._activations = Activations(cards, device)
         self._cards = cards
         self._term = 0
-        self._evict: dict[int, tuple[PartName, ...]] = {}  # by assignment of the term
-        weights.start(lambda part: self._activations.largest(*part))
+        self._evict: dict[int, tuple[PartId, ...]] = {}  # by assignment of the term
+        weights.start(lambda node: self._activations.largest(*node))
 
     def plan_loads(self, loads: Sequence[mesh_pb2.WeightsLoad]) -> None:
         """What the plan makes room with, for assignments that are about to come."""
         for load in loads:
             if load.evict:
-                self._evict[load.sequence] = tuple((e.model, e.node) for e in load.evict)
+                self._evict[load.sequence] = tuple(name.part for name in load.evict)
         while len(self._evict) > _LOADS_MAX:
             del self._evict[next(iter(self._evict))]
 
@@ -122,7 +123,7 @@ class Memory:
             traceback.clear_frames(error.__traceback__)  # what the call had made lives there
         needed_bytes = self._activations.fell_short(model, call, asked_bytes)
         free_bytes = self._free_bytes()
-        self._weights.evict_others(keep=demand.part)
+        self._weights.evict_others(keep=demand.node)
         self._shelf.spill_parked()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -130,20 +131,23 @@ class Memory:
 
     def facts(self) -> types_pb2.Memory:
         """What heartbeats tell."""
+        facts = self._weights.facts()
         parts = [
             types_pb2.PartWeights(
-                model=part.name[0],
-                node=part.name[1],
-                size_bytes=part.size_bytes,
-                peak_bytes=part.size_bytes + self._activations.largest(*part.name),
-                load_time_us=part.load_us,
-                resident=part.resident,
+                model=model,
+                node=node,
+                size_bytes=fact.size_bytes,
+                peak_bytes=fact.size_bytes + self._activations.largest(model, node),
+                load_time_us=fact.load_us,
+                resident=fact.resident,
+                part=fact.part,
             )
-            for part in self._weights.facts()
+            for fact in facts
+            for model, node in fact.nodes
         ]
         return types_pb2.Memory(
             budget_bytes=self._weights.budget_bytes,
-            weights_bytes=sum(part.size_bytes for part in parts if part.resident),
+            weights_bytes=sum(fact.size_bytes for fact in facts if fact.resident),
             activations_bytes=max((p.peak_bytes - p.size_bytes for p in parts), default=0),
             latents_budget_bytes=self._latents_budget_bytes,
             latents_bytes=self._shelf.bytes_in(LatentPlace.DEVICE),

@@ -875,6 +875,10 @@ class ModelInfo(_message.Message):
     FRAMES_FIELD_NUMBER: _builtins.int
     OPERATIONS_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
+    SIZE_MULTIPLE_FIELD_NUMBER: _builtins.int
+    SIZE_MIN_FIELD_NUMBER: _builtins.int
+    SIZE_MAX_FIELD_NUMBER: _builtins.int
+    PIXELS_MAX_FIELD_NUMBER: _builtins.int
     OBEYS_LAYOUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
@@ -900,6 +904,16 @@ class ModelInfo(_message.Message):
     """With a guidance scale above this, a step has two branches, which different workers can make. Absent where
     guidance is embedded or none.
     """
+    size_multiple: _builtins.int
+    """Where its sizes are free: widths and heights are multiples of this, in pixels, and `shapes` are recommended ones
+    among them. 0: `shapes` are all there is.
+    """
+    size_min: _builtins.int
+    """Smallest width and height, in pixels."""
+    size_max: _builtins.int
+    """Largest width and height, in pixels."""
+    pixels_max: _builtins.int
+    """Most pixels of a picture or of a frame, width times height."""
     obeys_layout: _builtins.bool
     """The worker obeys the layout of an assignment; one that does not say so splits every step by Ulysses alone."""
     @_builtins.property
@@ -951,11 +965,15 @@ class ModelInfo(_message.Message):
         frames: Global___FrameCounts | None = ...,
         operations: _abc.Iterable[_builtins.str] | None = ...,
         parts: _abc.Iterable[Global___ModelPart] | None = ...,
+        size_multiple: _builtins.int = ...,
+        size_min: _builtins.int = ...,
+        size_max: _builtins.int = ...,
+        pixels_max: _builtins.int = ...,
         obeys_layout: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "branches_above", b"branches_above", "frames", b"frames"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "frames", b"frames", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "operations", b"operations", "parts", b"parts", "shapes", b"shapes", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workflows", b"workflows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "frames", b"frames", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "operations", b"operations", "parts", b"parts", "pixels_max", b"pixels_max", "shapes", b"shapes", "size_max", b"size_max", "size_min", b"size_min", "size_multiple", b"size_multiple", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workflows", b"workflows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__branches_above: _TypeAlias = _typing.Literal["branches_above"]  # noqa: Y015
     _WhichOneofArgType__branches_above: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above"]  # noqa: Y015
@@ -965,7 +983,7 @@ Global___ModelInfo: _TypeAlias = ModelInfo  # noqa: Y015
 
 @_typing.final
 class ModelPart(_message.Message):
-    """Weights of a model that are loaded, shared and evicted as one."""
+    """Weights of a model that are loaded, shared and evicted as one. A node that needs several is named by several."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -353,25 +353,29 @@ Global___WeightsLoad: _TypeAlias = WeightsLoad  # noqa: Y015
 
 @_typing.final
 class WeightsName(_message.Message):
-    """The weights of one node of one model."""
+    """Weights that are loaded, shared and evicted as one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The model."""
+    """A model that needs them; empty where the part says enough."""
     node: _builtins.str
-    """"text", "dit" or "vae"."""
+    """Its node."""
+    part: _builtins.str
+    """Their identity (see ModelPart)."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         node: _builtins.str = ...,
+        part: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "node", b"node", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

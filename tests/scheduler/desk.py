@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.sim.case import parts_of
 from control.scheduler.books.loads import LoadTable
 from control.scheduler.core import Scheduler
 from control.scheduler.settings import Settings
@@ -51,6 +52,17 @@ LOADS = "model,gpu,node,load_us,weights_mib\n" + "".join(
 )
 
 
+TABLE = LoadTable.from_csv(LOADS)
+
+
+def served(models: tuple[str, ...], loads: LoadTable = TABLE) -> tuple[ModelFacts, ...]:
+    """What a worker says of these models, with the parts that their nodes need."""
+    return tuple(
+        ModelFacts(name=m, degrees=(1, 2), batch_max=4, parts=parts_of(m, "g", loads))
+        for m in models
+    )
+
+
 class Desk:
     """A scheduler, workers w0.., and everything reported when it was predicted to end."""
 
@@ -76,7 +88,7 @@ class Desk:
         self.flights: list[Assignment] = []
         self.log: list[Assignment] = []  # all that ever went out
         self.ended: dict[str, Ended] = {}
-        facts = tuple(ModelFacts(name=m, degrees=(1, 2), batch_max=4) for m in models)
+        facts = served(models)
         for i in range(workers):
             self.scheduler.observe(
                 WorkerUp(

@@ -158,12 +158,12 @@ class Scene:
         residency = self._ledger.residency
         return max((residency.load_us(known[w], request.model, node) for w in workers), default=0)
 
-    def resident(self, worker: str) -> tuple[tuple[str, str], ...]:
-        """(model, node) of the weights on a worker, least recently used first."""
+    def resident(self, worker: str) -> tuple[str, ...]:
+        """The parts on a worker, least recently used first."""
         return self._ledger.residency.parts(self._ledger.cluster.workers[worker])
 
-    def parts(self, worker: str, model: str, node: str) -> tuple[tuple[str, str], ...]:
-        """(model, node) of the weights that a node needs there: those it shares are its base's."""
+    def parts(self, worker: str, model: str, node: str) -> tuple[str, ...]:
+        """The parts that a node needs there."""
         return self._ledger.residency.needs(self._ledger.cluster.workers[worker], model, node)
 
     def footprint_mib(self, worker: str, model: str) -> int:

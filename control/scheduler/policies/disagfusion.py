@@ -86,7 +86,7 @@ class DisagFusion(EventPolicy):
         action = None
         if len(scene.seats) >= len(ROLES):
             action = self._rescue(scene) or self._tick(scene)
-        evicts: dict[str, frozenset[tuple[str, str]]] = {}
+        evicts: dict[str, frozenset[str]] = {}
         if action is not None:
             self._roles[action.worker] = action.role
             evicts[action.worker] = frozenset()
