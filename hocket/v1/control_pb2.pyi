@@ -774,6 +774,64 @@ class PoolStatus(_message.Message):
 Global___PoolStatus: _TypeAlias = PoolStatus  # noqa: Y015
 
 @_typing.final
+class SeenModels(_message.Message):
+    """Models that workers have served of late, as one leader keeps them for the next."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeenModel]:
+        """The one served last comes last."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___SeenModel] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SeenModels: _TypeAlias = SeenModels  # noqa: Y015
+
+@_typing.final
+class SeenModel(_message.Message):
+    """A model that workers served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INFO_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    SERVED_UNIX_US_FIELD_NUMBER: _builtins.int
+    served_unix_us: _builtins.int
+    """When a worker last served it, in microseconds since 1970, to the minute."""
+    @_builtins.property
+    def info(self) -> _generation_pb2.ModelInfo:
+        """As a worker described it last."""
+
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Kinds of GPU that it was served on; the one seen last comes last."""
+
+    def __init__(
+        self,
+        *,
+        info: _generation_pb2.ModelInfo | None = ...,
+        gpus: _abc.Iterable[_builtins.str] | None = ...,
+        served_unix_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpus", b"gpus", "info", b"info", "served_unix_us", b"served_unix_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SeenModel: _TypeAlias = SeenModel  # noqa: Y015
+
+@_typing.final
 class ReplicaStatus(_message.Message):
     """State of one control replica."""
 
