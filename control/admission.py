@@ -29,6 +29,7 @@ from control.requests.lifecycle import LifecycleState
 from control.requests.offers import Answered, Decided, Offer
 from control.requests.records import Record, Records
 from control.requests.verdicts import AdmissionCandidate, Verdict, judge, told_us
+from control.scaling.newcomers import Newcomers
 from control.scheduler.values import Arrived, CancelRequested, Request
 from control.workflows.admitting import complete, taught, unserved
 from hocket.clock import Clock, unix_ns
@@ -67,8 +68,9 @@ class AdmissionControl:
         clock: Clock,
         tracer: Tracer,
         settings: AdmissionSettings | None = None,
+        newcomers: Newcomers | None = None,
     ) -> None:
-        """`served`: what living workers serve, by name."""
+        """`served`: models that requests may name, by name."""
         self._driver = driver
         self._promises = promises
         self._records = records
@@ -77,6 +79,7 @@ class AdmissionControl:
         self._clock = clock
         self._tracer = tracer
         self._settings = settings or AdmissionSettings()
+        self._seen = newcomers or Newcomers()
         self._settled_us = clock.now_us() + self._settings.settle_us
         self._offers: dict[str, Offer] = {}  # by id, until answered
         self._waiting: deque[Offer] = deque()
@@ -232,10 +235,8 @@ class AdmissionControl:
         return not self._has_workers() and self._clock.now_us() < self._settled_us
 
     async def _wait_until(self, at_us: int) -> None:
-        waits = [
-            asyncio.ensure_future(self._wake.wait()),
-            asyncio.ensure_future(self._clock.sleep_until(at_us)),
-        ]
+        for_what = (self._wake.wait(), self._clock.sleep_until(at_us))
+        waits = [asyncio.ensure_future(each) for each in for_what]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -248,8 +249,7 @@ class AdmissionControl:
         now_us = self._driver.stamp()
         offers: list[Offer] = []
         for offer in batch:
-            failure = self._refusal(offer, served, now_us)
-            if failure is not None:
+            if (failure := self._refusal(offer, served, now_us)) is not None:
                 self._refuse(offer, failure)
             else:
                 offers.append(offer)
@@ -259,11 +259,14 @@ class AdmissionControl:
         ahead = tuple(self._under_way.values())
         submits = [offer.record.submit for offer in offers]
         verdicts = await self._driver.ask(
-            lambda s: judge(taught(s, submits), ahead, newcomers, now_us), newcomers=len(newcomers)
+            lambda s: judge(
+                self._seen.forecasts(taught(s, submits)), ahead, newcomers, now_us
+            ),
+            newcomers=len(newcomers),
         )
+        self._seen.judged(verdicts.of)
         judged_us = self._clock.now_us()
-        rest_us = min(_RESTS * (judged_us - now_us), _REST_US_MAX)
-        self._rest_until_us = judged_us + rest_us
+        self._rest_until_us = judged_us + min(_RESTS * (judged_us - now_us), _REST_US_MAX)
         for request in ahead:
             if request.id in verdicts.arrived or not self._is_unknown_yet(request.id):
                 self._under_way.pop(request.id, None)
@@ -298,9 +301,8 @@ class AdmissionControl:
     ) -> types_pb2.Failure | None:
         if not offer.is_wanted(now_us):
             return refusals.expired()
-        if not self._has_workers():
-            return refusals.no_workers()
-        return unserved(offer.record.submit, served)
+        failure = unserved(offer.record.submit, served)
+        return failure if failure is None or self._has_workers() else refusals.no_workers()
 
     def _newcomer(
         self, offer: Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int

@@ -26,6 +26,8 @@ from control.requests.attach import Attachments
 from control.requests.endings import Endings, PromiseLog
 from control.requests.followers import Followers
 from control.requests.records import Records
+from control.scaling.settings import ScalingSettings
+from control.scaling.signal import ScalingSignal, WakeSettings
 from control.scheduler.core import Scheduler
 from control.scheduler.values import CancelRequested
 from control.workers.cluster_view import ClusterView
@@ -55,6 +57,8 @@ class Wiring:
     ended_max: int = 10_000
     retention_us: int = 86_400_000_000  # ended requests are known so long
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    scaling: ScalingSettings = field(default_factory=ScalingSettings)
+    wake: WakeSettings = field(default_factory=WakeSettings)
     replicas: Callable[[], Sequence[control_pb2.ReplicaStatus]] = tuple
     stream_replicas: int = 1  # copies of what is stored, in a cluster of brokers
     outlet: Callable[[Publisher], Outlet] = lambda publisher: publisher  # what watches the driver
@@ -83,6 +87,7 @@ class Desk:
     admission: AdmissionControl
     attachments: Attachments
     view: ClusterView
+    signal: ScalingSignal
     servicer: ControlServicer
     troubles: Counter[str]
 
@@ -95,11 +100,13 @@ class Desk:
         )
         driver = Driver(w.scheduler, w.clock, w.outlet(publisher), w.planning)
         troubles: Counter[str] = Counter()
+        signal = ScalingSignal(driver, records, w.leases, w.clock, w.scaling, w.wake)
         view = ClusterView(
             driver,
             records,
             w.leases,
             w.clock,
+            signal,
             term=w.promises.term,
             policy=w.policy,
             replicas=w.replicas,
@@ -109,11 +116,12 @@ class Desk:
             driver,
             w.promises,
             records,
-            view.served,
+            view.admitted,
             lambda: bool(w.leases.alive),
             w.clock,
             w.tracer,
             w.admission,
+            signal.newcomers,
         )
 
         def cancel(request: str) -> None:
@@ -142,6 +150,7 @@ class Desk:
             admission,
             attachments,
             view,
+            signal,
             servicer,
             troubles,
         )

@@ -26,7 +26,7 @@ from control.workflows.compiled import steps_at
 from hocket.clock import unix_ns
 from hocket.messaging.bus import Subjects
 from hocket.tracing import spans, telemetry
-from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2
+from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _TRUNCATES_KEPT = 64  # a worker
 _AWAY_MAX = 256  # workers whose lease has ended that may come back
@@ -86,7 +86,7 @@ class Publisher:
             if isinstance(observed.note, mesh_pb2.StepReport):
                 self._reported(observed, observed.note, turn.finish_us)
             for ended in observed.ended:
-                self._ended(ended)
+                self._ended(ended, observed.note)
         if turn.plan is not None:
             await self._planned(turn.plan, turn.digest, turn.plan_time_us)
 
@@ -175,10 +175,15 @@ class Publisher:
         if event is not None:
             self._tell(event)
 
-    def _ended(self, ended: values.Ended) -> None:
+    def _ended(self, ended: values.Ended, note: object = None) -> None:
+        """`note`: of the fact that ended it; a Failure is what its caller is told."""
         record = self._records.begin_end(ended.request)
-        if record is not None:
-            self._endings.put(record, translate.to_ended(ended, record))
+        if record is None:
+            return
+        outcome = translate.to_ended(ended, record)
+        if isinstance(note, types_pb2.Failure):
+            outcome.failed.CopyFrom(note)
+        self._endings.put(record, outcome)
 
     # ---------------------------------------------------------------------------- plans
 

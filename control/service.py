@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from control.config import ControlSettings, profile_csv, scheduler_settings
+from control.config import ControlSettings, profile_csv, scaling_settings, scheduler_settings
 from control.entrance.door import check_heartbeat
 from control.entrance.doorway import Doorway
 from control.entrance.roles import RoleCheck
@@ -59,6 +59,7 @@ async def serve(
 ) -> None:
     """Runs a control replica until `stop` is set. Raises what ended it: a HocketError, or a bug."""
     build_scheduler(scheduler_settings(settings, 1), profile_csv(settings))  # or WrongConfig, now
+    scaling_settings(settings)
     access = broker_access(Identity.load(settings.tls_dir), "control")
     bus = await Bus.connect(settings.nats_url, "control", access=access)
     try:

@@ -15,7 +15,7 @@ from hocket.tracing import spans
 
 # In quotes: the class takes parameters in grpc's type stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_OURS = ("/hocket.", "/google.longrunning.")
+_OURS = ("/hocket.", "/google.longrunning.", "/externalscaler.")
 
 
 class ErrorStatuses(Wrapping):

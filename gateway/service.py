@@ -28,11 +28,14 @@ from gateway.limits import CallLimit
 from gateway.line import Line
 from gateway.media import MediaStore
 from gateway.operations import GenerationOperations
+from gateway.scaler import KedaScaler
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.whereabouts import Addresses, listed
 from hocket import garbage
 from hocket.clock import SystemClock
+from hocket.keda import externalscaler_pb2
+from hocket.keda.externalscaler_pb2_grpc import add_ExternalScalerServicer_to_server
 from hocket.launching import endpoints
 from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.leader import LeaderWatch
@@ -46,6 +49,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 OPERATIONS = "google.longrunning.Operations"
+SCALER = externalscaler_pb2.DESCRIPTOR.services_by_name["ExternalScaler"].full_name
 _HEALTH_NAMES = ("", SERVICE, OPERATIONS)
 _LAST_WORDS_S = 1.0  # for the followers' leaving to reach control
 
@@ -86,7 +90,7 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
         stack.push_async_callback(leader.close)
         line = _line(settings, doors, cluster, leader)
         calls = _calls(settings, telemetry, bus, cluster, line)
-        server, address = _server(settings, telemetry, calls, checks, identity)
+        server, address = _server(settings, telemetry, calls, cluster, checks, identity)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         standing = [
             tasks.create_task(bus.failed()),
@@ -145,6 +149,7 @@ def _server(
     settings: GatewaySettings,
     telemetry: Telemetry,
     calls: Calls,
+    cluster: ClusterWatch,
     checks: health.aio.HealthServicer,
     identity: Identity | None,
 ) -> tuple[grpc.aio.Server, str]:
@@ -155,10 +160,10 @@ def _server(
     limit, callers = CallLimit(settings.calls_max), Access(settings.api_keys, SystemClock())
     add_GenerationServiceServicer_to_server(GenerationServicer(calls, limit, callers), server)
     add_OperationsServicer_to_server(GenerationOperations(calls, limit, callers), server)
+    add_ExternalScalerServicer_to_server(KedaScaler(cluster, callers), server)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection(
-        (SERVICE, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
+    told = (SERVICE, OPERATIONS, SCALER, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(told, server)
     port = add_port(server, settings.listen, identity, mutual=settings.client_certs)
     tell_if_open(settings.listen, identity, "the gateway")
     return server, f"{settings.listen.rpartition(':')[0]}:{port}"

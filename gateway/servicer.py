@@ -84,7 +84,7 @@ class GenerationServicer(GenerationServiceServicer):
 
     async def ListModels(self, request: ListModelsRequest, context: Context) -> ListModelsResponse:
         self._callers.tenant(_said(context))
-        return ListModelsResponse(models=self._calls.control.models)
+        return ListModelsResponse(models=self._calls.control.listed)
 
 
 def _said(context: Context) -> Metadata:

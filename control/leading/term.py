@@ -20,6 +20,7 @@ from control.config import (
     ControlSettings,
     best_effort_wait_us_max,
     profile_csv,
+    scaling_settings,
     scheduler_settings,
 )
 from control.desk import Desk, Wiring
@@ -30,6 +31,7 @@ from control.leading.recovery import recover
 from control.leading.replicas import Replicas
 from control.leading.standby import Book
 from control.planning import PlannerThread
+from control.scaling.signal import WakeSettings
 from control.scheduler.core import Scheduler
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.times.cells import LatencySnapshot
@@ -101,6 +103,12 @@ class Term:
                 ),
                 replicas=parts.replicas.alive,
                 stream_replicas=settings.stream_replicas,
+                scaling=scaling_settings(settings),
+                wake=WakeSettings(
+                    models=settings.wake_models,
+                    wait_us=round(settings.wake_wait_s * 1e6),
+                    kept_us=round(settings.models_kept_s * 1e6),
+                ),
             )
         )
         self.intake = self.desk.intake(self._superseded, parts.health)
@@ -167,6 +175,7 @@ class Term:
                     tasks.create_task(part)
                 tasks.create_task(garbage.keep(self.parts.clock, self._is_idle))
                 tasks.create_task(self._check())
+                tasks.create_task(self.desk.signal.run())
                 tasks.create_task(self._store.keep(self.desk.driver.ask, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
                 tasks.create_task(self._keep_media_bucket())

@@ -23,7 +23,7 @@ Same facts and same times give the same plans, digit for digit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from . import facts
 from .books.board import Flight
@@ -37,6 +37,7 @@ from .books.quarantine import Quarantined
 from .books.residency import Residency
 from .books.stragglers import Slowness
 from .books.tracker import Tracked
+from .outlook.demand import Demand, PoolWork
 from .outlook.scene import Start
 from .outlook.standing import standing_for, workers_before
 from .planning import prediction
@@ -182,6 +183,16 @@ class Scheduler:
     def promise_figures(self) -> PromiseFigures:
         """What became of the requests that were told a finish when they arrived."""
         return self._commitments.figures()
+
+    def demand(
+        self,
+        newcomers: Sequence[tuple[Request, int]],
+        kinds: Mapping[str, Sequence[str]],
+        now_us: int,
+        best_effort_us: int,
+    ) -> dict[tuple[str, str], PoolWork]:
+        """What is asked of the workers, by model and kind of GPU (see `outlook.demand`)."""
+        return Demand(self._ledger, kinds).of(newcomers, now_us, best_effort_us)
 
     def eta_us(self, request_id: str, now_us: int) -> int | None:
         """When a request inside will finish, by the same estimate; None if it is not inside."""

@@ -135,10 +135,13 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
 
     # Folded rather than cut: two models' names may begin alike.
     names, shapes = (Column(head, overflow="fold") for head in ("model", "shapes"))
-    table = Table(names, "workflows", shapes, "frames", "steps", "guidance", "degrees", "try")
+    table = Table(
+        names, "workers", "workflows", shapes, "frames", "steps", "guidance", "degrees", "try"
+    )
     for info in run(work()):
         table.add_row(
             info.name,
+            str(info.workers) if info.HasField("workers") else "",
             " ".join(info.workflows),
             " ".join(shape_name(shape) for shape in info.shapes),
             frames_offered(info),

@@ -8,7 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from hocket.launching.mesh_file import Process
-from hocket.v1.control_pb2 import WatchClusterResponse, WorkerStatus
+from hocket.v1.control_pb2 import PoolStatus, WatchClusterResponse, WorkerStatus
+from hocket.v1.generation_pb2 import ModelInfo
 from hocket.v1.types_pb2 import Memory
 
 
@@ -27,7 +28,9 @@ def status_view(
     if state.troubles:
         told = ", ".join(f"{name} {count}" for name, count in sorted(state.troubles.items()))
         yield f"troubles: {told}"
-    served = ", ".join(model.name for model in state.models) or "none"
+    if state.pools:
+        yield _pools(state.pools)
+    served = ", ".join(map(_named, state.models)) or "none"
     yield (
         f"policy {state.policy}, term {state.term}, {state.requests_open} requests open, "
         f"models: {served}"
@@ -80,6 +83,26 @@ def _replicas(state: WatchClusterResponse) -> Table:
     for replica in state.replicas:
         table.add_row(replica.address, replica.role, f"{_ago(replica.age_us)} ago")
     return table
+
+
+def _pools(pools: Sequence[PoolStatus]) -> Table:
+    table = _table("pool", "gpu", "workers", "wanted", "why", "needed", "late")
+    for pool in pools:
+        table.add_row(
+            pool.model or "all models",
+            pool.gpu or "-",
+            str(pool.workers),
+            str(pool.wanted),
+            pool.reason,
+            f"{pool.needed:.2f}",
+            f"{pool.late_share:.0%}",
+        )
+    return table
+
+
+def _named(model: ModelInfo) -> str:
+    asleep = model.HasField("workers") and not model.workers
+    return f"{model.name} (no worker)" if asleep else model.name
 
 
 def _promises(state: WatchClusterResponse) -> str:

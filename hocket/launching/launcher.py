@@ -119,8 +119,9 @@ async def _until_serving(gateway: str) -> None:
     async with HocketClient(gateway) as client, asyncio.timeout(_SERVICE_START_S):
         while True:
             with suppress(NotReady):
-                await client.models(wait_for_ready=True)
-                return
+                known = await client.models(wait_for_ready=True)
+                if any(model.workers or not model.HasField("workers") for model in known):
+                    return
             await asyncio.sleep(_POLL_S)
 
 

@@ -165,8 +165,9 @@ def _is_traced(call: _CallDetails) -> bool:
 
 
 def _is_a_request(method: str) -> bool:
-    # Health, reflection, the standing watch and a gateway's line are not part of any request.
-    return not method.startswith("/grpc.") and not method.endswith(("/WatchCluster", "/Attach"))
+    # Health, reflection, the standing watch, a gateway's line and KEDA are no part of any request.
+    no_request = method.startswith(("/grpc.", "/externalscaler."))
+    return not no_request and not method.endswith(("/WatchCluster", "/Attach"))
 
 
 class _OwnIds(IdGenerator):

@@ -686,19 +686,23 @@ class WatchClusterResponse(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     PROMISES_FIELD_NUMBER: _builtins.int
     TROUBLES_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
+    WAKE_MODELS_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The leader's fencing number."""
     requests_open: _builtins.int
     """Requests that have not ended."""
     policy: _builtins.str
     """Name of the planning policy."""
+    wake_models: _builtins.bool
+    """A request for a model that no living worker serves is accepted, and waits for one."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """Workers with a living lease."""
 
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.ModelInfo]:
-        """Models that living workers serve."""
+        """Models that living workers serve, and those that they served of late, with `workers` = 0."""
 
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]:
@@ -712,6 +716,10 @@ class WatchClusterResponse(_message.Message):
     def troubles(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Counts of what went wrong since this leader leads, by name ("dropped messages", "refused heartbeats" …)."""
 
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolStatus]:
+        """How many workers are wanted, by model and kind of GPU."""
+
     def __init__(
         self,
         *,
@@ -723,14 +731,132 @@ class WatchClusterResponse(_message.Message):
         replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
         promises: Global___PromiseFigures | None = ...,
         troubles: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        pools: _abc.Iterable[Global___PoolStatus] | None = ...,
+        wake_models: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["promises", b"promises"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "policy", b"policy", "promises", b"promises", "replicas", b"replicas", "requests_open", b"requests_open", "term", b"term", "troubles", b"troubles", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "policy", b"policy", "pools", b"pools", "promises", b"promises", "replicas", b"replicas", "requests_open", b"requests_open", "term", b"term", "troubles", b"troubles", "wake_models", b"wake_models", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchClusterResponse: _TypeAlias = WatchClusterResponse  # noqa: Y015
+
+@_typing.final
+class PoolStatus(_message.Message):
+    """Workers that serve a model on a kind of GPU, and how many are wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    NEEDED_FIELD_NUMBER: _builtins.int
+    OFFERED_FIELD_NUMBER: _builtins.int
+    WORK_US_FIELD_NUMBER: _builtins.int
+    LATE_SHARE_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model; empty: all models of this kind of GPU together, for workers that serve all of them."""
+    gpu: _builtins.str
+    """Kind of GPU, as workers' profiles name it."""
+    workers: _builtins.int
+    """Workers that live and take new work."""
+    wanted: _builtins.int
+    """Workers wanted: within control's bounds, held for its quiet time."""
+    reason: _builtins.str
+    """Why: "idle", "load", "queue", "late", "quiet" (held from before), "least" or "most"."""
+    needed: _builtins.float
+    """Workers needed at this moment, a fraction: what `wanted` is made of."""
+    offered: _builtins.float
+    """Work that arrives, in workers that it keeps busy; smoothed."""
+    work_us: _builtins.int
+    """Work inside: time that one worker would take for what is left of all requests, in microseconds."""
+    late_share: _builtins.float
+    """Of requests with a deadline, the share that was late, was refused as late, or will be late; smoothed."""
+    requests: _builtins.int
+    """Requests inside."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        gpu: _builtins.str = ...,
+        workers: _builtins.int = ...,
+        wanted: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        needed: _builtins.float = ...,
+        offered: _builtins.float = ...,
+        work_us: _builtins.int = ...,
+        late_share: _builtins.float = ...,
+        requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu", b"gpu", "late_share", b"late_share", "model", b"model", "needed", b"needed", "offered", b"offered", "reason", b"reason", "requests", b"requests", "wanted", b"wanted", "work_us", b"work_us", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolStatus: _TypeAlias = PoolStatus  # noqa: Y015
+
+@_typing.final
+class SeenModels(_message.Message):
+    """Models that workers have served of late, as one leader keeps them for the next."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeenModel]:
+        """The one served last comes last."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___SeenModel] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SeenModels: _TypeAlias = SeenModels  # noqa: Y015
+
+@_typing.final
+class SeenModel(_message.Message):
+    """A model that workers served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INFO_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    SERVED_UNIX_US_FIELD_NUMBER: _builtins.int
+    served_unix_us: _builtins.int
+    """When a worker last served it, in microseconds since 1970, to the minute."""
+    @_builtins.property
+    def info(self) -> _generation_pb2.ModelInfo:
+        """As a worker described it last."""
+
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Kinds of GPU that it was served on; the one seen last comes last."""
+
+    def __init__(
+        self,
+        *,
+        info: _generation_pb2.ModelInfo | None = ...,
+        gpus: _abc.Iterable[_builtins.str] | None = ...,
+        served_unix_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpus", b"gpus", "info", b"info", "served_unix_us", b"served_unix_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SeenModel: _TypeAlias = SeenModel  # noqa: Y015
 
 @_typing.final
 class ReplicaStatus(_message.Message):

@@ -880,6 +880,7 @@ class ModelInfo(_message.Message):
     SIZE_MAX_FIELD_NUMBER: _builtins.int
     PIXELS_MAX_FIELD_NUMBER: _builtins.int
     OBEYS_LAYOUT_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     family: _builtins.str
@@ -916,6 +917,10 @@ class ModelInfo(_message.Message):
     """Most pixels of a picture or of a frame, width times height."""
     obeys_layout: _builtins.bool
     """The worker obeys the layout of an assignment; one that does not say so splits every step by Ulysses alone."""
+    workers: _builtins.int
+    """In answers of control and gateway: living workers that serve it. 0: none does now; it is listed because workers
+    served it before. Absent: not told.
+    """
     @_builtins.property
     def workflows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workflows it serves; the first is its default."""
@@ -970,14 +975,20 @@ class ModelInfo(_message.Message):
         size_max: _builtins.int = ...,
         pixels_max: _builtins.int = ...,
         obeys_layout: _builtins.bool = ...,
+        workers: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "branches_above", b"branches_above", "frames", b"frames"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "_workers", b"_workers", "branches_above", b"branches_above", "frames", b"frames", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "frames", b"frames", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "operations", b"operations", "parts", b"parts", "pixels_max", b"pixels_max", "shapes", b"shapes", "size_max", b"size_max", "size_min", b"size_min", "size_multiple", b"size_multiple", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workflows", b"workflows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "_workers", b"_workers", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "frames", b"frames", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "operations", b"operations", "parts", b"parts", "pixels_max", b"pixels_max", "shapes", b"shapes", "size_max", b"size_max", "size_min", b"size_min", "size_multiple", b"size_multiple", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workers", b"workers", "workflows", b"workflows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__branches_above: _TypeAlias = _typing.Literal["branches_above"]  # noqa: Y015
     _WhichOneofArgType__branches_above: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above"]  # noqa: Y015
+    _WhichOneofReturnType__workers: _TypeAlias = _typing.Literal["workers"]  # noqa: Y015
+    _WhichOneofArgType__workers: _TypeAlias = _typing.Literal["_workers", b"_workers"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__branches_above) -> _WhichOneofReturnType__branches_above | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__workers) -> _WhichOneofReturnType__workers | None: ...
 
 Global___ModelInfo: _TypeAlias = ModelInfo  # noqa: Y015
 

@@ -42,6 +42,8 @@ class Shelf:
     def models(self) -> Sequence[ModelInfo]:
         return (EMOJI,)
 
+    listed = models
+
     async def get(self, request_id: str, tenant: str | None) -> RequestStatus:
         if request_id not in self.statuses:
             raise UnknownRequest(request_id)

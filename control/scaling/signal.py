@@ -1,0 +1,155 @@
+"""The scaling signal of one leader: looks every second, and says how many workers are wanted.
+
+    admission ─ newcomers ─┐
+    records ── outcomes ───┤ look ──▶ pools ──▶ status, metrics, KEDA (by the gateways)
+    scheduler ── work ─────┘            │
+    leases ── models, kinds of GPU      └──▶ requests that waited too long for a model end
+
+A look asks the scheduler one question, beside plans and never inside one, and rests at least fifty
+times as long as the question took.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from control.driver import Driver
+from control.requests.lifecycle import LifecycleState
+from control.requests.records import Record, Records
+from control.scaling.catalogue import Catalogue
+from control.scaling.newcomers import Newcomers
+from control.scaling.pools import Outcomes, PoolReading, Pools
+from control.scaling.settings import ScalingSettings
+from control.scheduler.values import CancelRequested
+from control.workers.leases import Leases
+from hocket.clock import Clock, unix_ns
+from hocket.v1 import control_pb2, generation_pb2, types_pb2
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_US = 1_000_000
+_RESTS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class WakeSettings:
+    """Requests for models that no living worker serves."""
+
+    models: bool = False  # they are accepted, and wait for a worker …
+    wait_us: int = 600_000_000  # … so long, where they have no deadline
+    kept_us: int = 7 * 86_400_000_000  # a model is listed so long after its last worker was seen
+
+
+@dataclass(slots=True)
+class ScalingSignal:
+    """Runs while its leader leads."""
+
+    driver: Driver
+    records: Records
+    leases: Leases
+    clock: Clock
+    scaling: ScalingSettings
+    wake: WakeSettings
+    best_effort_us: int = 120_000_000  # best effort is due so long after its last progress
+    readings: tuple[PoolReading, ...] = ()
+    catalogue: Catalogue = field(init=False)
+    newcomers: Newcomers = field(init=False)
+    _pools: Pools = field(init=False)
+    _decided: Counter[str] = field(default_factory=Counter)  # as of the last look
+    _missed: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.catalogue = Catalogue(self.wake.kept_us)
+        self.newcomers = Newcomers(self.wakeable, self.scaling.start_us)
+        self._pools = Pools(self.scaling)
+        self.see_models()
+
+    def statuses(self) -> list[control_pb2.PoolStatus]:
+        """Of each pool, as of the last look."""
+        return [_status(reading) for reading in self.readings]
+
+    @property
+    def wakes(self) -> bool:
+        """Requests for models without a worker are accepted."""
+        return self.wake.models
+
+    def see_models(self) -> None:
+        """Takes what living workers serve."""
+        beats = (lease.heartbeat for lease in self.leases.alive.values())
+        self.catalogue.see(beats, unix_ns() // 1_000)
+
+    def listed(self) -> Sequence[generation_pb2.ModelInfo]:
+        """Models that workers serve or served of late, each with its number of workers."""
+        return self.catalogue.listed()
+
+    def wakeable(self) -> Mapping[str, generation_pb2.ModelInfo]:
+        """Models without a living worker that a request may name."""
+        return self.catalogue.asleep() if self.wake.models else {}
+
+    async def run(self) -> NoReturn:
+        """Looks until cancelled."""
+        while True:
+            began_us = self.clock.now_us()
+            await self.look()
+            now_us = self.clock.now_us()
+            rest_us = max(LOOK_EVERY_US, _RESTS * (now_us - began_us))
+            await self.clock.sleep_until(now_us + rest_us)
+
+    async def look(self) -> None:
+        """Works out every pool's wanted workers as of now."""
+        self.see_models()
+        newcomers, late = self.newcomers.take()
+        kinds, due_us = self.catalogue.kinds(), self.best_effort_us
+        stamped_us = self.driver.stamp()
+        works = await self.driver.ask(lambda s: s.demand(newcomers, kinds, stamped_us, due_us))
+        self.readings = self._pools.step(works, self._outcomes(late), kinds, stamped_us)
+        if self.wake.models and any(work.waiting for work in works.values()):
+            self._end_waits(stamped_us)
+
+    def _outcomes(self, late: Counter[str]) -> dict[str, Outcomes]:
+        """Since the last look, by model."""
+        figures = self.records.figures
+        decided = figures.decided - self._decided + late
+        missed = figures.missed - self._missed + late
+        self._decided, self._missed = figures.decided.copy(), figures.missed.copy()
+        return {model: Outcomes(decided[model], missed[model]) for model in decided}
+
+    def _end_waits(self, now_us: int) -> None:
+        """No worker came for them in time."""
+        asleep = self.catalogue.asleep()
+        for request in self.records.open_ids():
+            record = self.records.get(request)
+            if record is None or record.state is not LifecycleState.PROMISED:
+                continue
+            wait_us = record.submit.request.slo.deadline_us or self.wake.wait_us
+            if record.spec.model in asleep and now_us - record.accepted_us >= wait_us:
+                log.warning("no worker of %s came for request %s", record.spec.model, record.id)
+                cancel = CancelRequested(at_us=self.driver.stamp(), request=record.id)
+                self.driver.post(cancel, _never_came(record, wait_us))
+
+
+def _never_came(record: Record, wait_us: int) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="NO_WORKERS",
+        message=f"no worker that serves {record.spec.model!r} came within {wait_us / 1e6:g} s",
+    )
+
+
+def _status(reading: PoolReading) -> control_pb2.PoolStatus:
+    key, demand, wanted = reading.key, reading.demand, reading.wanted
+    return control_pb2.PoolStatus(
+        model=key.model,
+        gpu=key.gpu,
+        workers=demand.workers,
+        wanted=wanted.workers,
+        reason=wanted.reason,
+        needed=wanted.needed,
+        offered=wanted.offered,
+        work_us=demand.work_us,
+        late_share=wanted.late_share,
+        requests=demand.requests,
+    )
