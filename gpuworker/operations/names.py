@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from google.protobuf.struct_pb2 import Value
 
@@ -38,7 +38,7 @@ class Operation:
 
 
 CALLS = {name: Operation.of(rule) for name, rule in OPERATIONS.items()}
-WEIGHTLESS = tuple(name for name, each in CALLS.items() if not each.part)
+WEIGHTLESS: Final = tuple(name for name, each in CALLS.items() if not each.part)
 CHAIN = {
     "text": Operation("text", "latents", part="text"),
     "dit": Operation("dit", "latents", ("latents",), part="dit", stepped=True),
@@ -106,12 +106,22 @@ def wanted_by(operation: Operation, member: mesh_pb2.BatchMember) -> tuple[Wante
         return chain if operation.inputs else ()
     inputs, own = member.call.inputs, artifact_of(member)
     if operation.stepped and member.first_step:
-        named = next((each.holders for each in inputs if each.artifact == own), ())
-        return (Wanted(operation.output, own, member.first_step, member.holders or named),)
+        named = next((_named_holders(each) for each in inputs if each.artifact == own), ())
+        return (Wanted(operation.output, own, member.first_step, named or member.holders),)
     return tuple(
-        Wanted(each.port, each.artifact, each.version, each.holders)
+        Wanted(each.port, each.artifact, each.version, _named_holders(each))
         for each in inputs
         if each.artifact and each.artifact != own
+    )
+
+
+def _named_holders(given: mesh_pb2.NodeInput) -> tuple[types_pb2.LatentHolder, ...]:
+    """Holders of an input; they are named for that very version."""
+    return tuple(
+        types_pb2.LatentHolder(
+            worker=each.worker, steps_done=given.version, store_address=each.store_address
+        )
+        for each in given.holders
     )
 
 

@@ -1,4 +1,4 @@
-"""Real workers in the test workers' processes: an agent on the bus, an executor, a compute thread."""
+"""Real workers in the processes of the pool: an agent on the bus, an executor, a compute thread."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from google.protobuf.struct_pb2 import Value
+from nats.js.api import ObjectStoreConfig
 from PIL import Image
 
 from gpuworker.collectives.rendezvous import Rendezvous
@@ -24,7 +25,9 @@ from gpuworker.state import LatentState
 from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker import call_tasks
+from tests.worker import worker_tasks as tasks
 from tests.worker.tiny_models import Reference
+from tests.worker.worker_jobs import meet
 from tests.worker.worker_pool import CPU, Pool
 
 WAIT_S = 60.0
@@ -178,6 +181,7 @@ class Mesh:
 def names(pool: Pool) -> Iterator[tuple[str, str]]:
     chosen = (pool.names[0], pool.names[1])
     yield chosen
+    pool.heal()
     for name in chosen:
         if name in pool.names:
             pool.one(name, call_tasks.close_worker)
@@ -233,7 +237,9 @@ def two_passes(mesh: Mesh) -> dict[str, mesh_pb2.Assignment]:
         ),
         "again": one(
             b,
-            mesh.call("encode_image", "again.latents", LARGE, [given("image", "grow.image", 0, on_b)]),
+            mesh.call(
+                "encode_image", "again.latents", LARGE, [given("image", "grow.image", 0, on_b)]
+            ),
         ),
         "second": mesh.order(
             (b, a),
@@ -258,8 +264,8 @@ def two_passes(mesh: Mesh) -> dict[str, mesh_pb2.Assignment]:
     }
 
 
-def made_here(card: ModelCard, prompt: str) -> dict[str, LatentState | np.ndarray]:
-    """The same calls in this process."""
+def made_here(card: ModelCard, prompt: str) -> dict[str, Any]:
+    """The same calls in this process, up to the beginning of the second pass."""
     asked = Asked(prompt, "", *LARGE, 1, STEPS, 3.5, 7)
     embeddings = card.embed(asked)
     first = card.begin(embeddings, asked._replace(width=SMALL[0], height=SMALL[1]))
@@ -268,9 +274,19 @@ def made_here(card: ModelCard, prompt: str) -> dict[str, LatentState | np.ndarra
     grown = resized(card.decode(first), *LARGE, "lanczos")
     again = card.encode_image(grown, 7)
     second = card.begin(embeddings, asked._replace(seed=8), again, STRENGTH)
-    while not second.finished:
-        (second,) = card.step([second], None)
     return {"first": first, "grown": grown, "again": again, "second": second}
+
+
+def stepped_on_two(mesh: Mesh, folder: str, begun: LatentState) -> bytes:
+    """All steps of a state by two other processes, which know cards and groups, and no engine."""
+    names = mesh.pool.names[2:4]
+    mesh.rendezvous.put("direct", begun.to_bytes())
+    meeting, address = meet(mesh.pool, names), mesh.rendezvous.address
+    segment = tasks.Segment(folder, "direct", meeting, begun.steps_total, 0, address)
+    assert mesh.pool.each(names, tasks.denoise, segment) == [begun.steps_total] * 2
+    made = mesh.pool.one(names[0], tasks.blob, "direct")
+    mesh.pool.each(names, tasks.forget, "direct")
+    return bytes(made)
 
 
 async def test_two_passes_on_two_workers_equal_the_same_calls_in_one_process(
@@ -285,14 +301,153 @@ async def test_two_passes_on_two_workers_equal_the_same_calls_in_one_process(
     assert torch.equal(first.tensors["latents"], here["first"].tensors["latents"])
     grown = LatentState.from_bytes(await mesh.artifact(b, "grow.image"))
     assert np.array_equal(grown.tensors["pixels"].numpy(), here["grown"])
+    second = await asyncio.to_thread(stepped_on_two, mesh, flux.folder, here["second"])
     for worker in (a, b):
-        half = int(STEPS * STRENGTH)
-        state = LatentState.from_bytes(await mesh.artifact(worker, "second.latents", half))
-        assert torch.equal(state.tensors["latents"], here["second"].tensors["latents"])
+        assert await mesh.artifact(worker, "second.latents", int(STEPS * STRENGTH)) == second
     store = await mesh.bus.jetstream.object_store(mesh.subjects.media_bucket)
     (told,) = reports["file"].results
     file = await store.get(told.media.object_name)
     pixels = np.asarray(Image.open(io.BytesIO(file.data or b"")))
     final = LatentState.from_bytes(await mesh.artifact(a, "final.image"))
     assert np.array_equal(pixels, final.tensors["pixels"][0].numpy())
-    _ = hashlib
+
+
+async def test_what_a_lost_worker_held_is_named_and_made_again(mesh: Mesh) -> None:
+    a, b = mesh.workers
+    orders = two_passes(mesh)
+    until_grown = [orders[name] for name in ("text", "first", "small", "grow")]
+    await mesh.done(*until_grown)
+    grown = await mesh.artifact(b, "grow.image")
+    await asyncio.to_thread(mesh.pool.kill, b)
+
+    def again(*holders: types_pb2.LatentHolder) -> mesh_pb2.Assignment:
+        call = mesh.call(
+            "encode_image", "again.latents", LARGE, [given("image", "grow.image", 0, *holders)]
+        )
+        return mesh.order((a,), {"r": call})
+
+    (lost,) = await mesh.done(again(mesh.holder(b)))
+    assert (lost.failure.reason, lost.failed_job.artifact) == ("LATENT_MISSING", "grow.image")
+    assert (list(lost.failed_job.tried), lost.failed_job.request_id) == ([b], "r")
+    assert not lost.results, "a call that is made once leaves nothing by halves"
+    resize = mesh.order((a,), {"r": orders["grow"].batch[0].call})
+    made = await mesh.done(resize, again(mesh.holder(b), mesh.holder(a)))
+    assert not any(report.HasField("failure") for report in made)
+    assert await mesh.artifact(a, "grow.image") == grown
+    await mesh.bus.publish(mesh.subjects.assign(a), mesh_pb2.Assign(term=1, released=["r"]))
+    await mesh.until(lambda: not mesh.beats[a].latents)
+
+
+async def test_a_file_that_is_missing_ends_its_job_alone(mesh: Mesh) -> None:
+    a, _ = mesh.workers
+    bucket = mesh.subjects.input_bucket
+    store = await mesh.bus.jetstream.create_object_store(bucket, ObjectStoreConfig(bucket=bucket))
+    content = png(np.arange(40 * 30 * 3, dtype=np.uint8).reshape(30, 40, 3))
+    good = f"t/sha256:{hashlib.sha256(content).hexdigest()}"
+    wrong = f"t/sha256:{'0' * 64}"
+    for name in (good, wrong):
+        await store.put(name, content)
+    names = {"r": good, "gone": "t/sha256:gone", "wrong": wrong}
+    calls = {
+        request: mesh.call(
+            "load_image",
+            "load.image",
+            LARGE,
+            [mesh_pb2.NodeInput(port="image", object_name=name)],
+            fit="stretch",
+        )
+        for request, name in names.items()
+    }
+    order = mesh.order((a,), calls)
+    (last,) = await mesh.done(order)
+    assert [result.request_id for result in last.results] == ["r"]
+    failed = {r.failed_job.request_id: r for r in mesh.of(order) if r.HasField("failure")}
+    assert {r: f.failed_job.artifact for r, f in failed.items()} == {
+        name: names[name] for name in ("gone", "wrong")
+    }
+    assert {f.failure.reason for f in failed.values()} == {"INPUT_MISSING"}
+    loaded = LatentState.from_bytes(await mesh.artifact(a, "load.image"))
+    assert loaded.tensors["pixels"].shape == (1, LARGE[1], LARGE[0], 3)
+    # Alone, it is the failure of the run.
+    (alone,) = await mesh.done(mesh.order((a,), {"gone": calls["gone"]}))
+    assert (alone.failure.reason, alone.failed_job.request_id) == ("INPUT_MISSING", "gone")
+
+
+async def test_what_one_member_lacks_takes_its_job_off_on_all(mesh: Mesh) -> None:
+    """The plan says that both members have everything; one has no latents of one job."""
+    a, b = mesh.workers
+    for worker in (a, b):
+        text = [mesh_pb2.NodeInput(port="prompt", text=mesh.prompt)]
+        calls = {r: mesh.call("encode_prompt", "text.embeddings", LARGE, text) for r in ("r", "s")}
+        await mesh.done(mesh.order((worker,), calls))
+    both = (mesh.holder(a), mesh.holder(b))
+    first = mesh.call(
+        "denoise", "first.latents", LARGE, [given("embeddings", "text.embeddings", 0, *both)]
+    )
+    lacking = mesh.call(
+        "denoise",
+        "first.latents",
+        LARGE,
+        [
+            given("embeddings", "text.embeddings", 0, *both),
+            given("latents", "nowhere.latents", 0, *both),
+        ],
+    )
+    order = mesh.order((a, b), {"r": first, "s": lacking}, count=2, total=2)
+    (last,) = await mesh.done(order)
+    (failed,) = [r for r in mesh.of(order) if r.HasField("failure")]
+    assert failed.failed_job.request_id == "s" and failed.failure.reason == "LATENT_MISSING"
+    assert failed.failed_job.artifact == "nowhere.latents"
+    assert {r.request_id: r.steps_done for r in last.results} == {"r": 2}
+    states = [await mesh.artifact(worker, "first.latents", 2) for worker in (a, b)]
+    assert states[0] == states[1]
+
+
+async def test_heartbeats_say_what_a_worker_can_do_and_has(mesh: Mesh) -> None:
+    a, _ = mesh.workers
+    orders = two_passes(mesh)
+    await mesh.done(*(orders[name] for name in ("text", "first", "small")))
+    await mesh.until(lambda: len(mesh.beats[a].latents) == 3)
+    held = {each.artifact: each for each in mesh.beats[a].latents}
+    assert {name: each.steps_done for name, each in held.items()} == {
+        "text.embeddings": 0,
+        "first.latents": STEPS,
+        "small.image": 0,
+    }
+    assert held["small.image"].size_bytes == SMALL[0] * SMALL[1] * 3
+    assert mesh.beats[a].memory.latents_bytes == sum(e.size_bytes for e in held.values())
+    (model,) = mesh.beats[a].models
+    assert {"encode_prompt", "denoise", "decode", "encode_image"} <= set(model.operations)
+    assert {"load_image", "load_mask", "resize", "make_media"} == set(mesh.beats[a].operations)
+
+
+async def test_steps_go_on_from_a_passes_own_latents_and_stop_where_they_are_told(
+    mesh: Mesh,
+) -> None:
+    a, b = mesh.workers
+    orders = two_passes(mesh)
+    await mesh.done(orders["text"])
+    call = orders["first"].batch[0].call
+    begun = mesh.order((a,), {"r": call}, count=1, total=STEPS)
+    await mesh.done(begun)
+    own = mesh.call(
+        "denoise", "first.latents", SMALL, [given("latents", "first.latents", 1, mesh.holder(a))]
+    )
+    further = mesh.order((b,), {"r": own}, first=1, count=STEPS - 1, total=STEPS)
+    (last,) = await mesh.done(further)
+    assert [result.steps_done for result in last.results] == [STEPS]
+    moved = await mesh.artifact(b, "first.latents", STEPS)
+    (last,) = await mesh.done(mesh.order((a,), {"r": call}, count=STEPS, total=STEPS))
+    assert await mesh.artifact(a, "first.latents", STEPS) == moved
+    # Called off before it comes: nothing of it is made.
+    await mesh.bus.publish(
+        mesh.subjects.truncate(a), mesh_pb2.Truncate(term=1, request_id="r", attempt=0)
+    )
+    (off,) = await mesh.done(mesh.order((a,), {"r": orders["small"].batch[0].call}))
+    assert off.failure.reason == "TRUNCATED"
+
+
+def png(pixels: Any) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
