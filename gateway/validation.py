@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from gateway.workflows import requests as workflow_requests
+from gateway.workflows.names import WantedWorkflow
 from hocket import frame_counts, media_types
 from hocket.errors import InvalidRequest, Violation
 from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
@@ -26,25 +28,38 @@ _FOUND_CHARS_MAX = 60
 _ON_MISS = {OnMiss.ON_MISS_BEST_EFFORT, OnMiss.ON_MISS_REJECT, OnMiss.ON_MISS_DEGRADE}
 
 
-def completed(request: GenerateRequest, models: Sequence[ModelInfo]) -> GenerateRequest:
+def completed(
+    request: GenerateRequest,
+    models: Sequence[ModelInfo],
+    wanted: WantedWorkflow | None = None,
+    absent: Collection[str] = (),
+) -> GenerateRequest:
     """The request with its defaults filled in, all but the seed.
 
     Raises InvalidRequest with all violations. `models` is what living workers serve; the first is
-    the default.
+    the default. `wanted`: the workflow that it names, where that is no model's own; `absent`: files
+    that it names and that are not in the caller's store.
     """
+    workflow = None if wanted is None else wanted.spec
     whole = GenerateRequest()
     whole.CopyFrom(request)
     violations = _Violations()
     _complete_terms(whole, violations)
     _check_prompts(whole.spec, violations)
-    _check_extras(whole.spec, violations)
+    _check_loras(whole.spec, violations)
+    if workflow is not None:
+        whole.spec.model = whole.spec.model or workflow_requests.default_model(workflow)
+        workflow_requests.check_inputs(whole.spec, workflow, absent, violations.add)
     model = _complete_model(whole.spec, models, violations)
+    if model is not None and workflow is None:
+        _complete_workflow(whole.spec, model, wanted, violations)
     if model is not None:
-        _complete_workflow(whole.spec, model, violations)
         _complete_shape(whole.spec, model, violations)
         _complete_media_type(whole.spec, violations)
         _complete_steps(whole.spec, model, violations)
         _complete_guidance(whole.spec, model, violations)
+    if model is not None and workflow is not None:
+        workflow_requests.check_models(whole.spec, workflow, models, serves, violations.add)
     _check_degrade(whole, violations)
     if violations.found:
         raise InvalidRequest(tuple(violations.found))
@@ -100,12 +115,9 @@ def _check_prompts(spec: GenerationSpec, violations: _Violations) -> None:
         violations.add("spec.negative_prompt", found, f"at most {PROMPT_CHARS_MAX} characters")
 
 
-def _check_extras(spec: GenerationSpec, violations: _Violations) -> None:
+def _check_loras(spec: GenerationSpec, violations: _Violations) -> None:
     if spec.loras:
         violations.add("spec.loras", ", ".join(spec.loras), "none (not offered by this version)")
-    if spec.inputs:
-        found = ", ".join(sorted(spec.inputs))
-        violations.add("spec.inputs", found, "none (not offered by this version)")
 
 
 def _complete_model(
@@ -119,10 +131,20 @@ def _complete_model(
     return None
 
 
-def _complete_workflow(spec: GenerationSpec, model: ModelInfo, violations: _Violations) -> None:
+def _complete_workflow(
+    spec: GenerationSpec,
+    model: ModelInfo,
+    wanted: WantedWorkflow | None,
+    violations: _Violations,
+) -> None:
+    """A plain chain of the model: nothing goes in but prompts."""
     spec.workflow = spec.workflow or (model.workflows[0] if model.workflows else "")
     if spec.workflow not in model.workflows:
-        violations.add("spec.workflow", repr(spec.workflow), _list(model.workflows))
+        known = (*model.workflows, *(wanted.known if wanted is not None else ()))
+        violations.add("spec.workflow", repr(spec.workflow), _list(known))
+    elif spec.inputs:
+        found = ", ".join(sorted(spec.inputs))
+        violations.add("spec.inputs", found, f"none ({spec.workflow} takes no files)")
 
 
 def _complete_shape(spec: GenerationSpec, model: ModelInfo, violations: _Violations) -> None:
@@ -145,6 +167,11 @@ def _complete_shape(spec: GenerationSpec, model: ModelInfo, violations: _Violati
     still = shape.frames == 1
     if shape.fps > (0 if still else FPS_MAX):
         violations.add("spec.shape.fps", shape.fps, f"0 to {FPS_MAX} for videos, 0 for pictures")
+
+
+def serves(model: ModelInfo, shape: Shape) -> bool:
+    """Whether a model makes results of that shape."""
+    return any(_size(s) == _size(shape) for s in _offered(model, shape))
 
 
 def _offered(model: ModelInfo, shape: Shape) -> Sequence[Shape]:

@@ -308,7 +308,8 @@ def ending_event(ended: journal_pb2.EndedRequest) -> mesh_pb2.RequestEvent:
 
 
 def _strip(record: Record) -> None:
-    """An ended request needs its prompts no more."""
+    """An ended request needs its prompts and its workflow no more."""
+    record.submit.ClearField("workflow")
     specs = [record.submit.request.spec, record.accepted.effective_spec]
     if record.degraded is not None:
         specs.append(record.degraded.effective_spec)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from enum import StrEnum
 from pathlib import Path
@@ -27,6 +27,7 @@ from hocket.cli.common import (
     seconds,
     settings,
 )
+from hocket.cli.workflows import named_files, upload
 from hocket.client import Event, HocketClient, request
 from hocket.errors import HocketError, MeshStopped
 from hocket.tracing import telemetry
@@ -48,6 +49,8 @@ _FIRM_HELP = (
     "Default: firm with --on-miss reject, else soft."
 )
 _DETACH_HELP = "Prints the request id and returns; see `hocket watch` and `hocket result`."
+_WORKFLOW_HELP = "Workflow, see `hocket workflows list`; default: the model's own."
+_INPUT_HELP = "A picture that the workflow takes, to be uploaded; repeatable."
 _FORMAT_HELP = "Default: by the suffix of -o, else png for a picture, mp4 for a video."
 
 
@@ -80,6 +83,10 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; default: random.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     model: Annotated[str, typer.Option(help="Model; default: the first.")] = "",
+    workflow: Annotated[str, typer.Option(help=_WORKFLOW_HELP)] = "",
+    given: Annotated[
+        list[str] | None, typer.Option("--input", metavar="NAME=FILE", help=_INPUT_HELP)
+    ] = None,
     deadline: Annotated[str, typer.Option(help='Time until it is due: "5s", "800ms".')] = "",
     on_miss: Annotated[Miss, typer.Option(help="If it would be late.")] = Miss.BEST_EFFORT,
     firm: Annotated[bool | None, typer.Option("--firm/--soft", help=_FIRM_HELP)] = None,
@@ -97,6 +104,8 @@ def generate(
 
     hocket generate "a fox on a green background" --size large --deadline 20s -o fox.png
 
+    hocket generate "a fox in snow" --workflow img2img --input image=photo.jpg
+
     hocket generate "a fox bouncing" --model hocket-emoji-motion --frames 8 --fps 8 -o hop.mp4
     """
     found = settings(state_dir, address)
@@ -105,6 +114,7 @@ def generate(
         wanted = request(
             prompt,
             model=model,
+            workflow=workflow,
             frames=frames,
             fps=fps,
             media_type=media_type(made, output),
@@ -120,7 +130,8 @@ def generate(
             tenant=tenant,
             idempotency_key=key,
         )
-        await _generate(found, wanted, size, None if detach else _Shown(output))
+        files = named_files(given or [])
+        await _generate(found, wanted, size, None if detach else _Shown(output), files)
 
     run(work())
 
@@ -225,13 +236,20 @@ def target(output: Path | None, request_id: str, media: MediaInfo) -> Path:
 
 
 async def _generate(
-    found: CommandSettings, wanted: GenerateRequest, size: str, shown: _Shown | None
+    found: CommandSettings,
+    wanted: GenerateRequest,
+    size: str,
+    shown: _Shown | None,
+    files: Mapping[str, Path],
 ) -> None:
     told = telemetry.setup("client", "cli", found.state_dir, "error")
     try:
         async with client_of(found, told.provider) as client:
             if size:
                 await _set_size(client, wanted, size)
+            if files:
+                names = await upload(client, wanted.spec.workflow, files, wanted.tenant)
+                wanted.spec.inputs.update(names)
             if shown is None:
                 made = await client.create(wanted)
                 console.print(made.request_id)

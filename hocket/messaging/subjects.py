@@ -21,6 +21,11 @@ def name_of(part: str) -> str:
     return bytes.fromhex(part[1:]).decode() if part.startswith("~") else part
 
 
+def input_object(tenant: str, name: str) -> str:
+    """What the store of inputs calls a tenant's file that requests call `name`."""
+    return f"{tenant}/{name}"
+
+
 @dataclass(frozen=True)
 class Subjects:
     """Subject names of one cluster."""

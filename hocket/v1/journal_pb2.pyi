@@ -108,7 +108,7 @@ class Promise(_message.Message):
     """Digest of what the caller asked for, before defaults: a repeated idempotency key must match it."""
     @_builtins.property
     def submit(self) -> _control_pb2.SubmitRequest:
-        """As submitted; of an ended request without its prompts."""
+        """As submitted; of an ended request without its prompts and its workflow."""
 
     @_builtins.property
     def answer(self) -> _generation_pb2.Accepted:

@@ -80,9 +80,14 @@ def started(url: str, cluster: str, state_dir: Path, listen: str) -> subprocess.
     return subprocess.Popen(command, env=environment)
 
 
-async def beat_for_ever(bus: Bus, subjects: Subjects, worker: str = "w0") -> None:
+async def beat_for_ever(
+    bus: Bus,
+    subjects: Subjects,
+    worker: str = "w0",
+    model: generation_pb2.ModelInfo | None = None,
+) -> None:
     """A worker with nothing to do."""
-    model = generation_pb2.ModelInfo(name=MODEL)
+    model = model or generation_pb2.ModelInfo(name=MODEL)
     sequence = 0
     while True:
         sequence += 1

@@ -1,0 +1,130 @@
+"""Uploaded inputs in the cluster's object store, where workers read them.
+
+An object is named by its tenant and by the digest of its content, so that nobody can name what
+others have uploaded. It is written once: the same content again renews it only when half of its
+time is over, by new pieces beside the old ones, which somebody may be reading.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import secrets
+from collections.abc import Collection
+
+import nats.errors
+import nats.js.errors
+from nats.js import api
+from nats.js.api import RawStreamMsg
+
+from hocket import clock as clocks
+from hocket.clock import Clock
+from hocket.errors import BrokerAway, NotReady, Refused
+from hocket.messaging.bus import Bus, Subjects
+from hocket.messaging.subjects import input_object
+
+_PIECE_BYTES = 128 << 10
+_FULL = {10023, 10047, 10077, 10122}  # error codes of nats-server
+_LOOK_EVERY_US = 60_000_000
+_FULL_RETRY_US = 60_000_000
+_ROLLUP = "sub"  # the newest description of an object is the only one
+
+
+class InputStore:
+    """The bucket of inputs. One a gateway."""
+
+    def __init__(self, bus: Bus, subjects: Subjects, clock: Clock) -> None:
+        self._bus = bus
+        self._bucket = subjects.input_bucket
+        self._stream = f"OBJ_{self._bucket}"
+        self._clock = clock
+        self._kept_us = 0
+        self._looked_us: int | None = None
+
+    async def put(self, tenant: str, content: bytes) -> tuple[str, int]:
+        """Stores a file; its name, and for how long it is kept at least, in microseconds.
+
+        Raises Refused (INPUTS_FULL) and NotReady.
+        """
+        digest = hashlib.sha256(content)
+        name = f"sha256:{digest.hexdigest()}"
+        try:
+            kept_us = await self._bound_us()
+            known = await self._description(input_object(tenant, name))
+            left_us = 0 if known is None else kept_us - _age_us(known)
+            if kept_us and left_us > kept_us // 2:
+                return name, left_us
+            await self._write(input_object(tenant, name), content, digest.digest())
+        except nats.js.errors.APIError as error:
+            if error.err_code not in _FULL:
+                raise _away(error) from error
+            told = "the store of inputs is full until older ones are over their time"
+            raise Refused("INPUTS_FULL", told, _FULL_RETRY_US) from error
+        except (nats.errors.Error, OSError) as error:
+            raise _away(error) from error
+        return name, kept_us
+
+    async def absent(self, tenant: str, names: Collection[str]) -> frozenset[str]:
+        """Those of some names under which the tenant has nothing. Raises NotReady."""
+        try:
+            found = {
+                name: await self._description(input_object(tenant, name)) for name in set(names)
+            }
+        except (nats.errors.Error, OSError) as error:
+            raise _away(error) from error
+        return frozenset(name for name, known in found.items() if known is None)
+
+    async def _write(self, name: str, content: bytes, digest: bytes) -> None:
+        jetstream, nuid = self._bus.jetstream, secrets.token_hex(11)
+        pieces = range(0, len(content), _PIECE_BYTES)
+        for start in pieces:
+            piece = content[start : start + _PIECE_BYTES]
+            await jetstream.publish(f"$O.{self._bucket}.C.{nuid}", piece)
+        described = {
+            "name": name,
+            "bucket": self._bucket,
+            "nuid": nuid,
+            "size": len(content),
+            "chunks": len(pieces),
+            "digest": f"SHA-256={base64.urlsafe_b64encode(digest).decode()}",
+            "options": {"max_chunk_size": _PIECE_BYTES},
+        }
+        headers = {api.Header.ROLLUP.value: _ROLLUP}
+        await jetstream.publish(
+            self._subject(name), json.dumps(described).encode(), headers=headers
+        )
+
+    async def _description(self, name: str) -> RawStreamMsg | None:
+        """A copy of the stream that lacks it may be behind: the one that leads is asked then."""
+        for direct in (True, False):
+            try:
+                found: RawStreamMsg = await self._bus.jetstream.get_msg(
+                    self._stream, subject=self._subject(name), direct=direct
+                )
+            except nats.js.errors.NotFoundError:
+                continue
+            return None if json.loads(found.data or b"{}").get("deleted") else found
+        return None
+
+    async def _bound_us(self) -> int:
+        """How long the bucket keeps what it holds; 0: for ever."""
+        now_us = self._clock.now_us()
+        if self._looked_us is None or now_us - self._looked_us >= _LOOK_EVERY_US:
+            info = await self._bus.jetstream.stream_info(self._stream)
+            self._kept_us, self._looked_us = round((info.config.max_age or 0.0) * 1e6), now_us
+        return self._kept_us
+
+    def _subject(self, name: str) -> str:
+        return f"$O.{self._bucket}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
+
+
+def _age_us(known: RawStreamMsg) -> int:
+    assert known.time is not None, "the broker stamps what it stores"
+    return max(0, clocks.unix_ns() // 1000 - round(known.time.timestamp() * 1e6))
+
+
+def _away(error: Exception) -> NotReady:
+    if isinstance(error, nats.js.errors.NotFoundError | nats.js.errors.NoStreamResponseError):
+        return NotReady("the store of inputs is not there yet")
+    return BrokerAway()

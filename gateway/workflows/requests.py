@@ -1,0 +1,114 @@
+"""What a request has to bring for the workflow that it names.
+
+Pure, like `gateway.validation`, which calls it where the request names no plain chain of its model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from hocket.v1.generation_pb2 import ModelInfo
+from hocket.v1.types_pb2 import GenerationSpec, Shape
+from hocket.v1.workflows_pb2 import WorkflowNode, WorkflowSpec
+from hocket.workflows import sizes
+from hocket.workflows.catalogue import OPERATIONS
+from hocket.workflows.checking import faults
+from hocket.workflows.content import PROMPTS, named, settings_of
+from hocket.workflows.graph import pruned
+
+INPUT_NAME = re.compile(r"sha256:[0-9a-f]{64}")
+_INPUT_SO = '"sha256:" and 64 hex digits, as PutInput named it'
+Add = Callable[[str, object, str], None]  # a field, what was found, what is allowed
+Serves = Callable[[ModelInfo, Shape], bool]
+
+
+def default_model(workflow: WorkflowSpec) -> str:
+    """The model that a request means that names none: that of the last stepped node; empty where
+    the workflow leaves it to the request."""
+    stepped = [node.model for node in workflow.nodes if OPERATIONS[node.op].stepped]
+    return stepped[-1] if stepped else ""
+
+
+def given(spec: GenerationSpec) -> frozenset[str]:
+    """Inputs of a workflow that a request brings."""
+    prompts = (name for name in PROMPTS if getattr(spec, name))
+    return frozenset((*prompts, *spec.inputs))
+
+
+def check_inputs(
+    spec: GenerationSpec, workflow: WorkflowSpec, absent: Collection[str], add: Add
+) -> None:
+    """`absent`: names of files that are not in the caller's store."""
+    files = [item for item in workflow.inputs if item.name not in PROMPTS]
+    known = ", ".join(item.name for item in files) or "none"
+    for name in sorted(spec.inputs):
+        at, value = f"spec.inputs[{name}]", spec.inputs[name]
+        if name not in {item.name for item in files}:
+            add(at, "no input of that name", f"{known} ({workflow.name})")
+        elif not INPUT_NAME.fullmatch(value):
+            add(at, repr(value), _INPUT_SO)
+        elif value in absent:
+            add(at, value, "a file that this tenant uploaded (PutInput) and that is kept still")
+    missing = [item.name for item in files if not item.optional and item.name not in spec.inputs]
+    for name in missing:
+        add(f"spec.inputs[{name}]", "nothing", f"an uploaded file, which {workflow.name} needs")
+    if spec.negative_prompt and "negative_prompt" not in {item.name for item in workflow.inputs}:
+        add("spec.negative_prompt", spec.negative_prompt, f"none ({workflow.name} takes none)")
+    if not missing and set(spec.inputs) <= {item.name for item in files}:
+        for fault in faults(pruned(workflow, given(spec) | {"prompt"})):
+            told = f"{', '.join(sorted(spec.inputs)) or 'no files'}: {fault.description}"
+            add("spec.inputs", told, f"inputs that {workflow.name} runs with ({fault.field})")
+
+
+def check_models(
+    spec: GenerationSpec,
+    workflow: WorkflowSpec,
+    models: Sequence[ModelInfo],
+    serves: Serves,
+    add: Add,
+) -> None:
+    """That every node's model is served, does its operation, and takes its size and settings."""
+    spec.workflow = named(workflow)
+    served = {model.name: model for model in models}
+    files = [item for item in workflow.inputs if item.name not in PROMPTS]
+    if spec.shape.frames > 1 and files:
+        add("spec.shape.frames", spec.shape.frames, f"1 ({workflow.name} begins from pictures)")
+    used = {node.model or spec.model for node in workflow.nodes if OPERATIONS[node.op].part}
+    for name in sorted(used - served.keys()):
+        add("spec.workflow", f"model {name}, which {workflow.name} needs", _list(served))
+    shapes = sizes.shapes_of(workflow, spec.shape, [served[n] for n in sorted(used & {*served})])
+    told: set[tuple[str, str]] = set()
+    for node in workflow.nodes:
+        model = served.get(node.model or spec.model)
+        if model is None or not OPERATIONS[node.op].part:
+            continue
+        _check_node(node, model, workflow, add)
+        shape = shapes[node.id]
+        size = f"{shape.width}x{shape.height}"
+        # The request's own shape, at the request's own model, is checked without workflows, too.
+        own = model.name == spec.model and shape == spec.shape
+        if not own and not serves(model, shape) and (model.name, size) not in told:
+            told.add((model.name, size))
+            allowed = _list(f"{s.width}x{s.height}" for s in model.shapes)
+            add("spec.shape", f"{size}, of node {node.id}", f"{allowed} ({model.name})")
+
+
+def _check_node(node: WorkflowNode, model: ModelInfo, workflow: WorkflowSpec, add: Add) -> None:
+    who = f"of node {node.id} of {workflow.name}"
+    if model.operations and node.op not in model.operations:
+        found = f"{node.op} {who}, which {model.name} does not do"
+        add("spec.workflow", found, _list(model.operations))
+    settings = settings_of(node)
+    steps = settings.get("steps") or model.steps_default
+    if isinstance(steps, int) and not model.steps_min <= steps <= model.steps_max:
+        allowed = f"{model.steps_min} to {model.steps_max} ({model.name})"
+        add("spec.workflow", f"{steps} steps {who}", allowed)
+    scale = settings.get("guidance_scale")
+    if isinstance(scale, float) and not model.guidance_min <= scale <= model.guidance_max:
+        allowed = f"{model.guidance_min:g} to {model.guidance_max:g} ({model.name})"
+        add("spec.workflow", f"guidance scale {scale:g} {who}", allowed)
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
