@@ -43,7 +43,7 @@ def main(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Name of the device in profiles.")] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="Model folder or hub id; repeatable.")
+        list[str] | None, typer.Option(help="Folder or hub id, also as NAME=FOLDER; repeatable.")
     ] = None,
     batch_max: Annotated[int | None, typer.Option(help="Most jobs in a batch.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Call times to emulate, CSV.")] = None,

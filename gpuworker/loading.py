@@ -14,10 +14,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
+import transformers
 
 from gpuworker.folders.files import check_component, read_json, weight_files
 from gpuworker.folders.identity import FileDigests, part_id
@@ -99,10 +100,11 @@ def load_card(
     card = read_json(asked, facts) if facts.exists() or facts.is_symlink() else {}
     model = source.name if source.named else str(card.get("name", source.name))
     loading = _Loading(asked, model, device, dtype, weights, digests or FileDigests())
-    parts = {
-        name: loading.component(source.folder / name, library, class_name)
+    found = {  # all of it is looked at before the first gigabyte is loaded
+        name: loading.found(source.folder / name, library, class_name)
         for name, (library, class_name) in named.items()
     }
+    parts = {name: loading.made(component) for name, component in found.items()}
     family = type(parts["transformer"]).__name__
     _check_family(asked, family)
     if family in _LATENTS_ALONE:
@@ -152,6 +154,17 @@ def _node(component: str) -> str:
     return "vae" if component == "vae" else "dit"
 
 
+class _Component(NamedTuple):
+    """A component of a folder."""
+
+    path: Path
+    kind: Any  # its class
+    name: str  # library and class
+    arguments: Mapping[str, Any]  # of from_pretrained
+    dtype: torch.dtype | None = None  # of a module's weights
+    files: tuple[Path, ...] = ()  # that they are read from
+
+
 @dataclass(frozen=True)
 class _Loading:
     """The components of one model, one by one."""
@@ -163,33 +176,39 @@ class _Loading:
     weights: WeightStore | None
     digests: FileDigests
 
-    def component(self, path: Path, library: str, class_name: str) -> Any:
-        """By its class; a module is in evaluation mode, and its weights are the store's."""
-        kind = self._kind(path, library, class_name)
+    def found(self, path: Path, library: str, class_name: str) -> _Component:
+        """What is to be loaded; nothing is opened but JSON. Raises `LoadError`."""
+        kind, name = self._kind(path, library, class_name), f"{library}.{class_name}"
         if not path.is_dir():
             raise LoadError(self.asked, path.name, f"{INDEX} names it, but the folder lacks it")
         check_component(self.asked, path)
         if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
-            return self._made(kind, path, {})
-        precision = _precision(kind, class_name, self.dtype)
-        dtype = next(v for v in precision.values() if isinstance(v, torch.dtype))
+            return _Component(path, kind, name, {})
+        dtype = torch.float32 if class_name in _ALWAYS_FLOAT32 else self.dtype
         stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-        found = weight_files(self.asked, path, stem, dtype)
-        arguments = {**precision, "variant": found.variant, "use_safetensors": True}
-        if found.variant is not None:
-            log.info("%s: %s has %s alone", self.asked, path.name, found.variant)
+        files, variant = weight_files(self.asked, path, stem, dtype)
+        if variant is not None:
+            log.info("%s: %s has no weights but %s", self.asked, path.name, variant)
+        arguments = {"variant": variant, "use_safetensors": True, **_precision(kind, dtype)}
+        return _Component(path, kind, name, arguments, dtype, files)
+
+    def made(self, component: _Component) -> Any:
+        """The component; a module's weights are the store's."""
+        if component.dtype is None:
+            return self._loaded(component)
         if self.weights is None:
-            return self._module(kind, path, arguments, dtype).to(self.device)
+            return self._module(component).to(self.device)
         part = part_id(
-            f"{library}.{class_name}",
-            read_json(self.asked, path / "config.json"),
-            str(dtype),
-            [self.digests.of(file) for file in found.files],
+            component.name,
+            read_json(self.asked, component.path / "config.json"),
+            str(component.dtype),
+            [self.digests.of(file) for file in component.files],
         )
         module = self.weights.module(part)
         if module is None:
-            module = self._module(kind, path, arguments, dtype)
-        self.weights.add((self.model, _node(path.name)), part, module, found.files)
+            module = self._module(component)
+        node = (self.model, _node(component.path.name))
+        self.weights.add(node, part, module, component.files)
         return module
 
     def _kind(self, path: Path, library: str, class_name: str) -> Any:
@@ -197,10 +216,11 @@ class _Loading:
             what = f"{library}.{class_name}"
             raise LoadError(self.asked, what, "not a library that folders may name")
         try:
-            kind = getattr(importlib.import_module(library), class_name)
+            module = importlib.import_module(library)
+            kind = getattr(module, class_name)
         except (ImportError, AttributeError) as error:
-            what = f"{library}.{class_name}"
-            raise LoadError(self.asked, what, "no such class here") from error
+            what, version = f"{library}.{class_name}", _version(library)
+            raise LoadError(self.asked, what, f"{version} has no such class") from error
         if getattr(kind, "_keep_in_fp32_modules", None) and not _HAS_ACCELERATE:
             # diffusers loads float32 islands through accelerate only; in float32 there are none.
             if self.dtype != torch.float32:
@@ -209,22 +229,21 @@ class _Loading:
             kind = type(class_name, (kind,), {"_keep_in_fp32_modules": None})
         return kind
 
-    def _module(
-        self, kind: Any, path: Path, arguments: dict[str, Any], dtype: torch.dtype
-    ) -> torch.nn.Module:
-        module: Any = self._made(kind, path, arguments)
-        if "torch_dtype" in arguments and module.dtype != dtype:
+    def _module(self, component: _Component) -> torch.nn.Module:
+        """In evaluation mode, on the host."""
+        module = self._loaded(component)
+        if "torch_dtype" in component.arguments and module.dtype != component.dtype:
             # Without accelerate, diffusers takes the precision of a file whose first entry fits.
-            module = module.to(dtype)
+            module = module.to(component.dtype)
         made: torch.nn.Module = module.eval()
         return made
 
-    def _made(self, kind: Any, path: Path, arguments: dict[str, Any]) -> Any:
+    def _loaded(self, component: _Component) -> Any:
         try:
-            return kind.from_pretrained(path, **arguments)
+            return component.kind.from_pretrained(component.path, **component.arguments)
         except Exception as error:  # whatever a broken folder makes these libraries raise
-            reason = f"{type(error).__name__}: {error}"
-            raise LoadError(self.asked, path.name, f"cannot be loaded: {reason}") from error
+            reason = f"cannot be loaded: {type(error).__name__}: {error}"
+            raise LoadError(self.asked, component.path.name, reason) from error
 
 
 def _check_latents_alone(source: str, parts: dict[str, Any]) -> None:
@@ -237,9 +256,14 @@ def _check_latents_alone(source: str, parts: dict[str, Any]) -> None:
             raise LoadError(source, name, "pictures as input are not supported")
 
 
-def _precision(kind: Any, class_name: str, dtype: torch.dtype) -> dict[str, Any]:
+def _version(library: str) -> str:
+    """A library's name, with its version where it has one."""
+    known = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
+    return f"{library} {known[library]}" if library in known else library
+
+
+def _precision(kind: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments for a module's from_pretrained, whose names differ between the two libraries."""
-    dtype = torch.float32 if class_name in _ALWAYS_FLOAT32 else dtype
     if issubclass(kind, diffusers.ModelMixin):
         return {"torch_dtype": dtype, "low_cpu_mem_usage": _HAS_ACCELERATE}
     return {"dtype": dtype}
