@@ -259,9 +259,7 @@ class AdmissionControl:
         ahead = tuple(self._under_way.values())
         submits = [offer.record.submit for offer in offers]
         verdicts = await self._driver.ask(
-            lambda s: judge(
-                self._seen.forecasts(taught(s, submits)), ahead, newcomers, now_us
-            ),
+            lambda s: judge(self._seen.forecasts(taught(s, submits)), ahead, newcomers, now_us),
             newcomers=len(newcomers),
         )
         self._seen.judged(verdicts.of)

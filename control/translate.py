@@ -113,8 +113,7 @@ def to_assignment(
         sequence=assignment.sequence,
         node=assignment.node,
         batch=[
-            _member(assignment.node, m, records(m.request), store_address)
-            for m in assignment.batch
+            _member(assignment.node, m, records(m.request), store_address) for m in assignment.batch
         ],
         steps=assignment.steps,
         group=types_pb2.Group(epoch=assignment.epoch, members=assignment.workers),

@@ -79,7 +79,9 @@ def _compiled(content: bytes) -> CompiledWorkflow:
 
 
 def _node(node: workflows_pb2.WorkflowNode, rule: OperationRule) -> Node:
-    sources = [source_of(node.inputs[port.name]) for port in rule.inputs if port.name in node.inputs]
+    sources = [
+        source_of(node.inputs[port.name]) for port in rule.inputs if port.name in node.inputs
+    ]
     return Node(
         node.id,
         rule.part,

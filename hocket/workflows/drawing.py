@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from rich.text import Text
 from rich.tree import Tree
 
@@ -11,9 +14,10 @@ from hocket.workflows.catalogue import port_type_name as type_name
 from hocket.workflows.content import source_of, value_of
 
 
-def drawn(spec: WorkflowSpec) -> Tree:
-    """From the output back to the inputs; what was drawn above is named only. Of a spec that has no
-    faults."""
+def drawn(spec: WorkflowSpec, notes: Mapping[str, str] = MappingProxyType({})) -> Tree:
+    """From the output back to the inputs; what was drawn above is named only. `notes` are written
+    beside nodes, by their ids. Of a spec that has no faults.
+    """
     nodes = {node.id: node for node in spec.nodes}
     optional = {item.name for item in spec.inputs if item.optional}
     seen: set[str] = set()
@@ -35,6 +39,8 @@ def drawn(spec: WorkflowSpec) -> Tree:
             branch.add(told)
             continue
         seen.add(node.id)
+        if node.id in notes:
+            told.append(f"  {notes[node.id]}", style="green")
         below = branch.add(told)
         todo += [(below, name, node.inputs[name]) for name in reversed(_ports(node))]
     return tree
