@@ -150,7 +150,8 @@ class EventPlanner(Planner):
             ledger.residency.evict(ledger.cluster.workers[worker], keep)
         if not self._policy.PRELOADS:
             self._preload(ledger)
-        for start in elsewhere.moved(ledger, decision.starts, idle):
+        starts = elsewhere.fitting(ledger, decision.starts, idle)
+        for start in elsewhere.moved(ledger, starts, idle):
             issue(start, scene.begin_us(start))
         return Planned(self._number, now_us, decision.rejects)
 

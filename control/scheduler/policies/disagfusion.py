@@ -113,7 +113,7 @@ class DisagFusion(EventPolicy):
             degree = 1
             if work.section is Section.STEPPED and self._degree > 1:
                 degree = self.likely_degree(dict.fromkeys(scene.degrees(work.request), 0))
-            able = [w for w in pool if idle[w].worker.can(work.request.model, degree)]
+            able = [w for w in pool if scene.can(idle[w], work, degree)]
             if len(able) >= degree:
                 workers = tuple(able[:degree])
                 for worker in workers:

@@ -141,7 +141,8 @@ class GenServe(EventPolicy):
         """On a holder, else where no video stands, else anywhere."""
         first = works[0]
         held = table.mask(first.where)
-        able = [b for b in bits(table.idle) if b & self._able(scene, table, first.request)]
+        can = sum(1 << s.index for s in scene.seats if scene.can(s, first))
+        able = [b for b in bits(table.idle) if b & can]
         if able:
             bit = min(able, key=lambda b: (not b & held, bool(b & standing), b))
             table.give(works, bit, first.steps_left, "stage")

@@ -91,7 +91,12 @@ def safe(ledger: Ledger, worker: str) -> tuple[str, ...]:
 
 def _latest_on(ledger: Ledger, worker: str) -> Iterable[tuple[str, bool]]:
     for tracked in ledger.tracked.values():
-        if tracked.holders.get(worker) == tracked.steps_done:
+        if not tracked.workflow.plain:
+            if worker in tracked.everywhere():
+                copies = tracked.beside(worker)
+                stay = all(any(_stays(ledger.cluster, n) for n in names) for names in copies)
+                yield tracked.id, stay
+        elif tracked.holders.get(worker) == tracked.steps_done:
             others = (h.worker for h in tracked.latest() if h.worker != worker)
             yield tracked.id, any(_stays(ledger.cluster, name) for name in others)
 
@@ -151,12 +156,13 @@ def _destination(
         again = before is not None and before.fetch.worker == worker.name
         return again, copies.get(worker.name, 0)
 
-    able = ledger.cluster.able(tracked.request.model)
+    able = ledger.able(tracked.request, tracked.stepped.node)
     open_ = [w for w in able if under_way.get(w.name, 0) < WORKER_MAX]
     return min(open_, key=load).name if open_ else None
 
 
 def _fetch(ledger: Ledger, tracked: Tracked, to: str) -> Fetch:
+    workflow = tracked.workflow
     holders = (h.worker for h in tracked.latest() if ledger.cluster.living(h.worker))
     return Fetch(
         request=tracked.id,
@@ -164,4 +170,5 @@ def _fetch(ledger: Ledger, tracked: Tracked, to: str) -> Fetch:
         steps_done=tracked.steps_done,
         holder=next(holders),
         worker=to,
+        artifact="" if workflow.plain else workflow.node[workflow.stepped].outputs[0].name,
     )

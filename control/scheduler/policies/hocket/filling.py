@@ -66,7 +66,7 @@ def first_come(ledger: Ledger, roster: Roster, wishes: Sequence[Wish], now_us: i
         r = tracked.request
         node = next_node(ledger, tracked)
         hope = (tracked.promised, hopeful, tracked.id in lost)
-        return (r.model, r.shape, r.priority, tracked.alone, hope, node)
+        return (r.model, r.shape, r.workflow, r.priority, tracked.alone, hope, node)
 
     free = zip(roster.entries, roster.jobs[:, AVAIL].tolist(), strict=True)
     for entry in [e for e, us in free if us <= now_us] + [e for e, *_ in roster.spare]:

@@ -32,6 +32,7 @@ from ...starts import Issue, Planned, Start
 from ...values import Request
 from ...workflow import CHAIN, Section
 from ..base import Newcomer, Planner
+from . import outside
 from .binding import Binder, Wish
 from .filling import SlowSteps, fill, first_come
 from .forecast import Forecaster
@@ -149,6 +150,7 @@ class Hocket(Planner):
         self._preload(ledger)
         self._maker.forget()
         self.operations = 0
+        outside.start(ledger, self._pods, self._maker, now_us, issue)
         self._plan_pods(ledger, self._concerned(ledger, changed, now_us), now_us, issue)
         self._planned_us = now_us
         return Planned(self._round, now_us)
@@ -337,13 +339,13 @@ class Hocket(Planner):
                     moves[i, k] = moving.change_us
             if bounded:
                 node = node if behind else tracked.stepped.node
-                moves[i] += self._loads_us(ledger, roster, tracked.request.model, node)
+                moves[i] += self._loads_us(ledger, roster, tracked.request, node)
         return moves
 
-    def _loads_us(self, ledger: Ledger, roster: Roster, model: str, node: str) -> list[float]:
+    def _loads_us(self, ledger: Ledger, roster: Roster, request: Request, node: str) -> list[float]:
         """By width: loading on the free workers that need it least."""
         workers = ledger.cluster.workers
-        each = sorted(ledger.residency.load_us(workers[w], model, node) for w in roster.free)
+        each = sorted(ledger.load_us(workers[w], request, node) for w in roster.free)
         return [float(each[min(k, len(each)) - 1]) for k in roster.widths]
 
     def _steal(self, ledger: Ledger, pod: Pod) -> bool:

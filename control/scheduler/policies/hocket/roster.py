@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...books.ledger import Ledger
-from ...books.tracker import Tracked
+from ...outlook.standing import steps_behind
 from ...values import Request, Shape
 from ...workflow import Degrees
 from .kernel import (
@@ -167,7 +167,7 @@ class RosterMaker:
         noted: questions between plans must not change plans.
         """
         roster = Roster(widths=widths_of(pod))
-        roster.free = self._free(ledger, pod, now_us)
+        roster.free = self.free(ledger, pod, now_us)
         rows: list[tuple[float, ...]] = []
         numbers: dict[Kind, int] = {}
         held: set[int] = set()
@@ -180,7 +180,7 @@ class RosterMaker:
                 continue  # it ended since the last plan
             if failing and not tracked.outstanding and pod.waits(ledger, entry, roster.free):
                 continue
-            waits = self._waits(entry, now_us)
+            waits = self._waits(entry, now_us) and not pod.outside(ledger, tracked)
             if waits and look and request.deadline_us is None:
                 continue  # nobody who asks looks at it
             alone = request.id if tracked.alone == tracked.stepped.node else ""
@@ -198,13 +198,15 @@ class RosterMaker:
                 row = self._row_of_waiting(entry, number, prices, now_us)
             else:
                 row = self._row(ledger, entry, number, prices, names, held, now_us)
+                if pod.outside(ledger, tracked):  # others run its next call
+                    row = (*row[:AVAIL], max(row[AVAIL], now_us + 1.0), *row[AVAIL + 1 :])
             if row[AVAIL] <= now_us and hopeless(row, prices):
                 if row[AGED] <= 0:
                     entry.hopeful = entry.hopeful and look
                     roster.spare.append((entry, prices, int(row[STEPS_LEFT])))
                     continue
                 aged.append((row[AGED], len(rows)))
-            if row[AVAIL] > now_us and not entry.hopeful:
+            if row[AVAIL] > now_us and not entry.hopeful and tracked.outstanding:
                 flight = ledger.board.flights[tracked.outstanding[-1]]
                 if flight.assignment.step_time_us > self._fill_step_us:
                     roster.slow += int(row[WIDTH])
@@ -236,24 +238,28 @@ class RosterMaker:
             def call(node: str, degree: int = 1, batch: int = 1) -> int:
                 return ledger.predict(request, node, degree, pod.gpus, batch).safe_us
 
+            def span(node: str) -> int:
+                return ledger.span(request, node).safe_us
+
             wide = workflow.node[stepped].degrees is Degrees.OFFERED
             able = tuple(k for k in widths if k == 1 or (wide and k in facts.degrees))
-            able = ledger.memory.wide_enough(request, stepped, pod.gpus, able)
+            steps_of = ledger.call(request, stepped)
+            able = ledger.memory.wide_enough(steps_of, pod.gpus, able)
             steps = [float(call(stepped, k)) if k in able else NEVER for k in widths]
             most = min(facts.batch_max, self._batch_max or facts.batch_max)
-            most = ledger.memory.batch_max(request, stepped, pod.gpus, most)
+            most = ledger.memory.batch_max(steps_of, pod.gpus, most)
             batches = [float(call(stepped, 1, b)) for b in range(1, most + 1)]
             known = Prices(
-                {node: call(node) for node in (*workflow.before, *workflow.after)},
+                {node: call(node) for node in (*workflow.upstream, *workflow.after)},
                 workflow.longest_us(workflow.before, call),
-                workflow.longest_us(workflow.after, call),
+                workflow.longest_us(workflow.behind, call if workflow.ending else span),
                 tuple(steps),
                 tuple(batches),
             )
             self._prices[key] = known
         return known
 
-    def _free(self, ledger: Ledger, pod: Pod, now_us: int) -> dict[str, int]:
+    def free(self, ledger: Ledger, pod: Pod, now_us: int) -> dict[str, int]:
         """Workers that are idle, or as good as, with when they are."""
         until_us = now_us + ledger.settings.lead_us
         ends: dict[int, int] = {}
@@ -316,8 +322,10 @@ class RosterMaker:
             flight = ledger.board.flights[sequence]
             avail_us = flight_end_us(ledger, sequence)
             if tracked.stepped.outstanding:
-                steps_left = request.steps - planned_steps(tracked, ledger)
+                steps_left = request.steps - steps_behind(ledger, tracked)
             ahead = len(outstanding) > 1 or bool(tracked.last.outstanding) or avail_us <= now_us
+            # Its next call is one of the next pass: that is not begun before these steps are told.
+            ahead = ahead or (steps_left <= 0 and not tracked.workflow.ending)
             if ahead or avail_us > now_us + ledger.settings.lead_us:
                 avail_us = max(avail_us, now_us + 1)  # nothing more can be given to it now
             else:
@@ -374,13 +382,6 @@ def widths_of(pod: Pod) -> tuple[int, ...]:
     """Degrees on offer in a pod."""
     degrees = {1} | {d for m in pod.workers[0].models.values() for d in m.degrees}
     return tuple(d for d in sorted(degrees) if d <= len(pod.workers))
-
-
-def planned_steps(tracked: Tracked, ledger: Ledger) -> int:
-    """Steps done once its outstanding assignment is over."""
-    assignment = ledger.board.flights[tracked.stepped.outstanding[-1]].assignment
-    member = next(m for m in assignment.batch if m.request == tracked.id)
-    return member.first_step + assignment.steps
 
 
 def flight_end_us(ledger: Ledger, sequence: int) -> int:
