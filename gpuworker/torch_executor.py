@@ -27,7 +27,7 @@ from gpuworker.memory.budget import Memory
 from gpuworker.memory.latents import LatentShelf, Shares
 from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
-from gpuworker.mesh.input_store import InputStore
+from gpuworker.mesh.input_reader import InputReader
 from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
 from gpuworker.operations.names import WEIGHTLESS
 from gpuworker.steps.encoding import EncodingThreads
@@ -82,7 +82,7 @@ class TorchExecutor:
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
         store = self._rendezvous
         self._shelf = LatentShelf(store.put, store.drop, shares, store.fetched)
-        self._files = InputStore(bus, subjects.input_bucket)
+        self._files = InputReader(bus, subjects.input_bucket)
         self._encoding = encoding = EncodingThreads()
         self._memory = Memory(
             cards, device, weights, self._shelf, shares.device_bytes, lambda: encoding.size_bytes

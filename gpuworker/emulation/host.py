@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from gpuworker.emulation.profile import Cell
 from gpuworker.operations.names import (
     CALLS,
-    Wanted,
+    CallInput,
     model_of,
     operation_of,
     shape_of,
@@ -103,7 +103,7 @@ class EmulatedHost:
 
     def missing(
         self, assignment: mesh_pb2.Assignment, member: mesh_pb2.BatchMember
-    ) -> Wanted | None:
+    ) -> CallInput | None:
         """The first thing that a job starts from of which no named holder has exactly the named
         version.
         """
@@ -127,7 +127,7 @@ class EmulatedHost:
                 self.copies.setdefault(worker, {})[request, artifact] = steps
         self.tell(request)
 
-    def _copies(self, member: mesh_pb2.BatchMember, wanted: Wanted) -> list[tuple[int, int]]:
+    def _copies(self, member: mesh_pb2.BatchMember, wanted: CallInput) -> list[tuple[int, int]]:
         """Of each named holder: the version that it has (-1: none), and the one that is named."""
         key = (member.request_id, wanted.artifact)
         return [

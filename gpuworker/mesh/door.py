@@ -22,7 +22,7 @@ _SIDE_MAX, _FRAMES_MAX = 1 << 15, 1 << 15
 _TIMEOUT_US_MAX = 24 * 3600 * 1_000_000
 _INPUTS_MAX, _SETTINGS_MAX = 16, 64  # of one call
 _WORD = re.compile(r"[!-~]{1,128}")  # ids and names: printable, no blanks
-_FILE_NAME = re.compile(r"[!-~]{1,512}")
+_FILE_NAME = re.compile(r"[^\x00-\x1f\x7f]{1,1024}")  # of tenants, too
 
 
 class Door:

@@ -46,7 +46,7 @@ CHAIN = {
 }
 
 
-class Wanted(NamedTuple):
+class CallInput(NamedTuple):
     """An artifact that a call starts from."""
 
     port: str
@@ -95,21 +95,21 @@ def artifact_of(member: mesh_pb2.BatchMember) -> str:
     return member.call.outputs[0] if member.call.outputs else ""
 
 
-def wanted_by(operation: Operation, member: mesh_pb2.BatchMember) -> tuple[Wanted, ...]:
+def wanted_by(operation: Operation, member: mesh_pb2.BatchMember) -> tuple[CallInput, ...]:
     """The artifacts that a job starts from, in an order that all members of a group agree on.
 
     A stepped call that has steps behind it goes on from its own latents, with which whatever it
     began from travels.
     """
     if not member.HasField("call"):
-        chain = (Wanted("latents", "", member.first_step, member.holders),)
+        chain = (CallInput("latents", "", member.first_step, member.holders),)
         return chain if operation.inputs else ()
     inputs, own = member.call.inputs, artifact_of(member)
     if operation.stepped and member.first_step:
         named = next((_named_holders(each) for each in inputs if each.artifact == own), ())
-        return (Wanted(operation.output, own, member.first_step, named or member.holders),)
+        return (CallInput(operation.output, own, member.first_step, named or member.holders),)
     return tuple(
-        Wanted(each.port, each.artifact, each.version, _named_holders(each))
+        CallInput(each.port, each.artifact, each.version, _named_holders(each))
         for each in inputs
         if each.artifact and each.artifact != own
     )

@@ -16,7 +16,7 @@ from gpuworker.collectives.groups import BlobWithheld
 from gpuworker.collectives.rendezvous import BlobLost, Cancel, Rendezvous
 from gpuworker.executor import Stopwatch
 from gpuworker.memory.latents import CalledOff, LatentMissing, LatentShelf
-from gpuworker.operations.names import Wanted
+from gpuworker.operations.names import CallInput
 from gpuworker.state import LatentState, StateCorrupt
 from gpuworker.steps.inbox import Inbox
 from gpuworker.steps.run import Run
@@ -45,7 +45,7 @@ class Sources:
         self._rendezvous = rendezvous
         self._ask = ask
 
-    def obtain(self, run: Run, member: mesh_pb2.BatchMember, wanted: Wanted) -> LatentState:
+    def obtain(self, run: Run, member: mesh_pb2.BatchMember, wanted: CallInput) -> LatentState:
         """What a job starts from: held here, broadcast by a member, or fetched from a holder
         outside.
 
@@ -86,7 +86,7 @@ class Sources:
         self,
         run: Run,
         member: mesh_pb2.BatchMember,
-        wanted: Wanted,
+        wanted: CallInput,
         source: int,
         own: LatentState | None,
     ) -> bytes:
@@ -106,7 +106,7 @@ class Sources:
         except BlobWithheld as withheld:
             _raise_alike(member, wanted, withheld.excuse)
 
-    def _fetch(self, run: Run, member: mesh_pb2.BatchMember, wanted: Wanted) -> LatentState:
+    def _fetch(self, run: Run, member: mesh_pb2.BatchMember, wanted: CallInput) -> LatentState:
         off = Off(self._inbox, run.assignment, member.request_id)
         tried, began = [], Stopwatch()
         timeout_us = run.assignment.collective_timeout_us
@@ -157,7 +157,7 @@ def fetch_from(
     return rendezvous.fetch(holder.store_address, reply.key, timeout_s, cancel)
 
 
-def _raise_alike(member: mesh_pb2.BatchMember, wanted: Wanted, excuse: bytes) -> NoReturn:
+def _raise_alike(member: mesh_pb2.BatchMember, wanted: CallInput, excuse: bytes) -> NoReturn:
     """On every member of a group what the source of an artifact has met with."""
     if excuse == _CALLED_OFF:
         raise CalledOff(member.request_id)
@@ -179,7 +179,7 @@ class Off(threading.Event):
         return self._request not in staying if self._request else not staying
 
 
-def _source(assignment: mesh_pb2.Assignment, wanted: Wanted) -> int | None:
+def _source(assignment: mesh_pb2.Assignment, wanted: CallInput) -> int | None:
     """Rank that broadcasts the artifact; None when every member holds it already.
 
     Computed from the plan alone, so that all members agree without a word. Rank 0 fetches where no

@@ -15,7 +15,7 @@ from gpuworker.collectives.rendezvous import Cancel, Rendezvous
 from gpuworker.memory.latents import CalledOff, LatentMissing, LatentShelf, Shares
 from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
-from gpuworker.operations.names import Wanted, operation_of, wanted_by
+from gpuworker.operations.names import CallInput, operation_of, wanted_by
 from gpuworker.state import LatentState
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.run import Run
@@ -133,7 +133,7 @@ def wanting(*holders: types_pb2.LatentHolder) -> mesh_pb2.Assignment:
     )
 
 
-def start_of(order: mesh_pb2.Assignment) -> tuple[mesh_pb2.BatchMember, Wanted]:
+def start_of(order: mesh_pb2.Assignment) -> tuple[mesh_pb2.BatchMember, CallInput]:
     """The first job, and the latents that it starts from."""
     member = order.batch[0]
     return member, wanted_by(operation_of(order), member)[0]

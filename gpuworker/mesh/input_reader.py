@@ -40,7 +40,7 @@ class _Unreadable(Exception):
     """A file that is not there, or not what it should be."""
 
 
-class InputStore:
+class InputReader:
     """One worker's way to the bucket. Make it on the loop; thread-safe from then on."""
 
     def __init__(self, bus: Bus, bucket: str) -> None:
