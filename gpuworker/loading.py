@@ -98,6 +98,7 @@ def load_card(
         raise LoadError(folder_or_id, str(pipeline), "this pipeline is not supported")
     _check_index(folder_or_id, named)
     card = _json(folder_or_id, folder / "card.json") if (folder / "card.json").exists() else {}
+    card.setdefault("pipeline", pipeline)
     model = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
     parts: dict[str, Any] = {}
     for name, (library, class_name) in named.items():
