@@ -98,6 +98,7 @@ def load_card(
     _check_index(asked, named)
     facts = source.folder / "card.json"
     card = read_json(asked, facts) if facts.exists() or facts.is_symlink() else {}
+    card.setdefault("pipeline", pipeline)
     model = source.name if source.named else str(card.get("name", source.name))
     loading = _Loading(asked, model, device, dtype, weights, digests or FileDigests())
     found = {  # all of it is looked at before the first gigabyte is loaded

@@ -8,7 +8,7 @@ A request of the plain chain is encode / step / decode. In a workflow the same w
 operation, and every artifact is a `LatentState` (no steps, unless a denoise node made it):
 
     embed ──embeddings──▶ begin ──▶ step … step ──latents──▶ decode
-                          ▲ latents, mask
+                          ▲ latents, mask, reference
     encode_image ─────────┘
 
 A state that was begun steps like an encoded one, in one batch with it, and is the same state where
@@ -33,7 +33,7 @@ from gpuworker.state import LatentState
 
 PLAIN_OPERATIONS = ("encode_prompt", "denoise", "decode")  # every model has them
 # Of some: an operation, and "operation.port", an input that not every model's denoiser takes.
-ENCODE_IMAGE, INPAINT = "encode_image", "denoise.mask"
+ENCODE_IMAGE, INPAINT, REFERENCE = "encode_image", "denoise.mask", "denoise.reference"
 
 
 class ShapeRefused(Exception):
@@ -173,12 +173,14 @@ class ModelCard(ABC):
         latents: LatentState | None = None,
         strength: float = 1.0,
         mask: NDArray[np.uint8] | None = None,
+        reference: LatentState | None = None,
     ) -> LatentState:
         """The state before the first of the steps that are to run: those of `strength`.
 
         From `latents` (finished, of the asked shape) with noise as the first of these steps expects
         it; without them from noise alone. With a `mask`, uint8 [1, height, width, 1], what is dark
-        in it (below 128) is put back to `latents` after each step. Raises `ShapeRefused`.
+        in it (below 128) is put back to `latents` after each step. A `reference`, latents of any
+        size, is what an editing model looks at in each step. Raises `ShapeRefused`.
 
         The noise is that of the asked seed. Where `encode_image` has drawn from the same seed, its
         generator goes on, as in a stock pipeline that is given one generator. Latents of another
@@ -189,8 +191,8 @@ class ModelCard(ABC):
         """Latents of a picture, uint8 [1, height, width, 3], that `begin` and `decode` take.
 
         A VAE that says how sure it is (a posterior) is sampled as the stock pipelines do it, with a
-        generator of `seed`, in float32 on the CPU. Only with `ENCODE_IMAGE` among `operations`;
-        raises `ShapeRefused`, also without.
+        generator of `seed`, in float32 on the CPU; a reference is its "mean". Raises
+        `ShapeRefused`, also where `ENCODE_IMAGE` is not among `operations`.
         """
         raise ShapeRefused("op", ENCODE_IMAGE, ", ".join(self.operations))
 

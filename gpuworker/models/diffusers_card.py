@@ -102,16 +102,19 @@ class DiffusersCard(ModelCard):
         latents: LatentState | None = None,
         strength: float = 1.0,
         mask: NDArray[np.uint8] | None = None,
+        reference: LatentState | None = None,
     ) -> LatentState:
         self._check_begin(embeddings, asked, latents, strength, mask)
-        texts = self._texts_chosen(embeddings.tensors, asked)
+        given = self._texts_chosen(embeddings.tensors, asked)
+        if reference is not None:
+            given |= self._referred(reference)
         generator = seeded(asked.seed)
         if latents is None:
-            return self._noise_alone(self._begun(texts, asked, asked.steps, generator))
+            return self._noise_alone(self._begun(given, asked, asked.steps, generator))
         if latents.facts.get("seed") == asked.seed:
             skip(generator, int(number(latents, "drawn")) if "drawn" in latents.facts else 0)
         steps = steps_to_run(asked.steps, strength)
-        return self._from(self._begun(texts, asked, steps, generator), latents, mask)
+        return self._from(self._begun(given, asked, steps, generator), latents, mask)
 
     @torch.inference_mode()
     def encode_image(self, pixels: NDArray[np.uint8], seed: int) -> LatentState:
@@ -125,7 +128,10 @@ class DiffusersCard(ModelCard):
         made = pictures.sampled(vae, self._vae_input(picture), seeded(seed), tiles)
         facts: dict[str, Fact] = dict(width=width, height=height, frames=1, seed=seed)
         facts["drawn"] = made.drawn
-        return LatentState({"latents": self._packed(self._scaled(made.latents))}, 0, 0, facts)
+        tensors = {"latents": self._packed(self._scaled(made.latents))}
+        if made.mean is not None:
+            tensors["mean"] = self._packed(self._scaled(made.mean))
+        return LatentState(tensors, 0, 0, facts)
 
     @torch.inference_mode()
     def step(self, states: Sequence[LatentState], team: Team | None) -> list[LatentState]:
@@ -220,13 +226,13 @@ class DiffusersCard(ModelCard):
             raise ShapeRefused("mask", "a mask", "none without latents to begin from")
 
     def _begun(
-        self, texts: Mapping[str, Tensor], asked: Asked, steps: int, generator: torch.Generator
+        self, given: Mapping[str, Tensor], asked: Asked, steps: int, generator: torch.Generator
     ) -> LatentState:
         """Before the first of the last `steps` steps; its latents are noise and nothing else."""
         facts: dict[str, Fact] = {name: getattr(asked, name) for name in _ASKED_FACTS}
         if steps < asked.steps:
             facts[FIRST_STEP] = asked.steps - steps
-        tensors = {**texts, **self._blank(asked, generator)}
+        tensors = {**given, **self._blank(asked, generator)}
         return LatentState(tensors, 0, steps, facts).to(self._device)
 
     def _noise_alone(self, state: LatentState) -> LatentState:
@@ -330,6 +336,11 @@ class DiffusersCard(ModelCard):
     def _packed(self, latents: Tensor) -> Tensor:
         """Latents [1, C, H, W] in the layout of a state."""
         return latents
+
+    def _referred(self, reference: LatentState) -> dict[str, Tensor]:
+        """What the steps need of latents that an editing model looks at."""
+        allowed = f"none: this {self.facts.family} edits no pictures"
+        raise ShapeRefused("reference", "latents", allowed)
 
     def _latent_px(self) -> int:
         """Pixels of a latent pixel's side."""

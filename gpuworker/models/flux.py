@@ -5,7 +5,8 @@ and that is a `FluxCard` method each:
 
 - `FluxCard`: Flux as its authors publish it. CLIP and T5 text, latents packed 2x2, resolution-
   dependent shift of the noise schedule, guidance as an input of the transformer (or none at all).
-  Same latents as diffusers' FluxPipeline.
+  Same latents as diffusers' FluxPipeline. A folder of Kontext also takes the latents of a picture
+  to be edited: they are further tokens of each step, at places of their own, and never change.
 - `WordFluxCard`: our shipped small models. A word table as text encoder, one token a latent pixel,
   real classifier-free guidance: an unconditional row and a prompted one.
 - `word_motion.WordMotionCard`: clips by the same means.
@@ -22,9 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, degrees
-from gpuworker.models.card import Asked, CardFacts
+from gpuworker.models.card import REFERENCE, Asked, CardFacts, ShapeRefused
 from gpuworker.models.decoding import decoded
 from gpuworker.models.diffusers_card import DiffusersCard
+from gpuworker.models.footprint import ModelCall
 from gpuworker.models.pictures import to_frames
 from gpuworker.models.rows import Row, drawn, latents_of, number, numbers_of, stacked, timesteps_of
 from gpuworker.models.solvers import dynamic_shift, schedule_steps
@@ -32,6 +34,8 @@ from gpuworker.state import LatentState
 
 _T5_TOKENS = 512
 _SIZE_MAX = 2048
+_REFERENCE, _REFERENCE_IDS = "reference.latents", "reference.ids"  # [1, N, C], [rows, columns, 3]
+_EDITING = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
 _TILED_OVER_PX = 1536 * 1536  # for the decoder; card.json may say otherwise
 
 
@@ -46,7 +50,17 @@ class FluxCard(DiffusersCard):
     ) -> None:
         elastic = ElasticSP(parts["transformer"], joint=True)
         super().__init__(parts, card, device, elastic)
+        self._edits = card.get("pipeline") in _EDITING
         self.facts = self._facts(name)
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        return super().operations + ((REFERENCE,) if self._edits else ())
+
+    def activation_bytes(self, call: ModelCall) -> int:
+        # A picture to be edited has as many tokens as the one that is made.
+        alone, stepped = super().activation_bytes(call), call.node in ("dit", "denoise")
+        return 2 * alone if self._edits and stepped else alone
 
     def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
         latents, ids = self._canvas(asked, generator)
@@ -111,10 +125,19 @@ class FluxCard(DiffusersCard):
         rows, columns = asked.height // factor, asked.width // factor
         channels = self._transformer.config.in_channels // 4
         unpacked = drawn((1, channels, 2 * rows, 2 * columns), generator).to(self._dtype)
-        ids = torch.zeros(rows, columns, 3)
-        ids[..., 1] += torch.arange(rows)[:, None]
-        ids[..., 2] += torch.arange(columns)[None]
-        return self._packed(unpacked), ids.reshape(-1, 3).to(self._dtype)
+        return self._packed(unpacked), _places(rows, columns).flatten(0, 1).to(self._dtype)
+
+    def _referred(self, reference: LatentState) -> dict[str, Tensor]:
+        if not self._edits:
+            return super()._referred(reference)
+        factor = 2 * self._vae_factor()
+        rows = int(number(reference, "height")) // factor
+        ids = _places(rows, int(number(reference, "width")) // factor)
+        ids[..., 0] = 1  # tells it from the picture that is made
+        tokens = reference.tensors.get("mean", reference.tensors["latents"])
+        if tokens.shape != (1, ids[..., 0].numel(), self._transformer.config.in_channels):
+            raise ShapeRefused("reference", list(tokens.shape), "latents of this family")
+        return {_REFERENCE: tokens.to(self._dtype), _REFERENCE_IDS: ids.to(self._dtype)}
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
         steps, tokens = schedule_steps(state), state.tensors["latents"].shape[1]
@@ -125,10 +148,30 @@ class FluxCard(DiffusersCard):
         return {"sigmas": np.linspace(1.0, 1 / steps, steps)} | shift
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
+        """One forward for all rows that refer to nothing, or to pictures of one size."""
+        kinds: dict[tuple[int, ...], list[int]] = {}
+        for place, row in enumerate(rows):
+            ids = row.state.tensors.get(_REFERENCE_IDS)
+            kinds.setdefault(() if ids is None else tuple(ids.shape), []).append(place)
+        if len(kinds) == 1:
+            return self._forward(rows)
+        predicted: list[Tensor] = [row.latents for row in rows]
+        for places in kinds.values():
+            together = self._forward([rows[place] for place in places])
+            for place, prediction in zip(places, together.split(1), strict=True):
+                predicted[place] = prediction
+        return torch.cat(predicted)
+
+    def _forward(self, rows: Sequence[Row]) -> Tensor:
+        first = rows[0].state.tensors
         guidance = None
         if self._transformer.config.guidance_embeds:
             guidance = numbers_of(rows, "guidance_scale")
-        given = self._input(rows)
+        given, ids = self._input(rows), first["img_ids"]
+        tokens = given.shape[1]
+        if _REFERENCE in first:
+            given = torch.cat([given, stacked(rows, _REFERENCE)], 1)
+            ids = torch.cat([ids, first[_REFERENCE_IDS].flatten(0, 1)])
         velocity: Tensor
         (velocity,) = self._transformer(
             hidden_states=given,
@@ -136,11 +179,11 @@ class FluxCard(DiffusersCard):
             guidance=guidance,
             pooled_projections=stacked(rows, "pooled", "plain_pooled"),
             encoder_hidden_states=stacked(rows, "prompt_embeds", "plain_embeds"),
-            txt_ids=rows[0].state.tensors["txt_ids"],
-            img_ids=rows[0].state.tensors["img_ids"],
+            txt_ids=first["txt_ids"],
+            img_ids=ids,
             return_dict=False,
         )
-        return velocity
+        return velocity[:, :tokens]
 
     def _input(self, rows: Sequence[Row]) -> Tensor:
         """What the transformer sees of each row, token by token: [rows, N, in_channels]."""
@@ -289,6 +332,14 @@ class WordFluxCard(FluxCard):
 
     def _latent_px(self) -> int:
         return int(self._card["patch_px"])
+
+
+def _places(rows: int, columns: int) -> Tensor:
+    """float32 [rows, columns, 3]: the positions of a picture's tokens."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] += torch.arange(rows)[:, None]
+    ids[..., 2] += torch.arange(columns)[None]
+    return ids
 
 
 def packed(latents: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ class Sampled(NamedTuple):
     """Raw latents of a VAE, and how many numbers were drawn from the generator for them."""
 
     latents: Tensor
+    mean: Tensor | None  # None: the VAE has no posterior
     drawn: int
 
 
@@ -74,8 +75,8 @@ def sampled(
     with tiles:
         told = vae.encode(pixels)
     if not hasattr(told, "latent_dist"):
-        return Sampled(told.latents, 0)
+        return Sampled(told.latents, None, 0)
     posterior = told.latent_dist
     drawn = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float32)
     latents = posterior.mean + posterior.std * drawn.to(posterior.mean)
-    return Sampled(latents, drawn.numel())
+    return Sampled(latents, posterior.mode(), drawn.numel())

@@ -19,7 +19,7 @@ from tests.worker.tiny_models import (
     wan_reference,
     wan_unipc_reference,
 )
-from tests.worker.tiny_pictures import flux_inpaint, qwen_img2img, sd3_inpaint
+from tests.worker.tiny_pictures import flux_inpaint, flux_kontext, qwen_img2img, sd3_inpaint
 from tests.worker.tiny_pixart import pixart_reference
 from tests.worker.tiny_qwen import qwen_reference
 from tests.worker.tiny_sd3 import sd3_reference, sd35_medium_reference
@@ -45,6 +45,7 @@ FAMILIES: Mapping[str, Family] = {
     "cogvideox": Family(cogvideox_reference),
     "cogvideox-rotary": Family(cogvideox_rotary_reference),
     "hunyuan": Family(hunyuan_reference, cfg=(1,)),
+    "flux-kontext": Family(flux_kontext, cfg=(1,)),
     "flux-inpaint": Family(flux_inpaint, cfg=(1,)),
     "sd3-inpaint": Family(sd3_inpaint),
     "qwen-img2img": Family(qwen_img2img),

@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from gpuworker.loading import load_card
-from gpuworker.models.card import ENCODE_IMAGE, INPAINT, Asked, ModelCard, ShapeRefused
+from gpuworker.models.card import ENCODE_IMAGE, INPAINT, REFERENCE, Asked, ModelCard, ShapeRefused
 from gpuworker.models.flux import WordFluxCard
 from gpuworker.state import LatentState
 from tests.worker import tiny_pictures
@@ -74,6 +74,18 @@ def test_alone_it_is_the_stock_pipeline_to_the_bit(
     state = first_state(card, made.settings, made.start)
     assert (state.steps_done, state.steps_total) == (0, steps)
     state = drawn(card, state)
+    assert torch.equal(state.tensors["latents"], made.latents)
+    assert np.array_equal(card.decode(state), made.frames)
+
+
+@pytest.mark.parametrize(("width", "height"), [(28, 28), (20, 36)])
+def test_kontext_alone_is_the_stock_pipeline_to_the_bit(
+    tmp_path: Path, width: int, height: int
+) -> None:
+    made = tiny_pictures.flux_kontext(tmp_path / "tiny", width, height)
+    card = load_card(made.folder, CPU, torch.float32)
+    assert REFERENCE in card.operations
+    state = drawn(card, first_state(card, made.settings, made.start))
     assert torch.equal(state.tensors["latents"], made.latents)
     assert np.array_equal(card.decode(state), made.frames)
 
@@ -176,6 +188,7 @@ def test_a_part_is_kept_exactly(flux_card: ModelCard) -> None:
     [
         ("strength", {"strength": 1.5}),
         ("strength", {"strength": 0.5, "latents": None}),
+        ("reference", {"reference": LatentState({}, 0, 0, {})}),
         ("mask", {"latents": None, "mask": np.zeros((1, 28, 28, 1), np.uint8)}),
         ("mask", {"mask": np.zeros((1, 28, 24, 1), np.uint8)}),
         ("mask", {"mask": np.zeros((1, 28, 28, 1), np.float32)}),
@@ -190,6 +203,7 @@ def test_what_cannot_begin_is_named(flux_card: ModelCard, field: str, how: dict[
         "latents": flux_card.encode_image(noisy_picture(28, 28), seed=3),
         **how,
     }
+    assert REFERENCE not in flux_card.operations
     with pytest.raises(ShapeRefused) as refused:
         flux_card.begin(**arguments)
     assert refused.value.field == field and refused.value.allowed

@@ -45,11 +45,12 @@ WORDS = ("[PAD]", "[UNK]", "a", "red", "blue", "fox", "boat", "on", "the", "sea"
 
 @dataclass(frozen=True)
 class Start:
-    """A picture to begin from, uint8 [1, H, W, 3], and what is made anew of it."""
+    """Pictures that a job begins with, uint8 [1, H, W, 3]."""
 
-    pixels: NDArray[np.uint8]
-    strength: float
+    pixels: NDArray[np.uint8] | None
+    strength: float = 1.0
     mask: NDArray[np.uint8] | None = None  # [1, H, W, 1]
+    reference: NDArray[np.uint8] | None = None  # a picture to be edited, of any size
 
 
 @dataclass(frozen=True)

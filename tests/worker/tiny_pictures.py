@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
     StableDiffusion3Img2ImgPipeline,
@@ -70,6 +71,23 @@ def sd3_inpaint(folder: Path, strength: float = STRENGTH) -> Reference:
     return replace(begun_as_stock, frames=(images * 255).round().astype(np.uint8))
 
 
+def flux_kontext(folder: Path, width: int = 28, height: int = 20) -> Reference:
+    """Flux that edits a picture of that size; the result has 28x28 px."""
+    plain = flux_reference(folder)
+    pipeline = FluxKontextPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    settings, pixels = plain.settings, noisy_picture(width, height)
+    arguments = {
+        "image": Image.fromarray(pixels[0]),
+        "max_sequence_length": TEXT_TOKENS,
+        "max_area": settings["width"] * settings["height"],
+        "_auto_resize": False,
+        **of_pipeline(settings),
+    }
+    return drawn(pipeline, plain, arguments, Start(None, reference=pixels))
+
+
 def qwen_img2img(folder: Path, strength: float = STRENGTH) -> Reference:
     """Qwen-Image that begins from a picture."""
     return begun(qwen_reference(folder), QwenImageImg2ImgPipeline, strength)
@@ -99,10 +117,16 @@ def begun(plain: Reference, kind: Any, strength: float, masked: bool = False) ->
         arguments["negative_prompt"] = settings["negative_prompt"]
     if "Qwen" in kind.__name__:
         arguments["true_cfg_scale"] = arguments.pop("guidance_scale")
-    latents = pipeline(**arguments, generator=generator(settings), output_type="latent").images
-    images = pipeline(**arguments, generator=generator(settings), output_type="np").images
+    return drawn(pipeline, plain, arguments, start)
+
+
+def drawn(pipeline: Any, plain: Reference, arguments: dict[str, Any], start: Start) -> Reference:
+    """The pipeline's latents and picture."""
+    seed = plain.settings
+    latents = pipeline(**arguments, generator=generator(seed), output_type="latent").images
+    images = pipeline(**arguments, generator=generator(seed), output_type="np").images
     frames = (images * 255).round().astype(np.uint8)
-    return Reference(plain.folder, settings, latents, frames, start)
+    return Reference(plain.folder, seed, latents, frames, start)
 
 
 def noisy_picture(width: int, height: int, seed: int = 3) -> NDArray[np.uint8]:

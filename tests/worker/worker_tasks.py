@@ -83,9 +83,16 @@ def first_state(card: ModelCard, settings: dict[str, Any], start: Start | None) 
     if start is None:
         return card.encode(**settings)
     asked = Asked(**settings)
-    embeddings, latents = card.embed(asked), card.encode_image(start.pixels, asked.seed)
-    embeddings, latents = (LatentState.from_bytes(a.to_bytes()) for a in (embeddings, latents))
-    return card.begin(embeddings, asked, latents, start.strength, start.mask)
+    embeddings = _travelled(card.embed(asked))
+    latents, reference = (
+        None if pixels is None else _travelled(card.encode_image(pixels, asked.seed))
+        for pixels in (start.pixels, start.reference)
+    )
+    return card.begin(embeddings, asked, latents, start.strength, start.mask, reference)
+
+
+def _travelled(artifact: LatentState) -> LatentState:
+    return LatentState.from_bytes(artifact.to_bytes())
 
 
 def offer(member: Member, job: str) -> None:
