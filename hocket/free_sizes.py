@@ -40,6 +40,11 @@ def nearest(info: ModelInfo, width: int, height: int) -> tuple[int, int]:
     return width, height
 
 
+def scaled(info: ModelInfo, width: int, height: int, scale: float) -> tuple[int, int]:
+    """The next size that the model takes at or below `scale` times one that it takes."""
+    return _down(info, width * scale), _down(info, height * scale)
+
+
 def described(info: ModelInfo) -> str:
     """In words: "16 to 2048 in steps of 16, at most 4194304 pixels"."""
     return f"{described_side(info)}, at most {info.pixels_max} pixels"
