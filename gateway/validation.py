@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from gateway.workflows import requests as workflow_requests
 from gateway.workflows.names import WantedWorkflow
-from hocket import frame_counts, media_types
+from hocket import frame_counts, free_sizes, media_types
 from hocket.errors import InvalidRequest, Violation
 from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
 from hocket.v1.types_pb2 import Commitment, GenerationSpec, OnMiss, Shape
@@ -158,6 +158,8 @@ def _complete_shape(spec: GenerationSpec, model: ModelInfo, violations: _Violati
         allowed = f"{frame_counts.described(model.frames)}; nearest: {near}"
         violations.add("spec.shape.frames", shape.frames, allowed)
         shape.frames = near  # what else is wrong is told beside a number that is right
+    if free_sizes.are_free(model) and not _is_recommended(model, shape):
+        _check_size(model, shape, violations)
     offered = _offered(model, shape)
     served = next((s for s in offered if _size(s) == _size(shape)), None)
     if served is None:
@@ -175,11 +177,39 @@ def serves(model: ModelInfo, shape: Shape) -> bool:
 
 
 def _offered(model: ModelInfo, shape: Shape) -> Sequence[Shape]:
-    """The model's shapes; with as many frames as `shape` where their number is free."""
+    """The model's shapes; with the size of `shape`, and as many frames, where these are free."""
+    offered: Sequence[Shape] = model.shapes
+    if free_sizes.are_free(model) and free_sizes.takes(model, shape.width, shape.height):
+        size = {"width": shape.width, "height": shape.height}
+        offered = [Shape(**size, frames=s.frames, fps=s.fps) for s in offered]
     if not model.HasField("frames"):
-        return model.shapes
+        return offered
     frames = shape.frames
-    return [Shape(width=s.width, height=s.height, frames=frames, fps=s.fps) for s in model.shapes]
+    return [Shape(width=s.width, height=s.height, frames=frames, fps=s.fps) for s in offered]
+
+
+def _is_recommended(model: ModelInfo, shape: Shape) -> bool:
+    return any((s.width, s.height) == (shape.width, shape.height) for s in model.shapes)
+
+
+def _check_size(model: ModelInfo, shape: Shape, violations: _Violations) -> None:
+    """Where sizes are free; a wrong one is replaced, so that what else is wrong is told beside."""
+    if free_sizes.takes(model, shape.width, shape.height):
+        return
+    width, height = free_sizes.nearest(model, shape.width, shape.height)
+    near = f"nearest: {width}x{height}"
+    wrong = [
+        (field, side)
+        for field, side in (("width", shape.width), ("height", shape.height))
+        if not free_sizes.takes_side(model, side)
+    ]
+    for field, side in wrong:
+        allowed = f"{free_sizes.described_side(model)}; {near}"
+        violations.add(f"spec.shape.{field}", side, allowed)
+    if not wrong:  # each side is right, but not together
+        size = f"{shape.width}x{shape.height}"
+        violations.add("spec.shape", size, f"at most {model.pixels_max} pixels; {near}")
+    shape.width, shape.height = width, height
 
 
 def _complete_media_type(spec: GenerationSpec, violations: _Violations) -> None:

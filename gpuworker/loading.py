@@ -22,6 +22,7 @@ import transformers
 
 from gpuworker.folders.files import check_component, read_json, weight_files
 from gpuworker.folders.identity import FileDigests, part_id
+from gpuworker.folders.limits import limited
 from gpuworker.folders.source import INDEX, LoadError, located
 from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import ModelCard, ModelRefused
@@ -111,9 +112,11 @@ def load_card(
     if family in _LATENTS_ALONE:
         _check_latents_alone(asked, parts)
     try:
-        return _FAMILIES[family](model, parts, card, device)
+        made = _FAMILIES[family](model, parts, card, device)
+        made.facts = limited(made.facts, card)
     except ModelRefused as refused:
         raise LoadError(asked, refused.part, refused.reason) from refused
+    return made
 
 
 def _check_index(source: str, named: Mapping[str, list[str]]) -> None:

@@ -305,12 +305,17 @@ def model_info(
         types_pb2.Shape(width=w, height=h, frames=facts.frames_default, fps=facts.fps)
         for w, h in facts.sizes or (facts.size_default,)
     ]
+    free = not facts.sizes
     return generation_pb2.ModelInfo(
         name=facts.name,
         family=facts.family,
         workflows=facts.workflows,
         shapes=shapes,
         frames=_frame_counts(facts),
+        size_multiple=facts.size_multiple if free else 0,
+        size_min=facts.size_min if free else 0,
+        size_max=facts.size_max if free else 0,
+        pixels_max=facts.pixels_max or facts.size_max**2 if free else 0,
         steps_min=facts.steps_min,
         steps_max=facts.steps_max,
         steps_default=facts.steps_default,

@@ -206,7 +206,7 @@ class WeightStore:
             self._in_use = demand
             arrivals = self._touch(demand.node)
         try:
-            yield tuple(_told(arrival, waited) for arrival in arrivals)
+            yield _told(arrivals, waited)
         finally:
             if self._thread is not None and self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()  # it may be freed from now on
@@ -381,6 +381,11 @@ def _worth(part: PartId, demand: MemoryDemand, later: dict[PartId, Order]) -> tu
     return (part not in demand.evict, *soon)
 
 
-def _told(arrival: SideNote, waited_ns: int) -> SideNote:
-    attributes = {**arrival.attributes, spans.WAITED_US: waited_ns // 1000}
-    return SideNote(arrival.name, arrival.start_unix_ns, arrival.end_unix_ns, attributes)
+def _told(arrivals: Sequence[SideNote], waited_ns: int) -> tuple[SideNote, ...]:
+    """With what was waited for all of them, at the last one: readers add it up."""
+    told = []
+    for number, note in enumerate(arrivals, 1):
+        waited_us = waited_ns // 1000 if number == len(arrivals) else 0
+        attributes = {**note.attributes, spans.WAITED_US: waited_us}
+        told.append(SideNote(note.name, note.start_unix_ns, note.end_unix_ns, attributes))
+    return tuple(told)

@@ -82,6 +82,7 @@ class CardFacts:
     branches_above: float = (
         1.0  # of true CFG: with a higher guidance scale, a step has two branches
     )
+    pixels_max: int = 0  # width times height at most; 0: size_max times size_max
 
     def check(
         self, width: int, height: int, frames: int, steps: int, guidance_scale: float
@@ -111,6 +112,8 @@ class CardFacts:
             if side % self.size_multiple or not self.size_min <= side <= self.size_max:
                 allowed = f"{self.size_min}..{self.size_max}, multiples of {self.size_multiple}"
                 raise ShapeRefused(field, side, allowed)
+        if self.pixels_max and not self.sizes and width * height > self.pixels_max:
+            raise ShapeRefused("size", f"{width}x{height}", f"at most {self.pixels_max} pixels")
 
 
 class Asked(NamedTuple):

@@ -32,6 +32,7 @@ _TEXT_TOKENS_MIN = 8  # so that a group of eight can split them
 _CLIP_TOKENS = 77
 _LAYERS_SKIPPED = 2  # of the language model, at its end
 _SIZE_MAX = 1280
+_PIXELS_MAX = 1280 * 720  # of a frame, as its authors recommend at most
 _FRAMES_MAX = 129  # which it was made for, and its default
 
 
@@ -83,6 +84,7 @@ class HunyuanVideoCard(DiffusersCard):
             size_multiple=multiple,
             size_min=multiple,
             size_max=_SIZE_MAX // multiple * multiple,
+            pixels_max=_PIXELS_MAX,
             size_default=(1280 // multiple * multiple, 720 // multiple * multiple),
             frames_max=frames.most,
             frames_multiple=frames.multiple,

@@ -30,6 +30,7 @@ from gpuworker.state import LatentState
 _TEXT_TOKENS = 128
 _SIZE_MULTIPLE = 32  # asked for by the pipeline, whatever the VAE's factor is
 _SIZE_MAX = 1280
+_PIXELS_MAX = 1280 * 720  # of a frame, as its authors recommend at most
 _FRAMES_MAX, _FRAMES_DEFAULT = 257, 161  # as its authors advise, and the pipeline's own
 _FRAMES_PER_S = 25.0  # card.json: "frame_rate"
 
@@ -97,6 +98,7 @@ class LTXCard(DiffusersCard):
             size_multiple=multiple,
             size_min=multiple,
             size_max=_SIZE_MAX,
+            pixels_max=_PIXELS_MAX,
             size_default=(704 // multiple * multiple, 512 // multiple * multiple),
             frames_max=frames.most,
             frames_multiple=frames.multiple,

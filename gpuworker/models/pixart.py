@@ -88,6 +88,7 @@ class PixArtCard(DiffusersCard):
             size_multiple=multiple,
             size_min=_SIDE_TOKENS_MIN * multiple,
             size_max=2 * side,  # the longest side that it was trained with: 4:1 on the same area
+            pixels_max=side * side,
             size_default=(side, side),
             frames_max=1,
             frames_multiple=1,

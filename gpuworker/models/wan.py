@@ -27,6 +27,7 @@ from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 512
 _SIZE_MAX = 1280
+_PIXELS_MAX = 1280 * 720  # of a frame, as its authors recommend at most
 _FRAMES_MAX, _FRAMES_DEFAULT = 121, 81  # made for 81; no limit is documented but 4 k + 1
 _TILED_OVER_PX = 1280 * 720  # a frame's, for the decoder; card.json may say otherwise
 
@@ -84,6 +85,7 @@ class WanCard(DiffusersCard):
             size_multiple=multiple,
             size_min=multiple,
             size_max=_SIZE_MAX,
+            pixels_max=_PIXELS_MAX,
             size_default=(832 // multiple * multiple, 480 // multiple * multiple),
             frames_max=frames.most,
             frames_multiple=frames.multiple,

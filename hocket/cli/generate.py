@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from hocket import media_types
+from hocket import free_sizes, media_types
 from hocket.cli.common import (
     Address,
     CommandSettings,
@@ -154,7 +154,7 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
             info.name,
             str(info.workers) if info.HasField("workers") else "",
             " ".join(info.workflows),
-            " ".join(shape_name(shape) for shape in info.shapes),
+            sizes_offered(info),
             frames_offered(info),
             f"{info.steps_min}-{info.steps_max} ({info.steps_default})",
             f"{info.guidance_kind} {info.guidance_default:g}",
@@ -180,6 +180,12 @@ def shape_name(shape: Shape) -> str:
     if shape.frames <= 1:
         return size
     return f"{size}x{shape.frames}" + (f"@{shape.fps}" if shape.fps else "")
+
+
+def sizes_offered(info: ModelInfo) -> str:
+    """Its shapes; where sizes are free, also their limits."""
+    named = " ".join(shape_name(shape) for shape in info.shapes)
+    return f"{named} (or {free_sizes.described(info)})" if free_sizes.are_free(info) else named
 
 
 def frames_offered(info: ModelInfo) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 
+from hocket import free_sizes
 from hocket.errors import Violation
 from hocket.v1.generation_pb2 import ModelInfo
 from hocket.v1.types_pb2 import Shape
@@ -19,7 +20,9 @@ from hocket.workflows.graph import WorkflowGraph
 
 
 def multiple_of(model: ModelInfo) -> int:
-    """What a model's widths and heights are multiples of, as far as its shapes tell; at least 1."""
+    """What a model's widths and heights are multiples of, as far as it tells; at least 1."""
+    if free_sizes.are_free(model):
+        return model.size_multiple
     return max(1, math.gcd(*(side for s in model.shapes for side in (s.width, s.height))))
 
 

@@ -153,6 +153,10 @@ def test_a_load_for_one_model_counts_for_the_other(
         assert modules["clip-b"].weight.numel() == 0
     store.evict_others(keep=SD3)
     assert resident(store) == {"t5"}
+    store.evict_others(keep=("", ""))
+    with store.use(demand(3, FLUX)) as told:
+        waited = [int(note.attributes["hocket.waited_us"]) for note in told]
+        assert len(waited) == 2 and waited[0] == 0 < waited[1], "reports add it up"
 
 
 async def test_all_parts_of_a_node_come_and_a_wanted_one_stays(

@@ -70,9 +70,10 @@ class Demand:
         for tracked in self._ledger.tracked.values():
             self._inside(tracked, now_us, best_effort_us)
         for request, count in newcomers:
-            for gpu, share in self._shares(request):
-                whole_us = self._price(request, gpu).whole_us(request.steps)
-                self._pool(request.model, gpu).arrived_us += share * count * whole_us
+            for leg in self._ledger.enter(request):
+                for gpu, share in self._shares(leg):
+                    whole_us = self._price(leg, gpu).whole_us(leg.steps)
+                    self._pool(leg.model, gpu).arrived_us += share * count * whole_us
         return self.pools
 
     def _inside(self, tracked: Tracked, now_us: int, best_effort_us: int) -> None:
@@ -80,15 +81,22 @@ class Demand:
         due_us = tracked.progressed_us + best_effort_us if deadline_us is None else deadline_us
         for gpu, share in self._shares(request):
             price, pool = self._price(request, gpu), self._pool(request.model, gpu)
-            left_us = _left_us(tracked, price)
+            later_us = self._later_us(tracked, gpu)
+            left_us = _left_us(tracked, price) + later_us
             pool.due.append((due_us - now_us, round(share * left_us)))
             pool.requests += 1
             pool.waiting += request.model not in self._able
             if deadline_us is not None:
                 pool.with_deadline += 1
-                hopeless = tracked.arrived_us + price.whole_us(request.steps) / price.widest
+                whole_us = price.whole_us(request.steps) + later_us
+                hopeless = tracked.arrived_us + whole_us / price.widest
                 lost = now_us + left_us / price.widest > deadline_us
                 pool.late += lost and hopeless <= deadline_us
+
+    def _later_us(self, tracked: Tracked, gpu: str) -> int:
+        """Of the passes behind the one that a request is in, on workers of that kind."""
+        later = tracked.legs[tracked.workflow.at + 1 :]
+        return sum([self._price(leg, gpu).whole_us(leg.steps) for leg in later])
 
     def _pool(self, model: str, gpu: str) -> PoolWork:
         return self.pools.setdefault((model, gpu), PoolWork())
