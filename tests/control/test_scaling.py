@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,12 +14,14 @@ from control.scaling.hysteresis import PoolScaler, Wanted
 from control.scaling.need import Due, PoolDemand
 from control.scaling.pools import Outcomes, PoolKey, Pools
 from control.scaling.settings import ScalingSettings
+from control.scaling.signal import WakeSettings
 from control.scheduler.core import Scheduler
 from control.scheduler.outlook.demand import PoolWork
 from control.scheduler.settings import Settings
 from control.scheduler.times.profile import Profile
 from control.scheduler.values import Arrived, ModelFacts, Request, Shape, WorkerUp
-from hocket.v1 import control_pb2, generation_pb2, mesh_pb2
+from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
+from tests.control.stage import running, submit_of
 
 SECOND_US = 1_000_000
 PLAIN = ScalingSettings()
@@ -109,7 +113,7 @@ def test_late_requests_want_more_once_in_a_start() -> None:
     told = [wanted.workers for wanted in steps([late] * 200)]
     assert told[30] > 4, "more than the load explains"
     changes = [n for n in range(1, 200) if told[n] != told[n - 1]]
-    assert all(b - a >= 60 for a, b in zip(changes[2:], changes[3:], strict=False))
+    assert all(b - a >= 60 for a, b in pairwise(changes[2:]))
     calm = steps([busy(4, 2.0)] * 600)
     assert calm[-1].workers < told[-1] and calm[-1].late_share == 0.0
 
@@ -170,6 +174,56 @@ def test_the_scheduler_tells_work_by_kind_of_gpu() -> None:
     assert round(small.arrived_us + large.arrived_us) == 2 * whole_us
     assert works["asleep", "old"].waiting == 1 and small.waiting == 0
     assert works["asleep", "old"].due[0][0] == SECOND_US - 9
+
+
+async def test_a_model_without_workers_refuses_unless_requests_may_wake_it() -> None:
+    async with running() as stage:
+        await stage.beat("w1", models=[generation_pb2.ModelInfo(name="other", degrees=[1])])
+        await stage.beat(leaving=True)
+        state = await anext(aiter(stage.desk.view.watch()))
+        assert [(m.name, m.workers) for m in state.models] == [("other", 1), ("m", 0)]
+        answer = asyncio.ensure_future(stage.desk.admission.submit(submit_of("r")))
+        await stage.until(answer.done)
+        assert answer.result().rejected.reason == "MODEL_NOT_SERVED"
+
+
+async def test_a_request_wakes_a_model_and_waits_for_so_long() -> None:
+    """It is told the finish of a worker that has to start, counts as waiting, and runs when one
+    came; another ends at its deadline, a third one after the wait that the operator set.
+    """
+    wake = WakeSettings(models=True, wait_us=40 * SECOND_US)
+    async with running(wake=wake, scaling=EMPTYING) as stage:
+        gateway, signal = stage.attach(), stage.desk.signal
+        await stage.beat(leaving=True)
+        stage.own(signal.run())
+        await stage.advance(SECOND_US)
+        pool = {status.model: status for status in signal.statuses()}["m"]
+        assert (pool.workers, pool.wanted) == (0, 0), "nobody asks"
+        soon = types_pb2.Slo(deadline_us=20 * SECOND_US)
+        firm = types_pb2.Slo(deadline_us=20 * SECOND_US, on_miss=types_pb2.ON_MISS_REJECT)
+        for call, (name, slo) in enumerate((("runs", None), ("late", soon), ("no", firm)), 1):
+            stage.submit(gateway, name, call=call, slo=slo)
+        await stage.until(lambda: len(gateway.answers) == 3)
+        accepted = gateway.answers[1].accepted
+        assert accepted.predicted_latency_us > 60 * SECOND_US
+        assert not gateway.answers[2].accepted.predicted_on_time
+        refusal = gateway.answers[3].rejected
+        assert refusal.reason == "DEADLINE_UNATTAINABLE" and refusal.retry_after_us == 0
+        await stage.advance(2 * SECOND_US)
+        pool = {status.model: status for status in signal.statuses()}["m"]
+        assert pool.wanted >= 1 and pool.requests == 2
+        await stage.advance(20 * SECOND_US)
+        failed = gateway.events("late")[-1].failed
+        assert failed.reason == "NO_WORKERS" and "'m' came within 20 s" in failed.message
+        await stage.beat(incarnation="b")
+        await stage.work()
+        assert gateway.kinds("runs")[-1] == "finished"
+        await stage.beat(incarnation="b", leaving=True)
+        stage.submit(gateway, "waits", call=4)
+        await stage.advance(39 * SECOND_US)
+        assert not gateway.events("waits")
+        await stage.advance(3 * SECOND_US)
+        assert gateway.events("waits")[-1].failed.reason == "NO_WORKERS"
 
 
 def beat(worker: str, *models: str, gpu: str = "g") -> mesh_pb2.Heartbeat:
