@@ -55,10 +55,10 @@ class ControlSettings(Common, frozen=True, kw_only=True):
     # The scaling signal: see docs/operate/scaling.md.
     pool_min: Count = 0  # workers wanted of a pool at least …
     pool_max: Count = 1_000  # … and at most
-    pool_utilisation: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.75
+    pool_utilisation: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8
     pool_start_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0  # until a new worker's first step
     pool_drain_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0  # then a queue is gone so soon
-    pool_quiet_s: Annotated[float, msgspec.Meta(ge=0)] = 240.0  # before workers go
+    pool_quiet_s: Annotated[float, msgspec.Meta(ge=0)] = 180.0  # before workers go
     pool_idle_s: Annotated[float, msgspec.Meta(ge=0)] = 900.0  # before the last one goes
     wake_models: bool = False  # requests for a model without a worker are accepted, and wait …
     wake_wait_s: Annotated[float, msgspec.Meta(gt=0)] = 600.0  # … so long, without a deadline

@@ -30,6 +30,7 @@ from control.leading.promises import Deposed, Promises, open_stream
 from control.leading.replicas import LEADER, Replicas
 from control.leading.standby import Standby
 from control.leading.term import Parts, Term, build_scheduler
+from control.scaling.pools import PoolReading
 from control.workers.intake import SERVICE
 from control.workers.leases import Leases
 from hocket.cancelling import end_if_cancelled
@@ -42,6 +43,7 @@ from hocket.messaging.leader import LEADER_KEY, LeaderWatch
 from hocket.messaging.stores import LeasedKey, Log
 from hocket.rpc.channels import SERVER_OPTIONS
 from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
+from hocket.tracing.metrics import GaugeValue
 from hocket.tracing.telemetry import Telemetry
 from hocket.v1 import control_pb2_grpc, mesh_pb2
 
@@ -133,6 +135,7 @@ class Replica:
             ttl_us=self._settings.leader_ttl_us,
         )
         await self._hear()
+        self._measure()
         self._announce(address, STANDBY)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -206,6 +209,45 @@ class Replica:
             self._announce(address, STANDBY)
             await self._not_serving()
             await term.close()
+
+    def _measure(self) -> None:
+        """Gauges of the leader's pools; a standby has none."""
+
+        def pools(figure: Callable[[PoolReading], float]) -> Callable[[], list[GaugeValue]]:
+            def read() -> list[GaugeValue]:
+                term = self._term
+                found = () if term is None else term.desk.signal.readings
+                return [
+                    GaugeValue(figure(r), {"model": r.key.model, "gpu": r.key.gpu}) for r in found
+                ]
+
+            return read
+
+        add = self._told.gauges.add
+        add(
+            "hocket.pool.workers.wanted",
+            "{worker}",
+            "Workers wanted, by model and kind of GPU; without a model: of the kind in all.",
+            pools(lambda r: r.wanted.workers),
+        )
+        add(
+            "hocket.pool.workers",
+            "{worker}",
+            "Workers that live and take work.",
+            pools(lambda r: r.demand.workers),
+        )
+        add(
+            "hocket.pool.work",
+            "s",
+            "What one worker would take for all requests inside.",
+            pools(lambda r: r.demand.work_us / 1e6),
+        )
+        add(
+            "hocket.pool.late_share",
+            "1",
+            "Of requests with a deadline, those that were or will be late.",
+            pools(lambda r: r.wanted.late_share),
+        )
 
     def _announce(self, address: str, role: str) -> None:
         """Tells other processes of this state folder."""

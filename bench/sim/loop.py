@@ -116,11 +116,16 @@ class Loop:
         if self._checker:
             self._checker.inside((j.request for j in self.scheduler.jobs()), self.now_us)
 
+    def next_us(self) -> int | None:
+        """When something happens next; None: never."""
+        coming_us = self._coming[0][0] if self._coming else None
+        times = (self._workers.next_us(), self._wake_us, coming_us)
+        return min((t for t in times if t is not None), default=None)
+
     def instant(self) -> bool:
         """All that happens at the next instant; false when nothing is left to happen."""
         coming, workers, scheduler = self._coming, self._workers, self.scheduler
-        times = (workers.next_us(), self._wake_us, coming[0][0] if coming else None)
-        at_us = min((t for t in times if t is not None), default=None)
+        at_us = self.next_us()
         if at_us is None:
             return False
         now_us = self.now_us = max(self.now_us, at_us)

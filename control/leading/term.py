@@ -16,6 +16,7 @@ import msgspec
 from grpc_health.v1 import health
 
 from control.admission import AdmissionSettings
+from control.catalogue_store import CatalogueStore
 from control.config import (
     ControlSettings,
     best_effort_wait_us_max,
@@ -111,6 +112,7 @@ class Term:
                 ),
             )
         )
+        self.models = CatalogueStore(bus, parts.subjects)
         self.intake = self.desk.intake(self._superseded, parts.health)
 
     @classmethod
@@ -138,6 +140,7 @@ class Term:
         term = cls(parts, promises, journal, store, scheduler)
         book.prune(promises.fence.unix_us, settings.retention_s * 1_000_000, settings.ended_max)
         desk = term.desk
+        await term.models.load(desk.signal.catalogue)
         recover(
             book,
             promises,
@@ -176,6 +179,7 @@ class Term:
                 tasks.create_task(garbage.keep(self.parts.clock, self._is_idle))
                 tasks.create_task(self._check())
                 tasks.create_task(self.desk.signal.run())
+                tasks.create_task(self.models.keep(self.desk.signal.catalogue, self.parts.clock))
                 tasks.create_task(self._store.keep(self.desk.driver.ask, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
                 tasks.create_task(self._keep_media_bucket())

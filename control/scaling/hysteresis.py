@@ -65,12 +65,14 @@ class PoolScaler:
     _asked: deque[tuple[int, int]] = field(default_factory=deque)  # wanted, where it changed
     _fast: Average = field(init=False)
     _slow: Average = field(init=False)
+    _work: Average = field(init=False)
     _decided: Average = field(init=False)
     _missed: Average = field(init=False)
 
     def __post_init__(self) -> None:
         s = self.settings
         self._fast, self._slow = Average(s.fast_us, s.fast_us), Average(s.slow_us, s.fast_us)
+        self._work = Average(s.slow_us, s.fast_us)
         self._decided, self._missed = Average(s.fast_us, s.fast_us), Average(s.fast_us, s.fast_us)
 
     def step(self, demand: PoolDemand, now_us: int) -> Wanted:
@@ -81,17 +83,18 @@ class PoolScaler:
         self._at_us = now_us
         if demand.due or demand.arrived_us or demand.requests:
             self._busy_us = now_us
-        self._fast.add(demand.arrived_us, passed_us)
-        self._slow.add(demand.arrived_us, passed_us)
+        self._fast.add(demand.arrived, passed_us)
+        self._slow.add(demand.arrived, passed_us)
+        self._work.add(demand.arrived_us, passed_us)
         self._decided.add(demand.decided, passed_us)
         self._missed.add(demand.missed, passed_us)
-        offered = forecast(self._fast.value, self._slow.value, self.settings)
+        offered = self._offered()
         present = self._present(demand.workers, now_us)
         load = by_load(offered, self.settings)
         queue = by_queue(demand.due, offered, present, self.settings)
         share = self._late_share(demand)
-        late = self._by_lateness(demand, load + queue, share, now_us)
-        needed, reason = load + queue, "queue" if queue > load else "load"
+        needed, reason = (queue, "queue") if queue > load else (load, "load")
+        late = self._by_lateness(demand, needed, share, now_us)
         if late > needed:
             needed, reason = late, "late"
         if demand.waiting and needed < 1:
@@ -100,6 +103,14 @@ class PoolScaler:
         if not self._asked or self._asked[-1][1] != wanted.workers:
             self._asked.append((now_us, wanted.workers))
         return wanted
+
+    def _offered(self) -> float:
+        """Arriving work, in workers. How many come is averaged over a short time, how much work
+        each is over a long one: single large requests are no rise of the load.
+        """
+        fast, slow = self._fast.value, self._slow.value
+        each_us = self._work.value / slow if slow else 0.0
+        return forecast(fast, slow, self.settings) * each_us
 
     def _begin(self, demand: PoolDemand, now_us: int) -> None:
         """What is there is held for the quiet time: whoever asked for it knew more."""

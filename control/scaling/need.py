@@ -2,15 +2,16 @@
 
     load     work that arrives, as it will be when a worker that is asked for now is there,
              over the part of a worker's time that it may take
-    queue    what is inside then, over the time until it is due:
+    queue    that work, and what is inside then, over the time until it is due:
 
              work due ▲           inside at `start_us`: work(t) + (load - present) * start_us
-             until t  │        ╱  needed beside the load: that / (t - start_us), the most of all t
+             until t  │        ╱  needed: load + that / (t - start_us), the most of all t
                       │   ____╱
                       └───┴─────▶ t    t is not before start_us + drain_us: nobody who is asked for
                        start_us        now can help sooner
 
-The queue is a fluid that all workers share: requests may be split, moved and paused.
+The larger of the two is needed. The queue is a fluid that all workers share: requests may be split,
+moved and paused.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class PoolDemand:
     """What is asked of a pool, at one moment."""
 
     workers: int  # that live and take work
-    arrived_us: int = 0  # work that arrived since the moment before; refused as late included
+    arrived: float = 0.0  # requests since the moment before; refused as late included …
+    arrived_us: int = 0  # … and their work
     due: Sequence[Due] = ()
     requests: int = 0  # inside
     with_deadline: int = 0  # of those, the ones with a deadline …
@@ -57,7 +59,7 @@ def by_load(offered: float, settings: ScalingSettings) -> float:
 def by_queue(
     due: Sequence[Due], offered: float, present: float, settings: ScalingSettings
 ) -> float:
-    """Workers beside those for the load, so that what is inside is done when it is due.
+    """Workers that keep up with what arrives, and have what is inside done when it is due.
 
     `present`: workers from now on, on average, until one that is asked for now is there.
     """
@@ -71,7 +73,7 @@ def by_queue(
         if not is_last and ordered[number + 1].left_us <= soonest_us:
             continue
         span_us = max(left_us, soonest_us) - settings.start_us
-        needed = max(needed, (inside_us + grown_us) / span_us)
+        needed = max(needed, offered + (inside_us + grown_us) / span_us)
     return needed
 
 

@@ -84,6 +84,7 @@ def _demand(work: PoolWork | None, outcomes: Outcomes | None) -> PoolDemand:
         return PoolDemand(workers=0, decided=told.decided, missed=told.missed)
     return PoolDemand(
         workers=work.workers,
+        arrived=work.arrived,
         arrived_us=round(work.arrived_us),
         due=[Due(*each) for each in work.due],
         requests=work.requests,
@@ -99,6 +100,7 @@ def _together(models: Sequence[PoolDemand], whole: PoolWork | None) -> PoolDeman
     """Of all models of a kind of GPU."""
     return PoolDemand(
         workers=0 if whole is None else whole.workers,
+        arrived=sum(each.arrived for each in models),
         arrived_us=sum(each.arrived_us for each in models),
         due=[due for each in models for due in each.due],
         requests=sum(each.requests for each in models),

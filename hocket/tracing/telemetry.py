@@ -1,4 +1,4 @@
-"""Spans and logs of one process.
+"""Spans, logs and gauges of one process.
 
 Every span goes to a local file (`hocket.tracing.span_file`), and by OTLP to wherever
 OTEL_EXPORTER_OTLP_ENDPOINT points. Log lines go to stderr: one JSON object a line with the trace id
@@ -39,6 +39,7 @@ from opentelemetry.util.types import AttributeValue
 from hocket.config import otlp_endpoint
 from hocket.rpc.server_spans import ServerSpans
 from hocket.rpc.server_streams import StreamsInOneTask
+from hocket.tracing import metrics
 from hocket.tracing.span_file import SpanFile
 
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}$")
@@ -61,7 +62,8 @@ def setup(service: str, instance: str, state_dir: Path, log_level: str = "info")
     provider.add_span_processor(file)
     if otlp_endpoint():
         provider.add_span_processor(_otlp_processor())
-    return Telemetry(service, instance, provider.get_tracer("hocket"), provider, file, handler)
+    tracer, gauges = provider.get_tracer("hocket"), metrics.setup(resource)
+    return Telemetry(service, instance, tracer, provider, file, handler, gauges)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Telemetry:
     provider: TracerProvider
     file: SpanFile
     log_handler: logging.Handler
+    gauges: metrics.Gauges
 
     def server_interceptors(self, stall_s: float | None = None) -> list[grpc.aio.ServerInterceptor]:
         """Continue the caller's trace in each RPC served; `stall_s`: see `StreamsInOneTask`."""
@@ -85,6 +88,7 @@ class Telemetry:
 
     def close(self) -> None:
         """Writes out what is pending and stops. Calling it twice is no error."""
+        self.gauges.close()
         self.provider.shutdown()
         logging.getLogger().removeHandler(self.log_handler)
 

@@ -17,6 +17,8 @@ from opentelemetry.trace import NoOpTracer
 from control.admission import AdmissionSettings
 from control.desk import Desk, Wiring
 from control.leading.room import no_room
+from control.scaling.settings import ScalingSettings
+from control.scaling.signal import WakeSettings
 from control.scheduler.core import Scheduler
 from control.scheduler.settings import Settings
 from control.scheduler.times.profile import Profile
@@ -136,7 +138,14 @@ class Gateway:
 class Stage:
     """The desk and its ear, on a manual clock."""
 
-    def __init__(self, *, grace_us: int = 10_000_000, **admission: int) -> None:
+    def __init__(
+        self,
+        *,
+        grace_us: int = 10_000_000,
+        wake: WakeSettings | None = None,
+        scaling: ScalingSettings | None = None,
+        **admission: int,
+    ) -> None:
         self.clock = ManualClock(1_000_000)
         self.shelf = Shelf()
         self.wire = Wire()
@@ -154,6 +163,8 @@ class Stage:
                 policy="edf",
                 follower_grace_us=grace_us,
                 admission=AdmissionSettings(**admission),
+                wake=wake or WakeSettings(),
+                scaling=scaling or ScalingSettings(),
             )
         )
         self.intake: Intake = self.desk.intake(lambda _: None)
@@ -294,7 +305,7 @@ def submit_of(
 
 
 @asynccontextmanager
-async def running(**settings: int) -> AsyncIterator[Stage]:
+async def running(**settings: Any) -> AsyncIterator[Stage]:
     """A stage whose parts run, with one worker; a part that fails fails the test."""
     stage = Stage(**settings)
     for part in stage.desk.parts():

@@ -22,7 +22,8 @@ class PoolWork:
     """Requests of one model, as far as one kind of GPU would serve them."""
 
     workers: int = 0  # usable, of this kind, with the model
-    arrived_us: float = 0.0  # work of newcomers
+    arrived: float = 0.0  # newcomers …
+    arrived_us: float = 0.0  # … and their work
     due: list[tuple[int, int]] = field(default_factory=list)  # (time left, work), in µs
     requests: int = 0
     with_deadline: int = 0
@@ -73,7 +74,9 @@ class Demand:
             for leg in self._ledger.enter(request):
                 for gpu, share in self._shares(leg):
                     whole_us = self._price(leg, gpu).whole_us(leg.steps)
-                    self._pool(leg.model, gpu).arrived_us += share * count * whole_us
+                    pool = self._pool(leg.model, gpu)
+                    pool.arrived += share * count
+                    pool.arrived_us += share * count * whole_us
         return self.pools
 
     def _inside(self, tracked: Tracked, now_us: int, best_effort_us: int) -> None:
