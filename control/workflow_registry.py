@@ -29,7 +29,7 @@ from hocket.v1 import journal_pb2
 from hocket.v1.workflows_pb2 import WorkflowSpec
 from hocket.workflows.checking import faults
 from hocket.workflows.content import DIGEST_LEAST, digest_of, is_called, parsed_name
-from hocket.workflows.shipped import is_reserved, shipped
+from hocket.workflows.shipped import faults_of_name, shipped
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +61,7 @@ class WorkflowRegistry:
 
         Raises InvalidRequest with all faults, Refused where there is no room, BrokerUnavailable.
         """
-        violations = faults(spec)
-        if is_reserved(spec.name):
-            told = f"found {spec.name!r}; allowed: a name that is not taken by the software"
-            violations += (Violation("name", told),)
-        if violations:
+        if violations := faults(spec) + faults_of_name(spec.name):
             raise InvalidRequest(violations)
         made = WorkflowSpec()
         made.CopyFrom(spec)
@@ -101,9 +97,8 @@ class WorkflowRegistry:
     async def delete(self, name: str) -> None:
         """Forgets all versions of a name. Raises InvalidRequest, Refused (UNKNOWN_WORKFLOW),
         BrokerUnavailable."""
-        if is_reserved(name):
-            told = f"found {name!r}, which comes with the software; allowed: a registered workflow"
-            raise InvalidRequest((Violation("name", told),))
+        if violations := faults_of_name(name):
+            raise InvalidRequest(violations)
         async with self._turn:
             for _ in range(_TRIES):
                 await self._load()

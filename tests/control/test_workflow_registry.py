@@ -59,7 +59,7 @@ async def test_what_is_refused(
     monkeypatch.setattr(workflow_registry, "NAMES_MAX", 1)
     registry = WorkflowRegistry(bus, subjects)
     for name in ("two-pass", "txt2img"):
-        with pytest.raises(InvalidRequest, match="not taken by the software"):
+        with pytest.raises(InvalidRequest, match="comes with the software"):
             await registry.register(own(name))
     broken = own()
     broken.output = "media.image"
