@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 NAMES_MAX = 256
 VERSIONS_MAX = 16  # of a name; the oldest go
+LISTED_BYTES_MAX = 3 << 20  # of the newest versions together: a list is one message, of 4 MiB
 _TRIES = 3
 
 
@@ -115,9 +116,7 @@ class WorkflowRegistry:
             kept = self._stored.get(made.name, _StoredName((), 0))
             if kept.versions and kept.versions[0].digest == made.digest:
                 return
-            if not kept.versions and self._count() >= NAMES_MAX:
-                told = f"{NAMES_MAX} workflows are registered, the limit of a cluster"
-                raise Refused("TOO_MANY_WORKFLOWS", told)
+            self._check_room(made)
             older = [spec for spec in kept.versions if spec.digest != made.digest]
             if await self._write(made.name, (made, *older)[:VERSIONS_MAX], kept.revision):
                 log.info("registered the workflow %s, %s", made.name, made.digest)
@@ -168,8 +167,19 @@ class WorkflowRegistry:
             found[name] = _StoredName(tuple(versions), entry.sequence)
         self._stored, self._log = found, stored
 
-    def _count(self) -> int:
-        return sum(bool(kept.versions) for kept in self._stored.values())
+    def _check_room(self, made: WorkflowSpec) -> None:
+        others = [
+            kept.versions[0]
+            for name, kept in self._stored.items()
+            if kept.versions and name != made.name
+        ]
+        told = ""
+        if len(others) >= NAMES_MAX:
+            told = f"{NAMES_MAX} workflows are registered, the limit of a cluster"
+        elif made.ByteSize() + sum(spec.ByteSize() for spec in others) > LISTED_BYTES_MAX:
+            told = f"the workflows take {LISTED_BYTES_MAX} bytes together, the limit of a cluster"
+        if told:
+            raise Refused("TOO_MANY_WORKFLOWS", told)
 
     async def _unknown(self, name: str) -> Refused:
         known = ", ".join(spec.name for spec in await self.all())
