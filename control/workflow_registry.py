@@ -29,12 +29,13 @@ from hocket.v1 import journal_pb2
 from hocket.v1.workflows_pb2 import WorkflowSpec
 from hocket.workflows.checking import faults
 from hocket.workflows.content import DIGEST_LEAST, digest_of, is_called, parsed_name
-from hocket.workflows.shipped import is_reserved, shipped
+from hocket.workflows.shipped import faults_of_name, shipped
 
 log = logging.getLogger(__name__)
 
 NAMES_MAX = 256
 VERSIONS_MAX = 16  # of a name; the oldest go
+LISTED_BYTES_MAX = 3 << 20  # of the newest versions together: a list is one message, of 4 MiB
 _TRIES = 3
 
 
@@ -61,11 +62,7 @@ class WorkflowRegistry:
 
         Raises InvalidRequest with all faults, Refused where there is no room, BrokerUnavailable.
         """
-        violations = faults(spec)
-        if is_reserved(spec.name):
-            told = f"found {spec.name!r}; allowed: a name that is not taken by the software"
-            violations += (Violation("name", told),)
-        if violations:
+        if violations := faults(spec) + faults_of_name(spec.name):
             raise InvalidRequest(violations)
         made = WorkflowSpec()
         made.CopyFrom(spec)
@@ -101,9 +98,8 @@ class WorkflowRegistry:
     async def delete(self, name: str) -> None:
         """Forgets all versions of a name. Raises InvalidRequest, Refused (UNKNOWN_WORKFLOW),
         BrokerUnavailable."""
-        if is_reserved(name):
-            told = f"found {name!r}, which comes with the software; allowed: a registered workflow"
-            raise InvalidRequest((Violation("name", told),))
+        if violations := faults_of_name(name):
+            raise InvalidRequest(violations)
         async with self._turn:
             for _ in range(_TRIES):
                 await self._load()
@@ -120,9 +116,7 @@ class WorkflowRegistry:
             kept = self._stored.get(made.name, _StoredName((), 0))
             if kept.versions and kept.versions[0].digest == made.digest:
                 return
-            if not kept.versions and self._count() >= NAMES_MAX:
-                told = f"{NAMES_MAX} workflows are registered, the limit of a cluster"
-                raise Refused("TOO_MANY_WORKFLOWS", told)
+            self._check_room(made)
             older = [spec for spec in kept.versions if spec.digest != made.digest]
             if await self._write(made.name, (made, *older)[:VERSIONS_MAX], kept.revision):
                 log.info("registered the workflow %s, %s", made.name, made.digest)
@@ -173,8 +167,19 @@ class WorkflowRegistry:
             found[name] = _StoredName(tuple(versions), entry.sequence)
         self._stored, self._log = found, stored
 
-    def _count(self) -> int:
-        return sum(bool(kept.versions) for kept in self._stored.values())
+    def _check_room(self, made: WorkflowSpec) -> None:
+        others = [
+            kept.versions[0]
+            for name, kept in self._stored.items()
+            if kept.versions and name != made.name
+        ]
+        told = ""
+        if len(others) >= NAMES_MAX:
+            told = f"{NAMES_MAX} workflows are registered, the limit of a cluster"
+        elif made.ByteSize() + sum(spec.ByteSize() for spec in others) > LISTED_BYTES_MAX:
+            told = f"the workflows take {LISTED_BYTES_MAX} bytes together, the limit of a cluster"
+        if told:
+            raise Refused("TOO_MANY_WORKFLOWS", told)
 
     async def _unknown(self, name: str) -> Refused:
         known = ", ".join(spec.name for spec in await self.all())

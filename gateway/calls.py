@@ -65,8 +65,7 @@ from hocket.v1.generation_pb2 import (
 from hocket.v1.types_pb2 import Failure, MediaInfo
 from hocket.v1.workflows_pb2 import WorkflowSpec
 from hocket.workflows.checking import INPUTS_MAX
-from hocket.workflows.content import filled
-from hocket.workflows.graph import pruned
+from hocket.workflows.running import run_form
 
 _SEED_BITS = 32
 
@@ -267,7 +266,7 @@ class Calls:
             effective.spec.seed = secrets.randbits(_SEED_BITS)
         if wanted.spec is None:
             return _Wish(effective)
-        return _Wish(effective, filled(pruned(wanted.spec, given(effective.spec))))
+        return _Wish(effective, run_form(wanted.spec, given(effective.spec)).spec)
 
     async def _submit(
         self,

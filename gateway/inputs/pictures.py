@@ -68,10 +68,9 @@ def _stored(
         words = {"P": "palette", "L": "greyscale", "1": "black and white", "CMYK": "CMYK"}
         told.append(f"{words.get(plain.mode, plain.mode)} to {'grey' if mask else 'RGB'}")
         plain = plain.convert(wanted)
-    stripped = Image.new(plain.mode, plain.size)  # nothing that the file said beside its pixels
-    stripped.paste(plain)
+    plain.info.clear()  # nothing is kept that the file said beside its pixels
     file = io.BytesIO()
-    stripped.save(file, "PNG", compress_level=1)
+    plain.save(file, "PNG", compress_level=1)
     return ConvertedPicture(file.getvalue(), *plain.size, tuple(told))
 
 
@@ -93,9 +92,10 @@ def _opaque(picture: Image.Image, told: list[str]) -> Image.Image:
         told.append("a transparent colour made white")
     else:
         told.append("alpha laid over white")
-    above = picture.convert("RGBA")
-    white = Image.new("RGBA", above.size, "white")
-    return Image.alpha_composite(white, above).convert("RGB")
+    above = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+    white = Image.new("RGB", above.size, "white")
+    white.paste(above, mask=above.getchannel("A"))
+    return white
 
 
 def _check_frames(picture: Image.Image) -> list[str]:

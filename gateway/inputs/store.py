@@ -25,6 +25,11 @@ from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.subjects import input_object
 
 _PIECE_BYTES = 128 << 10
+_NO_STREAM = (
+    nats.errors.NoRespondersError,
+    nats.js.errors.NoStreamResponseError,
+    nats.js.errors.NotFoundError,
+)
 _FULL = {10023, 10047, 10077, 10122}  # error codes of nats-server
 _LOOK_EVERY_US = 60_000_000
 _FULL_RETRY_US = 60_000_000
@@ -125,6 +130,6 @@ def _age_us(known: RawStreamMsg) -> int:
 
 
 def _away(error: Exception) -> NotReady:
-    if isinstance(error, nats.js.errors.NotFoundError | nats.js.errors.NoStreamResponseError):
+    if isinstance(error, _NO_STREAM):
         return NotReady("the store of inputs is not there yet")
     return BrokerAway()

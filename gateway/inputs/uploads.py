@@ -1,7 +1,8 @@
 """PutInput: a picture comes in piece by piece, is decoded and stored.
 
-A few uploads are received at once, fewer are decoded; others wait before their first piece is read,
-so that the gateway's memory is bounded.
+A few uploads are received at once, and fewer of one tenant; others wait before their first piece is
+read, so that the gateway's memory is bounded and nobody keeps all others out. Two are decoded at
+once, beside the event loop.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 
 from gateway.inputs import pictures
@@ -19,7 +22,8 @@ from hocket.errors import InvalidRequest, Refused, Violation
 from hocket.v1.generation_pb2 import InputHeader, PutInputRequest, PutInputResponse
 
 PIECE_BYTES_MAX = 256 << 10
-_RECEIVED_AT_ONCE = 8
+_AT_ONCE = 16
+_AT_ONCE_OF_A_TENANT = 4
 _DECODED_AT_ONCE = 2
 _SHA256 = re.compile(r"(?:[0-9a-f]{64})?")
 
@@ -31,7 +35,7 @@ class Uploads:
         """`patience_s`: how long an upload may take."""
         self._store = store
         self._patience_s = patience_s
-        self._turns = asyncio.Semaphore(_RECEIVED_AT_ONCE)
+        self._turns = _Turns()
         self._pool = ThreadPoolExecutor(_DECODED_AT_ONCE, "decoding")
 
     async def put(
@@ -42,11 +46,12 @@ class Uploads:
         Raises InvalidRequest, Refused (CALLER_TOO_SLOW, INPUTS_FULL) and NotReady.
         """
         try:
-            async with asyncio.timeout(self._patience_s), self._turns:
+            async with asyncio.timeout(self._patience_s):
                 header = await _header(pieces)
                 tenant = tenant_of(header.tenant)
-                content = await _received(pieces, header)
-                return await self._stored(tenant, content, mask=header.mask)
+                async with self._turns.one(tenant):
+                    content = await _received(pieces, header)
+                    return await self._stored(tenant, content, mask=header.mask)
         except TimeoutError:
             told = f"the upload took longer than {self._patience_s:g} s"
             raise Refused("CALLER_TOO_SLOW", told) from None
@@ -67,6 +72,27 @@ class Uploads:
             conversions=made.conversions,
             kept_us=kept_us,
         )
+
+
+class _Turns:
+    """Who may receive now."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(_AT_ONCE)
+        self._of: dict[str, asyncio.Semaphore] = {}
+        self._here: Counter[str] = Counter()  # uploads by tenant, those that wait included
+
+    @asynccontextmanager
+    async def one(self, tenant: str) -> AsyncIterator[None]:
+        self._here[tenant] += 1
+        own = self._of.setdefault(tenant, asyncio.Semaphore(_AT_ONCE_OF_A_TENANT))
+        try:
+            async with own, self._all:
+                yield
+        finally:
+            self._here[tenant] -= 1
+            if not self._here[tenant]:
+                del self._here[tenant], self._of[tenant]
 
 
 async def _header(pieces: AsyncIterator[PutInputRequest]) -> InputHeader:

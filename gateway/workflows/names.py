@@ -53,6 +53,8 @@ class WorkflowNames:
     def __init__(self, ask: Asking, clock: Clock) -> None:
         self._ask = ask
         self._clock = clock
+        self._listed: tuple[str, ...] = ()
+        self._listed_until_us = 0
         self._kept: OrderedDict[str, tuple[WorkflowSpec, int]] = OrderedDict()  # until when
 
     async def wanted(self, name: str, models: Sequence[ModelInfo]) -> WantedWorkflow:
@@ -62,7 +64,11 @@ class WorkflowNames:
         spec = await self._find(name)
         if spec is not None:
             return WantedWorkflow(spec)
-        return WantedWorkflow(known=tuple(one.name for one in await self.list()))
+        now_us = self._clock.now_us()
+        if now_us >= self._listed_until_us:  # for people: not to be asked at every mistake
+            self._listed = tuple(one.name for one in await self.list())
+            self._listed_until_us = now_us + _FRESH_US
+        return WantedWorkflow(known=self._listed)
 
     async def get(self, name: str) -> WorkflowSpec:
         """One, as control knows it. Raises Refused (UNKNOWN_WORKFLOW), InvalidRequest, NotReady."""

@@ -13,9 +13,8 @@ from hocket.v1.types_pb2 import GenerationSpec, Shape
 from hocket.v1.workflows_pb2 import WorkflowNode, WorkflowSpec
 from hocket.workflows import sizes
 from hocket.workflows.catalogue import OPERATIONS
-from hocket.workflows.checking import faults
 from hocket.workflows.content import PROMPTS, named, settings_of
-from hocket.workflows.graph import pruned
+from hocket.workflows.running import run_form
 
 INPUT_NAME = re.compile(r"sha256:[0-9a-f]{64}")
 _INPUT_SO = '"sha256:" and 64 hex digits, as PutInput named it'
@@ -56,7 +55,7 @@ def check_inputs(
     if spec.negative_prompt and "negative_prompt" not in {item.name for item in workflow.inputs}:
         add("spec.negative_prompt", spec.negative_prompt, f"none ({workflow.name} takes none)")
     if not missing and set(spec.inputs) <= {item.name for item in files}:
-        for fault in faults(pruned(workflow, given(spec) | {"prompt"})):
+        for fault in run_form(workflow, given(spec) | {"prompt"}).faults:
             told = f"{', '.join(sorted(spec.inputs)) or 'no files'}: {fault.description}"
             add("spec.inputs", told, f"inputs that {workflow.name} runs with ({fault.field})")
 

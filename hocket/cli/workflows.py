@@ -13,13 +13,13 @@ from rich.table import Column, Table
 
 from hocket.cli.common import Address, StateDir, client_of, console, run, settings
 from hocket.client import HocketClient
-from hocket.errors import WrongConfig
+from hocket.errors import InvalidRequest, WrongConfig
 from hocket.v1.workflows_pb2 import WorkflowInput, WorkflowSpec
 from hocket.workflows.catalogue import port_type_name
 from hocket.workflows.content import PROMPTS, digest_of, named
 from hocket.workflows.drawing import drawn, mermaid
 from hocket.workflows.files import read_file, to_document
-from hocket.workflows.shipped import shipped
+from hocket.workflows.shipped import faults_of_name, shipped
 
 workflows = typer.Typer(
     help="Lists, shows, checks, registers and deletes workflows.", no_args_is_help=True
@@ -84,7 +84,10 @@ def check(file: File) -> None:
     """Tells everything that is wrong with a workflow file, with the lines; asks nobody."""
 
     async def work() -> WorkflowSpec:
-        return read_file(file)
+        spec = read_file(file)
+        if taken := faults_of_name(spec.name):
+            raise InvalidRequest(taken)
+        return spec
 
     spec = run(work())
     spec.digest = digest_of(spec)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hocket.errors import InvalidRequest, Violation
 from hocket.v1.workflows_pb2 import PortType, WorkflowNode, WorkflowSpec
@@ -33,6 +34,7 @@ _INPUT_SO = "1 to 32 of a-z 0-9, hyphens and underscores, a letter first"
 _MODEL = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+/:@-]{0,127}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SHOWN_CHARS = 60
+_KEPT_MAX = 512
 
 
 def faults(spec: WorkflowSpec) -> tuple[Violation, ...]:
@@ -40,6 +42,12 @@ def faults(spec: WorkflowSpec) -> tuple[Violation, ...]:
     size = spec.ByteSize()
     if size > SPEC_BYTES_MAX:
         return (_fault("", f"{size} bytes", f"at most {SPEC_BYTES_MAX} bytes in all"),)
+    return _faults(spec.SerializeToString(deterministic=True))
+
+
+@lru_cache(_KEPT_MAX)  # each request brings its workflow, and most bring the same
+def _faults(content: bytes) -> tuple[Violation, ...]:
+    spec = WorkflowSpec.FromString(content)
     if len(spec.nodes) > NODES_MAX:
         return (_fault("nodes", f"{len(spec.nodes)} nodes", f"1 to {NODES_MAX}"),)
     reading = _Reading.of(spec)
@@ -251,6 +259,7 @@ def _faults_of_graph(reading: _Reading) -> Iterator[Violation]:
     if output is None or output.node not in reading.places:
         return
     used = graph.needed_by(output.node)
+    read = {name for node in used for name in graph.inputs_of(node)}
     for index, node in enumerate(spec.nodes):
         if node.id not in used and reading.places.get(node.id) == index:
             allowed = f"nodes that lead to the output, {spec.output}"
@@ -261,7 +270,6 @@ def _faults_of_graph(reading: _Reading) -> Iterator[Violation]:
     if output.node in missing:
         allowed = f"one that is made without {_list(sorted(reading.optional))}, too"
         yield _fault("output", f"{spec.output}, which needs optional inputs", allowed)
-    read = {name for node in spec.nodes if node.id in used for name in graph.inputs_of(node.id)}
     for index, item in enumerate(spec.inputs):
         if item.name not in read:
             yield _fault(f"inputs[{index}]", f"{item.name}, which no node takes", "inputs in use")

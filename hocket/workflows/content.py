@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from google.protobuf.struct_pb2 import Value
@@ -30,6 +31,7 @@ class ArtifactSource(NamedTuple):
     port: str = ""
 
 
+@lru_cache(4096)
 def source_of(text: str) -> ArtifactSource | None:
     """What "$input" or "node.port" names; None where it is neither."""
     if text.startswith("$"):

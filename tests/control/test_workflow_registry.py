@@ -59,7 +59,7 @@ async def test_what_is_refused(
     monkeypatch.setattr(workflow_registry, "NAMES_MAX", 1)
     registry = WorkflowRegistry(bus, subjects)
     for name in ("two-pass", "txt2img"):
-        with pytest.raises(InvalidRequest, match="not taken by the software"):
+        with pytest.raises(InvalidRequest, match="comes with the software"):
             await registry.register(own(name))
     broken = own()
     broken.output = "media.image"
@@ -73,6 +73,12 @@ async def test_what_is_refused(
     with pytest.raises(Refused) as full:
         await registry.register(own("other"))
     assert full.value.reason == "TOO_MANY_WORKFLOWS"
+    monkeypatch.setattr(workflow_registry, "NAMES_MAX", 2)
+    monkeypatch.setattr(workflow_registry, "LISTED_BYTES_MAX", 2 * own().ByteSize())
+    with pytest.raises(Refused, match="bytes together"):
+        await registry.register(own("other"))
+    await registry.register(own(steps=2))
+    monkeypatch.setattr(workflow_registry, "LISTED_BYTES_MAX", 3 << 20)
     with pytest.raises(InvalidRequest, match="comes with the software"):
         await registry.delete("img2img")
     await registry.delete("own")

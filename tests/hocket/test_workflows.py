@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from hocket.cli.__main__ import app
 from hocket.errors import InvalidRequest
 from hocket.v1.generation_pb2 import ModelInfo
 from hocket.v1.types_pb2 import Shape
@@ -324,3 +326,14 @@ def test_what_is_no_workflow_file_is_told(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest) as caught:
             read_file(tmp_path / name)
         assert re.search(told, str(caught.value)), (name, str(caught.value))
+
+
+def test_the_check_command_asks_nobody(tmp_path: Path) -> None:
+    for name, told in {"own": "own@", "two-pass": "comes with the software"}.items():
+        file = tmp_path / f"{name}.toml"
+        file.write_text(TOML)
+        result = CliRunner().invoke(app, ["workflows", "check", str(file)])
+        assert told in result.output and result.exit_code == (name != "own"), result.output
+    (tmp_path / "own.toml").write_text(TOML.replace("steps = 8", "steps = -8"))
+    result = CliRunner().invoke(app, ["workflows", "check", str(tmp_path / "own.toml")])
+    assert result.exit_code == 1 and "(line 13)" in " ".join(result.output.split())

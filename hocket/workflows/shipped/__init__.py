@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from hocket.errors import Violation
 from hocket.v1.workflows_pb2 import WorkflowSpec
 from hocket.workflows.content import digest_of
 from hocket.workflows.files import read_file
@@ -24,6 +25,9 @@ def shipped() -> dict[str, WorkflowSpec]:
     return found
 
 
-def is_reserved(name: str) -> bool:
-    """Whether nobody can register a workflow of that name: one is shipped, or models have it."""
-    return name in shipped() or name in OF_MODELS
+def faults_of_name(name: str) -> tuple[Violation, ...]:
+    """Why nobody can register a workflow of that name: one is shipped, or models have it."""
+    if name not in shipped() and name not in OF_MODELS:
+        return ()
+    told = f"found {name!r}, which comes with the software; allowed: another name"
+    return (Violation("name", told),)
