@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from control.requests.records import Record
 from hocket.errors import HocketError, Refused, Violation
-from hocket.v1 import control_pb2, types_pb2
+from hocket.v1 import control_pb2, generation_pb2, types_pb2
 
 _RETRY_US = 2_000_000
 _RETRY_SOON_US = 500_000
