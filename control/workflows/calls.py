@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from control.scheduler import values
 from control.workflows.compiled import CompiledWorkflow, compiled
-from hocket.v1 import control_pb2, mesh_pb2, types_pb2, workflows_pb2
+from hocket.messaging.subjects import input_object
+from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2, workflows_pb2
 from hocket.workflows.catalogue import OPERATIONS, TEXT, OperationPort, SettingValue
 from hocket.workflows.content import PROMPTS, source_of
 
@@ -18,13 +19,13 @@ def node_call(
     store_address: Callable[[str], str],
 ) -> mesh_pb2.NodeCall:
     """The call of `node` for a request, from the artifacts that the scheduler found for it."""
-    known, spec = compiled(submit.workflow), submit.request.spec
+    known, request = compiled(submit.workflow), submit.request
     said, rule = known.nodes[node], OPERATIONS[known.nodes[node].op]
     call = mesh_pb2.NodeCall(
         op=rule.name,
-        model=(said.model or spec.model) if rule.part else "",
+        model=(said.model or request.spec.model) if rule.part else "",
         shape=submit.shapes[node],
-        inputs=_inputs(known, said, spec, member, store_address),
+        inputs=_inputs(known, said, request, member, store_address),
         outputs=[f"{node}.{port.name}" for port in rule.outputs],
     )
     _set(call, known.settings[node])
@@ -42,7 +43,7 @@ def _set(call: mesh_pb2.NodeCall, settings: Mapping[str, SettingValue]) -> None:
 def _inputs(
     known: CompiledWorkflow,
     node: workflows_pb2.WorkflowNode,
-    spec: types_pb2.GenerationSpec,
+    request: generation_pb2.GenerateRequest,
     member: values.Member,
     store_address: Callable[[str], str],
 ) -> Iterator[mesh_pb2.NodeInput]:
@@ -61,7 +62,7 @@ def _inputs(
         if source.node:
             yield _artifact(port.name, found[f"{source.node}.{source.port}"], store_address)
         else:
-            brought = _brought(port, source.input, spec)
+            brought = _brought(port, source.input, request)
             if brought is not None:
                 yield brought
 
@@ -83,12 +84,14 @@ def _artifact(
 
 
 def _brought(
-    port: OperationPort, name: str, spec: types_pb2.GenerationSpec
+    port: OperationPort, name: str, request: generation_pb2.GenerateRequest
 ) -> mesh_pb2.NodeInput | None:
     """What the request brought; None where it left that out."""
+    spec = request.spec
     if port.type == TEXT and name in PROMPTS:
         text = spec.prompt if name == PROMPTS[0] else spec.negative_prompt
         return mesh_pb2.NodeInput(port=port.name, text=text)
     if name not in spec.inputs:
         return None
-    return mesh_pb2.NodeInput(port=port.name, object_name=spec.inputs[name])
+    stored = input_object(request.tenant, spec.inputs[name])
+    return mesh_pb2.NodeInput(port=port.name, object_name=stored)
