@@ -12,6 +12,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from control.scheduler.values import (
+    Arrived,
     Assignment,
     Ended,
     Held,
@@ -23,7 +24,15 @@ from control.scheduler.values import (
     StepsEnded,
     WorkerLost,
 )
-from control.scheduler.workflow import Artifact, ArtifactType, Degrees, Node, NodeKind, Workflow
+from control.scheduler.workflow import (
+    CHAIN,
+    Artifact,
+    ArtifactType,
+    Degrees,
+    Node,
+    NodeKind,
+    Workflow,
+)
 
 from .desk import BASE, MS, OTHER, ROWS, SHAPE, Desk
 
@@ -120,12 +129,15 @@ class Fleet(Desk):
         self.plans: list[Plan] = []
         self.events = 0
         self.calls: dict[tuple[str, str], int] = {}  # calls, or steps, that ended
+        self.begun: set[int] = set()  # told of, so that their inputs are with them
+        self.called_off: list[Assignment] = []  # whose workers may come to an end with them
 
     def observe(self, fact: Any) -> None:
         ended = self.scheduler.observe(fact)
         self.ends += ended
         self.ended.update({e.request: e for e in ended})
         outstanding = {a.sequence for a in self.scheduler.outstanding()}
+        self.called_off += [a for a in self.flights if a.sequence not in outstanding]
         self.flights = [a for a in self.flights if a.sequence in outstanding]
 
     def plan(self) -> list[Assignment]:
@@ -136,39 +148,61 @@ class Fleet(Desk):
                     self._not_in_vain(a, member.request, member.first_step)
         return issued
 
-    def over(self, a: Assignment) -> None:
+    def over(self, a: Assignment, steps: int | None = None) -> None:
+        """All of it, or the first of its steps, ended."""
         self.events += 1
+        steps = steps or a.steps
         progress = []
         for member in a.batch:
             request = member.request
-            for one in member.inputs:
-                there = [self.holds[w].get((request, one.artifact)) for w in one.holders]
-                assert one.version in there, f"{a.node} lacks {one}: {there}"
-            node = self.known[request].node[a.node]
-            done = member.first_step + a.steps if a.node in self.stepped else 0
+            for one in () if a.sequence in self.begun else member.inputs:
+                there = [self.holds[w].get((request, one.artifact), -1) for w in one.holders]
+                assert max(there, default=-1) >= one.version, f"{a.node} lacks {one}: {there}"
+            node = self.known.get(request, CHAIN).node[a.node]
+            done = member.first_step + steps if a.node in self.stepped else 0
             for worker in a.workers:
                 for artifact in node.outputs:
-                    self.holds[worker][request, artifact.name] = done
-            self.calls[request, a.node] = self.calls.get((request, a.node), 0) + a.steps
+                    known = self.holds[worker].get((request, artifact.name), 0)
+                    self.holds[worker][request, artifact.name] = max(done, known)
+            self.calls[request, a.node] = self.calls.get((request, a.node), 0) + steps
             told = done or member.first_step
+            self.begun.add(a.sequence)
             progress.append(JobProgress(request=request, attempt=member.attempt, steps_done=told))
-        times = (a.step_time_us,) * a.steps
         self.observe(
             StepsEnded(
                 at_us=self.now_us,
                 sequence=a.sequence,
                 jobs=tuple(progress),
-                step_time_us=times,
-                last=True,
+                step_time_us=(a.step_time_us,) * steps,
+                last=steps == a.steps,
             )
         )
 
-    def lose(self, worker: str) -> None:
-        """Its lease ends; what it holds is there until it comes back as another process."""
-        self.observe(WorkerLost(at_us=self.now_us, worker=worker))
+    def late(self) -> None:
+        """What was called off comes to its end all the same, where its workers live."""
+        living = {w.name for w in self.scheduler.workers() if w.state == "up"}
+        gone, self.called_off = self.called_off, []
+        for a in gone:
+            there = all(
+                any(self.holds[w].get((m.request, i.artifact), -1) >= i.version for w in i.holders)
+                for m in a.batch
+                for i in m.inputs
+            )
+            if living.issuperset(a.workers) and there and a.batch[0].request not in self.ended:
+                self.over(a)
         self.plan()
 
-    def back(self, worker: str, *, same: bool) -> None:
+    def lose(self, worker: str) -> None:
+        """Its lease ends; what it holds is there until it comes back as another process. What it
+        was at got half-way, as far as it has steps.
+        """
+        for a in [a for a in self.flights if a.steps > 1 and a.start_us < self.now_us]:
+            self.over(a, a.steps // 2)
+        self.observe(WorkerLost(at_us=self.now_us, worker=worker))
+        self.called_off = [a for a in self.called_off if worker not in a.workers]
+        self.plan()
+
+    def back(self, worker: str, *, same: bool, plan: bool = True) -> None:
         """It comes back, as the same process with all that it held, or as another one."""
         up = self.ups[worker]
         if not same:
@@ -180,10 +214,11 @@ class Fleet(Desk):
         )
         self.ups[worker] = replace(up, at_us=self.now_us, latents=held)
         self.observe(self.ups[worker])
-        self.plan()
+        if plan:
+            self.plan()
 
     def _not_in_vain(self, a: Assignment, request: str, first_step: int) -> None:
-        """Nobody alive has what a call is to make, or is about to make it."""
+        """Nobody alive has what a call is to make."""
         living = {w.name for w in self.scheduler.workers() if w.state == "up"}
         for artifact in self.known[request].node[a.node].outputs:
             made = [self.holds[w].get((request, artifact.name), -1) for w in living]
@@ -191,6 +226,28 @@ class Fleet(Desk):
                 assert max(made) <= first_step, f"{a.node} of {request} goes back: {made}"
             else:
                 assert max(made) < 0, f"{a.node} of {request} is made again"
+
+
+def led_anew(before: Fleet, policy: str, *, arrive_first: bool, lead_us: int) -> Fleet:
+    """A new leader, who learns of open requests and of what workers hold, one after the other."""
+    fleet = Fleet(policy, offers=(), workers=0, lead_us=lead_us)
+    fleet.now_us, fleet.known, fleet.calls = before.now_us, before.known, before.calls
+    fleet.ups, fleet.holds = before.ups, before.holds
+    entered = [
+        Arrived(at_us=fleet.now_us, request=asked(r, before.known[r], None))
+        for r in before.known
+        if r not in before.ended
+    ]
+    if arrive_first:
+        for fact in entered:
+            fleet.observe(fact)
+    for worker in before.ups:
+        fleet.back(worker, same=True, plan=False)
+    if not arrive_first:
+        for fact in entered:
+            fleet.observe(fact)
+    fleet.plan()
+    return fleet
 
 
 def disturbed(policy: str, workflow: Workflow, at_event: int, seed: int, lead_us: int) -> Fleet:
@@ -209,6 +266,8 @@ def disturbed(policy: str, workflow: Workflow, at_event: int, seed: int, lead_us
         elif lost is not None and back_at is not None and fleet.events >= back_at:
             fleet.back(lost, same=draw.random() < 0.5)
             lost = None
+            if draw.random() < 0.5:
+                fleet.late()
         elif fleet.flights or fleet.scheduler.wake_us() is not None:
             fleet.next()
         else:

@@ -71,7 +71,10 @@ def hold_late(
             hold(ledger, request, name, steps_done, of, exact=False)
     elif living := tuple([name for name in workers if ledger.cluster.living(name)]):
         tracked.made(node, living)
-    profit(ledger, request)
+    if tracked.outstanding and not tracked.workflow.plain:
+        ledger.fall_back(tracked)
+    else:
+        profit(ledger, request)
 
 
 def adopt(ledger: Ledger, worker: str, held: Iterable[Held], at_us: int, *, fresh: bool) -> None:

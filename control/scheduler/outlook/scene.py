@@ -205,6 +205,11 @@ class Scene:
             if s.idle and (request is None or s.worker.can(request.model, degree))
         ]
 
+    @property
+    def mixed(self) -> bool:
+        """Not every worker that has a model runs every call of its requests."""
+        return bool(self._ledger.named) or self._ledger.cluster.partial
+
     def can(self, seat: Seat, work: Work, degree: int = 1) -> bool:
         """The worker runs the work's node, as one of so many."""
         return self._ledger.can(seat.worker, work.request, work.node, degree)

@@ -39,7 +39,7 @@ from .disagfusion_scaling import ROLES, Action, Scaling, StageTimes, backlog
 from .shares import largest_remainder
 
 if TYPE_CHECKING:
-    from ..outlook.scene import Scene, Seat
+    from ..outlook.scene import Scene, Seat, Work
 
 MODES = ("both", "predict", "feedback", "static")
 
@@ -108,6 +108,8 @@ class DisagFusion(EventPolicy):
         ):
             role = ROLES[work.section]
             pool = pools[role] = [w for w in pools[role] if w in idle]
+            if scene.mixed and not self._served(scene, work):
+                pool = list(idle)
             if not pool:
                 continue
             degree = 1
@@ -120,6 +122,11 @@ class DisagFusion(EventPolicy):
                     del idle[worker]
                 starts.append(Start((work.id,), work.node, workers, work.steps_left, "pull"))
         return starts
+
+    def _served(self, scene: Scene, work: Work) -> bool:
+        """Somebody in its stage's role runs it; else whoever can does."""
+        role = ROLES[work.section]
+        return any(self._serves(s.name, role) and scene.can(s, work) for s in scene.seats)
 
     def _serves(self, worker: str, node: str) -> bool:
         return self._roles.get(worker, node) == node
