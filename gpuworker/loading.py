@@ -31,6 +31,7 @@ from gpuworker.models.wan import WanCard
 from gpuworker.models.word_motion import WordMotionCard
 
 _INDEX = "model_index.json"
+_ADAPTERS = "loras"  # folder of LoRA adapters, a safetensors file each, beside the index
 _HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 _NEEDED = ("transformer", "vae", "text_encoder", "scheduler")
 _ALWAYS_FLOAT32 = ("AutoencoderKLWan",)  # as its authors run it
@@ -98,7 +99,8 @@ def load_card(
         raise LoadError(folder_or_id, str(pipeline), "this pipeline is not supported")
     _check_index(folder_or_id, named)
     card = _json(folder_or_id, folder / "card.json") if (folder / "card.json").exists() else {}
-    card.setdefault("pipeline", pipeline)
+    adapters = sorted(folder.glob(f"{_ADAPTERS}/*.safetensors"))
+    card |= {"pipeline": pipeline, "adapters": [str(file) for file in adapters]}
     model = str(card.get("name", folder_or_id.rstrip("/").rsplit("/", 1)[-1]))
     parts: dict[str, Any] = {}
     for name, (library, class_name) in named.items():
@@ -165,7 +167,7 @@ def _json(source: str, path: Path) -> dict[str, Any]:
 def folder_bytes(folder_or_id: str) -> int:
     """Bytes of a model's weights as its files have them. Raises `LoadError`."""
     files = _folder(folder_or_id).glob("*/*.safetensors")
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in files if file.parent.name != _ADAPTERS)
 
 
 def _node(component: str) -> str:
