@@ -40,6 +40,7 @@ __all__ = ["LoadError", "distinct_bytes", "load_card"]
 
 log = logging.getLogger(__name__)
 
+_ADAPTERS = "loras"  # folder of LoRA adapters, a safetensors file each, beside the index
 _HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 _NEEDED = ("transformer", "vae", "text_encoder", "scheduler")
 _ALWAYS_FLOAT32 = ("AutoencoderKLWan",)  # as its authors run it
@@ -99,7 +100,8 @@ def load_card(
     _check_index(asked, named)
     facts = source.folder / "card.json"
     card = read_json(asked, facts) if facts.exists() or facts.is_symlink() else {}
-    card.setdefault("pipeline", pipeline)
+    adapters = sorted(source.folder.glob(f"{_ADAPTERS}/*.safetensors"))
+    card |= {"pipeline": pipeline, "adapters": [str(file) for file in adapters]}
     model = source.name if source.named else str(card.get("name", source.name))
     loading = _Loading(asked, model, device, dtype, weights, digests or FileDigests())
     found = {  # all of it is looked at before the first gigabyte is loaded

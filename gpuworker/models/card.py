@@ -18,7 +18,7 @@ both say the same: `encode(…)` is `begin(embed(asked), asked)`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,6 +34,7 @@ from gpuworker.state import LatentState
 PLAIN_OPERATIONS = ("encode_prompt", "denoise", "decode")  # every model has them
 # Of some: an operation, and "operation.port", an input that not every model's denoiser takes.
 ENCODE_IMAGE, INPAINT, REFERENCE = "encode_image", "denoise.mask", "denoise.reference"
+LORAS = "denoise.loras"
 
 
 class ShapeRefused(Exception):
@@ -139,6 +140,11 @@ class ModelCard(ABC):
         """What workflows may ask of it, `PLAIN_OPERATIONS` and more."""
         return PLAIN_OPERATIONS
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the LoRA adapters that a denoise node may ask for."""
+        return ()
+
     def resolve(self, prompt: str) -> str:
         """The prompt that will really be drawn; the same text unless the model knows few words."""
         return prompt
@@ -177,13 +183,15 @@ class ModelCard(ABC):
         strength: float = 1.0,
         mask: NDArray[np.uint8] | None = None,
         reference: LatentState | None = None,
+        loras: Mapping[str, float] | None = None,
     ) -> LatentState:
         """The state before the first of the steps that are to run: those of `strength`.
 
         From `latents` (finished, of the asked shape) with noise as the first of these steps expects
         it; without them from noise alone. With a `mask`, uint8 [1, height, width, 1], what is dark
         in it (below 128) is put back to `latents` after each step. A `reference`, latents of any
-        size, is what an editing model looks at in each step. Raises `ShapeRefused`.
+        size, is what an editing model looks at in each step. `loras` are scales of adapters by
+        name. Raises `ShapeRefused`, and `ModelRefused` for an adapter's file.
 
         The noise is that of the asked seed. Where `encode_image` has drawn from the same seed, its
         generator goes on, as in a stock pipeline that is given one generator. Latents of another

@@ -15,6 +15,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,11 @@ from gpuworker.attention.elastic import ElasticSP
 from gpuworker.attention.exchange import ParallelAttention
 from gpuworker.collectives.team import LayoutRefused, Team
 from gpuworker.models import decoding, footprint, pictures
+from gpuworker.models.adapters import Adapters
 from gpuworker.models.card import (
     ENCODE_IMAGE,
     INPAINT,
+    LORAS,
     PLAIN_OPERATIONS,
     Asked,
     ModelCard,
@@ -50,6 +54,7 @@ class DiffusersCard(ModelCard):
     # Whether the stock pipeline makes both branches in one forward; the pictures equal its own.
     branches_together = True
     takes_pictures = False  # whether `encode_image` is there, and with it masks
+    adapters_of = ""  # whose LoRA adapters it takes: a key of adapters.CONVERTERS
     tiled_over_px = 1 << 62  # pixels of a picture from which its VAE works in tiles
 
     def __init__(
@@ -60,10 +65,18 @@ class DiffusersCard(ModelCard):
         self._transformer: Any = parts["transformer"]
         self._dtype: torch.dtype = self._transformer.dtype
         self._schedules = Schedules(parts["scheduler"])
+        files = {Path(file).stem: Path(file) for file in card.get("adapters", ())}
+        self._adapters = Adapters(self.adapters_of, files, self._transformer)
 
     @property
     def operations(self) -> tuple[str, ...]:
-        return PLAIN_OPERATIONS + ((ENCODE_IMAGE, INPAINT) if self.takes_pictures else ())
+        pictured = (ENCODE_IMAGE, INPAINT) if self.takes_pictures else ()
+        return PLAIN_OPERATIONS + pictured + ((LORAS,) if self.adapters else ())
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        # What is compiled would be compiled anew for each set of adapters.
+        return self._adapters.names if self.adapters_of and not self._elastic.compiled else ()
 
     @property
     def transformer(self) -> Any:
@@ -103,18 +116,24 @@ class DiffusersCard(ModelCard):
         strength: float = 1.0,
         mask: NDArray[np.uint8] | None = None,
         reference: LatentState | None = None,
+        loras: Mapping[str, float] | None = None,
     ) -> LatentState:
         self._check_begin(embeddings, asked, latents, strength, mask)
         given = self._texts_chosen(embeddings.tensors, asked)
         if reference is not None:
             given |= self._referred(reference)
+        for name in sorted(set(loras or ()) - set(self.adapters)):
+            raise ShapeRefused("loras", name, ", ".join(self.adapters) or "none: it has none")
+        adapted = self._adapters.facts(loras or {})
         generator = seeded(asked.seed)
         if latents is None:
-            return self._noise_alone(self._begun(given, asked, asked.steps, generator))
+            begun = self._begun(given, asked, asked.steps, generator, adapted)
+            return self._noise_alone(begun)
         if latents.facts.get("seed") == asked.seed:
             skip(generator, int(number(latents, "drawn")) if "drawn" in latents.facts else 0)
         steps = steps_to_run(asked.steps, strength)
-        return self._from(self._begun(given, asked, steps, generator), latents, mask)
+        begun = self._begun(given, asked, steps, generator, adapted)
+        return self._from(begun, latents, mask)
 
     @torch.inference_mode()
     def encode_image(self, pixels: NDArray[np.uint8], seed: int) -> LatentState:
@@ -226,12 +245,18 @@ class DiffusersCard(ModelCard):
             raise ShapeRefused("mask", "a mask", "none without latents to begin from")
 
     def _begun(
-        self, given: Mapping[str, Tensor], asked: Asked, steps: int, generator: torch.Generator
+        self,
+        given: Mapping[str, Tensor],
+        asked: Asked,
+        steps: int,
+        generator: torch.Generator,
+        further: Mapping[str, Fact] = MappingProxyType({}),
     ) -> LatentState:
         """Before the first of the last `steps` steps; its latents are noise and nothing else."""
         facts: dict[str, Fact] = {name: getattr(asked, name) for name in _ASKED_FACTS}
         if steps < asked.steps:
             facts[FIRST_STEP] = asked.steps - steps
+        facts |= further
         tensors = {**given, **self._blank(asked, generator)}
         return LatentState(tensors, 0, steps, facts).to(self._device)
 

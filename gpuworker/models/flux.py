@@ -44,6 +44,7 @@ class FluxCard(DiffusersCard):
 
     takes_pictures = True
     tiled_over_px = _TILED_OVER_PX
+    adapters_of = "flux"
 
     def __init__(
         self, name: str, parts: dict[str, Any], card: dict[str, Any], device: torch.device
@@ -173,16 +174,17 @@ class FluxCard(DiffusersCard):
             given = torch.cat([given, stacked(rows, _REFERENCE)], 1)
             ids = torch.cat([ids, first[_REFERENCE_IDS].flatten(0, 1)])
         velocity: Tensor
-        (velocity,) = self._transformer(
-            hidden_states=given,
-            timestep=timesteps_of(rows).to(given.dtype) / 1000,
-            guidance=guidance,
-            pooled_projections=stacked(rows, "pooled", "plain_pooled"),
-            encoder_hidden_states=stacked(rows, "prompt_embeds", "plain_embeds"),
-            txt_ids=first["txt_ids"],
-            img_ids=ids,
-            return_dict=False,
-        )
+        with self._adapters.of([row.state for row in rows], self._device):
+            (velocity,) = self._transformer(
+                hidden_states=given,
+                timestep=timesteps_of(rows).to(given.dtype) / 1000,
+                guidance=guidance,
+                pooled_projections=stacked(rows, "pooled", "plain_pooled"),
+                encoder_hidden_states=stacked(rows, "prompt_embeds", "plain_embeds"),
+                txt_ids=first["txt_ids"],
+                img_ids=ids,
+                return_dict=False,
+            )
         return velocity[:, :tokens]
 
     def _input(self, rows: Sequence[Row]) -> Tensor:

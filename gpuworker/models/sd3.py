@@ -48,6 +48,7 @@ class SD3Card(DiffusersCard):
         self.facts = self._facts(name)
 
     takes_pictures = True
+    adapters_of = "sd3"
 
     def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
         factor = self._vae_factor()
@@ -155,13 +156,14 @@ class SD3Card(DiffusersCard):
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         velocity: Tensor
-        (velocity,) = self._transformer(
-            hidden_states=latents_of(rows),
-            timestep=timesteps_of(rows),
-            encoder_hidden_states=stacked(rows, "prompt_embeds", "negative_embeds"),
-            pooled_projections=stacked(rows, "pooled", "negative_pooled"),
-            return_dict=False,
-        )
+        with self._adapters.of([row.state for row in rows], self._device):
+            (velocity,) = self._transformer(
+                hidden_states=latents_of(rows),
+                timestep=timesteps_of(rows),
+                encoder_hidden_states=stacked(rows, "prompt_embeds", "negative_embeds"),
+                pooled_projections=stacked(rows, "pooled", "negative_pooled"),
+                return_dict=False,
+            )
         return velocity
 
     def _scaled(self, latents: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.worker.tiny_adapters import flux_loras, sd3_loras
 from tests.worker.tiny_cogvideox import (
     cogvideox_15_reference,
     cogvideox_reference,
@@ -47,6 +48,8 @@ FAMILIES: Mapping[str, Family] = {
     "hunyuan": Family(hunyuan_reference, cfg=(1,)),
     "flux-kontext": Family(flux_kontext, cfg=(1,)),
     "flux-inpaint": Family(flux_inpaint, cfg=(1,)),
+    "flux-loras": Family(flux_loras, cfg=(1,)),
+    "sd3-loras": Family(sd3_loras),
     "sd3-inpaint": Family(sd3_inpaint),
     "qwen-img2img": Family(qwen_img2img),
 }

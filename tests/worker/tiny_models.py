@@ -51,6 +51,7 @@ class Start:
     strength: float = 1.0
     mask: NDArray[np.uint8] | None = None  # [1, H, W, 1]
     reference: NDArray[np.uint8] | None = None  # a picture to be edited, of any size
+    loras: tuple[tuple[str, float], ...] = ()  # adapters and their scales
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ def first_state(card: ModelCard, settings: dict[str, Any], start: Start | None) 
         None if pixels is None else _travelled(card.encode_image(pixels, asked.seed))
         for pixels in (start.pixels, start.reference)
     )
-    return card.begin(embeddings, asked, latents, start.strength, start.mask, reference)
+    loras = dict(start.loras)
+    return card.begin(embeddings, asked, latents, start.strength, start.mask, reference, loras)
 
 
 def _travelled(artifact: LatentState) -> LatentState:
