@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from bench.pools.day import PoolDay, arrivals
 from bench.pools.elastic import ElasticPool, PoolRun
 from bench.pools.rules import FixedRule, PoolRule, SignalRule, UtilisationRule
-from bench.pools.served import QueueServer, ScheduledServer, Server
+from bench.pools.served import PoolServer, QueueServer, ScheduledServer
 from bench.reporting.statistics import mean_interval, paired_difference
 from control.scaling.settings import ScalingSettings
 from hocket.launching.machine import machine_kind
@@ -28,6 +29,7 @@ DAYS = {
     "bursts of 4": PoolDay(burst_factor=4.0),
 }
 FIGURES = ("attainment", "worker_hours", "best_effort_p95_s", "mean_workers", "most_workers")
+TARGETS = (0.7, 0.85)
 FIRST = 4  # workers at the beginning of the night
 
 
@@ -53,7 +55,7 @@ def pools_command(
     out.mkdir(parents=True, exist_ok=True)
     command = f"python -m bench pools --seeds {seeds} --start-s {start_s:g}"
     command += f" --policy {policy}" if policy else ""
-    found = {"command": command, "machine": machine_kind(), "rows": rows}
+    found: dict[str, Any] = {"command": command, "machine": machine_kind(), "rows": rows}
     found["days"] = {name: asdict(day) for name, day in DAYS.items()}
     found["signal"] = asdict(ScalingSettings(start_us=round(start_s * 1e6)))
     text = msgspec.json.format(msgspec.json.encode(found), indent=1).decode()
@@ -72,8 +74,8 @@ def _rows(
     mean = sum(run.mean_workers for run in runs["signal"].values()) / len(seeds)
     same = math.ceil(mean)
     runs[f"fixed, {same} workers"] = days(lambda: FixedRule(same), same)
-    for target in (0.7, 0.85):
-        runs[f"utilisation {target:.0%}"] = days(lambda t=target: UtilisationRule(t))  # type: ignore[misc]
+    for target in TARGETS:
+        runs[f"utilisation {target:.0%}"] = days(partial(UtilisationRule, target))
     return [_row(name, rule, found, runs["signal"]) for rule, found in runs.items()]
 
 
@@ -83,7 +85,7 @@ def one_day(
     """Runs one day; without a policy a plain queue serves."""
     coming = arrivals(day, seed)
     names = [f"w{number:04d}" for number in range(first)]
-    server: Server
+    server: PoolServer
     if policy:
         server = ScheduledServer(coming, names, policy)
     else:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from bench.pools.rules import PoolMoment, PoolRule
-from bench.pools.served import Server
+from bench.pools.served import PoolServer
 from control.scaling.pools import Outcomes
 from control.scheduler.values import Arrived, Request
 
@@ -52,7 +52,7 @@ class ElasticPool:
     def __init__(
         self,
         coming: Sequence[Arrived],
-        server: Server,
+        server: PoolServer,
         rule: PoolRule,
         first: Sequence[str],
         start_s: float,

@@ -24,7 +24,7 @@ QUANTUM_US = 250_000  # of the queue: about a step
 A_HOST = 8
 
 
-class Served(NamedTuple):
+class ServedRequest(NamedTuple):
     """A request that is done."""
 
     request: Request
@@ -36,10 +36,10 @@ class Served(NamedTuple):
         return self.request.deadline_us is None or self.at_us <= self.request.deadline_us
 
 
-class Server(Protocol):
+class PoolServer(Protocol):
     """Serves requests with workers that come and go."""
 
-    done: list[Served]
+    done: list[ServedRequest]
 
     def until(self, at_us: int) -> None:
         """Lets everything happen that comes before."""
@@ -70,7 +70,7 @@ class ScheduledServer:
         csv = (ASSETS / "profiles" / PROFILE).read_text()
         cluster = ClusterSpec(workers=len(first)).completed(Profile.from_csv(csv))
         case = Case(cluster=cluster, profile_csv=csv, trace=(), settings=Settings(policy=policy))
-        self.done: list[Served] = []
+        self.done: list[ServedRequest] = []
         self._loop = Loop(case, check=False, keep=False)
         self._requests = {a.request.id: a.request for a in coming}
         self._number = len(first)
@@ -83,7 +83,7 @@ class ScheduledServer:
             loop.instant()
         loop.now_us = at_us
         ended = loop.result.ended[len(self.done) :]
-        self.done += [Served(self._requests[e.request], e.at_us) for e in ended]
+        self.done += [ServedRequest(self._requests[e.request], e.at_us) for e in ended]
 
     def is_idle(self) -> bool:
         return len(self.done) == len(self._requests)
@@ -137,7 +137,7 @@ class QueueServer:
     coming: Sequence[Arrived]
     work_us: dict[int, int]  # by width
     workers: dict[str, bool]  # by name: whether it drains
-    done: list[Served] = field(default_factory=list)
+    done: list[ServedRequest] = field(default_factory=list)
     _now_us: int = 0
     _next: int = 0
     _inside: list[_Inside] = field(default_factory=list)
@@ -191,6 +191,6 @@ class QueueServer:
             each.left_us -= QUANTUM_US
             each.served_us = end_us
             if each.left_us <= 0:
-                self.done.append(Served(each.request, end_us + each.left_us))
+                self.done.append(ServedRequest(each.request, end_us + each.left_us))
         self._inside = [each for each in self._inside if each.left_us > 0]
         self._now_us = end_us

@@ -39,7 +39,7 @@ from .books.quarantine import Quarantined
 from .books.residency import Residency
 from .books.stragglers import Slowness
 from .books.tracker import Tracked
-from .outlook.demand import Demand, PoolWork
+from .outlook.demand import DemandCensus, PoolWork
 from .outlook.scene import Start
 from .outlook.standing import inputs_of, standing_for, workers_before
 from .planning import prediction
@@ -207,7 +207,7 @@ class Scheduler:
         best_effort_us: int,
     ) -> dict[tuple[str, str], PoolWork]:
         """What is asked of the workers, by model and kind of GPU (see `outlook.demand`)."""
-        return Demand(self._ledger, kinds).of(newcomers, now_us, best_effort_us)
+        return DemandCensus(self._ledger, kinds).of(newcomers, now_us, best_effort_us)
 
     def eta_us(self, request_id: str, now_us: int) -> int | None:
         """When a request inside will finish, by the same estimate; None if it is not inside."""

@@ -43,7 +43,7 @@ class _Price(NamedTuple):
         return self.before + steps * self.step + self.after
 
 
-class Demand:
+class DemandCensus:
     """One question's answers: `of` fills it."""
 
     def __init__(self, ledger: Ledger, kinds: Mapping[str, Sequence[str]]) -> None:
