@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
@@ -26,7 +25,7 @@ from control.requests.degrade import ladders
 from control.requests.detaching import Detaching
 from control.requests.endings import PromiseLog
 from control.requests.lifecycle import LifecycleState
-from control.requests.offers import Answered, Decided, Offer
+from control.requests.offers import AdmissionSettings, Answered, Decided, Offer
 from control.requests.records import Record, Records
 from control.requests.verdicts import AdmissionCandidate, Verdict, judge, told_us
 from control.scaling.newcomers import Newcomers
@@ -43,16 +42,6 @@ _RESTS = 2  # a forecast costs as much for few as for many: so many times its ow
 _REST_US_MAX = 25_000
 _AT_ONCE = 32  # answers before others on the event loop have a turn
 _APPENDS_MAX = 1024  # under way; a broker that stands still holds up no more
-
-
-@dataclass(frozen=True)
-class AdmissionSettings:
-    """What bounds admission."""
-
-    open_max: int = 10_000  # requests promised and not ended
-    waiting_max: int = 4_096  # of them, those that wait for their forecast
-    settle_us: int = 0  # so long after its start control waits for its first worker
-    best_effort_wait_us_max: int = 0  # as the policy bounds it; 0: it does not
 
 
 class AdmissionControl:

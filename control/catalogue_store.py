@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from google.protobuf.message import DecodeError
 
-from control.scaling.catalogue import Catalogue
+from control.scaling.seen_models import ModelsSeen
 from hocket.clock import Clock, unix_ns
 from hocket.errors import BrokerUnavailable
 from hocket.messaging.bus import Bus, Subjects
@@ -32,7 +32,7 @@ class CatalogueStore:
         self._saved = 0  # the catalogue's count of changes, at the last write
         self._failing = False
 
-    async def load(self, catalogue: Catalogue) -> None:
+    async def load(self, catalogue: ModelsSeen) -> None:
         """Adds what an earlier leader knew."""
         try:
             found = await self._cell.get()
@@ -42,14 +42,14 @@ class CatalogueStore:
         except (BrokerUnavailable, DecodeError) as error:
             log.warning("models that an earlier leader knew cannot be had: %s", error)
 
-    async def keep(self, catalogue: Catalogue, clock: Clock) -> NoReturn:
+    async def keep(self, catalogue: ModelsSeen, clock: Clock) -> NoReturn:
         """Writes what is new every few seconds, until cancelled."""
         while True:
             await clock.sleep_until(clock.now_us() + SAVE_EVERY_US)
             if catalogue.changes != self._saved:
                 await self._save(catalogue)
 
-    async def _save(self, catalogue: Catalogue) -> None:
+    async def _save(self, catalogue: ModelsSeen) -> None:
         """A broker that does not answer is tried again the next time."""
         changes, content = catalogue.changes, catalogue.stored().SerializeToString()
         try:

@@ -20,9 +20,9 @@ from typing import NoReturn
 from control.driver import Driver
 from control.requests.lifecycle import LifecycleState
 from control.requests.records import Record, Records
-from control.scaling.catalogue import Catalogue
 from control.scaling.newcomers import Newcomers
 from control.scaling.pools import Outcomes, PoolReading, Pools
+from control.scaling.seen_models import ModelsSeen
 from control.scaling.settings import ScalingSettings
 from control.scheduler.values import CancelRequested
 from control.workers.leases import Leases
@@ -56,14 +56,14 @@ class ScalingSignal:
     wake: WakeSettings
     best_effort_us: int = 120_000_000  # best effort is due so long after its last progress
     readings: tuple[PoolReading, ...] = ()
-    catalogue: Catalogue = field(init=False)
+    catalogue: ModelsSeen = field(init=False)
     newcomers: Newcomers = field(init=False)
     _pools: Pools = field(init=False)
     _decided: Counter[str] = field(default_factory=Counter)  # as of the last look
     _missed: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.catalogue = Catalogue(self.wake.kept_us)
+        self.catalogue = ModelsSeen(self.wake.kept_us)
         self.newcomers = Newcomers(self.wakeable, self.scaling.start_us)
         self._pools = Pools(self.scaling)
         self.see_models()

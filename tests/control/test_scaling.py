@@ -9,10 +9,10 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from control.scaling.catalogue import MODELS_MAX, Catalogue
 from control.scaling.hysteresis import PoolScaler, Wanted
 from control.scaling.need import Due, PoolDemand
 from control.scaling.pools import Outcomes, PoolKey, Pools
+from control.scaling.seen_models import MODELS_MAX, ModelsSeen
 from control.scaling.settings import ScalingSettings
 from control.scaling.signal import WakeSettings
 from control.scheduler.core import Scheduler
@@ -232,14 +232,14 @@ def beat(worker: str, *models: str, gpu: str = "g") -> mesh_pb2.Heartbeat:
 
 
 def test_a_model_stays_listed_for_the_retention_and_over_leaders() -> None:
-    catalogue = Catalogue(kept_us=100)
+    catalogue = ModelsSeen(kept_us=100)
     catalogue.see([beat("w0", "a", "b"), beat("w1", "b", gpu="h")], 1_000)
     assert [(m.name, m.workers) for m in catalogue.listed()] == [("a", 1), ("b", 2)]
     catalogue.see([beat("w0", "b")], 1_050)
     assert [(m.name, m.workers) for m in catalogue.listed()] == [("b", 1), ("a", 0)]
     assert list(catalogue.asleep()) == ["a"] and catalogue.kinds()["b"] == ("g", "h")
     stored = control_pb2.SeenModels.FromString(catalogue.stored().SerializeToString())
-    later = Catalogue(kept_us=100)
+    later = ModelsSeen(kept_us=100)
     later.see([beat("w0", "b")], 1_060)
     later.restore(stored, 1_060)
     assert [(m.name, m.workers) for m in later.listed()] == [("b", 1), ("a", 0)]

@@ -25,7 +25,7 @@ class _Seen:
 
 
 @dataclass(slots=True)
-class Catalogue:
+class ModelsSeen:
     """One leader's memory of models."""
 
     kept_us: int
