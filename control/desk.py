@@ -17,7 +17,7 @@ from typing import Any
 from grpc_health.v1 import health
 from opentelemetry.trace import Tracer
 
-from control.admission import AdmissionControl, AdmissionSettings
+from control.admission import AdmissionControl
 from control.driver import Driver, Outlet
 from control.entrance.servicer import ControlServicer
 from control.planning import Inline, Planning
@@ -25,6 +25,7 @@ from control.publisher import Diary, Publisher
 from control.requests.attach import Attachments
 from control.requests.endings import Endings, PromiseLog
 from control.requests.followers import Followers
+from control.requests.offers import AdmissionSettings
 from control.requests.records import Records
 from control.scaling.settings import ScalingSettings
 from control.scaling.signal import ScalingSignal, WakeSettings

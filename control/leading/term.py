@@ -15,7 +15,6 @@ from typing import NoReturn
 import msgspec
 from grpc_health.v1 import health
 
-from control.admission import AdmissionSettings
 from control.catalogue_store import CatalogueStore
 from control.config import (
     ControlSettings,
@@ -32,6 +31,7 @@ from control.leading.recovery import recover
 from control.leading.replicas import Replicas
 from control.leading.standby import Book
 from control.planning import PlannerThread
+from control.requests.offers import AdmissionSettings
 from control.scaling.signal import WakeSettings
 from control.scheduler.core import Scheduler
 from control.scheduler.settings import SettingError, Settings

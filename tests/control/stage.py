@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from opentelemetry.trace import NoOpTracer
 
-from control.admission import AdmissionSettings
 from control.desk import Desk, Wiring
 from control.leading.room import no_room
+from control.requests.offers import AdmissionSettings
 from control.scaling.settings import ScalingSettings
 from control.scaling.signal import WakeSettings
 from control.scheduler.core import Scheduler
