@@ -18,6 +18,7 @@ from hocket.errors import BrokerUnavailable, InvalidRequest, Refused, Violation
 from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.stores import (
     AppendCondition,
+    EntryTooLarge,
     Log,
     LogFull,
     LogMoved,
@@ -138,7 +139,7 @@ class WorkflowRegistry:
         except OutcomeUnknown as error:
             self._log = None
             raise BrokerUnavailable("JetStream", str(error)) from error
-        except LogFull as error:
+        except (EntryTooLarge, LogFull) as error:
             raise Refused("TOO_MANY_WORKFLOWS", str(error)) from error
         self._stored[name] = _StoredName(versions, fresh)
         return True

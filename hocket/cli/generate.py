@@ -50,7 +50,7 @@ _FIRM_HELP = (
 )
 _DETACH_HELP = "Prints the request id and returns; see `hocket watch` and `hocket result`."
 _WORKFLOW_HELP = "Workflow, see `hocket workflows list`; default: the model's own."
-_INPUT_HELP = "A picture that the workflow takes, to be uploaded; repeatable."
+_INPUT_HELP = "A picture that the workflow takes: a file, or the name of an upload; repeatable."
 _FORMAT_HELP = "Default: by the suffix of -o, else png for a picture, mp4 for a video."
 
 

@@ -135,7 +135,8 @@ def files_of(spec: WorkflowSpec) -> list[WorkflowInput]:
 async def upload(
     client: HocketClient, workflow: str, files: Mapping[str, Path], tenant: str
 ) -> dict[str, str]:
-    """Uploads what a workflow takes, masks as masks; names by input."""
+    """Uploads what a workflow takes, masks as masks; names by input. A name that PutInput gave is
+    taken as it is."""
     if not workflow:
         raise WrongConfig("--input", ", ".join(files), "with --workflow, which says what it takes")
     spec = await client.workflow(workflow)
@@ -144,6 +145,9 @@ async def upload(
     }
     found = {}
     for name, file in files.items():
+        if str(file).startswith("sha256:"):  # it was uploaded before
+            found[name] = str(file)
+            continue
         stored = await client.put_input(file, mask=name in masks, tenant=tenant)
         found[name] = stored.name
         told = "".join(f"; {conversion}" for conversion in stored.conversions)
@@ -170,7 +174,7 @@ def _show(spec: WorkflowSpec, form: Form) -> None:
     elif form is Form.MERMAID:
         console.print(mermaid(spec), markup=False, soft_wrap=True, end="")
     else:
-        console.print(f"{named(spec)}  {spec.description}", markup=False)
+        console.print(f"{named(spec)}  {spec.description}", markup=False, soft_wrap=True)
         for item in spec.inputs:
             kind = port_type_name(item.type) + (", optional" if item.optional else "")
             console.print(f"  ${item.name}: {kind}  {item.description}".rstrip(), markup=False)

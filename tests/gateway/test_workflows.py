@@ -34,6 +34,7 @@ from tests.control.replica import beat_for_ever, replica
 from tests.gateway.conftest import SERVING, Staging
 from tests.gateway.peer import EMOJI
 from tests.gateway.test_pictures import red, saved
+from tests.gateway.test_workflow_requests import OTHER
 
 KEPT_S = 600.0
 
@@ -279,6 +280,8 @@ async def test_the_commands(bus: Bus, subjects: Subjects, nats_url: str, tmp_pat
         status, told = await stage.hocket(*asked, *brought)
         assert status == 1 and "WORKFLOW_NOT_SERVED" in told
         assert "image: 64x64" in told and "mask: 64x64" in told
+        status, told = await stage.hocket(*asked, "--input", f"image={OTHER}", *brought[2:])
+        assert status == 1 and "found sha256:bbb" in " ".join(told.split())
         status, told = await stage.hocket("generate", "a fox", *brought[:2])
         assert status == 1 and "--workflow" in told
         status, told = await stage.hocket(*asked, "--input", "image")
