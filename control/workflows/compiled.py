@@ -32,7 +32,14 @@ from hocket.workflows.catalogue import (
     OperationRule,
     SettingValue,
 )
-from hocket.workflows.content import named, scale_of, settings_of, source_of
+from hocket.workflows.content import (
+    DIGEST_SHOWN,
+    digest_of,
+    named,
+    scale_of,
+    settings_of,
+    source_of,
+)
 
 _COMPILED_MAX = 256
 _TYPES = {
@@ -72,10 +79,16 @@ def _compiled(content: bytes) -> CompiledWorkflow:
     spec = workflows_pb2.WorkflowSpec.FromString(content)
     nodes = tuple([_node(node, OPERATIONS[node.op]) for node in spec.nodes])
     return CompiledWorkflow(
-        Workflow(named(spec), nodes),
+        Workflow(_name(spec), nodes),
         MappingProxyType({node.id: node for node in spec.nodes}),
         MappingProxyType({node.id: MappingProxyType(settings_of(node)) for node in spec.nodes}),
     )
+
+
+def _name(spec: workflows_pb2.WorkflowSpec) -> str:
+    """Of what is left of it: a request that leaves out optional inputs runs fewer nodes."""
+    left = digest_of(spec)
+    return named(spec) if left == spec.digest else f"{named(spec)}/{left[:DIGEST_SHOWN]}"
 
 
 def _node(node: workflows_pb2.WorkflowNode, rule: OperationRule) -> Node:
