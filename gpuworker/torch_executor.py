@@ -35,6 +35,7 @@ from gpuworker.steps.engine import Engine
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.pace import pace_of
 from gpuworker.steps.sources import Sources
+from hocket.clock import steady_ns
 from hocket.errors import HocketError
 from hocket.messaging.bus import Bus, Subjects
 from hocket.security.identity import Identity
@@ -203,9 +204,10 @@ class TorchExecutor:
         self._copies.close()
         self._groups.abort()
         self._encoding.stop()
+        end_ns = steady_ns() + int(patience_s * 1e9)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, patience_s)
-        await asyncio.to_thread(self._encoding.close, patience_s)
+        await asyncio.to_thread(self._encoding.close, max(0, end_ns - steady_ns()) / 1e9)
         await asyncio.to_thread(self._memory.close)
         self._offering.shutdown(wait=False, cancel_futures=True)
         self._groups.close()
