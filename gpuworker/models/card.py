@@ -34,7 +34,7 @@ from gpuworker.state import LatentState
 PLAIN_OPERATIONS = ("encode_prompt", "denoise", "decode")  # every model has them
 # Of some: an operation, and "operation.port", an input that not every model's denoiser takes.
 ENCODE_IMAGE, INPAINT, REFERENCE = "encode_image", "denoise.mask", "denoise.reference"
-LORAS = "denoise.loras"
+LORAS, CONTROLLED = "denoise.loras", "denoise.control"
 
 
 class ShapeRefused(Exception):
@@ -184,6 +184,8 @@ class ModelCard(ABC):
         mask: NDArray[np.uint8] | None = None,
         reference: LatentState | None = None,
         loras: Mapping[str, float] | None = None,
+        control: LatentState | None = None,
+        control_scale: float = 1.0,
     ) -> LatentState:
         """The state before the first of the steps that are to run: those of `strength`.
 
@@ -191,7 +193,9 @@ class ModelCard(ABC):
         it; without them from noise alone. With a `mask`, uint8 [1, height, width, 1], what is dark
         in it (below 128) is put back to `latents` after each step. A `reference`, latents of any
         size, is what an editing model looks at in each step. `loras` are scales of adapters by
-        name. Raises `ShapeRefused`, and `ModelRefused` for an adapter's file.
+        name. A `control` picture's latents, of the asked shape, steer the steps by a ControlNet,
+        whose residuals are multiplied by its scale. Raises `ShapeRefused`, and `ModelRefused` for
+        an adapter's file.
 
         The noise is that of the asked seed. Where `encode_image` has drawn from the same seed, its
         generator goes on, as in a stock pipeline that is given one generator. Latents of another

@@ -117,6 +117,8 @@ class DiffusersCard(ModelCard):
         mask: NDArray[np.uint8] | None = None,
         reference: LatentState | None = None,
         loras: Mapping[str, float] | None = None,
+        control: LatentState | None = None,
+        control_scale: float = 1.0,
     ) -> LatentState:
         self._check_begin(embeddings, asked, latents, strength, mask)
         given = self._texts_chosen(embeddings.tensors, asked)
@@ -125,15 +127,12 @@ class DiffusersCard(ModelCard):
         for name in sorted(set(loras or ()) - set(self.adapters)):
             raise ShapeRefused("loras", name, ", ".join(self.adapters) or "none: it has none")
         adapted = self._adapters.facts(loras or {})
-        generator = seeded(asked.seed)
-        if latents is None:
-            begun = self._begun(given, asked, asked.steps, generator, adapted)
-            return self._noise_alone(begun)
-        if latents.facts.get("seed") == asked.seed:
-            skip(generator, int(number(latents, "drawn")) if "drawn" in latents.facts else 0)
-        steps = steps_to_run(asked.steps, strength)
+        generator = _behind(latents or control, asked.seed)
+        steps = asked.steps if latents is None else steps_to_run(asked.steps, strength)
         begun = self._begun(given, asked, steps, generator, adapted)
-        return self._from(begun, latents, mask)
+        if control is not None:
+            begun = self._controlled(begun, control, control_scale)
+        return self._noise_alone(begun) if latents is None else self._from(begun, latents, mask)
 
     @torch.inference_mode()
     def encode_image(self, pixels: NDArray[np.uint8], seed: int) -> LatentState:
@@ -166,7 +165,7 @@ class DiffusersCard(ModelCard):
             ]
             for branch in (PROMPTED, PLAIN)
         }
-        with self._elastic.step(team):
+        with self._shared(team):
             prompted, plain = self._branches(rows, team)
         behind, rest = [], list(plain)
         for state, solver, prediction in zip(here, solvers, prompted, strict=True):
@@ -280,6 +279,10 @@ class DiffusersCard(ModelCard):
             tensors |= kept(clean, drawn, self._packed(anew.expand(-1, self._channels(), -1, -1)))
         return replace(state, tensors={**state.tensors, **tensors})
 
+    def _shared(self, team: Team | None) -> AbstractContextManager[None]:
+        """A block in which forwards run over `team`."""
+        return self._elastic.step(team)
+
     def _solver(self, state: LatentState) -> Solver:
         return self._schedules.solver(state, self._timing(state) | {"device": self._device})
 
@@ -367,6 +370,12 @@ class DiffusersCard(ModelCard):
         allowed = f"none: this {self.facts.family} edits no pictures"
         raise ShapeRefused("reference", "latents", allowed)
 
+    def _controlled(self, state: LatentState, control: LatentState, scale: float) -> LatentState:
+        """A begun job with a control picture, for the ControlNet of the model."""
+        raise ShapeRefused(
+            "control", "latents", f"none: this {self.facts.family} has no ControlNet"
+        )
+
     def _latent_px(self) -> int:
         """Pixels of a latent pixel's side."""
         raise NotImplementedError
@@ -374,3 +383,11 @@ class DiffusersCard(ModelCard):
     def _channels(self) -> int:
         """C, before packing."""
         return int(self._parts["vae"].config.latent_channels)
+
+
+def _behind(picture: LatentState | None, seed: int) -> torch.Generator:
+    """A generator of `seed`, behind what was drawn from its like to encode the picture."""
+    generator = seeded(seed)
+    if picture is not None and picture.facts.get("seed") == seed and "drawn" in picture.facts:
+        skip(generator, int(number(picture, "drawn")))
+    return generator

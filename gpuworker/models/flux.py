@@ -14,7 +14,8 @@ and that is a `FluxCard` method each:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, degrees
-from gpuworker.models.card import REFERENCE, Asked, CardFacts, ShapeRefused
+from gpuworker.attention.exchange import ParallelAttention
+from gpuworker.collectives.team import Team
+from gpuworker.models.card import CONTROLLED, REFERENCE, Asked, CardFacts, ShapeRefused
 from gpuworker.models.decoding import decoded
 from gpuworker.models.diffusers_card import DiffusersCard
+from gpuworker.models.flux_control import CONTROL, CONTROL_SCALE, FluxControl, controlled
 from gpuworker.models.footprint import ModelCall
 from gpuworker.models.pictures import to_frames
 from gpuworker.models.rows import Row, drawn, latents_of, number, numbers_of, stacked, timesteps_of
@@ -52,11 +56,29 @@ class FluxCard(DiffusersCard):
         elastic = ElasticSP(parts["transformer"], joint=True)
         super().__init__(parts, card, device, elastic)
         self._edits = card.get("pipeline") in _EDITING
+        self._control = FluxControl(parts["controlnet"]) if "controlnet" in parts else None
         self.facts = self._facts(name)
 
     @property
     def operations(self) -> tuple[str, ...]:
-        return super().operations + ((REFERENCE,) if self._edits else ())
+        further = ((REFERENCE,) if self._edits else ()) + ((CONTROLLED,) if self._control else ())
+        return super().operations + further
+
+    def attend_by(self, attention: ParallelAttention) -> None:
+        super().attend_by(attention)
+        if self._control:
+            self._control.elastic.attend_by(attention)
+
+    @contextmanager
+    def _shared(self, team: Team | None) -> Iterator[None]:
+        second = self._control.elastic.step(team) if self._control else nullcontext()
+        with super()._shared(team), second:
+            yield
+
+    def _controlled(self, state: LatentState, control: LatentState, scale: float) -> LatentState:
+        if self._control is None or _REFERENCE in state.tensors:
+            return super()._controlled(state, control, scale)
+        return controlled(state, control, scale)
 
     def activation_bytes(self, call: ModelCall) -> int:
         # A picture to be edited has as many tokens as the one that is made.
@@ -149,11 +171,12 @@ class FluxCard(DiffusersCard):
         return {"sigmas": np.linspace(1.0, 1 / steps, steps)} | shift
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
-        """One forward for all rows that refer to nothing, or to pictures of one size."""
-        kinds: dict[tuple[int, ...], list[int]] = {}
+        """One forward for all rows with references of one size, and controls of one scale."""
+        kinds: dict[tuple[Any, ...], list[int]] = {}
         for place, row in enumerate(rows):
-            ids = row.state.tensors.get(_REFERENCE_IDS)
-            kinds.setdefault(() if ids is None else tuple(ids.shape), []).append(place)
+            ids, scale = row.state.tensors.get(_REFERENCE_IDS), row.state.facts.get(CONTROL_SCALE)
+            kind = (scale,) if ids is None else (scale, *ids.shape)
+            kinds.setdefault(kind, []).append(place)
         if len(kinds) == 1:
             return self._forward(rows)
         predicted: list[Tensor] = [row.latents for row in rows]
@@ -173,19 +196,22 @@ class FluxCard(DiffusersCard):
         if _REFERENCE in first:
             given = torch.cat([given, stacked(rows, _REFERENCE)], 1)
             ids = torch.cat([ids, first[_REFERENCE_IDS].flatten(0, 1)])
-        velocity: Tensor
+        arguments: dict[str, Any] = {
+            "hidden_states": given,
+            "timestep": timesteps_of(rows).to(given.dtype) / 1000,
+            "guidance": guidance,
+            "pooled_projections": stacked(rows, "pooled", "plain_pooled"),
+            "encoder_hidden_states": stacked(rows, "prompt_embeds", "plain_embeds"),
+            "txt_ids": first["txt_ids"],
+            "img_ids": ids,
+            "return_dict": False,
+        }
+        if self._control is not None and CONTROL in first:
+            arguments |= self._control.residuals(rows, arguments)
         with self._adapters.of([row.state for row in rows], self._device):
-            (velocity,) = self._transformer(
-                hidden_states=given,
-                timestep=timesteps_of(rows).to(given.dtype) / 1000,
-                guidance=guidance,
-                pooled_projections=stacked(rows, "pooled", "plain_pooled"),
-                encoder_hidden_states=stacked(rows, "prompt_embeds", "plain_embeds"),
-                txt_ids=first["txt_ids"],
-                img_ids=ids,
-                return_dict=False,
-            )
-        return velocity[:, :tokens]
+            (velocity,) = self._transformer(**arguments)
+        predicted: Tensor = velocity[:, :tokens]
+        return predicted
 
     def _input(self, rows: Sequence[Row]) -> Tensor:
         """What the transformer sees of each row, token by token: [rows, N, in_channels]."""

@@ -58,7 +58,12 @@ def made() -> Made:
     return {}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.full] if family.full else [])
+        for name, family in FAMILIES.items()
+    ]
+)
 def name(request: pytest.FixtureRequest) -> str:
     """A family's name."""
     return str(request.param)

@@ -12,7 +12,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from gpuworker.loading import load_card
-from gpuworker.models.card import ENCODE_IMAGE, INPAINT, REFERENCE, Asked, ModelCard, ShapeRefused
+from gpuworker.models.card import (
+    CONTROLLED,
+    ENCODE_IMAGE,
+    INPAINT,
+    REFERENCE,
+    Asked,
+    ModelCard,
+    ShapeRefused,
+)
 from gpuworker.models.flux import WordFluxCard
 from gpuworker.state import LatentState
 from tests.worker import tiny_pictures
@@ -20,6 +28,7 @@ from tests.worker.families import FAMILIES
 from tests.worker.test_same_picture import EMOJI
 from tests.worker.tiny_models import Reference, flux_reference
 from tests.worker.tiny_pictures import Make, mask_of, noisy_picture
+from tests.worker.worker_jobs import LATENT_TOLERANCE
 from tests.worker.worker_pool import CPU
 from tests.worker.worker_tasks import first_state
 
@@ -88,6 +97,25 @@ def test_kontext_alone_is_the_stock_pipeline_to_the_bit(
     state = drawn(card, first_state(card, made.settings, made.start))
     assert torch.equal(state.tensors["latents"], made.latents)
     assert np.array_equal(card.decode(state), made.frames)
+
+
+def test_a_controlnet_steers_its_own_jobs_alone(tmp_path: Path) -> None:
+    """As in the stock pipeline but for an ulp, since its control picture lies otherwise in memory;
+    a companion without a control picture has a forward of its own.
+    """
+    made = tiny_pictures.flux_control(tmp_path / "tiny")
+    card = load_card(made.folder, CPU, torch.float32)
+    assert CONTROLLED in card.operations and REFERENCE not in card.operations
+    state = first_state(card, made.settings, made.start)
+    plain = card.encode(**made.settings)
+    steered, companion = state, plain
+    while not steered.finished:
+        steered, companion = card.step([steered, companion], None)
+    alone, alone_too = drawn(card, state), drawn(card, plain)
+    assert torch.equal(steered.tensors["latents"], alone.tensors["latents"])
+    assert torch.equal(companion.tensors["latents"], alone_too.tensors["latents"])
+    assert float((alone.tensors["latents"] - made.latents).abs().max()) < LATENT_TOLERANCE / 10
+    assert float((alone_too.tensors["latents"] - made.latents).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("family", ["flux", "qwen", "pixart", "cogvideox", "ltx"])
@@ -188,6 +216,7 @@ def test_a_part_is_kept_exactly(flux_card: ModelCard) -> None:
     [
         ("strength", {"strength": 1.5}),
         ("strength", {"strength": 0.5, "latents": None}),
+        ("control", {"control": LatentState({}, 0, 0, {})}),
         ("reference", {"reference": LatentState({}, 0, 0, {})}),
         ("mask", {"latents": None, "mask": np.zeros((1, 28, 28, 1), np.uint8)}),
         ("mask", {"mask": np.zeros((1, 28, 24, 1), np.uint8)}),

@@ -52,6 +52,8 @@ class Start:
     mask: NDArray[np.uint8] | None = None  # [1, H, W, 1]
     reference: NDArray[np.uint8] | None = None  # a picture to be edited, of any size
     loras: tuple[tuple[str, float], ...] = ()  # adapters and their scales
+    control: NDArray[np.uint8] | None = None  # a picture for a ControlNet
+    control_scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import (
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
@@ -86,6 +88,40 @@ def flux_kontext(folder: Path, width: int = 28, height: int = 20) -> Reference:
         **of_pipeline(settings),
     }
     return drawn(pipeline, plain, arguments, Start(None, reference=pixels))
+
+
+def flux_control(folder: Path, scale: float = 0.7) -> Reference:
+    """Flux with a ControlNet of 1 + 1 blocks."""
+    plain = flux_reference(folder)
+    torch.manual_seed(8)
+    controlnet = FluxControlNetModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    for parameter in controlnet.parameters():  # those that begin at zero, too
+        torch.nn.init.normal_(parameter, std=0.1)
+    pipeline = FluxControlNetPipeline.from_pretrained(
+        folder, controlnet=controlnet, low_cpu_mem_usage=False
+    )
+    pipeline.save_pretrained(folder)  # and loads it, for the weights to lie as they will for ours
+    pipeline = FluxControlNetPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    pipeline.set_progress_bar_config(disable=True)
+    settings = plain.settings
+    control = noisy_picture(settings["width"], settings["height"], seed=4)
+    arguments = {
+        "control_image": Image.fromarray(control[0]),
+        "controlnet_conditioning_scale": scale,
+        "max_sequence_length": TEXT_TOKENS,
+        **of_pipeline(settings),
+    }
+    return drawn(pipeline, plain, arguments, Start(None, control=control, control_scale=scale))
 
 
 def qwen_img2img(folder: Path, strength: float = STRENGTH) -> Reference:

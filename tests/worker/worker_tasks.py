@@ -84,12 +84,21 @@ def first_state(card: ModelCard, settings: dict[str, Any], start: Start | None) 
         return card.encode(**settings)
     asked = Asked(**settings)
     embeddings = _travelled(card.embed(asked))
-    latents, reference = (
+    latents, reference, control = (
         None if pixels is None else _travelled(card.encode_image(pixels, asked.seed))
-        for pixels in (start.pixels, start.reference)
+        for pixels in (start.pixels, start.reference, start.control)
     )
-    loras = dict(start.loras)
-    return card.begin(embeddings, asked, latents, start.strength, start.mask, reference, loras)
+    return card.begin(
+        embeddings,
+        asked,
+        latents,
+        start.strength,
+        start.mask,
+        reference,
+        dict(start.loras),
+        control,
+        start.control_scale,
+    )
 
 
 def _travelled(artifact: LatentState) -> LatentState:
