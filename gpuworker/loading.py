@@ -23,7 +23,7 @@ import transformers
 from gpuworker.folders.files import check_component, read_json, weight_files
 from gpuworker.folders.identity import FileDigests, part_id
 from gpuworker.folders.limits import limited
-from gpuworker.folders.source import INDEX, LoadError, located
+from gpuworker.folders.source import INDEX, LoadError, check_name, located
 from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import ModelCard, ModelRefused
 from gpuworker.models.cogvideox import CogVideoXCard
@@ -99,6 +99,7 @@ def load_card(
     facts = source.folder / "card.json"
     card = read_json(asked, facts) if facts.exists() or facts.is_symlink() else {}
     model = source.name if source.named else str(card.get("name", source.name))
+    check_name(asked, model)
     loading = _Loading(asked, model, device, dtype, weights, digests or FileDigests())
     found = {  # all of it is looked at before the first gigabyte is loaded
         name: loading.found(source.folder / name, library, class_name)
