@@ -23,7 +23,7 @@ import transformers
 from gpuworker.folders.files import check_component, read_json, weight_files
 from gpuworker.folders.identity import FileDigests, part_id
 from gpuworker.folders.limits import limited
-from gpuworker.folders.source import INDEX, LoadError, located
+from gpuworker.folders.source import INDEX, LoadError, check_name, located
 from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import ModelCard, ModelRefused
 from gpuworker.models.cogvideox import CogVideoXCard
@@ -90,8 +90,7 @@ def load_card(
     `solvers.SolverRefused`, and `weights.BudgetTooSmall`.
     """
     source = located(asked)
-    index = read_json(asked, source.folder / INDEX)
-    named = {name: entry for name, entry in index.items() if isinstance(entry, list) and all(entry)}
+    index, named = _components(asked, source.folder)
     for name in _TWO_STAGES:
         if name in named or index.get(name) not in (None, False, [None, None]):
             raise LoadError(asked, name, "two-stage models are not supported")
@@ -103,6 +102,7 @@ def load_card(
     adapters = sorted(source.folder.glob(f"{_ADAPTERS}/*.safetensors"))
     card |= {"pipeline": pipeline, "adapters": [str(file) for file in adapters]}
     model = source.name if source.named else str(card.get("name", source.name))
+    check_name(asked, model)
     loading = _Loading(asked, model, device, dtype, weights, digests or FileDigests())
     found = {  # all of it is looked at before the first gigabyte is loaded
         name: loading.found(source.folder / name, library, class_name)
@@ -147,10 +147,19 @@ def distinct_bytes(sources: Sequence[str], digests: FileDigests) -> int:
     """
     sizes: dict[str, int] = {}
     for asked in sources:
-        for file in located(asked).folder.glob("*/*.safetensors"):
-            if file.exists():  # what is missing is told when it is loaded
-                sizes[digests.of(file)] = file.stat().st_size
+        folder = located(asked).folder
+        for name in _components(asked, folder)[1]:
+            for file in (folder / name).glob("*.safetensors"):
+                if file.exists():  # what is missing is told when it is loaded
+                    sizes[digests.of(file)] = file.stat().st_size
     return sum(sizes.values())
+
+
+def _components(asked: str, folder: Path) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The index, and the components that it names by library and class."""
+    index = read_json(asked, folder / INDEX)
+    named = {name: entry for name, entry in index.items() if isinstance(entry, list) and all(entry)}
+    return index, named
 
 
 def _node(component: str) -> str:

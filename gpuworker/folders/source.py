@@ -22,8 +22,8 @@ from huggingface_hub import snapshot_download
 INDEX = "model_index.json"
 _MODULAR_INDEX = "modular_model_index.json"
 _CACHED = "models--"  # how the hub's cache calls a repository's folder
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_NAMES_ALLOWED = "1 to 64 of A-Z a-z 0-9 . _ -, a letter or digit first"
+_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+/:@-]{0,127}")  # control refuses others
+_NAMES_ALLOWED = "1 to 128 of A-Z a-z 0-9 . _ + / : @ -, a letter or digit first"
 _SHOWN_MAX = 5  # of what a folder has instead
 
 
@@ -50,6 +50,8 @@ class ModelSource(NamedTuple):
 def located(asked: str) -> ModelSource:
     """The folder, fetched from the hub where it is a hub id. Raises `LoadError`."""
     name, path = _split(asked)
+    if name is not None:
+        check_name(asked, name)
     folder = Path(path).expanduser()
     if folder.is_symlink() and not folder.exists():
         raise LoadError(asked, path, f"a dangling link to {os.readlink(folder)}")
@@ -62,16 +64,21 @@ def located(asked: str) -> ModelSource:
     if folder.name.startswith(_CACHED) and (folder / "snapshots").is_dir():
         folder = _main_revision(asked, folder)
     _check_pipeline(asked, folder)
-    return ModelSource(asked, folder, name or _name_of(folder), bool(name))
+    return ModelSource(asked, folder, name or _name_of(folder), name is not None)
 
 
-def _split(asked: str) -> tuple[str, str]:
-    """Name and path; the name is empty where none was given."""
+def check_name(asked: str, name: str) -> None:
+    """A cluster can call a model so. Raises `LoadError`."""
+    if not _NAME.fullmatch(name):
+        reason = f"found {name!r}; allowed: {_NAMES_ALLOWED}; NAME=FOLDER gives another"
+        raise LoadError(asked, "name", reason)
+
+
+def _split(asked: str) -> tuple[str | None, str]:
+    """Name, where one was given, and path."""
     name, sign, path = asked.partition("=")
     if not sign or Path(asked).exists():
-        return "", asked
-    if not _NAME.fullmatch(name):
-        raise LoadError(asked, "name", f"found {name!r}; allowed: {_NAMES_ALLOWED}")
+        return None, asked
     if not path:
         raise LoadError(asked, "path", f"found none after {name}=; allowed: a folder or a hub id")
     return name, path

@@ -122,8 +122,9 @@ def _table(*columns: str) -> Table:
 
 
 def _weights(memory: Memory) -> str:
-    there = sum(part.resident for part in memory.parts)
-    return f"{_mib(memory.weights_bytes):.1f} ({there}/{len(memory.parts)})"
+    # A part is told for each node that needs it; a worker of an older version names none.
+    parts = {part.part or (part.model, part.node): part.resident for part in memory.parts}
+    return f"{_mib(memory.weights_bytes):.1f} ({sum(parts.values())}/{len(parts)})"
 
 
 def _latents(memory: Memory) -> str:

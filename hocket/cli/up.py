@@ -27,7 +27,9 @@ POLICIES = (
 _POLICY = f"Planning policy: {', '.join(POLICIES)}. Default: control's."
 Policy = Annotated[str, typer.Option(help=_POLICY)]
 NatsUrl = Annotated[str, typer.Option(help="URL of a running broker; default: starts one.")]
-Model = Annotated[list[str] | None, typer.Option(help="Folder or hub id of a model; repeatable.")]
+Model = Annotated[
+    list[str] | None, typer.Option(help="Folder or hub id, also NAME=FOLDER; repeatable.")
+]
 Executor = Annotated[str, typer.Option(help="torch; or emulated: sleeps, computes nothing.")]
 Profile = Annotated[str, typer.Option(help="CSV of call times for emulated workers.")]
 BatchMax = Annotated[

@@ -16,7 +16,7 @@ from hocket.v1.control_pb2 import (
     WorkerStatus,
 )
 from hocket.v1.generation_pb2 import ModelInfo
-from hocket.v1.types_pb2 import Memory
+from hocket.v1.types_pb2 import Memory, PartWeights
 
 COLUMNS = 80
 
@@ -78,3 +78,13 @@ def test_restarts_replicas_promises_and_troubles_are_told() -> None:
 def test_an_older_control_shows_workers_only() -> None:
     text = shown(WatchClusterResponse(policy="edf", workers=[WorkerStatus(name="w0")]))
     assert "w0" in text and "replicas" not in text and "troubles" not in text
+
+
+def test_a_part_that_models_share_is_counted_once() -> None:
+    parts = [
+        PartWeights(model=model, node="text", part=part, resident=part != "clip-b")
+        for model, part in (("a", "clip-a"), ("a", "t5"), ("b", "clip-b"), ("b", "t5"))
+    ]
+    parts.append(PartWeights(model="c", node="text", resident=True))  # of an older worker
+    worker = WorkerStatus(name="w0", memory=Memory(weights_bytes=7 << 20, parts=parts))
+    assert "7.0 (3/4)" in shown(WatchClusterResponse(workers=[worker]))

@@ -108,11 +108,18 @@ def test_a_link_and_a_path_with_an_equals_sign(folder: Path, tmp_path: Path) -> 
     assert located(str(tmp_path / "size=9")).name == "size=9"
 
 
+def test_a_name_that_no_cluster_takes(folder: Path) -> None:
+    other = folder.rename(folder.parent / "my model")
+    for asked in (str(other), f"my flux={other}", f"={other}"):
+        with pytest.raises(LoadError, match=r"allowed: 1 to 128 of.*; NAME=FOLDER") as refused:
+            load_card(asked, CPU, torch.float32)
+        assert refused.value.missing == "name"
+    assert load_card(f"mine={other}", CPU, torch.float32).facts.name == "mine"
+
+
 @pytest.mark.parametrize(
     ("asked", "missing", "said"),
     [
-        ("a b=/x", "name", "found 'a b'; allowed: 1 to 64 of"),
-        ("=/x", "name", "found ''"),
         ("m=", "path", "found none after m="),
         ("m=/no/such", "/no/such", "no such folder, and not a hub id"),
         ("./no/such", "./no/such", "no such folder"),
