@@ -34,6 +34,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from hocket.config import otlp_endpoint
+from hocket.rpc.interceptors import Wrapping
 from hocket.rpc.server_spans import ServerSpans
 from hocket.rpc.server_streams import StreamsInOneTask
 from hocket.tracing.file_spans import FileTracer, FileTracers, OwnIds
@@ -66,7 +67,7 @@ class Telemetry:
     file: SpanFile
     log_handler: logging.Handler
 
-    def server_interceptors(self, stall_s: float | None = None) -> list[grpc.aio.ServerInterceptor]:
+    def server_wrappings(self, stall_s: float | None = None) -> list[Wrapping]:
         """Continue the caller's trace in each RPC served; `stall_s`: see `StreamsInOneTask`."""
         return [StreamsInOneTask(stall_s), ServerSpans(self.tracer, _is_a_request)]
 
