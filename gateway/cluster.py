@@ -55,6 +55,8 @@ class ClusterWatch:
         self._leader = ""
         self._moved = asyncio.Event()
         self._state: WatchClusterResponse | None = None
+        self._models: tuple[ModelInfo, ...] = ()  # of that state
+        self._is_working = False
         self.ready = False  # control leads, a worker takes work and a model is served
 
     @property
@@ -63,9 +65,9 @@ class ClusterWatch:
         word holds. Raises NoWorkers, or ControlUnavailable where control has not said anything."""
         if self._state is None:
             raise ControlUnavailable("the control plane has not been found yet")
-        if not _works(self._state):
+        if not self._is_working:
             raise NoWorkers("every worker is drained") if self._state.workers else NoWorkers()
-        return tuple(self._state.models)
+        return self._models
 
     def leader_is(self, address: str) -> None:
         """The line stands, or is down (empty)."""
@@ -140,8 +142,9 @@ class ClusterWatch:
                     state = await stream.read()
                 if not isinstance(state, WatchClusterResponse):
                     return
-                self._state = state
-                await self._set_ready(_works(state))
+                self._state, self._models = state, tuple(state.models)
+                self._is_working = _works(state)
+                await self._set_ready(self._is_working)
         finally:
             stream.cancel()
 
