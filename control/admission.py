@@ -38,8 +38,8 @@ from hocket.tracing import spans, telemetry
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
 
 _BATCH_MAX = 512  # forecast together: most of it is for the queue before them
-_RESTS = 2  # a forecast costs as much for few as for many: so many times its own time between two
-_REST_US_MAX = 25_000
+_RESTS = 3  # a forecast costs as much for few as for many: so many times its own time between two
+_REST_US_MAX = 40_000
 _AT_ONCE = 32  # answers before others on the event loop have a turn
 _APPENDS_MAX = 1024  # under way; a broker that stands still holds up no more
 

@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 INBOX_MAX = 65_536  # facts; beyond it what a later fact repeats is dropped, and counted
 _REST_US_MAX = 20_000  # between two plans, where they take long
-_LONG_US = 5_000  # a plan of a long queue. In a flood of newcomers it gives way to their forecasts
-_FLOOD, _FLOOD_US = 48, 250_000  # so many in one forecast, that long ago at most
+_LONG_US = 1_000  # a plan of a long queue. In a flood of newcomers it gives way to their forecasts
+_FLOOD, _FLOOD_US = 48, 250_000  # so many in so long, that long ago at most
 # Workers may be idle meanwhile; not longer than what was committed to them lasts, as a rule.
 _RESTS_FLOODED, _REST_FLOODED_US_MAX = 4, 100_000
 
@@ -99,6 +99,7 @@ class Driver:
         self._arrived = asyncio.Event()
         self._wake_us: int | None = None
         self._rest_until_us = 0
+        self._newcomers, self._counted_from_us = 0, 0
         self._flooded_until_us = 0
         self._gives_way = False  # the last plan took long in a flood of newcomers
         self.drops: Counter[str] = Counter()  # facts that found the inbox full, by kind
@@ -131,8 +132,12 @@ class Driver:
         `newcomers`: how many it is about.
         """
         answer = await self._planning.run(lambda: question(self._scheduler))
-        if newcomers >= _FLOOD:
-            self._flooded_until_us = self._clock.now_us() + _FLOOD_US
+        now_us = self._clock.now_us()
+        if now_us >= self._counted_from_us + _FLOOD_US:
+            self._newcomers, self._counted_from_us = 0, now_us
+        self._newcomers += newcomers
+        if self._newcomers >= _FLOOD:
+            self._flooded_until_us = now_us + _FLOOD_US
         return answer
 
     async def ask_behind(self, question: Callable[[Scheduler], T]) -> T:

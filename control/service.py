@@ -303,7 +303,7 @@ class Replica:
         identity = Identity.load(self._settings.tls_dir)
         guards = [RoleCheck()] if identity is not None else []
         server = grpc.aio.server(
-            interceptors=[*self._told.server_interceptors(), *guards], options=SERVER_OPTIONS
+            interceptors=[*self._told.server_wrappings(), *guards], options=SERVER_OPTIONS
         )
         control_pb2_grpc.add_ControlServiceServicer_to_server(self._doorway, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

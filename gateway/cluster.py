@@ -55,6 +55,8 @@ class ClusterWatch:
         self._leader = ""
         self._moved = asyncio.Event()
         self._state: WatchClusterResponse | None = None
+        self._models: tuple[ModelInfo, ...] = ()  # that requests may name, of that state
+        self._is_working = False
         self._is_fresh = False  # control is heard now
         self._heard = asyncio.Event()  # set, and replaced, by each of its words
         self.ready = False  # control leads, and requests are taken: a worker, or a model to wake
@@ -64,9 +66,9 @@ class ClusterWatch:
         """What requests may name, as control said last: while it is away for a moment its last
         word holds. Raises NoWorkers, or ControlUnavailable where control has not said anything."""
         state = self._known()
-        if not _works(state):
+        if not self._is_working:
             raise NoWorkers("every worker is drained") if state.workers else NoWorkers()
-        return tuple(state.models) if state.wake_models else _served(state)
+        return self._models
 
     @property
     def listed(self) -> tuple[ModelInfo, ...]:
@@ -165,9 +167,11 @@ class ClusterWatch:
                 if not isinstance(state, WatchClusterResponse):
                     return
                 self._state, self._is_fresh = state, True
+                self._models = tuple(state.models) if state.wake_models else _served(state)
+                self._is_working = _works(state)
                 self._heard.set()
                 self._heard = asyncio.Event()
-                await self._set_ready(_works(state))
+                await self._set_ready(self._is_working)
         finally:
             self._is_fresh = False
             stream.cancel()

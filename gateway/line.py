@@ -26,7 +26,6 @@ from gateway.follower import Follower, FollowerIndex
 from hocket.clock import Clock
 from hocket.errors import ControlUnavailable
 from hocket.v1.control_pb2 import (
-    AttachedSubmit,
     AttachRequest,
     AttachResponse,
     Leave,
@@ -323,14 +322,12 @@ class Line:
             call = self._calls[number]
             if call.expires_at_us > now_us:
                 call.sent = True
-                message.submits.append(
-                    AttachedSubmit(
-                        call=number,
-                        submit=call.submit,
-                        expires_us=call.expires_at_us - now_us,
-                        follower=call.follower.name if call.follower is not None else "",
-                        traceparent=call.traceparent,
-                    )
+                message.submits.add(
+                    call=number,
+                    submit=call.submit,
+                    expires_us=call.expires_at_us - now_us,
+                    follower=call.follower.name if call.follower is not None else "",
+                    traceparent=call.traceparent,
                 )
         for name in _taken(self._outbox.follows, _FOLLOWS_A_MESSAGE):
             if (follower := self._followers.get(name)) is not None:

@@ -13,6 +13,7 @@ import secrets
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
 
 import grpc
 from google.longrunning.operations_pb2_grpc import add_OperationsServicer_to_server
@@ -44,6 +45,7 @@ from hocket.launching import endpoints
 from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.leader import LeaderWatch
 from hocket.rpc.channels import server_options
+from hocket.rpc.interceptors import WrappedServer
 from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
 from hocket.tracing.telemetry import Telemetry
 from hocket.v1 import generation_pb2, workflows_pb2
@@ -175,19 +177,19 @@ def _server(
     names: WorkflowNames,
     uploads: Uploads,
 ) -> tuple[grpc.aio.Server, str]:
-    interceptors = telemetry.server_interceptors(settings.caller_stall_s)
-    options = server_options(settings.keepalive_s)
     # No bound on RPCs here: it would count cancels and health checks too.
-    server = grpc.aio.server(interceptors=[*interceptors, ErrorStatuses()], options=options)
+    server = grpc.aio.server(options=server_options(settings.keepalive_s))
+    wrappings = [*telemetry.server_wrappings(settings.caller_stall_s), ErrorStatuses()]
+    at: Any = WrappedServer(server, wrappings)
     limit, callers = CallLimit(settings.calls_max), Access(settings.api_keys, SystemClock())
     generation = GenerationServicer(calls, limit, callers, uploads)
-    add_GenerationServiceServicer_to_server(generation, server)
-    add_WorkflowServiceServicer_to_server(WorkflowServicer(names, callers), server)
-    add_OperationsServicer_to_server(GenerationOperations(calls, limit, callers), server)
-    add_ExternalScalerServicer_to_server(KedaScaler(cluster, callers), server)
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    add_GenerationServiceServicer_to_server(generation, at)
+    add_WorkflowServiceServicer_to_server(WorkflowServicer(names, callers), at)
+    add_OperationsServicer_to_server(GenerationOperations(calls, limit, callers), at)
+    add_ExternalScalerServicer_to_server(KedaScaler(cluster, callers), at)
+    health_pb2_grpc.add_HealthServicer_to_server(checks, at)
     told = (SERVICE, WORKFLOWS, OPERATIONS, SCALER, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(told, server)
+    reflection.enable_server_reflection(told, at)
     port = add_port(server, settings.listen, identity, mutual=settings.client_certs)
     tell_if_open(settings.listen, identity, "the gateway")
     return server, f"{settings.listen.rpartition(':')[0]}:{port}"

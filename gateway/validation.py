@@ -25,6 +25,9 @@ _TENANT = re.compile(r"[A-Za-z0-9._-]{0,64}")
 _KEY = re.compile(r"[A-Za-z0-9._:-]{0,128}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tabs and ends of lines
 _FOUND_CHARS_MAX = 60
+_UNSAID, _BEST_EFFORT = OnMiss.ON_MISS_UNSPECIFIED, OnMiss.ON_MISS_BEST_EFFORT
+_DEGRADE = OnMiss.ON_MISS_DEGRADE
+_COMMITMENTS = frozenset(Commitment.values())
 _ON_MISS = {OnMiss.ON_MISS_BEST_EFFORT, OnMiss.ON_MISS_REJECT, OnMiss.ON_MISS_DEGRADE}
 
 
@@ -80,12 +83,12 @@ class _Violations:
 def _complete_terms(request: GenerateRequest, violations: _Violations) -> None:
     if request.slo.deadline_us > DEADLINE_US_MAX:
         violations.add("slo.deadline_us", request.slo.deadline_us, f"0 to {DEADLINE_US_MAX} (24 h)")
-    if request.slo.on_miss == OnMiss.ON_MISS_UNSPECIFIED:
-        request.slo.on_miss = OnMiss.ON_MISS_BEST_EFFORT
+    if request.slo.on_miss == _UNSAID:
+        request.slo.on_miss = _BEST_EFFORT
     if request.slo.on_miss not in _ON_MISS:
         names = ", ".join(OnMiss.Name(value) for value in sorted(_ON_MISS))
         violations.add("slo.on_miss", request.slo.on_miss, names)
-    if request.slo.commitment not in Commitment.values():
+    if request.slo.commitment not in _COMMITMENTS:
         names = ", ".join(Commitment.keys())
         violations.add("slo.commitment", request.slo.commitment, names)
     if abs(request.priority) > PRIORITY_MAX:
@@ -265,7 +268,7 @@ def _complete_guidance(spec: GenerationSpec, model: ModelInfo, violations: _Viol
 
 def _check_degrade(request: GenerateRequest, violations: _Violations) -> None:
     limits, spec = request.slo.degrade, request.spec
-    asked = request.slo.on_miss == OnMiss.ON_MISS_DEGRADE
+    asked = request.slo.on_miss == _DEGRADE
     if asked and not (limits.steps_min or limits.width_min or limits.height_min):
         allowed = "the fewest steps or the smallest size that will do"
         violations.add("slo.degrade", "no limits with ON_MISS_DEGRADE", allowed)

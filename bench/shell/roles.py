@@ -20,6 +20,7 @@ from gpuworker.config import WorkerSettings
 from gpuworker.emulation.executor import EmulatedExecutor, EmulatedHost
 from gpuworker.executor import Listener, Room, RunNote, always_room
 from hocket.messaging.bus import Bus
+from hocket.rpc.interceptors import Wrapping
 from hocket.tracing.telemetry import Telemetry
 
 from .loop import SimulatedProcess
@@ -36,7 +37,7 @@ class _Untold:
 
     tracer: Tracer
 
-    def server_interceptors(self, *_: object, **__: object) -> list[grpc.aio.ServerInterceptor]:
+    def server_wrappings(self, *_: object, **__: object) -> list[Wrapping]:
         return []
 
     def client_interceptors(self) -> list[grpc.aio.ClientInterceptor]:

@@ -41,6 +41,9 @@ _NODE = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 _TENANT = re.compile(r"[0-9A-Za-z._-]{0,64}")
 _KEY = re.compile(r"[0-9A-Za-z._:-]{0,128}")
+_AS_REQUEST, _AS_MODEL = f"matches {_REQUEST.pattern}", f"matches {_MODEL.pattern}"
+_DEADLINES, _SIDES = f"0 to {TIME_US_MAX}", f"1 to {SIDE_MAX}"
+_TEXTS = f"at most {TEXT_CHARS_MAX} characters, no control characters"
 _CONTROL_CHARS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _CONTROL_IN_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -76,12 +79,12 @@ def check_submit(submit: control_pb2.SubmitRequest) -> tuple[Violation, ...]:
             found.append(Violation(field, f"allowed: {allowed}"))
 
     request = submit.request
-    need("request_id", bool(_REQUEST.fullmatch(submit.request_id)), f"matches {_REQUEST.pattern}")
+    need("request_id", bool(_REQUEST.fullmatch(submit.request_id)), _AS_REQUEST)
     need("request.tenant", bool(_TENANT.fullmatch(request.tenant)), _TENANT.pattern)
     need("request.idempotency_key", bool(_KEY.fullmatch(request.idempotency_key)), _KEY.pattern)
     need("request.priority", abs(request.priority) <= 100, "-100 to 100")
     slo = request.slo
-    need("request.slo.deadline_us", slo.deadline_us <= TIME_US_MAX, f"0 to {TIME_US_MAX}")
+    need("request.slo.deadline_us", slo.deadline_us <= TIME_US_MAX, _DEADLINES)
     _check_spec(request.spec, need)
     if submit.HasField("workflow"):
         found += [
@@ -93,17 +96,17 @@ def check_submit(submit: control_pb2.SubmitRequest) -> tuple[Violation, ...]:
 
 def _check_spec(spec: types_pb2.GenerationSpec, need: Callable[[str, bool, str], None]) -> None:
     shape, at = spec.shape, "request.spec."
-    need(at + "model", bool(_MODEL.fullmatch(spec.model)), f"matches {_MODEL.pattern}")
+    need(at + "model", bool(_MODEL.fullmatch(spec.model)), _AS_MODEL)
     need(at + "workflow", _is_name(spec.workflow), "a name")
     need(at + "media_type", _is_name(spec.media_type), "a media type")
-    need(at + "shape.width", 1 <= shape.width <= SIDE_MAX, f"1 to {SIDE_MAX}")
-    need(at + "shape.height", 1 <= shape.height <= SIDE_MAX, f"1 to {SIDE_MAX}")
+    need(at + "shape.width", 1 <= shape.width <= SIDE_MAX, _SIDES)
+    need(at + "shape.height", 1 <= shape.height <= SIDE_MAX, _SIDES)
     need(at + "shape.frames", shape.frames <= SIDE_MAX, f"0 to {SIDE_MAX}")
     need(at + "steps", 1 <= spec.steps <= STEPS_MAX, f"1 to {STEPS_MAX}")
     need(at + "guidance_scale", _is_number(spec.guidance_scale), "a number")
     for name, text in (("prompt", spec.prompt), ("negative_prompt", spec.negative_prompt)):
         sound = len(text) <= TEXT_CHARS_MAX and not _CONTROL_IN_TEXT.search(text)
-        need(at + name, sound, f"at most {TEXT_CHARS_MAX} characters, no control characters")
+        need(at + name, sound, _TEXTS)
     need(at + "loras", len(spec.loras) <= 64 and all(map(_is_name, spec.loras)), "64 names")
     inputs = [*spec.inputs, *spec.inputs.values()]
     need(at + "inputs", len(inputs) <= 128 and all(map(_is_name, inputs)), "64 pairs of names")

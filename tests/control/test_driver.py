@@ -150,14 +150,17 @@ class LongPlans(SlowScheduler):
         return self.at_us[-1] + 21_000 if self.at_us else 0
 
 
-@pytest.mark.parametrize(("newcomers", "pause_us"), [(0, 1_000), (16, 1_000), (48, 80_000)])
+@pytest.mark.parametrize(
+    ("newcomers", "pause_us"), [((0,), 1_000), ((16,), 1_000), ((48,), 80_000), ((16,) * 3, 80_000)]
+)
 async def test_plans_of_a_long_queue_give_way_to_a_flood_of_newcomers(
-    newcomers: int, pause_us: int
+    newcomers: tuple[int, ...], pause_us: int
 ) -> None:
     clock = ManualClock()
     scheduler = LongPlans(clock)
     driver = Driver(scheduler, clock, Turns())  # type: ignore[arg-type]
-    await driver.ask(lambda s: None, newcomers=newcomers)
+    for count in newcomers:
+        await driver.ask(lambda s: None, newcomers=count)
     driver.post(lost(driver, "w0"))
     driven = asyncio.ensure_future(driver.run())
     async with asyncio.timeout(WAIT_S):

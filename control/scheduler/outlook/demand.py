@@ -89,7 +89,7 @@ class DemandCensus:
                     part.pool.arrived += part.share * count
                     part.pool.arrived_us += part.share * count * part.price.whole_us(leg.steps)
         for pool in self.pools.values():
-            due = self._due.get(id(pool), {})
+            due: Mapping[int, float] = self._due.get(id(pool), {})
             pool.due = [(left_s * _SECOND_US, round(due[left_s])) for left_s in sorted(due)]
         return self.pools
 

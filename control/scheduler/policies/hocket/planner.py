@@ -177,8 +177,9 @@ class Hocket(Planner):
             most = min(int(self._read["operations_max"]), budget - spent)
             self._allowed = self._limits._replace(operations_max=max(1_000, most))
             before = self.operations
-            while self._decide(ledger, pod, now_us, issue):
-                pass  # what soon ends is followed at once
+            while self._decide(ledger, pod, now_us, issue):  # what soon ends is followed at once
+                if not self._maker.free(ledger, pod, now_us):
+                    break
             spent += self.operations - before
             spent += ENTRY_OPERATIONS * (len(pod.entries) + len(pod.workers))
             done += 1

@@ -194,6 +194,10 @@ class RosterMaker:
             if not entry.need and not look:
                 entry.need = need_of(entry, prices, roster.widths)
                 self._needs.append(entry.need)
+            if waits and request.deadline_us is None:  # as its row would have it
+                entry.hopeful = False
+                roster.spare.append((entry, prices, max(0, request.steps - tracked.steps_done)))
+                continue
             if waits:
                 row = self._row_of_waiting(entry, number, prices, now_us)
             else:
@@ -220,7 +224,8 @@ class RosterMaker:
             price = roster.prices[int(row[KIND])]
             insort(roster.spare, (entry, price, int(row[STEPS_LEFT])), key=lambda s: s[0].key)
         roster.need = max(self._needs, default=1)
-        late = any(e.tracked.request.deadline_us is not None for e, *_ in roster.spare)
+        first = roster.spare[0][0].tracked.request if roster.spare else None
+        late = first is not None and first.deadline_us is not None  # best effort stands behind
         roster.saving = any(price.batches_save for price in roster.prices)
         roster.crowded = late and not roster.saving
         roster.jobs = np.array(rows).reshape(len(rows), COLUMNS)
