@@ -391,8 +391,7 @@ def widths_of(pod: Pod) -> tuple[int, ...]:
 
 def flight_end_us(ledger: Ledger, sequence: int) -> int:
     """When an assignment will be over, by its last report or its prediction; now or past: late."""
-    flight = ledger.board.flights[sequence]
-    a = flight.assignment
+    a = (flight := ledger.board.flights[sequence]).assignment
     if flight.reported_us is not None:
         return flight.reported_us + flight.steps_left * a.step_time_us
     freed_us = [ledger.cluster.workers[w].freed_us for w in a.workers]
