@@ -117,8 +117,10 @@ def _call_fault(assignment: mesh_pb2.Assignment) -> str:
         return "a batch of a workflow's jobs and a plain chain's"
     if not first.HasField("call"):
         return ""
-    if any((m.call.op, model_of(m)) != (operation.name, model_of(first)) for m in batch):
-        return "a batch of several operations, or models"
+    if any(m.call.op != operation.name for m in batch):
+        return "a batch of several operations"
+    if operation.part and any(model_of(m) != model_of(first) for m in batch):
+        return "a batch of several models"
     if not operation.stepped and len(assignment.group.members) > 1:
         return f"{operation.name} on {len(assignment.group.members)} workers"
     return next((fault for member in batch if (fault := _job_fault(member.call))), "")
