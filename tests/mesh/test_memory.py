@@ -59,10 +59,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """A tiny Wan that decodes any size in one piece."""
+    """A tiny Wan that decodes any size in one piece, also larger ones than its family is for."""
     made = wan_reference(tmp_path_factory.mktemp("models") / "tiny-wan")
     card = Path(made.folder) / "card.json"
-    card.write_text(json.dumps({**json.loads(card.read_text()), "tiled_over_px": 1 << 30}))
+    limits = {"tiled_over_px": 1 << 30, "pixels_max": 1280 * 1280}
+    card.write_text(json.dumps({**json.loads(card.read_text()), **limits}))
     return made
 
 
