@@ -103,6 +103,7 @@ class Term:
                     best_effort_wait_us_max=best_effort_wait_us_max(settings),
                 ),
                 replicas=parts.replicas.alive,
+                unix_us=lambda: promises.unix_us,
                 scaling=scaling_settings(settings),
                 wake=WakeSettings(
                     models=settings.wake_models,
@@ -139,7 +140,7 @@ class Term:
         term = cls(parts, promises, journal, store, scheduler)
         book.prune(promises.fence.unix_us, settings.retention_s * 1_000_000, settings.ended_max)
         desk = term.desk
-        await term.models.load(desk.signal.catalogue)
+        await term.models.load(desk.signal.catalogue, promises.unix_us)
         recover(
             book,
             promises,
@@ -193,6 +194,7 @@ class Term:
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_WAIT_S):
                 await self._store.save(self._scheduler)
+                await self.models.save(self.desk.signal.catalogue)
 
     async def _keep_media_bucket(self) -> NoReturn:
         parts, settings = self.parts, self.parts.settings
