@@ -21,6 +21,7 @@ from gpuworker.emulation.executor import EmulatedExecutor, EmulatedHost
 from gpuworker.executor import Listener, Room, RunNote, always_room
 from hocket.messaging.bus import Bus
 from hocket.rpc.interceptors import Wrapping
+from hocket.tracing.metrics import Gauges
 from hocket.tracing.telemetry import Telemetry
 
 from .loop import SimulatedProcess
@@ -36,6 +37,7 @@ class _Untold:
     """Telemetry that goes nowhere."""
 
     tracer: Tracer
+    gauges: Gauges = Gauges(None)  # noqa: RUF009
 
     def server_wrappings(self, *_: object, **__: object) -> list[Wrapping]:
         return []

@@ -89,8 +89,8 @@ class DemandCensus:
                     part.pool.arrived += part.share * count
                     part.pool.arrived_us += part.share * count * part.price.whole_us(leg.steps)
         for pool in self.pools.values():
-            due: Mapping[int, float] = self._due.get(id(pool), {})
-            pool.due = [(left_s * _SECOND_US, round(due[left_s])) for left_s in sorted(due)]
+            found = sorted(self._due.get(id(pool), {}).items())
+            pool.due = [(left_s * _SECOND_US, round(work_us)) for left_s, work_us in found]
         return self.pools
 
     def _inside(self, tracked: Tracked, now_us: int, best_effort_us: int) -> None:
@@ -119,7 +119,7 @@ class DemandCensus:
             known = self._parts[key] = []
             for gpu, share in self._shares(request):
                 pool = self._pool(request.model, gpu)
-                due = self._due.setdefault(id(pool), defaultdict(float))
+                due: defaultdict[int, float] = self._due.setdefault(id(pool), defaultdict(float))
                 known.append(_Part(share, self._price(request, gpu), pool, due))
         return known
 
