@@ -1,13 +1,13 @@
 """What the requests inside ask of the workers, by model and kind of GPU: for the scaling signal.
 
-One pass over the requests; call times come from the latency model, each asked once. Work is what
-one worker of the kind would take, steps at degree 1. A model that several kinds serve is split as
-they could share it evenly: by their workers' speed.
+One pass over the requests; call times come from the latency model, once for a model and shape. Work
+is what one worker of the kind would take, steps at degree 1. A model that several kinds serve is
+split as they could share it evenly: by their workers' speed.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,6 +15,8 @@ from typing import NamedTuple
 from ..books.ledger import Ledger
 from ..books.tracker import Tracked
 from ..values import Request, Shape
+
+_SECOND_US = 1_000_000
 
 
 @dataclass(slots=True)
@@ -24,7 +26,8 @@ class PoolWork:
     workers: int = 0  # usable, of this kind, with the model
     arrived: float = 0.0  # newcomers …
     arrived_us: float = 0.0  # … and their work
-    due: list[tuple[int, int]] = field(default_factory=list)  # (time left, work), in µs
+    # (time left, work), in µs, ascending; times left are rounded down to seconds.
+    due: list[tuple[int, int]] = field(default_factory=list)
     requests: int = 0
     with_deadline: int = 0
     late: int = 0  # of those, the ones that cannot be met any more, and could at their arrival
@@ -43,6 +46,16 @@ class _Price(NamedTuple):
         return self.before + steps * self.step + self.after
 
 
+class _Part(NamedTuple):
+    """What a kind of GPU has of a model and shape."""
+
+    gpu: str
+    share: float  # of the work
+    price: _Price
+    pool: PoolWork
+    due: defaultdict[int, float]  # work, by seconds left
+
+
 class DemandCensus:
     """One question's answers: `of` fills it."""
 
@@ -53,6 +66,8 @@ class DemandCensus:
         self._ledger = ledger
         self._kinds = kinds
         self._prices: dict[tuple[str, Shape, str, str], _Price] = {}
+        self._parts: dict[tuple[str, Shape, str], list[_Part]] = {}
+        self._due: dict[int, defaultdict[int, float]] = {}  # by pool's identity
         self._able: dict[str, Counter[str]] = {}  # by model: usable workers of each kind
         for worker in ledger.cluster.usable():
             self._pool("", worker.gpu).workers += 1
@@ -72,29 +87,43 @@ class DemandCensus:
             self._inside(tracked, now_us, best_effort_us)
         for request, count in newcomers:
             for leg in self._ledger.enter(request):
-                for gpu, share in self._shares(leg):
-                    whole_us = self._price(leg, gpu).whole_us(leg.steps)
-                    pool = self._pool(leg.model, gpu)
-                    pool.arrived += share * count
-                    pool.arrived_us += share * count * whole_us
+                for part in self._of(leg):
+                    whole_us = part.price.whole_us(leg.steps)
+                    part.pool.arrived += part.share * count
+                    part.pool.arrived_us += part.share * count * whole_us
+        for pool in self.pools.values():
+            found = sorted(self._due.get(id(pool), {}).items())
+            pool.due = [(left_s * _SECOND_US, round(work_us)) for left_s, work_us in found]
         return self.pools
 
     def _inside(self, tracked: Tracked, now_us: int, best_effort_us: int) -> None:
         request, deadline_us = tracked.request, tracked.request.deadline_us
         due_us = tracked.progressed_us + best_effort_us if deadline_us is None else deadline_us
-        for gpu, share in self._shares(request):
-            price, pool = self._price(request, gpu), self._pool(request.model, gpu)
-            later_us = self._later_us(tracked, gpu)
+        left_s = (due_us - now_us) // _SECOND_US
+        for part in self._of(request):
+            price, pool = part.price, part.pool
+            later_us = self._later_us(tracked, part.gpu)
             left_us = _left_us(tracked, price) + later_us
-            pool.due.append((due_us - now_us, round(share * left_us)))
+            part.due[left_s] += part.share * left_us
             pool.requests += 1
             pool.waiting += request.model not in self._able
             if deadline_us is not None:
                 pool.with_deadline += 1
-                whole_us = price.whole_us(request.steps) + later_us
-                hopeless = tracked.arrived_us + whole_us / price.widest
-                lost = now_us + left_us / price.widest > deadline_us
-                pool.late += lost and hopeless <= deadline_us
+                if now_us + left_us / price.widest > deadline_us:
+                    whole_us = price.whole_us(request.steps) + later_us
+                    pool.late += tracked.arrived_us + whole_us / price.widest <= deadline_us
+
+    def _of(self, request: Request) -> list[_Part]:
+        """The kinds that serve a request, worked out once for its model and shape."""
+        key = (request.model, request.shape, request.workflow)
+        known = self._parts.get(key)
+        if known is None:
+            known = self._parts[key] = []
+            for gpu, share in self._shares(request):
+                pool = self._pool(request.model, gpu)
+                due: defaultdict[int, float] = self._due.setdefault(id(pool), defaultdict(float))
+                known.append(_Part(gpu, share, self._price(request, gpu), pool, due))
+        return known
 
     def _later_us(self, tracked: Tracked, gpu: str) -> int:
         """Of the passes behind the one that a request is in, on workers of that kind."""
