@@ -12,7 +12,7 @@ from typing import NoReturn
 from google.protobuf.message import DecodeError
 
 from control.scaling.seen_models import ModelsSeen
-from hocket.clock import Clock, unix_ns
+from hocket.clock import Clock
 from hocket.errors import BrokerUnavailable
 from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.stores import EntryTooLarge, LeasedKey, LogFull, OutcomeUnknown
@@ -20,7 +20,7 @@ from hocket.v1 import control_pb2
 
 log = logging.getLogger(__name__)
 
-SAVE_EVERY_US = 5_000_000
+SAVE_EVERY_US = 2_000_000
 MODELS = "models"  # the key
 
 
@@ -32,13 +32,13 @@ class CatalogueStore:
         self._saved = 0  # the catalogue's count of changes, at the last write
         self._failing = False
 
-    async def load(self, catalogue: ModelsSeen) -> None:
-        """Adds what an earlier leader knew."""
+    async def load(self, catalogue: ModelsSeen, unix_us: int) -> None:
+        """Adds what an earlier leader knew; it is `unix_us` by the broker's clock."""
         try:
             found = await self._cell.get()
             if found is not None:
                 kept = control_pb2.SeenModels.FromString(found[0])
-                catalogue.restore(kept, unix_ns() // 1_000)
+                catalogue.restore(kept, unix_us)
         except (BrokerUnavailable, DecodeError) as error:
             log.warning("models that an earlier leader knew cannot be had: %s", error)
 
@@ -46,12 +46,13 @@ class CatalogueStore:
         """Writes what is new every few seconds, until cancelled."""
         while True:
             await clock.sleep_until(clock.now_us() + SAVE_EVERY_US)
-            if catalogue.changes != self._saved:
-                await self._save(catalogue)
+            await self.save(catalogue)
 
-    async def _save(self, catalogue: ModelsSeen) -> None:
-        """A broker that does not answer is tried again the next time."""
+    async def save(self, catalogue: ModelsSeen) -> None:
+        """Writes what is new; a broker that does not answer is tried again the next time."""
         changes, content = catalogue.changes, catalogue.stored().SerializeToString()
+        if changes == self._saved:
+            return
         try:
             found = await self._cell.get()
             if found is None:

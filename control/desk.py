@@ -35,7 +35,7 @@ from control.workers.cluster_view import ClusterView
 from control.workers.intake import Intake
 from control.workers.leases import Leases
 from control.workflow_registry import WorkflowRegistry
-from hocket.clock import Clock
+from hocket.clock import Clock, unix_ns
 from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import control_pb2, mesh_pb2
 
@@ -60,6 +60,7 @@ class Wiring:
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
     scaling: ScalingSettings = field(default_factory=ScalingSettings)
     wake: WakeSettings = field(default_factory=WakeSettings)
+    unix_us: Callable[[], int] = lambda: unix_ns() // 1_000
     replicas: Callable[[], Sequence[control_pb2.ReplicaStatus]] = tuple
     stream_replicas: int = 1  # copies of what is stored, in a cluster of brokers
     outlet: Callable[[Publisher], Outlet] = lambda publisher: publisher  # what watches the driver
@@ -101,7 +102,7 @@ class Desk:
         )
         driver = Driver(w.scheduler, w.clock, w.outlet(publisher), w.planning)
         troubles: Counter[str] = Counter()
-        signal = ScalingSignal(driver, records, w.leases, w.clock, w.scaling, w.wake)
+        signal = ScalingSignal(driver, records, w.leases, w.clock, w.scaling, w.wake, w.unix_us)
         view = ClusterView(
             driver,
             records,

@@ -104,6 +104,7 @@ class Term:
                 ),
                 replicas=parts.replicas.alive,
                 stream_replicas=settings.stream_replicas,
+                unix_us=lambda: promises.unix_us,
                 scaling=scaling_settings(settings),
                 wake=WakeSettings(
                     models=settings.wake_models,
@@ -140,7 +141,7 @@ class Term:
         term = cls(parts, promises, journal, store, scheduler)
         book.prune(promises.fence.unix_us, settings.retention_s * 1_000_000, settings.ended_max)
         desk = term.desk
-        await term.models.load(desk.signal.catalogue)
+        await term.models.load(desk.signal.catalogue, promises.unix_us)
         recover(
             book,
             promises,
@@ -195,6 +196,7 @@ class Term:
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_WAIT_S):
                 await self._store.save(self._scheduler)
+                await self.models.save(self.desk.signal.catalogue)
 
     async def _keep_media_bucket(self) -> NoReturn:
         parts, settings = self.parts, self.parts.settings

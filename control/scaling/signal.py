@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -26,7 +26,7 @@ from control.scaling.seen_models import ModelsSeen
 from control.scaling.settings import ScalingSettings
 from control.scheduler.values import CancelRequested
 from control.workers.leases import Leases
-from hocket.clock import Clock, unix_ns
+from hocket.clock import Clock
 from hocket.v1 import control_pb2, generation_pb2, types_pb2
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ class ScalingSignal:
     clock: Clock
     scaling: ScalingSettings
     wake: WakeSettings
+    unix_us: Callable[[], int]  # by the broker's clock
     best_effort_us: int = 120_000_000  # best effort is due so long after its last progress
     readings: tuple[PoolReading, ...] = ()
     catalogue: ModelsSeen = field(init=False)
@@ -80,7 +81,7 @@ class ScalingSignal:
     def see_models(self) -> None:
         """Takes what living workers serve."""
         beats = (lease.heartbeat for lease in self.leases.alive.values())
-        self.catalogue.see(beats, unix_ns() // 1_000)
+        self.catalogue.see(beats, self.unix_us())
 
     def listed(self) -> Sequence[generation_pb2.ModelInfo]:
         """Models that workers serve or served of late, each with its number of workers."""
