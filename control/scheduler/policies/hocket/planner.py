@@ -44,8 +44,8 @@ from .kernel import (
     Rules,
     scratch,
 )
-from .pods import Entry, Pod, Pods
-from .roster import Guard, Patience, Roster, RosterMaker, flight_end_us
+from .pods import Entry, Pod, Pods, flight_end_us
+from .roster import Guard, Patience, Roster, RosterMaker
 from .search import decide
 from .wakes import Wakes
 from .wishes import wanted

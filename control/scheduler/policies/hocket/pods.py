@@ -312,3 +312,14 @@ def work_us(ledger: Ledger, request: Request) -> int:
     return (
         request.steps * ledger.predict(request, ledger.workflow(request).stepped, 1, gpus).mean_us
     )
+
+
+def flight_end_us(ledger: Ledger, sequence: int) -> int:
+    """When an assignment will be over, by its last report or its prediction; now or past: late."""
+    a = (flight := ledger.board.flights[sequence]).assignment
+    if flight.reported_us is not None:
+        return flight.reported_us + flight.steps_left * a.step_time_us
+    freed_us = [ledger.cluster.workers[w].freed_us for w in a.workers]
+    if min(freed_us) > flight.issued_us:  # what it waited for has ended: it runs since then
+        return max(freed_us) + a.end_us - a.start_us
+    return a.end_us

@@ -34,7 +34,7 @@ from .kernel import (
     Floats,
     Tables,
 )
-from .pods import Entry, Pod
+from .pods import Entry, Pod, flight_end_us
 
 BATCHES_SAVE = 0.7  # of what a job costs alone
 Kind = tuple[str, Shape, str, str]  # with the workflow; last: of who shares no batch, its id
@@ -218,11 +218,7 @@ class RosterMaker:
             roster.entries.append(entry)
             roster.running += row[AVAIL] > now_us
             roster.promised += tracked.promised
-        younger = sorted(aged, reverse=True)[self._patience.places :]
-        for at in sorted((at for _, at in younger), reverse=True):
-            row, entry = rows.pop(at), roster.entries.pop(at)
-            price = roster.prices[int(row[KIND])]
-            insort(roster.spare, (entry, price, int(row[STEPS_LEFT])), key=lambda s: s[0].key)
+        self._spare_younger(roster, rows, aged)
         roster.need = max(self._needs, default=1)
         first = roster.spare[0][0].tracked.request if roster.spare else None
         late = first is not None and first.deadline_us is not None  # best effort stands behind
@@ -230,6 +226,15 @@ class RosterMaker:
         roster.crowded = late and not roster.saving
         roster.jobs = np.array(rows).reshape(len(rows), COLUMNS)
         return roster
+
+    def _spare_younger(
+        self, roster: Roster, rows: list[tuple[float, ...]], aged: list[tuple[float, int]]
+    ) -> None:
+        younger = sorted(aged, reverse=True)[self._patience.places :]
+        for at in sorted((at for _, at in younger), reverse=True):
+            row, entry = rows.pop(at), roster.entries.pop(at)
+            price = roster.prices[int(row[KIND])]
+            insort(roster.spare, (entry, price, int(row[STEPS_LEFT])), key=lambda s: s[0].key)
 
     def price(self, ledger: Ledger, pod: Pod, widths: tuple[int, ...], request: Request) -> Prices:
         """Call times of the request's kind there."""
@@ -387,14 +392,3 @@ def widths_of(pod: Pod) -> tuple[int, ...]:
     """Degrees on offer in a pod."""
     degrees = {1} | {d for m in pod.workers[0].models.values() for d in m.degrees}
     return tuple(d for d in sorted(degrees) if d <= len(pod.workers))
-
-
-def flight_end_us(ledger: Ledger, sequence: int) -> int:
-    """When an assignment will be over, by its last report or its prediction; now or past: late."""
-    a = (flight := ledger.board.flights[sequence]).assignment
-    if flight.reported_us is not None:
-        return flight.reported_us + flight.steps_left * a.step_time_us
-    freed_us = [ledger.cluster.workers[w].freed_us for w in a.workers]
-    if min(freed_us) > flight.issued_us:  # what it waited for has ended: it runs since then
-        return max(freed_us) + a.end_us - a.start_us
-    return a.end_us
