@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable
 
 from control.requests.records import Record
 from control.scheduler import values
+from control.scheduler.resilience.failures import INPUT_MISSING
 from control.workflows.calls import node_call
 from control.workflows.compiled import passes_of, steps_at, steps_total, workflow_of
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _COLLECTIVE_TIMEOUT_STEPS = 8  # a collective counts as hung after this many predicted step times …
 _COLLECTIVE_TIMEOUT_MIN_US = 5_000_000  # … but never sooner than this
+_WHY = {INPUT_MISSING: "a file that it brought is not in the store of inputs any more"}
 _LOADS_LATE = 3  # times its prediction that a load may take while others wait for it
 
 
@@ -85,6 +87,7 @@ def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
             tried=tuple(failed.tried),
             goes_on=not report.last,
             batch=failed.batch,
+            artifact=failed.artifact,
         )
     return values.StepsEnded(
         at_us=now_us,
@@ -209,9 +212,8 @@ def to_ended(ended: values.Ended, record: Record) -> journal_pb2.EndedRequest:
         outcome.failed.CopyFrom(_turned_away(ended, record, steps))
     else:
         outcome.failed.reason = ended.reason or "FAILED"
-        outcome.failed.message = (
-            f"gave up after {ended.steps_done} of {steps} steps: {ended.reason.lower()}"
-        )
+        why = _WHY.get(ended.reason, ended.reason.lower())
+        outcome.failed.message = f"gave up after {ended.steps_done} of {steps} steps: {why}"
     return outcome
 
 

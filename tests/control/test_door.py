@@ -16,7 +16,7 @@ from control.entrance.door import TERMS_AHEAD_MAX, check_heartbeat, check_report
 from control.scheduler.core import Scheduler
 from control.scheduler.settings import Settings
 from control.scheduler.times.profile import Profile
-from control.scheduler.values import Arrived, Request, Shape
+from control.scheduler.values import Arrived, AssignmentFailed, Request, Shape
 from control.workers.leases import Leases
 from hocket.v1 import control_pb2, mesh_pb2, types_pb2
 
@@ -208,6 +208,14 @@ def test_any_report_is_judged_and_what_comes_in_harms_nobody(
         scheduler = busy()
         scheduler.observe(translate.to_event(message, 2_000))
         scheduler.plan(3_000)
+
+
+def test_a_report_of_a_missing_artifact_names_it() -> None:
+    report = mesh_pb2.StepReport(worker="w0", sequence=1, last=True)
+    report.failure.reason = "LATENT_MISSING"
+    report.failed_job.artifact = "enlarge.image"
+    fact = translate.to_event(report, 5)
+    assert isinstance(fact, AssignmentFailed) and fact.artifact == "enlarge.image"
 
 
 @settings(max_examples=300, deadline=None)

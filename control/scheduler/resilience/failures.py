@@ -45,8 +45,9 @@ MESSAGE_LOST = "MESSAGE_LOST"
 MESSAGES_LOST_MAX = 20  # in a row at one place
 BLAMED_FACTOR = 4  # failures that a worker is blamed for end a request at this many failures_max
 NOBODYS = (MESSAGE_LOST, GROUP_SPENT)
+INPUT_MISSING = "INPUT_MISSING"  # a file that the request brought is not to be had
 # Reasons that say nothing of the worker that reports them.
-NOT_THE_REPORTER = (*NOBODYS, GROUP_LOST, LATENT_MISSING, OUT_OF_MEMORY)
+NOT_THE_REPORTER = (*NOBODYS, GROUP_LOST, LATENT_MISSING, OUT_OF_MEMORY, INPUT_MISSING)
 
 
 def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
