@@ -186,7 +186,7 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
     staying = [(m, told.get((m.request, m.attempt))) for m in assignment.batch]
     news = any(progress for _, progress in staying)
     if not news and not (fact.last and (flight.left or not fact.jobs)):
-        failures.late_copies(ledger, assignment, flight.left, fact.jobs)
+        failures.late_copies(ledger, assignment, flight.left, fact.jobs, fact.at_us)
         return ()
     once = flight.kind is NodeKind.ONCE
     over = fact.last or (once and all(progress for _, progress in staying))
@@ -209,7 +209,7 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
             worker = ledger.cluster.workers[name]
             worker.freed_us = max(worker.freed_us, fact.at_us)
     ended = _tell_jobs(ledger, flight, staying, fact, over)
-    failures.late_copies(ledger, assignment, flight.left, fact.jobs)
+    failures.late_copies(ledger, assignment, flight.left, fact.jobs, fact.at_us)
     return ended
 
 

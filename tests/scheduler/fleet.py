@@ -162,8 +162,7 @@ class Fleet(Desk):
             done = member.first_step + steps if a.node in self.stepped else 0
             for worker in a.workers:
                 for artifact in node.outputs:
-                    known = self.holds[worker].get((request, artifact.name), 0)
-                    self.holds[worker][request, artifact.name] = max(done, known)
+                    self.holds[worker][request, artifact.name] = done
             self.calls[request, a.node] = self.calls.get((request, a.node), 0) + steps
             told = done or member.first_step
             self.begun.add(a.sequence)

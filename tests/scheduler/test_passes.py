@@ -59,8 +59,8 @@ def test_each_node_runs_once_in_the_order_of_the_passes(
 def test_a_worker_lost_at_any_event_costs_what_it_alone_held(
     policy: str, lead_us: int, workflow: Workflow
 ) -> None:
-    for seed in range(3):
-        for at_event in range(24):
+    for seed in range(2):
+        for at_event in range(seed, 24, 2):
             fleet = disturbed(policy, workflow, at_event, seed, lead_us)
             ended = sorted((e.request, e.outcome) for e in fleet.ends)
             assert ended == [("r0", Outcome.DONE), ("r1", Outcome.DONE)], (seed, at_event)

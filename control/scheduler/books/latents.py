@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..values import Held
+from ..values import Held, JobProgress
 from .ledger import Ledger
 from .lifecycle import JobState
 from .tracker import Tracked
@@ -59,9 +59,10 @@ def hold(
 
 
 def hold_late(
-    ledger: Ledger, request: str, node: str, workers: tuple[str, ...], steps_done: int
+    ledger: Ledger, progress: JobProgress, node: str, workers: tuple[str, ...], at_us: int
 ) -> None:
     """Enters what workers made, or took, in a run that nobody counted on any more."""
+    request, steps_done = progress.request, progress.steps_done
     tracked = ledger.tracked.get(request)
     if tracked is None:
         return
@@ -71,10 +72,12 @@ def hold_late(
             hold(ledger, request, name, steps_done, of, exact=False)
     elif living := tuple([name for name in workers if ledger.cluster.living(name)]):
         tracked.made(node, living)
-    if tracked.outstanding and not tracked.workflow.plain:
-        ledger.fall_back(tracked)
-    else:
+    if tracked.workflow.plain:
         profit(ledger, request)
+        return
+    out = tracked.stepped.outstanding
+    ahead = bool(out) and node == tracked.stepped.node and steps_done > ledger.steps_behind(tracked)
+    _go_on(ledger, tracked, at_us, ahead)
 
 
 def adopt(ledger: Ledger, worker: str, held: Iterable[Held], at_us: int, *, fresh: bool) -> None:

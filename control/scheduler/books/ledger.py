@@ -186,6 +186,12 @@ class Ledger:
         gpus = self.gpus(self.cluster.able_names(call.model, 1, call.op))
         return self.memory.batch_max(call, gpus, most)
 
+    def steps_behind(self, tracked: Tracked) -> int:
+        """Steps done once the outstanding ones of its pass are; there are some."""
+        assignment = self.board.flights[tracked.stepped.outstanding[-1]].assignment
+        member = next(m for m in assignment.batch if m.request == tracked.id)
+        return member.first_step + assignment.steps
+
     def rates(self, request: Request) -> Rates:
         """What its calls take on the usable workers; worked out once until something changes."""
         version = (self.cluster.version, self.latency.version, self.memory.version)

@@ -83,11 +83,10 @@ def inputs_of(ledger: Ledger, tracked: Tracked, node: str) -> tuple[Input, ...]:
 
 def _input(ledger: Ledger, tracked: Tracked, artifact: str) -> Input:
     maker = tracked.workflow.maker[artifact]
-    out = tracked.jobs[maker].outstanding
     version = tracked.steps_of(maker) if maker in tracked.marks else 0
-    makers = [w for s in out[-1:] for w in ledger.board.flights[s].assignment.workers]
-    known = () if version and makers else tracked.where(artifact)  # the last steps are under way
-    holders = tuple(dict.fromkeys((*known, *makers)))
+    holders = tracked.where(artifact)
+    if not holders and (out := tracked.jobs[maker].outstanding):  # those who will have it
+        holders = ledger.board.flights[out[-1]].assignment.workers
     return Input(artifact=artifact, version=version, holders=holders)
 
 
@@ -97,7 +96,7 @@ def _behind(ledger: Ledger, tracked: Tracked) -> tuple[int, tuple[Holder, ...]]:
     """
     workflow, stepped = tracked.workflow, tracked.stepped
     if stepped.outstanding:
-        done = steps_behind(ledger, tracked)
+        done = ledger.steps_behind(tracked)
         group = group_before(ledger, tracked)
         return done, tuple(Holder(worker=w, steps_done=done) for w in group)
     if not workflow.plain:
@@ -111,13 +110,6 @@ def _behind(ledger: Ledger, tracked: Tracked) -> tuple[int, tuple[Holder, ...]]:
         if out:
             return 0, _makers(ledger, 0, out)
     return tracked.steps_done, tracked.latest()
-
-
-def steps_behind(ledger: Ledger, tracked: Tracked) -> int:
-    """Steps done once the outstanding ones of its pass are; there are some."""
-    assignment = ledger.board.flights[tracked.stepped.outstanding[-1]].assignment
-    member = next(m for m in assignment.batch if m.request == tracked.id)
-    return member.first_step + assignment.steps
 
 
 def next_node(ledger: Ledger, tracked: Tracked) -> str:

@@ -125,13 +125,21 @@ def _is_there(ledger: Ledger, fetch: Fetch, worker: str) -> bool:
     if fetch.worker != worker:
         return False
     tracked = ledger.tracked.get(fetch.request)
+    if tracked is not None and fetch.artifact != _artifact(tracked):
+        return False
     return tracked is None or tracked.holders.get(worker, -1) >= fetch.steps_done
 
 
 def _same(sent: Sent, tracked: Tracked) -> bool:
     """The fetch is of the latent that it still goes on from."""
-    wanted = (tracked.attempt, tracked.steps_done)
-    return (sent.fetch.attempt, sent.fetch.steps_done) == wanted
+    wanted = (tracked.attempt, tracked.steps_done, _artifact(tracked))
+    return (sent.fetch.attempt, sent.fetch.steps_done, sent.fetch.artifact) == wanted
+
+
+def _artifact(tracked: Tracked) -> str:
+    """What the latents of its pass are called."""
+    workflow = tracked.workflow
+    return "" if workflow.plain else workflow.node[workflow.stepped].outputs[0].name
 
 
 def _copies(requests: Iterable[Tracked]) -> dict[str, int]:
@@ -162,7 +170,6 @@ def _destination(
 
 
 def _fetch(ledger: Ledger, tracked: Tracked, to: str) -> Fetch:
-    workflow = tracked.workflow
     holders = (h.worker for h in tracked.latest() if ledger.cluster.living(h.worker))
     return Fetch(
         request=tracked.id,
@@ -170,5 +177,5 @@ def _fetch(ledger: Ledger, tracked: Tracked, to: str) -> Fetch:
         steps_done=tracked.steps_done,
         holder=next(holders),
         worker=to,
-        artifact="" if workflow.plain else workflow.node[workflow.stepped].outputs[0].name,
+        artifact=_artifact(tracked),
     )

@@ -147,7 +147,7 @@ def late_report(ledger: Ledger, fact: StepsEnded) -> None:
     assignment = ledger.board.retired.get(fact.sequence)
     if assignment is not None:
         _not_hung(ledger, assignment)
-        late_copies(ledger, assignment, assignment.batch, fact.jobs)
+        late_copies(ledger, assignment, assignment.batch, fact.jobs, fact.at_us)
 
 
 def _not_hung(ledger: Ledger, assignment: Assignment) -> None:
@@ -193,13 +193,13 @@ def late_copies(
     assignment: Assignment,
     members: Sequence[Member],
     jobs: tuple[JobProgress, ...],
+    at_us: int,
 ) -> None:
     """What a report tells of jobs that their assignment no longer counts on."""
     known = {(m.request, m.attempt) for m in members}
     for progress in jobs:
         if (progress.request, progress.attempt) in known:
-            workers, done = assignment.workers, progress.steps_done
-            latents.hold_late(ledger, progress.request, assignment.node, workers, done)
+            latents.hold_late(ledger, progress, assignment.node, assignment.workers, at_us)
 
 
 def _latents_of(ledger: Ledger, request: str, node: str) -> str | None:

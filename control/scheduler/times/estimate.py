@@ -20,7 +20,7 @@ from .call_form import CELLS_MIN, CallForm
 from .profile import CellKey, Family, Profile, by_degree
 
 Cells = Mapping[CellKey, float]
-WEIGHTLESS_US = 5_000  # a call that needs no weights
+WEIGHTLESS_US = 5_000  # a call that needs no weights: of up to a megapixel, then of each
 KIN = {"encode_image": VAE}  # operations that take about what another of their part does
 
 
@@ -37,13 +37,13 @@ class Estimator:
 
         A GPU kind that was not profiled is as slow as the slowest known one of the model. A model
         that has no row at all costs `default_step_us` a call, whatever its shape; a call without
-        weights `WEIGHTLESS_US`.
+        weights `WEIGHTLESS_US` a megapixel.
         """
         cell_us = self.profile.call_us(key)
         if cell_us is not None:
             return cell_us
         if not key.model:
-            return float(WEIGHTLESS_US)
+            return WEIGHTLESS_US * max(1.0, _volume(key.shape)) * key.batch
         gpus = self.profile.gpus(key.model)
         default_step_us = self._settings.default_step_us
         if not gpus:

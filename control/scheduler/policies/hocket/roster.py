@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ...books.ledger import Ledger
-from ...outlook.standing import steps_behind
 from ...values import Request, Shape
 from ...workflow import Degrees
 from .kernel import (
@@ -174,13 +173,15 @@ class RosterMaker:
         aged: list[tuple[float, int]] = []
         names = {w.name for w in pod.workers}
         failing = ledger.quarantine.any_failing
+        mixed = bool(ledger.named) or ledger.cluster.partial
         for entry in pod.entries:
             tracked, request = entry.tracked, entry.tracked.request
             if ledger.tracked.get(request.id) is not tracked:
                 continue  # it ended since the last plan
             if failing and not tracked.outstanding and pod.waits(ledger, entry, roster.free):
                 continue
-            waits = self._waits(entry, now_us) and not pod.outside(ledger, tracked)
+            outside = mixed and pod.outside(ledger, tracked)  # others run its next call
+            waits = not outside and self._waits(entry, now_us)
             if waits and look and request.deadline_us is None:
                 continue  # nobody who asks looks at it
             alone = request.id if tracked.alone == tracked.stepped.node else ""
@@ -202,7 +203,7 @@ class RosterMaker:
                 row = self._row_of_waiting(entry, number, prices, now_us)
             else:
                 row = self._row(ledger, entry, number, prices, names, held, now_us)
-                if pod.outside(ledger, tracked):  # others run its next call
+                if outside:
                     row = (*row[:AVAIL], max(row[AVAIL], now_us + 1.0), *row[AVAIL + 1 :])
             if row[AVAIL] <= now_us and hopeless(row, prices):
                 if row[AGED] <= 0:
@@ -332,7 +333,7 @@ class RosterMaker:
             flight = ledger.board.flights[sequence]
             avail_us = flight_end_us(ledger, sequence)
             if tracked.stepped.outstanding:
-                steps_left = request.steps - steps_behind(ledger, tracked)
+                steps_left = request.steps - ledger.steps_behind(tracked)
             ahead = len(outstanding) > 1 or bool(tracked.last.outstanding) or avail_us <= now_us
             # Its next call is one of the next pass: that is not begun before these steps are told.
             ahead = ahead or (steps_left <= 0 and not tracked.workflow.ending)
