@@ -29,7 +29,8 @@ td, th {{ padding: 2px 12px 2px 0; text-align: left }} th {{ font-weight: 600 }}
 </style></head><body><h1>{title}</h1>{chart}
 <table><tr><th></th><th>request</th><th>what</th></tr>{legend}</table>
 <h2>Who was interrupted</h2><ul>{story}</ul>
-<p>Pale: calls without steps, as encoding and decoding. Point at a piece to see its steps.</p></body></html>
+<p>Pale: calls without steps, as encoding and decoding. Point at a piece to see its steps.</p>
+</body></html>
 """
 
 
