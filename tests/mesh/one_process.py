@@ -58,23 +58,21 @@ class OneProcess:
         made: Mapping[str, Made],
     ) -> Made:
         given: dict[str, Made] = {}
+        texts = {"prompt": "", "negative_prompt": ""}
         for port, text in node.inputs.items():
             source = source_of(text)
             assert source is not None
             if source.node:
                 given[port] = made[source.node]
-            elif source.input not in PROMPTS:
+            elif source.input in PROMPTS:
+                texts[port] = getattr(spec, source.input)
+            else:
                 given[port] = files[source.input]
         settings, scale = settings_of(node), scale_of(node)
         width, height = (round(side * scale) for side in (spec.shape.width, spec.shape.height))
-        texts = (
-            {port: getattr(spec, node.inputs[port][1:], "") for port in PROMPTS}
-            if (node.op == "encode_prompt")
-            else {}
-        )
         asked = Asked(
-            texts.get("prompt", spec.prompt),
-            texts.get("negative_prompt", spec.negative_prompt),
+            texts["prompt"],
+            texts["negative_prompt"],
             width,
             height,
             1,
