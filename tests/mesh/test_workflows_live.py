@@ -221,7 +221,7 @@ async def test_a_watcher_at_another_gateway_a_key_and_a_cancel(
             await other.create(asked[1])
     assert refused.value.reason == "IDEMPOTENCY_KEY_REUSED"
     call = Called()
-    following = asyncio.ensure_future(call.run(client, two_passes(200), "denoise"))
+    following = asyncio.ensure_future(call.run(client, two_passes(100), "denoise"))
     await call.inside.wait()
     assert await client.cancel(call.accepted.request_id)
     with pytest.raises(RequestFailed, match="cancelled"):
