@@ -20,6 +20,7 @@ from PIL import Image
 
 from bench.chaos.calls_made import MadeCall, again, by_node, made_calls, needless
 from bench.chaos.strikes import cluster_state
+from bench.replay import entries_from_broker, replay
 from hocket.client import HocketClient
 from hocket.errors import Refused, RequestFailed
 from hocket.launching import endpoints
@@ -330,3 +331,9 @@ async def held_bytes(state_dir: Path) -> int:
         return -1
     memories = [worker.memory for worker in state.workers]
     return sum(m.latents_bytes + m.latents_host_bytes + m.latents_file_bytes for m in memories)
+
+
+async def test_the_journal_replays_to_the_same_plans(running: RunningMesh) -> None:
+    """All that the newest leader did, workflows among it."""
+    found = replay(await entries_from_broker(running.nats_url, "local"))
+    assert found.agrees and found.plans > 10, found.differing
