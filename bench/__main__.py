@@ -15,6 +15,7 @@ from rich.table import Column, Table
 from bench.admission.command import admission_command
 from bench.bound import bound_command
 from bench.chaos.command import chaos_command
+from bench.chaos.losses import losses_command
 from bench.chaos.three_hosts import hosts_command
 from bench.digests import digests_command
 from bench.gpu.command import gpu_command
@@ -163,6 +164,7 @@ app.command("gpu")(gpu_command)
 app.command("admission")(admission_command)
 app.command("chaos")(chaos_command)
 app.command("hosts")(hosts_command)
+app.command("losses")(losses_command)
 
 
 if __name__ == "__main__":

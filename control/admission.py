@@ -31,6 +31,7 @@ from control.requests.verdicts import AdmissionCandidate, Verdict, judge, told_u
 from control.scaling.newcomers import Newcomers
 from control.scheduler.values import Arrived, CancelRequested, Request
 from control.workflows.admitting import complete, taught, unserved
+from control.workflows.compiled import workflow_of
 from hocket.clock import Clock, unix_ns
 from hocket.errors import Refused
 from hocket.messaging.stores import EntryTooLarge
@@ -355,7 +356,9 @@ class AdmissionControl:
                 request=request,
                 promised_us=decided.finish_us,
                 on_time=decided.on_time,
-            )
+            ),
+            offer.record.submit,
+            workflow=workflow_of(offer.record.submit),
         )
         response = control_pb2.SubmitResponse(request_id=request.id, accepted=accepted)
         self._answer(offer, response, detaches=offer.record.detached and not stored.detached)

@@ -24,6 +24,7 @@ from control.planning import Inline, Planning
 from control.scheduler import values
 from control.scheduler.core import Scheduler
 from control.scheduler.facts import in_order
+from control.scheduler.workflow import Workflow
 from hocket.clock import Clock
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class Posted:
     note: object = None  # handed back when the fact was observed; nobody here looks into it
     estimate: Collection[str] = ()  # requests whose finish shall be estimated then
     unless: Callable[[Scheduler], bool] | None = None  # it is no news then
+    workflow: Workflow | None = None  # that a request which arrives names
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +113,17 @@ class Driver:
         *,
         estimate: Collection[str] = (),
         unless: Callable[[Scheduler], bool] | None = None,
+        workflow: Workflow | None = None,
     ) -> None:
         """Queues a fact whose `at_us` came from `stamp` in this same step of the event loop.
 
-        `unless` is asked when its turn has come: the fact is dropped if that says true.
+        `unless` is asked when its turn has come: the fact is dropped if that says true. `workflow`
+        is taught then: of those that no request inside uses, the scheduler keeps some only.
         """
         if len(self._inbox) >= INBOX_MAX and _is_repeated(fact, unless):
             self.drops[type(fact).__name__] += 1
             return
-        self._inbox.append(Posted(fact, note, estimate, unless))
+        self._inbox.append(Posted(fact, note, estimate, unless, workflow))
         self._arrived.set()
 
     def stamp(self) -> int:
@@ -181,6 +185,8 @@ class Driver:
         for item in posted:
             if item.unless is not None and item.unless(scheduler):
                 continue
+            if item.workflow is not None:
+                scheduler.learn(item.workflow)
             counted = _counted(scheduler, item.fact)
             ended = scheduler.observe(item.fact)
             observed.append(Observed(item.fact, item.note, ended, counted))

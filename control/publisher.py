@@ -26,7 +26,7 @@ from control.workflows.compiled import steps_at
 from hocket.clock import unix_ns
 from hocket.messaging.bus import Subjects
 from hocket.tracing import spans, telemetry
-from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2, types_pb2
+from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _TRUNCATES_KEPT = 64  # a worker
 _AWAY_MAX = 256  # workers whose lease has ended that may come back
@@ -78,10 +78,11 @@ class Publisher:
         # Workers whose lease has ended, oldest first: what was called off since, they may still run
         # when they come back.
         self._away: dict[str, str] = {}  # incarnation, by worker
+        self._workflows: set[str] = set()  # names of those that the diary has, in this term
 
     async def turned(self, turn: Turn) -> None:
         for observed in turn.observed:
-            await self._note(observed.fact)
+            await self._note(observed.fact, observed.note)
             await self._membership(observed.fact)
             if isinstance(observed.note, mesh_pb2.StepReport):
                 self._reported(observed, observed.note, turn.finish_us)
@@ -109,9 +110,14 @@ class Publisher:
 
     # ---------------------------------------------------------------------------- facts
 
-    async def _note(self, fact: values.Event) -> None:
+    async def _note(self, fact: values.Event, note: object) -> None:
         text = msgspec.json.encode(fact).decode()
         entry = journal_pb2.JournalEntry(stamped_us=fact.at_us, observed_json=text)
+        if isinstance(fact, values.Arrived) and isinstance(note, control_pb2.SubmitRequest):
+            name = fact.request.workflow
+            if note.HasField("workflow") and name not in self._workflows:
+                self._workflows.add(name)
+                entry.workflow.CopyFrom(note.workflow)
         await self._diary.note(entry)
         await self._breathe()
 

@@ -45,7 +45,6 @@ def recover(
         accepted_us = min(driver.stamp(), promises.at_us(unix_us))
         record = records.restore(kept.promise, accepted_us, kept.unix_us)
         request = translate.to_request(record.submit, accepted_us)
-        scheduler.learn(workflow_of(record.submit))
         answer = kept.promise.answer
         on_time = answer.predicted_on_time
         if answer.predicted_latency_us:
@@ -55,7 +54,11 @@ def recover(
             )
             past.append((told, translate.from_ended(kept.promise, accepted_us)))
         if not kept.promise.HasField("ended"):
-            driver.post(Arrived(at_us=driver.stamp(), request=request, on_time=on_time))
+            driver.post(
+                Arrived(at_us=driver.stamp(), request=request, on_time=on_time),
+                record.submit,
+                workflow=workflow_of(record.submit),
+            )
             if not record.detached:
                 expect_followers(record.id)
     scheduler.restore_promises(past)

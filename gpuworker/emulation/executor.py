@@ -280,11 +280,14 @@ class EmulatedExecutor:
 
     def _keep(self, assignment: mesh_pb2.Assignment, made: int, going: Sequence[str]) -> None:
         """Every member now has a copy of what the step has made."""
-        if operation_of(assignment).file:
+        operation = operation_of(assignment)
+        if operation.file:
             return
         artifacts = {m.request_id: artifact_of(m) for m in assignment.batch}
         for request, steps in _behind(assignment, made, going).items():
-            self._host.keep(assignment, request, artifacts[request], steps)
+            # What a once-call of a workflow makes has no steps behind it, however many its job has.
+            version = steps if operation.stepped or not artifacts[request] else 0
+            self._host.keep(assignment, request, artifacts[request], version)
 
     def _note(
         self,

@@ -190,12 +190,14 @@ class Reports:
 
     def _trace(self, note: RunNote) -> None:
         assignment = note.assignment
-        denoising = operation_of(assignment).stepped
+        operation = operation_of(assignment)
+        denoising = operation.stepped
         for member in (m for m in assignment.batch if m.request_id in note.behind):
             common: dict[str, str | int | list[str]] = {
                 spans.REQUEST: member.request_id,
                 spans.MODEL: member.spec.model,
                 spans.NODE: assignment.node,
+                spans.OPERATION: operation.name,
                 spans.WORKER: self._worker,
                 spans.WORKERS: list(assignment.group.members),
                 spans.DEGREE: len(assignment.group.members),

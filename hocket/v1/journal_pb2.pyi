@@ -38,6 +38,7 @@ class JournalEntry(_message.Message):
     OBSERVED_JSON_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     LEADER_STARTED_FIELD_NUMBER: _builtins.int
+    WORKFLOW_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The leader's fencing number."""
     sequence: _builtins.int
@@ -62,6 +63,10 @@ class JournalEntry(_message.Message):
     def leader_started(self) -> Global___LeaderStarted:
         """Control started: settings under which the following entries were made."""
 
+    @_builtins.property
+    def workflow(self) -> _workflows_pb2.WorkflowSpec:
+        """Beside a fact: the workflow of the request that arrived, where its name comes up for the first time in this term."""
+
     def __init__(
         self,
         *,
@@ -73,10 +78,11 @@ class JournalEntry(_message.Message):
         observed_json: _builtins.str = ...,
         plan: Global___PlanRecord | None = ...,
         leader_started: Global___LeaderStarted | None = ...,
+        workflow: _workflows_pb2.WorkflowSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "entry", b"entry", "leader_started", b"leader_started", "observed_json", b"observed_json", "plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "entry", b"entry", "leader_started", b"leader_started", "observed_json", b"observed_json", "plan", b"plan", "workflow", b"workflow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "entry", b"entry", "leader_started", b"leader_started", "observed_json", b"observed_json", "plan", b"plan", "sequence", b"sequence", "stamped_us", b"stamped_us", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "entry", b"entry", "leader_started", b"leader_started", "observed_json", b"observed_json", "plan", b"plan", "sequence", b"sequence", "stamped_us", b"stamped_us", "term", b"term", "workflow", b"workflow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_entry: _TypeAlias = _typing.Literal["accepted", "ended", "observed_json", "plan", "leader_started"]  # noqa: Y015
     _WhichOneofArgType_entry: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015

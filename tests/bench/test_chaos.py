@@ -57,6 +57,7 @@ def test_other_seeds_draw_other_faults_and_calls() -> None:
     behaviours = {"patient", "rider", "operation", "detached", "quitter", "canceller"}
     assert {c.behaviour for c in calls} == behaviours
     assert {c.wish.model for c in calls} == {wishes.PICTURES, wishes.CLIPS}
+    assert {c.wish.workflow for c in calls} == {"", wishes.TWO_PASSES, wishes.MADE_OVER}
 
 
 def observed(name: str, behaviour: str = wishes.PATIENT, ended: str = FINISHED) -> ObservedCall:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -88,14 +88,20 @@ async def beat_for_ever(
     subjects: Subjects,
     worker: str = "w0",
     model: generation_pb2.ModelInfo | None = None,
+    operations: Sequence[str] = (),
 ) -> None:
-    """A worker with nothing to do."""
+    """A worker with nothing to do; `operations`: those without weights."""
     model = model or generation_pb2.ModelInfo(name=MODEL)
     sequence = 0
     while True:
         sequence += 1
         beat = mesh_pb2.Heartbeat(
-            worker=worker, incarnation="1", sequence=sequence, host="h", models=[model]
+            worker=worker,
+            incarnation="1",
+            sequence=sequence,
+            host="h",
+            models=[model],
+            operations=operations,
         )
         beat.device.kind = beat.device.profile_name = "cpu"
         await bus.publish(subjects.heartbeat(worker), beat)

@@ -12,7 +12,7 @@ from control import workflow_registry
 from control.workflow_registry import VERSIONS_MAX, WorkflowRegistry
 from hocket.errors import HocketError, InvalidRequest, Refused, from_rpc_error
 from hocket.messaging.bus import Bus, Subjects
-from hocket.v1 import control_pb2
+from hocket.v1 import control_pb2, generation_pb2, mesh_pb2
 from hocket.v1.workflows_pb2 import (
     DeleteWorkflowRequest,
     GetWorkflowRequest,
@@ -20,9 +20,11 @@ from hocket.v1.workflows_pb2 import (
     RegisterWorkflowRequest,
     WorkflowSpec,
 )
+from hocket.workflows.catalogue import OPERATIONS
 from hocket.workflows.content import named
+from hocket.workflows.running import run_form
 from hocket.workflows.shipped import shipped
-from tests.control.replica import asking, beat_for_ever, replica
+from tests.control.replica import MODEL, asking, beat_for_ever, replica
 from tests.control.stage import running, submit_of
 
 
@@ -151,3 +153,40 @@ async def test_a_workflow_that_makes_no_sense_is_no_promise() -> None:
         stage.desk.admission.offer(submit, lambda answer, _: answers.append(answer))
         await stage.until(lambda: answers)
         assert answers[0].rejected.reason == "WORKFLOW_NOT_SERVED" and not stage.shelf.stored
+
+
+async def test_a_promise_with_a_workflow_waits_for_workers_behind_a_restart(
+    bus: Bus, subjects: Subjects, nats_url: str, tmp_path: Path
+) -> None:
+    """It is taken up while no worker is there, and its calls go to the first one that comes."""
+    form = run_form(shipped()["two-pass"], {"prompt"}).spec
+    submit = submit_of("r")
+    submit.request.spec.model, submit.request.detached = MODEL, True
+    submit.workflow.CopyFrom(form)
+    model = generation_pb2.ModelInfo(name=MODEL, operations=OPERATIONS)
+    model.shapes.add(width=32, height=32)
+    offered = [name for name, rule in OPERATIONS.items() if not rule.part]
+    beating = (bus, subjects, "w0", model, offered)
+    async with replica(nats_url, subjects.cluster, tmp_path / "a") as first:
+        beats = asyncio.ensure_future(beat_for_ever(*beating))
+        async with asking(await first.leads()) as client:
+            while True:
+                answer = await client.stub.Submit(submit, timeout=20)
+                if answer.HasField("accepted"):
+                    break
+                await asyncio.sleep(0.05)
+    beats.cancel()
+    async with replica(nats_url, subjects.cluster, tmp_path / "b") as second:
+        async with asking(await second.leads()) as client:
+            asked = control_pb2.GetRequestRequest(request_id="r")
+            found = await client.stub.GetRequest(asked, timeout=20)
+            accepted = found.status.metadata.accepted
+            assert not found.status.HasField("ended") and accepted.effective_spec.model == MODEL
+        assigns = await bus.follow(subjects.assign("w0"), mesh_pb2.Assign)
+        beats = asyncio.ensure_future(beat_for_ever(*beating))
+        while not (assign := await assigns.next()).assignments:
+            pass  # what tells of releases alone
+        (member,) = assign.assignments[0].batch
+        assert (member.request_id, member.call.op) == ("r", "encode_prompt")
+        assert member.call.shape == submit.request.spec.shape
+        beats.cancel()

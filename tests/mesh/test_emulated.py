@@ -211,14 +211,15 @@ async def test_a_workflow_of_two_passes_takes_its_artifacts_by_name(cluster: Clu
     second = call(3, "denoise", "b.latents", begin, ["w1", "w0"], 0, 2)
     further = {"latents": ("b.latents", 2, "w1")}
     rest = call(4, "denoise", "b.latents", further, ["w2"], 2, 1)
-    image = call(5, "decode", "c.image", {"latents": ("b.latents", 3, "w2")}, ["w2"])
+    latents = ("b.latents", 3, "w2")
+    image = call(5, "decode", "c.image", {"latents": latents}, ["w2"], first=3)
     media = call(6, "make_media", "d.media", {"image": ("c.image", 0, "w2")}, ["w0"])
     for assignment in (text, first, second, rest, image, media):
         cluster.assign(assignment)
     await cluster.play()
     ends = [n for n in cluster.notes if n.last]
     assert [n.assignment.sequence for n in ends] == [1, 2, 3, 4, 5, 6]
-    assert [n.steps_done for n in ends] == [0, 3, 2, 3, 0, 0] and list(ends[-1].media) == ["r"]
+    assert [n.steps_done for n in ends] == [0, 3, 2, 3, 3, 0] and list(ends[-1].media) == ["r"]
     held = {(h.artifact, h.steps_done) for h in cluster.workers["w0"].held()}
     passes = {("a.latents", 3), ("b.latents", 2)}
     assert held == {("text.embeddings", 0), ("c.image", 0), *passes}

@@ -11,7 +11,13 @@ from control.scheduler.books.catalogue import (
     UnknownWorkflow,
     WorkflowTaken,
 )
-from control.scheduler.values import Arrived, AssignmentFailed, DrainRequested, Outcome
+from control.scheduler.values import (
+    Arrived,
+    AssignmentFailed,
+    DrainRequested,
+    JobProgress,
+    Outcome,
+)
 from control.scheduler.workflow import Workflow
 
 from .desk import MS, SHAPE, Desk
@@ -182,6 +188,36 @@ def test_an_artifact_that_its_holders_lack_is_made_again_and_nothing_else() -> N
     fleet.run()
     assert fleet.calls["r0", "text"] == 2 and fleet.calls["r0", "encode"] == 1
     assert fleet.ends[0].outcome is Outcome.DONE and fleet.ends[0].steps_lost == 0
+
+
+def test_a_worker_that_was_ahead_of_its_heartbeat_says_how_far_it_is() -> None:
+    """A new leader knows a stepped node's latents from a heartbeat; the old leader's assignment
+    went on, so that they are no more what they were, but better.
+    """
+    before = Fleet("fixed-1")
+    before.known["r0"] = TWO_PASS
+    before.enter(asked("r0", TWO_PASS, None))
+    while not (refine := [a for a in before.flights if a.node == "refine"]):
+        before.next()
+    (worker,) = refine[0].workers
+    before.over(refine[0], 1)
+    fleet = led_anew(before, "fixed-1", arrive_first=True, lead_us=0)
+    (a,) = fleet.flights
+    assert (a.node, a.batch[0].first_step, a.workers) == ("refine", 1, (worker,))
+    fleet.holds[worker]["r0", "refine.latents"] = 2
+    fleet.observe(
+        AssignmentFailed(
+            at_us=fleet.now_us,
+            sequence=a.sequence,
+            worker=worker,
+            jobs=(JobProgress(request="r0", attempt=0, steps_done=2),),
+            reason="LATENT_MISSING",
+            artifact="refine.latents",
+            tried=(worker,),
+        )
+    )
+    (again,) = fleet.plan()
+    assert (again.node, again.batch[0].first_step) == ("refine", 2)
 
 
 def test_what_a_leaving_worker_holds_alone_is_copied_under_its_name() -> None:

@@ -238,9 +238,12 @@ def _own_failure(
     """It was this very job that failed."""
     if fact.reason == LATENT_MISSING:
         held = any(p.request == tracked.id for p in copies)
+        own = _latents_of(ledger, tracked.id, node)  # what the reporter has told of its copies
         for name in (*(fact.tried or [h.worker for h in member.holders]), fact.worker):
             if not tracked.workflow.plain:
                 wanted = [i for i in member.inputs if fact.artifact in ("", i.artifact)]
+                if name == fact.worker and held:
+                    wanted = [i for i in wanted if tracked.workflow.maker[i.artifact] != own]
                 tracked.lose_inputs(name, wanted)
             elif name == fact.worker and held:
                 continue
