@@ -30,7 +30,7 @@ from control.requests.records import Record, Records
 from control.requests.verdicts import AdmissionCandidate, Verdict, judge, told_us
 from control.scaling.newcomers import Newcomers
 from control.scheduler.values import Arrived, CancelRequested, Request
-from control.workflows.admitting import complete, taught, unserved
+from control.workflows.admitting import prepared, taught
 from control.workflows.compiled import workflow_of
 from hocket.clock import Clock, unix_ns
 from hocket.errors import Refused
@@ -247,7 +247,9 @@ class AdmissionControl:
         if not offers:
             return []
         ahead = tuple(self._under_way.values())
-        submits = [offer.record.submit for offer in offers]
+        promised = [self._records.get(request.id) for request in ahead]
+        records = [*(r for r in promised if r is not None), *(offer.record for offer in offers)]
+        submits = [record.submit for record in records]
         verdicts = await self._driver.ask(
             lambda s: judge(self._seen.forecasts(taught(s, submits)), ahead, newcomers, now_us),
             newcomers=len(newcomers),
@@ -289,7 +291,7 @@ class AdmissionControl:
     ) -> types_pb2.Failure | None:
         if not offer.is_wanted(now_us):
             return refusals.expired()
-        failure = unserved(offer.record.submit, served)
+        failure = prepared(offer.record.submit, served)
         return failure if failure is None or self._has_workers() else refusals.no_workers()
 
     def _newcomer(
@@ -297,7 +299,6 @@ class AdmissionControl:
     ) -> AdmissionCandidate:
         submit = offer.record.submit
         spec, slo = submit.request.spec, submit.request.slo
-        complete(submit, served)
         request = translate.to_request(submit, now_us)
         if slo.on_miss != types_pb2.ON_MISS_DEGRADE or submit.HasField("workflow"):
             return AdmissionCandidate(request)

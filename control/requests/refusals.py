@@ -40,6 +40,18 @@ def operation_not_served(
     )
 
 
+def sizes_not_served(
+    workflow: str, shape: types_pb2.Shape, models: Iterable[str]
+) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="WORKFLOW_NOT_SERVED",
+        message=(
+            f"workflow {workflow!r} has no size near {shape.width}x{shape.height} that "
+            f"{', '.join(models)} all take"
+        ),
+    )
+
+
 def queue_full(open_max: int) -> types_pb2.Failure:
     return types_pb2.Failure(
         reason="QUEUE_FULL",

@@ -29,6 +29,7 @@ from msgspec.structs import replace
 
 from . import facts
 from .books.board import Flight
+from .books.catalogue import WORKFLOWS_MAX
 from .books.cluster import Cluster
 from .books.commitments import Commitments, PromiseFigures
 from .books.ledger import Ledger, Notice
@@ -93,12 +94,17 @@ class Scheduler:
         self._loads: list[Load] = []
         self._planned_us: int | None = None
 
-    def learn(self, workflow: Workflow) -> None:
-        """Requests may name it from now on. Where many are known, the oldest that no request inside
-        uses are forgotten. Raises: WorkflowTaken, where others are known by its name.
+    def learn(self, *workflows: Workflow) -> None:
+        """Requests may name them from now on. Where many are known, the oldest that no request
+        inside uses, and that are not among these, are forgotten. Raises: WorkflowTaken, where
+        others are known by a name.
         """
-        used = {tracked.asked.workflow for tracked in self._ledger.tracked.values()}
-        self._ledger.catalogue.learn(workflow, used)
+        catalogue = self._ledger.catalogue
+        for workflow in workflows:
+            catalogue.learn(workflow)
+        if len(catalogue.known) > WORKFLOWS_MAX:
+            used = {tracked.asked.workflow for tracked in self._ledger.tracked.values()}
+            catalogue.trim(used.union(workflow.name for workflow in workflows))
 
     # -------------------------------------------------------------------------------- the two verbs
 

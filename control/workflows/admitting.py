@@ -15,42 +15,33 @@ from hocket.workflows.catalogue import OPERATIONS
 Served = Mapping[str, generation_pb2.ModelInfo]
 
 
-def unserved(submit: control_pb2.SubmitRequest, served: Served) -> types_pb2.Failure | None:
-    """Why no living worker can run a request; None where they can."""
+def prepared(submit: control_pb2.SubmitRequest, served: Served) -> types_pb2.Failure | None:
+    """Fills in what is control's own: branches of guidance, and the shapes of a workflow's nodes.
+    Else why no living worker can run the request.
+    """
     spec = submit.request.spec
-    for name in _models(submit):
+    used = sizes.models_of(submit.workflow, spec.model)
+    for name in dict.fromkeys((spec.model, *used)):
         if name not in served:
             return refusals.not_served(name, served)
     for node in submit.workflow.nodes:
-        if OPERATIONS[node.op].part:
-            model = served[node.model or spec.model]
-            if node.op not in model.operations:
-                return refusals.operation_not_served(spec.workflow, node.id, node.op, model)
-    return None
-
-
-def complete(submit: control_pb2.SubmitRequest, served: Served) -> None:
-    """Fills in what is control's own: branches of guidance, and the shapes of a workflow's nodes.
-    All its models are served.
-    """
-    spec = submit.request.spec
+        model = served[node.model or spec.model]
+        if OPERATIONS[node.op].part and node.op not in model.operations:
+            return refusals.operation_not_served(spec.workflow, node.id, node.op, model)
     spec.guidance_branches = translate.branches_of(spec, (served[spec.model],))
     submit.ClearField("shapes")
-    if submit.HasField("workflow"):
-        models = [served[name] for name in _models(submit)]
-        for node, shape in sizes.shapes_of(submit.workflow, spec.shape, models).items():
-            submit.shapes[node].CopyFrom(shape)
+    if not submit.HasField("workflow"):
+        return None
+    try:
+        shapes = sizes.shapes_of(submit.workflow, spec.shape, [served[name] for name in used])
+    except ValueError:  # of models whose sizes have no multiple in common, within reason
+        return refusals.sizes_not_served(spec.workflow, spec.shape, used)
+    for node_id, shape in shapes.items():
+        submit.shapes[node_id].CopyFrom(shape)
+    return None
 
 
 def taught(scheduler: Scheduler, submits: Iterable[control_pb2.SubmitRequest]) -> Scheduler:
     """It, once it knows the workflows of these requests."""
-    for submit in submits:
-        if submit.HasField("workflow"):
-            scheduler.learn(workflow_of(submit))
+    scheduler.learn(*[workflow_of(submit) for submit in submits if submit.HasField("workflow")])
     return scheduler
-
-
-def _models(submit: control_pb2.SubmitRequest) -> list[str]:
-    """Models whose weights a request needs, its own first."""
-    named = [node.model for node in submit.workflow.nodes if OPERATIONS[node.op].part]
-    return list(dict.fromkeys(name or submit.request.spec.model for name in ("", *named)))

@@ -77,7 +77,9 @@ def compiled(spec: workflows_pb2.WorkflowSpec) -> CompiledWorkflow:
 @lru_cache(maxsize=_COMPILED_MAX)
 def _compiled(content: bytes) -> CompiledWorkflow:
     spec = workflows_pb2.WorkflowSpec.FromString(content)
-    nodes = tuple([_node(node, OPERATIONS[node.op]) for node in spec.nodes])
+    # By their ids, as in the digest: one content, one workflow, in whatever order it was written.
+    ordered = sorted(spec.nodes, key=lambda node: node.id)
+    nodes = tuple([_node(node, OPERATIONS[node.op]) for node in ordered])
     return CompiledWorkflow(
         Workflow(_name(spec), nodes),
         MappingProxyType({node.id: node for node in spec.nodes}),

@@ -26,6 +26,12 @@ def multiple_of(model: ModelInfo) -> int:
     return max(1, math.gcd(*(side for s in model.shapes for side in (s.width, s.height))))
 
 
+def models_of(spec: WorkflowSpec, asked: str) -> tuple[str, ...]:
+    """Models whose weights a workflow's nodes run with, of a request for the model `asked`."""
+    weighty = [node for node in spec.nodes if node.op in OPERATIONS and OPERATIONS[node.op].part]
+    return tuple(dict.fromkeys(node.model or asked for node in weighty))
+
+
 def scaled(shape: Shape, scale: float, multiple: int) -> Shape:
     """A request's shape as a node of that scale has it. Halves round up."""
     made = Shape()
@@ -42,7 +48,9 @@ def _side(pixels: int, scale: float, multiple: int) -> int:
 
 def shapes_of(spec: WorkflowSpec, shape: Shape, models: Iterable[ModelInfo]) -> Mapping[str, Shape]:
     """The shape of what each node makes, of a request of that shape; `models`: those that its nodes
-    run with. All nodes go by one multiple, so that those of one scale have one size."""
+    run with. All nodes go by one multiple, so that those of one scale have one size. Raises
+    ValueError where that is none that a shape can have.
+    """
     multiple = math.lcm(*(multiple_of(model) for model in models))
     return {node.id: scaled(shape, scale_of(node), multiple) for node in spec.nodes}
 

@@ -81,11 +81,8 @@ class Catalogue:
     courses: dict[str, Course] = field(default_factory=dict)  # by a view's name; none of plain ones
     _entered: dict[Key, Course] = field(default_factory=dict)
 
-    def learn(self, workflow: Workflow, used: Container[str] = ()) -> None:
-        """Requests may name it from now on; those `used` are not dropped for it.
-
-        Raises: WorkflowTaken.
-        """
+    def learn(self, workflow: Workflow) -> None:
+        """Requests may name it from now on. Raises: WorkflowTaken."""
         before = self.known.pop(workflow.name, None)
         if before is not None and before != workflow:
             self.known[workflow.name] = before
@@ -93,11 +90,13 @@ class Catalogue:
         self.known[workflow.name] = workflow  # now the newest
         if workflow.plain:
             self.views[workflow.name] = workflow
+
+    def trim(self, used: Container[str]) -> None:
+        """Drops the oldest that are not used, once too many are known."""
         for name in [n for n in self.known if n not in used and not self.known[n].plain]:
             if len(self.known) <= WORKFLOWS_MAX:
                 break
-            if name != workflow.name:
-                del self.known[name]
+            del self.known[name]
 
     def enter(self, request: Request) -> tuple[Request, ...]:
         """The request as each of its passes. Raises: UnknownWorkflow, PassesFault."""

@@ -84,6 +84,8 @@ class DemandCensus:
         for tracked in self._ledger.tracked.values():
             self._inside(tracked, now_us, best_effort_us)
         for request, count in newcomers:
+            if request.workflow not in self._ledger.catalogue.known:
+                continue  # it ended, and was forgotten with its workflow
             for leg in self._ledger.enter(request):
                 for part in self._of(leg):
                     part.pool.arrived += part.share * count
