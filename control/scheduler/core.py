@@ -29,7 +29,6 @@ from msgspec.structs import replace
 
 from . import facts
 from .books.board import Flight
-from .books.catalogue import WORKFLOWS_MAX
 from .books.cluster import Cluster
 from .books.commitments import Commitments, PromiseFigures
 from .books.ledger import Ledger, Notice
@@ -99,12 +98,7 @@ class Scheduler:
         inside uses, and that are not among these, are forgotten. Raises: WorkflowTaken, where
         others are known by a name.
         """
-        catalogue = self._ledger.catalogue
-        for workflow in workflows:
-            catalogue.learn(workflow)
-        if len(catalogue.known) > WORKFLOWS_MAX:
-            used = {tracked.asked.workflow for tracked in self._ledger.tracked.values()}
-            catalogue.trim(used.union(workflow.name for workflow in workflows))
+        self._ledger.learn(workflows)
 
     # -------------------------------------------------------------------------------- the two verbs
 

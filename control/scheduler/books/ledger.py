@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from ..times.latency import LatencyModel, Prediction
 from ..values import Ended, Outcome, Request, Shape, Truncation
 from ..workflow import Degrees, NodeKind, Workflow
 from .board import Board
-from .catalogue import COURSES_MAX, CallSpec, Catalogue
+from .catalogue import COURSES_MAX, WORKFLOWS_MAX, CallSpec, Catalogue
 from .cluster import Cluster, Worker
 from .fetches import FetchesUnderWay
 from .lifecycle import JobState, WorkerState
@@ -90,6 +90,14 @@ class Ledger:
         self.stragglers = Stragglers(self.settings)
         self.quarantine = Quarantine(self.settings)
         self.overdue = Overdue(self.settings)
+
+    def learn(self, workflows: Sequence[Workflow]) -> None:
+        """See `Scheduler.learn`."""
+        for workflow in workflows:
+            self.catalogue.learn(workflow)
+        if len(self.catalogue.known) > WORKFLOWS_MAX:
+            used = {tracked.asked.workflow for tracked in self.tracked.values()}
+            self.catalogue.trim(used.union(workflow.name for workflow in workflows))
 
     def enter(self, request: Request) -> tuple[Request, ...]:
         """A request as each of its passes. Raises: UnknownWorkflow, PassesFault."""
