@@ -36,7 +36,7 @@ from hocket.workflows.shipped import shipped
 from tests.mesh.one_process import OneProcess
 from tests.waiting import until
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(400)]
 
 WAIT_S = 180.0
 SIDE = 128
@@ -245,7 +245,7 @@ async def test_a_killed_worker_costs_what_it_alone_held(
         assert found is not None
         os.kill(found.pid, signal.SIGKILL)
 
-    calls, victim = await struck(client, kill, seeds=range(20, 26))
+    calls, victim = await struck(client, kill, seeds=range(20, 24), steps=24)
     made = await recorded(state_dir, calls)
     assert again(made) and not needless(made, victim)
     files_are_right(calls, reference)
@@ -262,7 +262,7 @@ async def test_a_killed_leader_costs_no_call(
         assert found is not None
         os.kill(found.pid, signal.SIGKILL)
 
-    calls, _ = await struck(client, kill, seeds=range(30, 33))
+    calls, _ = await struck(client, kill, seeds=range(30, 32), steps=40)
     assert again(await recorded(state_dir, calls)) == []
     files_are_right(calls, reference)
     await nothing_is_held(state_dir)
@@ -278,7 +278,7 @@ async def test_a_drained_worker_costs_no_call(
             stub = ControlServiceStub(channel)
             await stub.DrainWorker(DrainWorkerRequest(worker=worker, undo=undo))
 
-    calls, worker = await struck(client, drain, seeds=range(40, 43))
+    calls, worker = await struck(client, drain, seeds=range(40, 42), steps=24)
     assert again(await recorded(state_dir, calls)) == []
     files_are_right(calls, reference)
     await drain(worker, undo=True)
@@ -286,14 +286,17 @@ async def test_a_drained_worker_costs_no_call(
 
 
 async def struck(
-    client: HocketClient, strike: Callable[[str], Awaitable[None]], seeds: Sequence[int]
+    client: HocketClient,
+    strike: Callable[[str], Awaitable[None]],
+    seeds: Sequence[int],
+    steps: int,
 ) -> tuple[list[Called], str]:
     """Two passes for each seed, and a strike when the first of them is in the second one; the
     worker that is told to it ran that pass."""
     calls = [Called() for _ in seeds]
     async with asyncio.TaskGroup() as tasks:
         for call, seed in zip(calls, seeds, strict=True):
-            tasks.create_task(call.run(client, two_passes(40, seed), "denoise"))
+            tasks.create_task(call.run(client, two_passes(steps, seed), "denoise"))
         async with asyncio.timeout(WAIT_S):
             await asyncio.wait(
                 [tasks.create_task(call.inside.wait()) for call in calls],

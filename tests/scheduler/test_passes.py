@@ -220,6 +220,23 @@ def test_a_worker_that_was_ahead_of_its_heartbeat_says_how_far_it_is() -> None:
     assert (again.node, again.batch[0].first_step) == ("refine", 2)
 
 
+@pytest.mark.parametrize("held", ["vae2.out", "encode.out"])
+def test_steps_before_what_survives_are_not_lost(held: str) -> None:
+    """A new leader finds pixels, or what the second pass begins from, and no latents."""
+    before = Fleet("edf")
+    before.known["r0"] = TWO_PASS
+    before.enter(asked("r0", TWO_PASS, None))
+    while not any(("r0", held) in kept for kept in before.holds.values()):
+        before.next()
+    keep = {("r0", held), ("r0", "text.out")}
+    for worker, kept in before.holds.items():
+        before.holds[worker] = {name: done for name, done in kept.items() if name in keep}
+    fleet = led_anew(before, "edf", arrive_first=True, lead_us=0)
+    fleet.run()
+    (end,) = fleet.ends
+    assert (end.outcome, end.steps_done, end.steps_lost) == (Outcome.DONE, 7, 0)
+
+
 def test_what_a_leaving_worker_holds_alone_is_copied_under_its_name() -> None:
     fleet = Fleet("edf", workers=1)
     fleet.known["r0"] = TWO_PASS

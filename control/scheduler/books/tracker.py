@@ -331,12 +331,16 @@ class Tracked:
         self.lacks = self.workflow.at != at
         stepped, steps = self.stepped, self.request.steps
         if stepped.outstanding:
+            self._count_over()
             return
         if stepped.node != before:
             self.group = ()
         done = furthest.get(stepped.node)
         self.steps_done = steps if stepped.state is JobState.DONE else done or 0
-        if done is not None:
-            self.steps_run = max(self.steps_run, self.steps_over - self.steps_done + done)
-        elif self.steps_done == 0:
+        self._count_over()
+        if done is None and self.steps_done == 0:
             self.group = ()
+
+    def _count_over(self) -> None:
+        """Steps that an earlier leader saw, of which something survives, are not lost."""
+        self.steps_run = max(self.steps_run, self.steps_over)

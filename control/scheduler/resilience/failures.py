@@ -325,7 +325,7 @@ def _struck_out(ledger: Ledger, tracked: Tracked, node: str, fact: AssignmentFai
         "own": ledger.settings.failures_max,
     }
     kind = "worker" if fact.suspects else "own"
-    if fact.reason in NOBODYS:
+    if fact.reason in (*NOBODYS, LATENT_MISSING):  # of the latter, a holder's, or its connection's
         kind = "message"
     else:
         tracked.failures.pop((node, tracked.steps_done, "message"), None)
