@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
 from dataclasses import replace
@@ -30,6 +30,7 @@ from gpuworker.mesh.copies import Copies
 from gpuworker.mesh.input_reader import InputReader
 from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
 from gpuworker.operations.names import WEIGHTLESS
+from gpuworker.prompts import PromptCache
 from gpuworker.steps.encoding import EncodingThreads
 from gpuworker.steps.engine import Engine
 from gpuworker.steps.inbox import Inbox, StopMark
@@ -80,12 +81,18 @@ class TorchExecutor:
         tunnel = Tunnel(identity) if identity is not None else None
         self._rendezvous = Rendezvous(advertise, tunnel)
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
-        store = self._rendezvous
-        self._shelf = LatentShelf(store.put, store.drop, shares, store.fetched)
+        prompts = _prompts(cards, shares)
+        self._shelf = _shelf(self._rendezvous, shares, prompts)
         self._files = InputReader(bus, subjects.input_bucket)
         self._encoding = encoding = EncodingThreads()
         self._memory = Memory(
-            cards, device, weights, self._shelf, shares.device_bytes, lambda: encoding.size_bytes
+            cards,
+            device,
+            weights,
+            self._shelf,
+            shares.device_bytes,
+            lambda: encoding.size_bytes,
+            prompts,
         )
         self._engine = Engine(
             worker,
@@ -103,11 +110,14 @@ class TorchExecutor:
         self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
         self._thread: threading.Thread | None = None
         self._ended: asyncio.Future[NoReturn] = self._loop.create_future()
-        facts = [replace(c.facts, degrees=(1,)) if alone else c.facts for c in cards.values()]
-        operations = [card.operations for card in cards.values()]
         self.models = tuple(
-            model_info(each, batch_max, able, weights.model_parts(each.name))
-            for each, able in zip(facts, operations, strict=True)
+            model_info(
+                replace(card.facts, degrees=(1,)) if alone else card.facts,
+                batch_max,
+                card.operations,
+                weights.model_parts(card.facts.name),
+            )
+            for card in cards.values()
         )
         self.operations = WEIGHTLESS
         self.store_address = self._rendezvous.address
@@ -246,6 +256,18 @@ class TorchExecutor:
             except HocketError as error:
                 failure = types_pb2.Failure(reason=error.reason, message=str(error))
             return mesh_pb2.LatentReply(failure=failure)
+
+
+def _prompts(cards: Mapping[str, ModelCard], shares: Shares) -> PromptCache:
+    """One for all models."""
+    prompts = PromptCache(shares.prompts_bytes)
+    for card in cards.values():
+        card.prompts = prompts
+    return prompts
+
+
+def _shelf(store: Rendezvous, shares: Shares, prompts: PromptCache) -> LatentShelf:
+    return LatentShelf(store.put, store.drop, shares, store.fetched, lambda: prompts.size_bytes)
 
 
 def load_cards(

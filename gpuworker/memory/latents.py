@@ -68,6 +68,7 @@ class Shares(NamedTuple):
     device_bytes: int = 0  # 0: unlimited
     host_bytes: int = 0  # of a device with a memory of its own
     folder: Path | None = None  # made anew at start, and emptied
+    prompts_bytes: int = 0  # of the device's, for embeddings of prompts asked for before
 
 
 class LatentPlace(Enum):
@@ -106,8 +107,13 @@ class LatentShelf:
         drop: Callable[[str], None],
         shares: Shares | None = None,
         fetched: Callable[[str], int] = lambda key: 0,
+        beside: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`put` and `drop` offer bytes under a key; `fetched` tells how often they were fetched."""
+        """`put` and `drop` offer bytes under a key; `fetched` tells how often they were fetched.
+
+        `beside`: bytes of others that count in the share of the latents before they are spilled.
+        """
+        self._beside = beside
         self._offers = Offers(put, drop, fetched)
         self._shares = shares or Shares()
         lock = threading.RLock()
@@ -331,7 +337,8 @@ class LatentShelf:
             (LatentPlace.DEVICE, device_bytes),
         ):
             lent = self.offered_bytes if place is self._host_place() else 0
-            if self._bytes_in(place) + lent <= share_bytes:
+            beside = self._beside() if place is LatentPlace.DEVICE else 0
+            if self._bytes_in(place) + lent + beside <= share_bytes:
                 continue
             for key, entry in self._entries.items():
                 parked = key[0] not in self._in_hand and key not in self._stuck
