@@ -23,6 +23,7 @@ from gpuworker.mesh.ending import ended_with
 from gpuworker.mesh.naming import advertised_address, worker_name
 from gpuworker.mesh.stopping import StopSignals, run_until
 from gpuworker.pool import run_pool
+from gpuworker.steps.prefetch import Ahead
 from gpuworker.torch_executor import TorchExecutor, load_cards, pick_device
 from hocket.clock import SystemClock
 from hocket.errors import WrongConfig
@@ -112,6 +113,7 @@ async def _made(
         batch_max=settings.batch_max,
         alone=alone,
         identity=identity,
+        ahead=Ahead(settings.ahead, settings.ahead_mib << 20),
     )
     return bus, executor
 

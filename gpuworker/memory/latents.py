@@ -108,12 +108,14 @@ class LatentShelf:
         shares: Shares | None = None,
         fetched: Callable[[str], int] = lambda key: 0,
         beside: Callable[[], int] = lambda: 0,
+        arriving: Callable[[], int] = lambda: 0,
     ) -> None:
         """`put` and `drop` offer bytes under a key; `fetched` tells how often they were fetched.
 
-        `beside`: bytes of others that count in the share of the latents before they are spilled.
+        Bytes of others that count in the share of latents: `beside` them on the device, and
+        `arriving` on the host.
         """
-        self._beside = beside
+        self._beside, self._arriving = beside, arriving
         self._offers = Offers(put, drop, fetched)
         self._shares = shares or Shares()
         lock = threading.RLock()
@@ -168,6 +170,11 @@ class LatentShelf:
                 self._replace(key, None if state is None else self._entry(state))
                 self._tell()
         return state
+
+    def has(self, asked: mesh_pb2.LatentRequest) -> bool:
+        """Whether an offer of it need not wait."""
+        with self._changed:
+            return self._has_reached((asked.request_id, asked.artifact), asked.steps_done)
 
     def steps_done(self, request: str, artifact: str = "") -> int | None:
         """Steps behind the held artifact; None where none is held."""
@@ -336,7 +343,8 @@ class LatentShelf:
             (LatentPlace.HOST, self._shares.host_bytes),
             (LatentPlace.DEVICE, device_bytes),
         ):
-            lent = self.offered_bytes if place is self._host_place() else 0
+            on_host = place is self._host_place()
+            lent = self.offered_bytes + self._arriving() if on_host else 0
             beside = self._beside() if place is LatentPlace.DEVICE else 0
             if self._bytes_in(place) + lent + beside <= share_bytes:
                 continue
