@@ -36,7 +36,7 @@ from gpuworker.steps.engine import Engine
 from gpuworker.steps.fetching import Fetcher
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.pace import pace_of
-from gpuworker.steps.prefetch import AHEAD, Ahead, Prefetch
+from gpuworker.steps.prefetch import AHEAD, Ahead, Arrivals, Prefetch
 from gpuworker.steps.sources import Sources
 from hocket.errors import HocketError
 from hocket.messaging.bus import Bus, Subjects
@@ -87,9 +87,10 @@ class TorchExecutor:
         self._rendezvous = store_of(advertise, tunnel)
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
         prompts = _prompts(cards, shares)
-        self._shelf = self._shelf_of(shares, prompts)
+        arrivals = Arrivals()
+        self._shelf = _shelf(self._rendezvous, shares, prompts, arrivals)
         fetcher = Fetcher(worker, self._rendezvous, self._ask)
-        self._ahead = Prefetch(worker, self._inbox, self._shelf, fetcher, ahead)
+        self._ahead = Prefetch(worker, self._inbox, self._shelf, fetcher, ahead, arrivals)
         self._files = InputReader(bus, subjects.input_bucket)
         self._encoding = encoding = EncodingThreads()
         self._memory = Memory(
@@ -227,17 +228,6 @@ class TorchExecutor:
         self._groups.close()
         self._rendezvous.close()
 
-    def _shelf_of(self, shares: Shares, prompts: PromptCache) -> LatentShelf:
-        store = self._rendezvous
-        return LatentShelf(
-            store.put,
-            store.drop,
-            shares,
-            store.fetched,
-            beside=lambda: prompts.size_bytes,
-            arriving=lambda: self._ahead.size_bytes,
-        )
-
     def _compute(self, listener: Listener) -> None:
         """The compute thread. Whatever ends it but `close` ends the process, see `failed`."""
         try:
@@ -281,6 +271,19 @@ def _prompts(cards: Mapping[str, ModelCard], shares: Shares) -> PromptCache:
     for card in cards.values():
         card.prompts = prompts
     return prompts
+
+
+def _shelf(
+    store: Rendezvous, shares: Shares, prompts: PromptCache, arrivals: Arrivals
+) -> LatentShelf:
+    return LatentShelf(
+        store.put,
+        store.drop,
+        shares,
+        store.fetched,
+        beside=lambda: prompts.size_bytes,
+        arriving=lambda: arrivals.size_bytes,
+    )
 
 
 def load_cards(

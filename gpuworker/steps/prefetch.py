@@ -44,6 +44,14 @@ class Ahead(NamedTuple):
 AHEAD, IN_TURN = Ahead(), Ahead(0)
 
 
+class Arrivals:
+    """Bytes of what has arrived before its turn. Written by `Prefetch`; whoever reads it may have
+    locks that are taken inside of its own.
+    """
+
+    size_bytes = 0
+
+
 class _Coming:
     """An input on its way, or here. Its state is guarded by `Prefetch`."""
 
@@ -73,6 +81,7 @@ class Prefetch:
         shelf: LatentShelf,
         fetcher: Fetcher,
         ahead: Ahead = AHEAD,
+        arrivals: Arrivals | None = None,
     ) -> None:
         self._worker = worker
         self._inbox = inbox
@@ -85,14 +94,14 @@ class Prefetch:
         self._waiting: deque[mesh_pb2.Assignment] = deque()  # those that could want something
         self._begun: dict[Order, dict[InputKey, _Coming]] = {}
         self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="prefetch")
-        self._size_bytes = 0
+        self._arrivals = arrivals or Arrivals()
         self._closed = False
         self.taken = 0  # inputs that were here, or on their way, when their assignment began
 
     @property
     def size_bytes(self) -> int:
         """Of all that has room here."""
-        return self._size_bytes  # whoever asks may have locks that are taken inside of ours
+        return self._arrivals.size_bytes
 
     def want(self, assignment: mesh_pb2.Assignment) -> None:
         """An assignment has arrived; a repeated one is ignored."""
@@ -227,7 +236,8 @@ class Prefetch:
         """Waits for room; what is waited for, and what is alone, always has it."""
 
         def has_room() -> bool:
-            fits = not self._size_bytes or self._size_bytes + size_bytes <= self._bytes_max
+            here = self._arrivals.size_bytes
+            fits = not here or here + size_bytes <= self._bytes_max
             return fits or coming.urgent or coming.is_set()
 
         with self._changed:
@@ -235,7 +245,7 @@ class Prefetch:
                 pass
             self._free(coming)  # of a holder that gave nothing
             coming.size_bytes = size_bytes
-            self._size_bytes += size_bytes
+            self._arrivals.size_bytes += size_bytes
 
     def _drop(self, coming: _Coming) -> None:
         """Nobody takes it any more; its room is free."""
@@ -245,7 +255,7 @@ class Prefetch:
 
     def _free(self, coming: _Coming) -> None:
         """The lock is held by the caller."""
-        self._size_bytes -= coming.size_bytes
+        self._arrivals.size_bytes -= coming.size_bytes
         coming.size_bytes = 0
         self._changed.notify_all()
 
