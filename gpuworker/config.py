@@ -38,6 +38,9 @@ class WorkerSettings(Common, frozen=True, kw_only=True):
     memory_mib: Annotated[int, msgspec.Meta(ge=0)] = 0  # for weights, activations and latents
     latents_mib: Annotated[int, msgspec.Meta(ge=0)] = 0  # of it, for parked latents; 0: a quarter
     latents_host_mib: Annotated[int, msgspec.Meta(ge=0)] = 4096  # on the host, beside CUDA devices
+    prompts_mib: Annotated[int, msgspec.Meta(ge=0)] = 256  # embeddings of prompts; 0: none are kept
+    ahead: Annotated[int, msgspec.Meta(ge=0, le=16)] = 2  # assignments whose inputs come before
+    ahead_mib: Annotated[int, msgspec.Meta(ge=1)] = 256  # of such inputs
     groups_max: Annotated[int, msgspec.Meta(ge=1)] = 64  # communicators kept
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # for handing latents over at the end
     restarts_max: Annotated[int, msgspec.Meta(ge=0)] = 10  # of one worker within ten minutes

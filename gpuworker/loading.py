@@ -24,6 +24,7 @@ from gpuworker.folders.files import check_component, read_json, weight_files
 from gpuworker.folders.identity import FileDigests, part_id
 from gpuworker.folders.limits import limited
 from gpuworker.folders.source import INDEX, LoadError, check_name, located
+from gpuworker.memory.parts import PartId
 from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import ModelCard, ModelRefused
 from gpuworker.models.cogvideox import CogVideoXCard
@@ -35,6 +36,7 @@ from gpuworker.models.qwen import QwenCard
 from gpuworker.models.sd3 import SD3Card
 from gpuworker.models.wan import WanCard
 from gpuworker.models.word_motion import WordMotionCard
+from gpuworker.prompts import texts_id
 
 __all__ = ["LoadError", "distinct_bytes", "load_card"]
 
@@ -45,6 +47,7 @@ _HAS_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 _NEEDED = ("transformer", "vae", "text_encoder", "scheduler")
 _ALWAYS_FLOAT32 = ("AutoencoderKLWan",)  # as its authors run it
 _TWO_STAGES = ("transformer_2", "boundary_ratio", "expand_timesteps")  # Wan 2.2
+_NO_TEXT_SETTINGS = ("name", "examples", "adapters")  # of a card
 _LIBRARIES = ("diffusers", "transformers")
 _OUR_MODELS = "gpuworker.models."  # a folder may name our own classes, nobody else's
 
@@ -118,6 +121,8 @@ def load_card(
         made.facts = limited(made.facts, card)
     except ModelRefused as refused:
         raise LoadError(asked, refused.part, refused.reason) from refused
+    if weights is not None:
+        made.texts_id = texts_id(family, loading.text_settings(found, card))
     return made
 
 
@@ -213,18 +218,39 @@ class _Loading:
             return self._loaded(component)
         if self.weights is None:
             return self._module(component).to(self.device)
-        part = part_id(
-            component.name,
-            read_json(self.asked, component.path / "config.json"),
-            str(component.dtype),
-            [self.digests.of(file) for file in component.files],
-        )
+        part = self._part(component)
         module = self.weights.module(part)
         if module is None:
             module = self._module(component)
         node = (self.model, _node(component.path.name))
         self.weights.add(node, part, module, component.files)
         return module
+
+    def text_settings(
+        self, found: Mapping[str, _Component], card: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """All that embeddings may hang on, beside a text: those of two models with the same are the
+        same.
+        """
+        encoders = {name: self._part(each) for name, each in found.items() if _node(name) == "text"}
+        tokenizers = {
+            name: {file.name: self.digests.of(file) for file in _files_of(each.path)}
+            for name, each in found.items()
+            if name.startswith("tokenizer")
+        }
+        facts = {name: value for name, value in card.items() if name not in _NO_TEXT_SETTINGS}
+        config = read_json(self.asked, found["transformer"].path / "config.json")
+        told = {name: value for name, value in config.items() if not name.startswith("_")}
+        where = [str(self.device), str(self.dtype)]
+        return dict(encoders=encoders, tokenizers=tokenizers, card=facts, of=told, where=where)
+
+    def _part(self, component: _Component) -> PartId:
+        return part_id(
+            component.name,
+            read_json(self.asked, component.path / "config.json"),
+            str(component.dtype),
+            [self.digests.of(file) for file in component.files],
+        )
 
     def _kind(self, path: Path, library: str, class_name: str) -> Any:
         if library not in _LIBRARIES and not library.startswith(_OUR_MODELS):
@@ -259,6 +285,10 @@ class _Loading:
         except Exception as error:  # whatever a broken folder makes these libraries raise
             reason = f"cannot be loaded: {type(error).__name__}: {error}"
             raise LoadError(self.asked, component.path.name, reason) from error
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.is_file())
 
 
 def _check_latents_alone(source: str, parts: dict[str, Any]) -> None:

@@ -7,10 +7,9 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,22 +27,27 @@ from gpuworker.memory.latents import LatentShelf, Shares
 from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
 from gpuworker.mesh.input_reader import InputReader
-from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
+from gpuworker.model_info import models_info
+from gpuworker.models.card import ModelCard, ModelRefused
 from gpuworker.operations.names import WEIGHTLESS
+from gpuworker.prompts import PromptCache
 from gpuworker.steps.encoding import EncodingThreads
 from gpuworker.steps.engine import Engine
+from gpuworker.steps.fetching import Fetcher
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.pace import pace_of
+from gpuworker.steps.prefetch import AHEAD, Ahead, Arrivals, Prefetch
 from gpuworker.steps.sources import Sources
 from hocket.clock import steady_ns
 from hocket.errors import HocketError
 from hocket.messaging.bus import Bus, Subjects
 from hocket.security.identity import Identity
-from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+from hocket.v1 import mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)
 
 _OFFERING_THREADS = 16
+_AWAITING_THREADS = 256
 _ASK_POLL_S = 0.02  # whether an asking was called off
 _ASK_MARGIN_US = 500_000  # the answer's way back, beyond the holder's own waiting time
 
@@ -67,9 +71,11 @@ class TorchExecutor:
         batch_max: int = 1,
         alone: bool = False,
         identity: Identity | None = None,
+        ahead: Ahead = AHEAD,
+        store_of: Callable[[str, Tunnel | None], Rendezvous] = Rendezvous,
     ) -> None:
         """`alone`: no groups, because NCCL takes no two workers on one GPU. With an identity, other
-        workers reach this one's store by mutual TLS only.
+        workers reach this one's store by mutual TLS only. `store_of` makes that store.
         """
         self._bus = bus
         self._subjects = subjects
@@ -79,14 +85,23 @@ class TorchExecutor:
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox()
         tunnel = Tunnel(identity) if identity is not None else None
-        self._rendezvous = Rendezvous(advertise, tunnel)
+        self._rendezvous = store_of(advertise, tunnel)
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
-        store = self._rendezvous
-        self._shelf = LatentShelf(store.put, store.drop, shares, store.fetched)
+        prompts = _prompts(cards, shares)
+        arrivals = Arrivals()
+        self._shelf = _shelf(self._rendezvous, shares, prompts, arrivals)
+        fetcher = Fetcher(worker, self._rendezvous, self._ask)
+        self._ahead = Prefetch(worker, self._inbox, self._shelf, fetcher, ahead, arrivals)
         self._files = InputReader(bus, subjects.input_bucket)
         self._encoding = encoding = EncodingThreads()
         self._memory = Memory(
-            cards, device, weights, self._shelf, shares.device_bytes, lambda: encoding.size_bytes
+            cards,
+            device,
+            weights,
+            self._shelf,
+            shares.device_bytes,
+            lambda: encoding.size_bytes,
+            prompts,
         )
         self._engine = Engine(
             worker,
@@ -94,22 +109,18 @@ class TorchExecutor:
             self._inbox,
             self._shelf,
             self._groups,
-            Sources(worker, self._inbox, self._shelf, self._rendezvous, self._ask),
+            Sources(worker, self._inbox, self._shelf, fetcher, self._ahead),
             pace_of(device),
             self._memory,
             encoding,
             self._files,
         )
         self._copies = Copies(worker, self._shelf, self._rendezvous, self._ask)
-        self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
+        self._offering = ThreadPoolExecutor(_OFFERING_THREADS, "offer")
+        self._awaiting = ThreadPoolExecutor(_AWAITING_THREADS, "await")
         self._thread: threading.Thread | None = None
         self._ended: asyncio.Future[NoReturn] = self._loop.create_future()
-        facts = [replace(c.facts, degrees=(1,)) if alone else c.facts for c in cards.values()]
-        operations = [card.operations for card in cards.values()]
-        self.models = tuple(
-            model_info(each, batch_max, able, weights.model_parts(each.name))
-            for each, able in zip(facts, operations, strict=True)
-        )
+        self.models = models_info(cards, weights, batch_max, alone=alone)
         self.operations = WEIGHTLESS
         self.store_address = self._rendezvous.address
 
@@ -131,7 +142,9 @@ class TorchExecutor:
 
     @property
     def memory(self) -> types_pb2.Memory:
-        return self._memory.facts()
+        facts = self._memory.facts()
+        facts.ahead_bytes, facts.ahead_taken = self._ahead.size_bytes, self._ahead.taken
+        return facts
 
     def start(self, listener: Listener, room: Room = always_room) -> None:
         """The compute thread blocks in a listener that has no room."""
@@ -148,6 +161,7 @@ class TorchExecutor:
         accepted = self._inbox.accept_term(term)
         if accepted:
             self._memory.forget_before(term)
+            self._ahead.forget_before(term)
         return accepted
 
     def plan_loads(self, loads: Sequence[mesh_pb2.WeightsLoad]) -> None:
@@ -156,6 +170,7 @@ class TorchExecutor:
     def submit(self, assignment: mesh_pb2.Assignment) -> None:
         self._memory.expect(assignment)
         self._files.want(assignment)
+        self._ahead.want(assignment)
         self._inbox.put(assignment)
 
     def truncate(self, truncate: mesh_pb2.Truncate) -> None:
@@ -193,14 +208,15 @@ class TorchExecutor:
         return self._inbox.pending()
 
     async def offer_latent(self, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._offering, self._shelf.offer, asked
-        )
+        # Who waits for a step takes no thread from those whose artifact is here.
+        threads = self._offering if self._shelf.has(asked) else self._awaiting
+        return await self._loop.run_in_executor(threads, self._shelf.offer, asked)
 
     async def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
         self._ended.cancel()
         self._inbox.close()
         self._files.close()
+        self._ahead.close()
         self._copies.close()
         self._groups.abort()
         self._encoding.stop()
@@ -209,7 +225,8 @@ class TorchExecutor:
             await asyncio.to_thread(self._thread.join, patience_s)
         await asyncio.to_thread(self._encoding.close, max(0, end_ns - steady_ns()) / 1e9)
         await asyncio.to_thread(self._memory.close)
-        self._offering.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._offering, self._awaiting):
+            threads.shutdown(wait=False, cancel_futures=True)
         self._groups.close()
         self._rendezvous.close()
 
@@ -248,6 +265,27 @@ class TorchExecutor:
             except HocketError as error:
                 failure = types_pb2.Failure(reason=error.reason, message=str(error))
             return mesh_pb2.LatentReply(failure=failure)
+
+
+def _prompts(cards: Mapping[str, ModelCard], shares: Shares) -> PromptCache:
+    """One for all models."""
+    prompts = PromptCache(shares.prompts_bytes)
+    for card in cards.values():
+        card.prompts = prompts
+    return prompts
+
+
+def _shelf(
+    store: Rendezvous, shares: Shares, prompts: PromptCache, arrivals: Arrivals
+) -> LatentShelf:
+    return LatentShelf(
+        store.put,
+        store.drop,
+        shares,
+        store.fetched,
+        beside=lambda: prompts.size_bytes,
+        arriving=lambda: arrivals.size_bytes,
+    )
 
 
 def load_cards(
@@ -292,60 +330,6 @@ def pick_device(wanted: str, index: int) -> torch.device:
     device = torch.device("cuda", index % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def model_info(
-    facts: CardFacts,
-    batch_max: int = 1,
-    operations: Sequence[str] = (),
-    parts: Sequence[tuple[str, str]] = (),
-) -> generation_pb2.ModelInfo:
-    """A card's facts as the API tells them; `operations` of workflows it serves, too; `parts` are
-    (node, part).
-    """
-    shapes = [
-        types_pb2.Shape(width=w, height=h, frames=facts.frames_default, fps=facts.fps)
-        for w, h in facts.sizes or (facts.size_default,)
-    ]
-    free = not facts.sizes
-    return generation_pb2.ModelInfo(
-        name=facts.name,
-        family=facts.family,
-        workflows=facts.workflows,
-        shapes=shapes,
-        frames=_frame_counts(facts),
-        size_multiple=facts.size_multiple if free else 0,
-        size_min=facts.size_min if free else 0,
-        size_max=facts.size_max if free else 0,
-        pixels_max=facts.pixels_max or facts.size_max**2 if free else 0,
-        steps_min=facts.steps_min,
-        steps_max=facts.steps_max,
-        steps_default=facts.steps_default,
-        guidance_kind="cfg" if facts.guidance == "true_cfg" else facts.guidance,
-        guidance_min=facts.guidance_min,
-        guidance_max=facts.guidance_max,
-        guidance_default=facts.guidance_default,
-        degrees=facts.degrees,
-        examples=facts.examples,
-        batch_max=batch_max,
-        operations=operations,
-        parts=[generation_pb2.ModelPart(node=node, part=part) for node, part in parts],
-        obeys_layout=True,
-        branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,
-    )
-
-
-def _frame_counts(facts: CardFacts) -> generation_pb2.FrameCounts | None:
-    """Of a model of videos."""
-    if facts.frames_max <= 1:
-        return None
-    return generation_pb2.FrameCounts(
-        minimum=facts.frames_min,
-        maximum=facts.frames_max,
-        multiple=facts.frames_multiple,
-        offset=facts.frames_offset % facts.frames_multiple,
-        default_count=facts.frames_default,
-    )
 
 
 def _host_memory() -> tuple[int, int]:

@@ -23,6 +23,7 @@ from gpuworker.mesh.ending import ended_with
 from gpuworker.mesh.naming import advertised_address, worker_name
 from gpuworker.mesh.stopping import StopSignals, run_until
 from gpuworker.pool import run_pool
+from gpuworker.steps.prefetch import Ahead
 from gpuworker.torch_executor import TorchExecutor, load_cards, pick_device
 from hocket.clock import SystemClock
 from hocket.errors import WrongConfig
@@ -32,6 +33,7 @@ from hocket.security.identity import Identity, broker_access
 from hocket.tracing import telemetry
 
 _RESERVED = 0.15  # of a CUDA device: activations of what fits whole, the context, fragmentation
+_PROMPTS_SHARE = 0.25  # of the latents' share, at most
 _THREAD_SWITCH_S = 0.0005  # heartbeats and reports must not wait long for the compute thread's GIL
 
 
@@ -111,6 +113,7 @@ async def _made(
         batch_max=settings.batch_max,
         alone=alone,
         identity=identity,
+        ahead=Ahead(settings.ahead, settings.ahead_mib << 20),
     )
     return bus, executor
 
@@ -134,7 +137,10 @@ def budgets(
         raise WrongConfig(key="latents_mib", value=str(settings.latents_mib), allowed=allowed)
     host_bytes = settings.latents_host_mib << 20 if device.type == "cuda" else 0
     weights_bytes = budget_bytes - latents_bytes if budget_bytes else 0
-    return Shares(latents_bytes, host_bytes, folder), weights_bytes
+    prompts_bytes = settings.prompts_mib << 20
+    if latents_bytes:
+        prompts_bytes = min(prompts_bytes, int(latents_bytes * _PROMPTS_SHARE))
+    return Shares(latents_bytes, host_bytes, folder, prompts_bytes), weights_bytes
 
 
 def gpu_name(kind: str, index: int) -> str:

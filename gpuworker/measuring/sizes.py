@@ -46,7 +46,7 @@ class MediaSize(NamedTuple):
 class TextlessFlux(FluxCard):
     """Flux whose prompt is noise of the shape that CLIP and T5 give."""
 
-    def _text(self, prompt: str, negative: str, width: int, height: int) -> dict[str, Tensor]:
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
         config, tokens = self._transformer.config, self._card["text_tokens"]
         return {
             "prompt_embeds": noise((1, tokens, config.joint_attention_dim), 1).to(self._dtype),

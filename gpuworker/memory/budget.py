@@ -25,6 +25,7 @@ from gpuworker.memory.weights import MemoryDemand, WeightStore
 from gpuworker.models.card import ModelCard
 from gpuworker.models.footprint import ModelCall
 from gpuworker.operations.names import model_of, operation_of, shape_of
+from gpuworker.prompts import PromptCache
 from hocket.v1 import mesh_pb2, types_pb2
 
 _LOADS_MAX = 1024  # told ahead of their assignments
@@ -64,8 +65,10 @@ class Memory:
         shelf: LatentShelf,
         latents_budget_bytes: int = 0,
         media_bytes: Callable[[], int] = lambda: 0,
+        prompts: PromptCache | None = None,
     ) -> None:
         """`media_bytes`: what waits to be encoded."""
+        self._prompts = prompts or PromptCache(0)
         self._device = device
         self._media_bytes = media_bytes
         self._weights = weights
@@ -125,6 +128,7 @@ class Memory:
         free_bytes = self._free_bytes()
         self._weights.evict_others(keep=demand.node)
         self._shelf.spill_parked()
+        self._prompts.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         raise OutOfMemory(model, call, needed_bytes, free_bytes)
@@ -157,6 +161,9 @@ class Memory:
             loads=self._weights.loads,
             evictions=self._weights.evictions,
             media_bytes=self._media_bytes(),
+            prompts_bytes=self._prompts.size_bytes,
+            prompts_recalled=self._prompts.recalled,
+            prompts_encoded=self._prompts.encoded,
         )
 
     def close(self) -> None:

@@ -68,6 +68,7 @@ class Shares(NamedTuple):
     device_bytes: int = 0  # 0: unlimited
     host_bytes: int = 0  # of a device with a memory of its own
     folder: Path | None = None  # made anew at start, and emptied
+    prompts_bytes: int = 0  # of the device's, for embeddings of prompts asked for before
 
 
 class LatentPlace(Enum):
@@ -106,8 +107,15 @@ class LatentShelf:
         drop: Callable[[str], None],
         shares: Shares | None = None,
         fetched: Callable[[str], int] = lambda key: 0,
+        beside: Callable[[], int] = lambda: 0,
+        arriving: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`put` and `drop` offer bytes under a key; `fetched` tells how often they were fetched."""
+        """`put` and `drop` offer bytes under a key; `fetched` tells how often they were fetched.
+
+        Bytes of others that count in the share of latents: `beside` them on the device, and
+        `arriving` on the host.
+        """
+        self._beside, self._arriving = beside, arriving
         self._offers = Offers(put, drop, fetched)
         self._shares = shares or Shares()
         lock = threading.RLock()
@@ -162,6 +170,11 @@ class LatentShelf:
                 self._replace(key, None if state is None else self._entry(state))
                 self._tell()
         return state
+
+    def has(self, asked: mesh_pb2.LatentRequest) -> bool:
+        """Whether an offer of it need not wait."""
+        with self._changed:
+            return self._has_reached((asked.request_id, asked.artifact), asked.steps_done)
 
     def steps_done(self, request: str, artifact: str = "") -> int | None:
         """Steps behind the held artifact; None where none is held."""
@@ -330,8 +343,10 @@ class LatentShelf:
             (LatentPlace.HOST, self._shares.host_bytes),
             (LatentPlace.DEVICE, device_bytes),
         ):
-            lent = self.offered_bytes if place is self._host_place() else 0
-            if self._bytes_in(place) + lent <= share_bytes:
+            on_host = place is self._host_place()
+            lent = self.offered_bytes + self._arriving() if on_host else 0
+            beside = self._beside() if place is LatentPlace.DEVICE else 0
+            if self._bytes_in(place) + lent + beside <= share_bytes:
                 continue
             for key, entry in self._entries.items():
                 parked = key[0] not in self._in_hand and key not in self._stuck

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from gpuworker.collectives.rendezvous import BlobLost, Rendezvous
 from gpuworker.memory.latents import LatentShelf
 from gpuworker.state import LatentState, StateCorrupt
-from gpuworker.steps.sources import Ask, fetch_from
+from gpuworker.steps.fetching import Ask, fetch_from
 from hocket.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from gpuworker.attention.exchange import ParallelAttention
 from gpuworker.collectives.team import Team
 from gpuworker.models.footprint import ModelCall
+from gpuworker.prompts import PromptCache
 from gpuworker.state import LatentState
 
 PLAIN_OPERATIONS = ("encode_prompt", "denoise", "decode")  # every model has them
@@ -134,6 +135,8 @@ class ModelCard(ABC):
     """A loaded model. One thread uses it."""
 
     facts: CardFacts
+    prompts: PromptCache | None = None  # where embeddings are kept
+    texts_id = ""  # whose they are, under which others may share them; empty: nobody's
 
     @property
     def operations(self) -> tuple[str, ...]:

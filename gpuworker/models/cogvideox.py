@@ -66,11 +66,8 @@ class CogVideoXCard(DiffusersCard):
         tensors = {"latents": drawn(shape, generator).to(self._dtype)}
         return tensors | noise_memory(self._parts["scheduler"], generator)
 
-    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
-        tensors = {"prompt_embeds": self._embed(asked.prompt)}
-        if plain:
-            tensors["negative_embeds"] = self._embed(asked.negative_prompt)
-        return tensors
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        return {"prompt_embeds": self._embed(prompt)}
 
     def step(self, states: Sequence[LatentState], team: Team | None) -> list[LatentState]:
         """As of any card. The pipeline guides and solves in float32 and then rounds: so do we."""

@@ -12,9 +12,10 @@ another, and a joining worker agrees by construction.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -290,6 +291,23 @@ class DiffusersCard(ModelCard):
         facts = self.facts
         return facts.guidance == "true_cfg" and guidance_scale > facts.branches_above
 
+    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
+        """Embeddings of the prompt; with `plain` of the other branch, named "negative_…"."""
+        tensors = self._recalled((asked.prompt,), partial(self._prompted, asked.prompt))
+        if plain:
+            text = asked.negative_prompt
+            other = self._recalled((text,), partial(self._prompted, text))
+            tensors |= {f"negative_{k.removeprefix('prompt_')}": v for k, v in other.items()}
+        return tensors
+
+    def _recalled(
+        self, texts: Sequence[str], encode: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What `encode` makes of these texts, once for all who ask."""
+        if self.prompts is None or not self.texts_id:
+            return encode()
+        return dict(self.prompts.recall((self.texts_id, *texts), encode))
+
     def _texts_of_any(self, asked: Asked) -> dict[str, Tensor]:
         """Embeddings for every guidance and shape."""
         return self._texts(asked, plain=self.facts.guidance == "true_cfg")
@@ -328,8 +346,8 @@ class DiffusersCard(ModelCard):
     # What a family says.
 
     @abstractmethod
-    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
-        """Embeddings of the prompt; with `plain` of the other branch, named "negative_…"."""
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        """Embeddings of a text, named "prompt_…", or otherwise."""
 
     @abstractmethod
     def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:

@@ -129,11 +129,11 @@ class FluxCard(DiffusersCard):
             examples=tuple(self._card.get("examples", ())),
         )
 
-    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
         """Embeddings [1, T, D] and pooled [1, P] of the prompt, and position ids [T, 3]."""
         clip, t5 = self._parts["text_encoder"], self._parts["text_encoder_2"]
-        words = self._ids("tokenizer", asked.prompt, self._parts["tokenizer"].model_max_length)
-        pieces = self._ids("tokenizer_2", asked.prompt, self._card.get("text_tokens", _T5_TOKENS))
+        words = self._ids("tokenizer", prompt, self._parts["tokenizer"].model_max_length)
+        pieces = self._ids("tokenizer_2", prompt, self._card.get("text_tokens", _T5_TOKENS))
         pooled = clip(words, output_hidden_states=False).pooler_output
         embeds = t5(pieces, output_hidden_states=False)[0]
         return {
@@ -303,10 +303,14 @@ class WordFluxCard(FluxCard):
 
     def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
         """Embeddings [1, T, D] and pooled [1, P], prompted and plain; ids [T, 3]."""
-        encoder = self._parts["text_encoder"]
         size_word = self._card["size_words"][f"{asked.width}x{asked.height}"]
-        texts = (asked.negative_prompt, asked.prompt)
-        rows = [encoder.tokenize(f"{text} {size_word}") for text in texts]
+        worded = [f"{text} {size_word}" for text in (asked.negative_prompt, asked.prompt)]
+        return self._recalled(worded, lambda: self._worded(worded))
+
+    def _worded(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Of the plain and of the prompted text."""
+        encoder = self._parts["text_encoder"]
+        rows = [encoder.tokenize(text) for text in texts]
         embeds, pooled = encoder(torch.cat(rows).to(self._device))
         return {
             "plain_embeds": embeds[:1],

@@ -59,8 +59,8 @@ class HunyuanVideoCard(DiffusersCard):
         )
         return {"latents": drawn(shape, generator)}
 
-    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
-        return self._text(asked.prompt)
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        return self._text(prompt)
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:

@@ -55,14 +55,9 @@ class LTXCard(DiffusersCard):
         unpacked = drawn(shape, generator)
         return {"latents": unpacked.flatten(2).transpose(1, 2).contiguous()}  # [1, N, C]
 
-    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
-        tensors = {}
-        tensors["prompt_embeds"], tensors["prompt_mask"] = self._embed(asked.prompt)
-        if plain:
-            tensors["negative_embeds"], tensors["negative_mask"] = self._embed(
-                asked.negative_prompt
-            )
-        return tensors
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        embeds, mask = self._embed(prompt)
+        return {"prompt_embeds": embeds, "prompt_mask": mask}
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:

@@ -62,12 +62,9 @@ class PixArtCard(DiffusersCard):
         latents = state.tensors["latents"] * self._noise_scale(state.steps_total)
         return replace(state, tensors={**state.tensors, "latents": latents.to(self._dtype)})
 
-    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
-        tensors = {}
-        tensors["prompt_embeds"], tensors["prompt_mask"] = self._text(asked.prompt)
-        if plain:
-            tensors["negative_embeds"], tensors["negative_mask"] = self._text(asked.negative_prompt)
-        return tensors
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        embeds, mask = self._text(prompt)
+        return {"prompt_embeds": embeds, "prompt_mask": mask}
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:

@@ -63,11 +63,8 @@ class QwenCard(DiffusersCard):
         unpacked = drawn((1, channels, 2 * rows, 2 * columns), generator).to(self._dtype)
         return {"latents": packed(unpacked)}
 
-    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
-        tensors = {"prompt_embeds": self._embed(asked.prompt)}
-        if plain:
-            tensors["negative_embeds"] = self._embed(asked.negative_prompt)
-        return tensors
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        return {"prompt_embeds": self._embed(prompt)}
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:

@@ -60,14 +60,9 @@ class SD3Card(DiffusersCard):
         )
         return {"latents": drawn(shape, generator).to(self._dtype)}
 
-    def _texts(self, asked: Asked, plain: bool) -> dict[str, Tensor]:
-        tensors = {}
-        tensors["prompt_embeds"], tensors["pooled"] = self._text(asked.prompt)
-        if plain:
-            tensors["negative_embeds"], tensors["negative_pooled"] = self._text(
-                asked.negative_prompt
-            )
-        return tensors
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        embeds, pooled = self._text(prompt)
+        return {"prompt_embeds": embeds, "pooled": pooled}
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:

@@ -6,9 +6,10 @@ What a call makes goes onto the shelf, or becomes a file beside the compute thre
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from gpuworker.collectives.group_cache import GroupCache
 from gpuworker.executor import Media, RunNote, StepNote, Stopwatch
@@ -25,7 +26,7 @@ from gpuworker.steps.gathering import Gathering
 from gpuworker.steps.inbox import Inbox
 from gpuworker.steps.pace import StepPace
 from gpuworker.steps.run import Run
-from hocket.tracing import telemetry
+from hocket.tracing import spans, telemetry
 from hocket.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class OnceCalls:
     def _make(self, run: Run, operation: Operation, notes: NotesInOrder) -> RunNote:
         jobs = self._gathering.jobs(run, operation, notes, told_later=False)
         began, maker, resolved = self._pace.start(), self._makers[operation.name], {}
+        watch, before = Stopwatch(), _texts_of(jobs)
         made: list[LatentState] = []
         for member in tuple(run.members):
             if not self._stays(run, member):
@@ -93,7 +95,11 @@ class OnceCalls:
         for member, state in zip(run.members, made, strict=True):
             self._shelf.put(member.request_id, state, artifact_of(member))
         self._groups.acknowledge()
-        run.ended(note)
+        texts = _texts_of(jobs)
+        if texts.encoded == before.encoded and texts.recalled > before.recalled:
+            run.sides.append(watch.side(spans.RECALL, {}))  # says nothing of what an encode takes
+        else:
+            run.ended(note)
         return run.note(0, last=True, resolved=resolved)
 
     def _make_files(self, run: Run, operation: Operation, notes: NotesInOrder) -> RunNote | None:
@@ -173,6 +179,19 @@ class _Encoding:
         step = began.ended(0, took_us)
         request = self.job.member.request_id
         return replace(self.note, steps=(step,), media={request: file})
+
+
+class _Texts(NamedTuple):
+    """Counts of a worker's cache of prompts."""
+
+    recalled: int
+    encoded: int
+
+
+def _texts_of(jobs: Mapping[str, JobCall]) -> _Texts:
+    cards = (job.card for job in jobs.values() if job.card is not None)
+    known = next((card.prompts for card in cards if card.prompts is not None), None)
+    return _Texts(known.recalled, known.encoded) if known is not None else _Texts(0, 0)
 
 
 def _pixels(job: JobCall) -> Pixels:

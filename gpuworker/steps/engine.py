@@ -33,12 +33,13 @@ from gpuworker.steps.broken_device import DeviceBroken, is_broken
 from gpuworker.steps.calling import OnceCalls, Truncated
 from gpuworker.steps.encoding import EncodingThreads, NotesInOrder
 from gpuworker.steps.failing import MODEL_ERROR, Failures
+from gpuworker.steps.fetching import Off
 from gpuworker.steps.files import InputFiles, InputMissing, NoFiles
 from gpuworker.steps.gathering import Gathering
 from gpuworker.steps.inbox import Inbox
 from gpuworker.steps.pace import StepPace
 from gpuworker.steps.run import Run
-from gpuworker.steps.sources import Off, Sources
+from gpuworker.steps.sources import Sources
 from gpuworker.steps.stepping import SteppedCalls
 from hocket.tracing import spans, telemetry
 
@@ -71,6 +72,7 @@ class Engine:
         self._groups = groups
         self._pace = pace
         self._memory = memory
+        self._sources = sources
         self._failures = failures = Failures(worker, shelf)
         gathering = Gathering(cards, inbox, sources, files or NoFiles(), failures)
         encoding = encoding or EncodingThreads()
@@ -87,7 +89,8 @@ class Engine:
         while (assignment := self._inbox.take()) is not None:
             run = Run(assignment)
             notes = NotesInOrder(listener, partial(self._inbox.done, assignment))
-            with telemetry.within(assignment.batch[0].traceparent):
+            traced = telemetry.within(assignment.batch[0].traceparent)
+            with traced, self._sources.in_hand(assignment):
                 note = self._run(run, notes)
             if note is not None and (run.leads(self._worker) or note.failure is not None):
                 notes(note)

@@ -16,10 +16,11 @@ from gpuworker.operations.making import JobCall
 from gpuworker.operations.names import Operation, model_of, wanted_by
 from gpuworker.state import LatentState
 from gpuworker.steps.failing import Failures
+from gpuworker.steps.fetching import Off
 from gpuworker.steps.files import InputFiles, InputMissing, names_of
 from gpuworker.steps.inbox import Inbox
 from gpuworker.steps.run import Run
-from gpuworker.steps.sources import Off, Sources
+from gpuworker.steps.sources import Sources
 from hocket.v1 import mesh_pb2
 
 _FILE_WAIT_S = 30.0  # where the assignment names no time-out

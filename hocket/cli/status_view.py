@@ -76,6 +76,17 @@ def _notes(worker: WorkerStatus) -> Iterator[str]:
             f"{worker.name}: memory budget {_mib(memory.budget_bytes):.0f} MiB, "
             f"{memory.evictions} evictions"
         )
+    if memory.ahead_taken:
+        yield (
+            f"{worker.name}: {memory.ahead_taken} inputs came before their turn; "
+            f"{_mib(memory.ahead_bytes):.1f} MiB are here"
+        )
+    if memory.prompts_recalled:
+        texts = memory.prompts_recalled + memory.prompts_encoded
+        yield (
+            f"{worker.name}: {memory.prompts_recalled} of {texts} texts were encoded before; "
+            f"embeddings {_mib(memory.prompts_bytes):.1f} MiB"
+        )
 
 
 def _replicas(state: WatchClusterResponse) -> Table:

@@ -21,6 +21,7 @@ STEP = "step"
 GROUP = "group"  # making a communicator
 LOAD = "load"  # getting weights onto the device; may lie before, or beside, another job's steps
 TRANSFER = "transfer"  # fetching a latent from its holder
+RECALL = "recall"  # embeddings of prompts that the worker had encoded before
 PUBLISH = "publish"  # writing media to the object store
 
 REQUEST = "hocket.request_id"

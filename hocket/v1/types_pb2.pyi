@@ -495,6 +495,11 @@ class Memory(_message.Message):
     LOADS_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
     MEDIA_BYTES_FIELD_NUMBER: _builtins.int
+    PROMPTS_BYTES_FIELD_NUMBER: _builtins.int
+    PROMPTS_RECALLED_FIELD_NUMBER: _builtins.int
+    PROMPTS_ENCODED_FIELD_NUMBER: _builtins.int
+    AHEAD_BYTES_FIELD_NUMBER: _builtins.int
+    AHEAD_TAKEN_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """For weights and activations; 0: all its models always fit, nothing is ever evicted."""
     weights_bytes: _builtins.int
@@ -515,6 +520,16 @@ class Memory(_message.Message):
     """Parts evicted since the worker started."""
     media_bytes: _builtins.int
     """Frames of finished media that wait to be encoded, in the host's memory."""
+    prompts_bytes: _builtins.int
+    """Embeddings of prompts that were asked for before; counted with the latents on the device."""
+    prompts_recalled: _builtins.int
+    """Texts whose embeddings were there, since the worker started."""
+    prompts_encoded: _builtins.int
+    """Texts that had to be encoded, since the worker started."""
+    ahead_bytes: _builtins.int
+    """Inputs of assignments that come next, fetched before their turn, in the host's memory."""
+    ahead_taken: _builtins.int
+    """Inputs that were here, or on their way, when their assignment began, since the worker started."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartWeights]:
         """The weights it serves with, in parts; those used last come last."""
@@ -533,10 +548,15 @@ class Memory(_message.Message):
         loads: _builtins.int = ...,
         evictions: _builtins.int = ...,
         media_bytes: _builtins.int = ...,
+        prompts_bytes: _builtins.int = ...,
+        prompts_recalled: _builtins.int = ...,
+        prompts_encoded: _builtins.int = ...,
+        ahead_bytes: _builtins.int = ...,
+        ahead_taken: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "budget_bytes", b"budget_bytes", "evictions", b"evictions", "latents_budget_bytes", b"latents_budget_bytes", "latents_bytes", b"latents_bytes", "latents_file_bytes", b"latents_file_bytes", "latents_host_bytes", b"latents_host_bytes", "loads", b"loads", "media_bytes", b"media_bytes", "parts", b"parts", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "ahead_bytes", b"ahead_bytes", "ahead_taken", b"ahead_taken", "budget_bytes", b"budget_bytes", "evictions", b"evictions", "latents_budget_bytes", b"latents_budget_bytes", "latents_bytes", b"latents_bytes", "latents_file_bytes", b"latents_file_bytes", "latents_host_bytes", b"latents_host_bytes", "loads", b"loads", "media_bytes", b"media_bytes", "parts", b"parts", "prompts_bytes", b"prompts_bytes", "prompts_encoded", b"prompts_encoded", "prompts_recalled", b"prompts_recalled", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -52,7 +52,7 @@ def open_worker(member: Member, folder: str, url: str, cluster: str, state_dir: 
             bus,
             Subjects(cluster),
             weights=weights,
-            shares=Shares(),
+            shares=Shares(prompts_bytes=1 << 20),
             advertise="127.0.0.1",
             groups_max=4,
             batch_max=4,

@@ -166,6 +166,21 @@ async def test_two_passes_on_two_workers_equal_the_same_calls_in_one_process(
     assert np.array_equal(pixels, final.tensors["pixels"][0].numpy())
 
 
+async def test_a_prompt_asked_twice_is_encoded_once_and_teaches_no_time(mesh: Mesh) -> None:
+    a = mesh.workers[0]
+    text = [mesh_pb2.NodeInput(port="prompt", text=mesh.prompt)]
+    call = mesh.call("encode_prompt", "text.embeddings", LARGE, text)
+    orders = [mesh.order((a,), {request: call}) for request in ("r", "again")]
+    made, recalled = await mesh.done(*orders)
+    assert made.step_time_us and not recalled.step_time_us, "what was kept is no measurement"
+    assert [result.request_id for result in recalled.results] == ["again"]
+    artifacts = [await mesh.artifact(a, "text.embeddings", 0, r) for r in ("r", "again")]
+    assert artifacts[0] == artifacts[1]
+    await mesh.until(lambda: mesh.beats[a].memory.prompts_recalled)
+    memory = mesh.beats[a].memory
+    assert (memory.prompts_recalled, memory.prompts_encoded) == (1, 1) and memory.prompts_bytes
+
+
 async def test_what_a_lost_worker_held_is_named_and_made_again(mesh: Mesh) -> None:
     a, b = mesh.workers
     orders = two_passes(mesh)

@@ -18,8 +18,9 @@ from gpuworker.memory.budget import Memory
 from gpuworker.memory.latents import LatentShelf
 from gpuworker.memory.parts import NodeName
 from gpuworker.memory.weights import BudgetTooSmall, MemoryDemand, WeightStore
+from gpuworker.model_info import model_info
 from gpuworker.models.card import ModelCard
-from gpuworker.torch_executor import load_cards, model_info
+from gpuworker.torch_executor import load_cards
 from tests.waiting import until
 from tests.worker.tiny_models import Reference
 from tests.worker.tiny_sd3 import sd3_pipeline

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from gpuworker.loading import LoadError, load_card
+from gpuworker.model_info import model_info
 from gpuworker.models.card import ShapeRefused
 from gpuworker.models.solvers import SolverRefused
 from gpuworker.state import Fact, LatentState, StateCorrupt
 from gpuworker.steps.media import encode_media
-from gpuworker.torch_executor import model_info
 from hocket.v1.types_pb2 import MediaInfo
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import CPU
