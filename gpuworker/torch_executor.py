@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
 from dataclasses import replace
@@ -29,7 +29,7 @@ from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
 from gpuworker.mesh.input_reader import InputReader
 from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
-from gpuworker.operations.names import WEIGHTLESS
+from gpuworker.operations.names import ROLES, WEIGHTLESS, offered
 from gpuworker.steps.encoding import EncodingThreads
 from gpuworker.steps.engine import Engine
 from gpuworker.steps.inbox import Inbox, StopMark
@@ -105,10 +105,14 @@ class TorchExecutor:
         self._thread: threading.Thread | None = None
         self._ended: asyncio.Future[NoReturn] = self._loop.create_future()
         facts = [replace(c.facts, degrees=(1,)) if alone else c.facts for c in cards.values()]
-        operations = [card.operations for card in cards.values()]
+        parts = [weights.model_parts(name) for name in cards]
+        operations = [
+            offered(card.operations, {node for node, _ in held})
+            for card, held in zip(cards.values(), parts, strict=True)
+        ]
         self.models = tuple(
-            model_info(each, batch_max, able, weights.model_parts(each.name))
-            for each, able in zip(facts, operations, strict=True)
+            model_info(each, batch_max, able, held)
+            for each, able, held in zip(facts, operations, parts, strict=True)
         )
         self.operations = WEIGHTLESS
         self.store_address = self._rendezvous.address
@@ -258,8 +262,10 @@ def load_cards(
     compiled: bool = False,
     attention: ParallelAttention | None = None,
     digests: FileDigests | None = None,
+    roles: Collection[str] = ROLES,
 ) -> dict[str, ModelCard]:
-    """Loads every model, by name; the weights are the store's, those that models share once.
+    """Loads every model, by name; the weights are the store's, those that models share once, those
+    of other roles not at all.
 
     Raises LoadError naming what is missing, and BudgetTooSmall.
     """
@@ -267,18 +273,18 @@ def load_cards(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cards: dict[str, ModelCard] = {}
     for source in sources:
-        card = load_card(source, device, dtype, weights, digests)
+        card = load_card(source, device, dtype, weights, digests, roles)
         if (name := card.facts.name) in cards:
             reason = "two models have this name; NAME=PATH gives one of them another"
             raise LoadError(source, name, reason)
         if attention is not None:
             card.attend_by(attention)
-        if compiled:
+        if compiled and "dit" in roles:
             try:
                 card.compile()
             except ModelRefused as refused:
                 raise LoadError(source, refused.part, refused.reason) from refused
-            if not weights.budget_bytes:  # else they are not there yet
+            if not weights.budget_bytes and "text" in roles:  # else they are not there (yet)
                 card.warm()
         cards[name] = card
     return cards
