@@ -11,6 +11,7 @@ import msgspec
 from hocket.config import Common
 from hocket.messaging.media_bucket import KEPT_S
 
+Role = Literal["text", "dit", "vae"]
 NAME_PREFIX = r"^[a-z0-9][a-z0-9-]{0,40}$"
 _ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_MODEL = _ASSETS / "hocket-emoji"  # pictures
@@ -30,6 +31,8 @@ class WorkerSettings(Common, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpu: str = ""  # what profiles call the device; "" derives it
     model: tuple[str, ...] = ()  # local folders or hub ids; none: the embedded ones
+    # Nodes of the chain whose weights it loads and whose operations it offers; none: all three.
+    role: tuple[Role, ...] = ()
     profile: Path | None = None  # CSV that the emulated executor runs by
     host: str = socket.gethostname()
     advertise: str = ""  # address at which other workers reach this one; "": as the broker does

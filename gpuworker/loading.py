@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +36,7 @@ from gpuworker.models.qwen import QwenCard
 from gpuworker.models.sd3 import SD3Card
 from gpuworker.models.wan import WanCard
 from gpuworker.models.word_motion import WordMotionCard
+from gpuworker.operations.names import ROLES
 from gpuworker.prompts import texts_id
 
 __all__ = ["LoadError", "distinct_bytes", "load_card"]
@@ -85,12 +86,14 @@ def load_card(
     dtype: torch.dtype,
     weights: WeightStore | None = None,
     digests: FileDigests | None = None,
+    roles: Collection[str] = ROLES,
 ) -> ModelCard:
     """Loads a model onto `device` and returns its card.
 
     With a store, the weights are the store's, shared with the models that it has, and on the device
-    when it says so; `digests` remembers what files were hashed. Raises `LoadError`,
-    `solvers.SolverRefused`, and `weights.BudgetTooSmall`.
+    when it says so; `digests` remembers what files were hashed. Of components for other nodes than
+    `roles` the configuration alone is read: the card knows its facts, and cannot call them. Raises
+    `LoadError`, `solvers.SolverRefused`, and `weights.BudgetTooSmall`.
     """
     source = located(asked)
     index, named = _components(asked, source.folder)
@@ -106,7 +109,7 @@ def load_card(
     card |= {"pipeline": pipeline, "adapters": [str(file) for file in adapters]}
     model = source.name if source.named else str(card.get("name", source.name))
     check_name(asked, model)
-    loading = _Loading(asked, model, device, dtype, weights, digests or FileDigests())
+    loading = _Loading(asked, model, device, dtype, weights, digests or FileDigests(), roles)
     found = {  # all of it is looked at before the first gigabyte is loaded
         name: loading.found(source.folder / name, library, class_name)
         for name, (library, class_name) in named.items()
@@ -145,15 +148,16 @@ def _check_family(source: str, family: str) -> None:
         raise LoadError(source, family, f"no family for it; known: {', '.join(_FAMILIES)}")
 
 
-def distinct_bytes(sources: Sequence[str], digests: FileDigests) -> int:
-    """Bytes of models' weights as their files have them, files of the same content once.
-
-    Raises `LoadError`.
+def distinct_bytes(
+    sources: Sequence[str], digests: FileDigests, roles: Collection[str] = ROLES
+) -> int:
+    """Bytes of models' weights for these nodes as their files have them, files of the same content
+    once. Raises `LoadError`.
     """
     sizes: dict[str, int] = {}
     for asked in sources:
         folder = located(asked).folder
-        for name in _components(asked, folder)[1]:
+        for name in [n for n in _components(asked, folder)[1] if _node(n) in roles]:
             for file in (folder / name).glob("*.safetensors"):
                 if file.exists():  # what is missing is told when it is loaded
                     sizes[digests.of(file)] = file.stat().st_size
@@ -183,6 +187,7 @@ class _Component(NamedTuple):
     arguments: Mapping[str, Any]  # of from_pretrained
     dtype: torch.dtype | None = None  # of a module's weights
     files: tuple[Path, ...] = ()  # that they are read from
+    is_blank: bool = False  # a module without weights: a node of another role is called with it
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,7 @@ class _Loading:
     dtype: torch.dtype
     weights: WeightStore | None
     digests: FileDigests
+    roles: Collection[str]
 
     def found(self, path: Path, library: str, class_name: str) -> _Component:
         """What is to be loaded; nothing is opened but JSON. Raises `LoadError`."""
@@ -205,6 +211,8 @@ class _Loading:
         if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
             return _Component(path, kind, name, {})
         dtype = torch.float32 if class_name in _ALWAYS_FLOAT32 else self.dtype
+        if _node(path.name) not in self.roles:
+            return _Component(path, kind, name, {}, dtype, is_blank=True)
         stem = "model" if library == "transformers" else "diffusion_pytorch_model"
         files, variant = weight_files(self.asked, path, stem, dtype)
         if variant is not None:
@@ -216,6 +224,8 @@ class _Loading:
         """The component; a module's weights are the store's."""
         if component.dtype is None:
             return self._loaded(component)
+        if component.is_blank:
+            return self._blank(component)
         if self.weights is None:
             return self._module(component).to(self.device)
         part = self._part(component)
@@ -278,6 +288,21 @@ class _Loading:
             module = module.to(component.dtype)
         made: torch.nn.Module = module.eval()
         return made
+
+    def _blank(self, component: _Component) -> torch.nn.Module:
+        """Of its configuration, on the meta device: shapes and types, and no memory."""
+        kind, path = component.kind, component.path
+        try:
+            with torch.device("meta"):
+                if issubclass(kind, diffusers.ModelMixin):
+                    module = kind.from_config(kind.load_config(path))
+                else:
+                    module = kind(kind.config_class.from_pretrained(path))
+        except Exception as error:  # as in `_loaded`
+            reason = f"cannot be made without weights: {type(error).__name__}: {error}"
+            raise LoadError(self.asked, path.name, reason) from error
+        # Past diffusers' own, which warns of islands in float32.
+        return torch.nn.Module.to(module, component.dtype).eval()
 
     def _loaded(self, component: _Component) -> Any:
         try:

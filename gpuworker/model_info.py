@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import CardFacts, ModelCard
+from gpuworker.operations.names import offered
 from hocket.v1 import generation_pb2, types_pb2
 
 
@@ -14,15 +15,13 @@ def models_info(
     cards: Mapping[str, ModelCard], weights: WeightStore, batch_max: int, *, alone: bool
 ) -> tuple[generation_pb2.ModelInfo, ...]:
     """Of all cards; `alone`: the worker joins no groups."""
-    return tuple(
-        model_info(
-            replace(card.facts, degrees=(1,)) if alone else card.facts,
-            batch_max,
-            card.operations,
-            weights.model_parts(card.facts.name),
-        )
-        for card in cards.values()
-    )
+    found = []
+    for name, card in cards.items():
+        parts = weights.model_parts(name)
+        facts = replace(card.facts, degrees=(1,)) if alone else card.facts
+        able = offered(card.operations, {node for node, _ in parts})
+        found.append(model_info(facts, batch_max, able, parts))
+    return tuple(found)
 
 
 def model_info(

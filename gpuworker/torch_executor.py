@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
 from pathlib import Path
@@ -29,7 +29,7 @@ from gpuworker.mesh.copies import Copies
 from gpuworker.mesh.input_reader import InputReader
 from gpuworker.model_info import models_info
 from gpuworker.models.card import ModelCard, ModelRefused
-from gpuworker.operations.names import WEIGHTLESS
+from gpuworker.operations.names import ROLES, WEIGHTLESS
 from gpuworker.prompts import PromptCache
 from gpuworker.steps.encoding import EncodingThreads
 from gpuworker.steps.engine import Engine
@@ -296,8 +296,10 @@ def load_cards(
     compiled: bool = False,
     attention: ParallelAttention | None = None,
     digests: FileDigests | None = None,
+    roles: Collection[str] = ROLES,
 ) -> dict[str, ModelCard]:
-    """Loads every model, by name; the weights are the store's, those that models share once.
+    """Loads every model, by name; the weights are the store's, those that models share once, those
+    of other roles not at all.
 
     Raises LoadError naming what is missing, and BudgetTooSmall.
     """
@@ -305,18 +307,18 @@ def load_cards(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cards: dict[str, ModelCard] = {}
     for source in sources:
-        card = load_card(source, device, dtype, weights, digests)
+        card = load_card(source, device, dtype, weights, digests, roles)
         if (name := card.facts.name) in cards:
             reason = "two models have this name; NAME=PATH gives one of them another"
             raise LoadError(source, name, reason)
         if attention is not None:
             card.attend_by(attention)
-        if compiled:
+        if compiled and "dit" in roles:
             try:
                 card.compile()
             except ModelRefused as refused:
                 raise LoadError(source, refused.part, refused.reason) from refused
-            if not weights.budget_bytes:  # else they are not there yet
+            if not weights.budget_bytes and "text" in roles:  # else they are not there (yet)
                 card.warm()
         cards[name] = card
     return cards

@@ -22,6 +22,7 @@ from gpuworker.mesh.claim import claimed
 from gpuworker.mesh.ending import ended_with
 from gpuworker.mesh.naming import advertised_address, worker_name
 from gpuworker.mesh.stopping import StopSignals, run_until
+from gpuworker.operations.names import ROLES
 from gpuworker.pool import run_pool
 from gpuworker.steps.prefetch import Ahead
 from gpuworker.torch_executor import TorchExecutor, load_cards, pick_device
@@ -95,6 +96,7 @@ async def _made(
         compiled=settings.compile != "off",
         attention=chosen_attention(wanted, device),
         digests=digests,
+        roles=settings.role or ROLES,
     )
     identity = Identity.load(settings.tls_dir)
     access = broker_access(identity, "worker")
@@ -129,7 +131,7 @@ def budgets(
     if not budget_bytes and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         room = int(total * (1 - _RESERVED))
-        if distinct_bytes(settings.model, digests) > room:
+        if distinct_bytes(settings.model, digests, settings.role or ROLES) > room:
             budget_bytes = room
     latents_bytes = (settings.latents_mib << 20) or budget_bytes // 4
     if budget_bytes and latents_bytes >= budget_bytes:

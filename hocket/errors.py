@@ -268,7 +268,7 @@ _CODES: dict[type[HocketError], grpc.StatusCode] = {
 _REASON_CODES: dict[str, grpc.StatusCode] = {
     **dict.fromkeys(("DEADLINE_UNATTAINABLE", "NOT_ENDED"), grpc.StatusCode.FAILED_PRECONDITION),
     "IDEMPOTENCY_KEY_REUSED": grpc.StatusCode.INVALID_ARGUMENT,
-    "NO_WORKERS": grpc.StatusCode.UNAVAILABLE,
+    **dict.fromkeys(("NO_WORKERS", "ROLES_NOT_SERVED"), grpc.StatusCode.UNAVAILABLE),
     "REJECTED_BY_POLICY": grpc.StatusCode.RESOURCE_EXHAUSTED,
     **dict.fromkeys(("MODEL_NOT_SERVED", "WORKFLOW_NOT_SERVED"), grpc.StatusCode.NOT_FOUND),
     "CANCELLED": grpc.StatusCode.CANCELLED,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from control.requests.records import Record
 from hocket.errors import HocketError, Refused, Violation
 from hocket.v1 import control_pb2, generation_pb2, types_pb2
+from hocket.workflows.roles import ROLE_OPERATIONS
 
 _RETRY_US = 2_000_000
 _RETRY_SOON_US = 500_000
@@ -49,6 +50,24 @@ def sizes_not_served(
             f"workflow {workflow!r} has no size near {shape.width}x{shape.height} that "
             f"{', '.join(models)} all take"
         ),
+    )
+
+
+def roles_missing(model: generation_pb2.ModelInfo, needed: Sequence[str]) -> types_pb2.Failure:
+    """`needed`: those of its nodes that a request runs and nobody serves."""
+    operations = [ROLE_OPERATIONS[role] for role in needed]
+    return types_pb2.Failure(
+        reason="ROLES_NOT_SERVED",
+        message=(
+            f"no living worker serves {' and '.join(operations)} of {model.name!r}: missing roles "
+            f"{', '.join(needed)} (workers start with all of them, or those that --role names)"
+        ),
+        retry_after_us=_RETRY_US,
+        metadata={
+            "model": model.name,
+            "roles": ",".join(needed),
+            "operations": ",".join(operations),
+        },
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from hocket.v1 import control_pb2, generation_pb2, mesh_pb2
+from hocket.workflows.roles import together
 
 MODELS_MAX = 1_024  # those not served for longest are forgotten first
 KINDS_MAX = 16  # of GPUs, by model
@@ -22,6 +23,7 @@ class _Seen:
     info: generation_pb2.ModelInfo
     gpus: dict[str, None]  # the one seen last comes last
     at_us: int  # when a worker served it last, since 1970
+    able: dict[str, None]  # operations that workers of it have offered: of roles that left, too
 
 
 @dataclass(slots=True)
@@ -35,11 +37,13 @@ class ModelsSeen:
 
     def see(self, beats: Iterable[mesh_pb2.Heartbeat], unix_us: int) -> None:
         """Takes the newest heartbeats of all living workers."""
+        beats = sorted(beats, key=lambda beat: beat.worker)
+        living = together(model for beat in beats for model in beat.models)
         self._workers = Counter()
         for beat in beats:
             for model in beat.models:
                 self._workers[model.name] += 1
-                self._note(model, beat.device.profile_name, unix_us)
+                self._note(living[model.name], beat.device.profile_name, unix_us)
         self._forget(unix_us)
 
     def listed(self) -> tuple[generation_pb2.ModelInfo, ...]:
@@ -53,8 +57,14 @@ class ModelsSeen:
         return tuple(found)
 
     def asleep(self) -> dict[str, generation_pb2.ModelInfo]:
-        """Models without a living worker, by name."""
-        return {n: seen.info for n, seen in self._seen.items() if not self._workers[n]}
+        """Models without a living worker, by name, as all their workers served them."""
+        found = {}
+        for name, seen in self._seen.items():
+            if not self._workers[name]:
+                info = found[name] = generation_pb2.ModelInfo()
+                info.CopyFrom(seen.info)
+                info.operations[:] = seen.able
+        return found
 
     def kinds(self) -> Mapping[str, tuple[str, ...]]:
         """Kinds of GPU by model, the one seen last first."""
@@ -74,7 +84,8 @@ class ModelsSeen:
         ours, self._seen = self._seen, {}
         for model in sorted(kept.models, key=lambda m: m.served_unix_us):
             gpus = dict.fromkeys(model.gpus)
-            self._seen[model.info.name] = _Seen(model.info, gpus, model.served_unix_us)
+            able = dict.fromkeys(model.info.operations)
+            self._seen[model.info.name] = _Seen(model.info, gpus, model.served_unix_us, able)
         for name, seen in ours.items():
             self._seen.pop(name, None)
             self._seen[name] = seen
@@ -84,12 +95,14 @@ class ModelsSeen:
         seen = self._seen.get(model.name)
         if seen is None:
             self.changes += 1
-            self._seen[model.name] = _Seen(model, {gpu: None}, unix_us)
+            able = dict.fromkeys(model.operations)
+            self._seen[model.name] = _Seen(model, {gpu: None}, unix_us, able)
             return
         if seen.info != model or gpu not in seen.gpus or unix_us - seen.at_us > _STALE_US:
             self.changes += 1
             seen.at_us = unix_us
         seen.info = model
+        seen.able |= dict.fromkeys(model.operations)
         seen.gpus.pop(gpu, None)
         seen.gpus[gpu] = None
         while len(seen.gpus) > KINDS_MAX:

@@ -32,6 +32,7 @@ from control.scheduler.values import (
 )
 from control.workflows.compiled import profile_name
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+from hocket.workflows.roles import together
 
 _MIB = 1 << 20
 _LOAD_CHANGED = 2  # times longer or shorter is worth a fact …
@@ -178,11 +179,9 @@ class Leases:
         return lease.heartbeat.store_address if lease is not None else ""
 
     def models(self) -> tuple[generation_pb2.ModelInfo, ...]:
-        """Models that living workers serve, by name."""
-        found: dict[str, generation_pb2.ModelInfo] = {}
-        for name in sorted(self._leases):
-            for model in self._leases[name].heartbeat.models:
-                found.setdefault(model.name, model)
+        """Models that living workers serve, each as all of them do together; by name."""
+        beats = (self._leases[name].heartbeat for name in sorted(self._leases))
+        found = together(model for beat in beats for model in beat.models)
         return tuple(found[name] for name in sorted(found))
 
     def _end(self, worker: str, now_us: int, reason: str) -> WorkerLost:

@@ -11,6 +11,7 @@ from control.workflows.compiled import workflow_of
 from hocket.v1 import control_pb2, generation_pb2, types_pb2
 from hocket.workflows import sizes
 from hocket.workflows.catalogue import OPERATIONS
+from hocket.workflows.roles import missing_roles
 
 Served = Mapping[str, generation_pb2.ModelInfo]
 
@@ -24,6 +25,8 @@ def prepared(submit: control_pb2.SubmitRequest, served: Served) -> types_pb2.Fai
     for name in dict.fromkeys((spec.model, *used)):
         if name not in served:
             return refusals.not_served(name, served)
+    if (failure := _missing(submit, served)) is not None:
+        return failure
     for node in submit.workflow.nodes:
         model = served[node.model or spec.model]
         if OPERATIONS[node.op].part and node.op not in model.operations:
@@ -38,6 +41,20 @@ def prepared(submit: control_pb2.SubmitRequest, served: Served) -> types_pb2.Fai
         return refusals.sizes_not_served(spec.workflow, spec.shape, used)
     for node_id, shape in shapes.items():
         submit.shapes[node_id].CopyFrom(shape)
+    return None
+
+
+def _missing(submit: control_pb2.SubmitRequest, served: Served) -> types_pb2.Failure | None:
+    """Weights that a request needs, and nobody has."""
+    own = submit.request.spec.model
+    nodes = [node for node in submit.workflow.nodes if OPERATIONS[node.op].part]
+    for name in sizes.models_of(submit.workflow, own) or (own,):
+        missing = missing_roles(served[name])
+        if missing and submit.HasField("workflow"):
+            called = {OPERATIONS[node.op].part for node in nodes if (node.model or own) == name}
+            missing = tuple(role for role in missing if role in called)
+        if missing:
+            return refusals.roles_missing(served[name], missing)
     return None
 
 

@@ -14,6 +14,7 @@ from hocket.v1.workflows_pb2 import WorkflowNode, WorkflowSpec
 from hocket.workflows import sizes
 from hocket.workflows.catalogue import OPERATIONS
 from hocket.workflows.content import PROMPTS, named, settings_of
+from hocket.workflows.roles import lacks_role
 from hocket.workflows.running import run_form
 
 INPUT_NAME = re.compile(r"sha256:[0-9a-f]{64}")
@@ -95,7 +96,8 @@ def check_models(
 
 def _check_node(node: WorkflowNode, model: ModelInfo, workflow: WorkflowSpec, add: Add) -> None:
     who = f"of node {node.id} of {workflow.name}"
-    if model.operations and node.op not in model.operations:
+    offered = not model.operations or node.op in model.operations
+    if not offered and not lacks_role(model, node.op):  # which control tells, and may pass
         found = f"{node.op} {who}, which {model.name} does not do"
         add("spec.workflow", found, _list(model.operations))
     settings = settings_of(node)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import NoReturn
 
@@ -27,7 +27,7 @@ from gpuworker.executor import (
     StepNote,
     always_room,
 )
-from gpuworker.operations.names import WEIGHTLESS, artifact_of, operation_of
+from gpuworker.operations.names import ROLES, WEIGHTLESS, artifact_of, operation_of
 from gpuworker.steps.inbox import Inbox, StopMark
 from hocket.cancelling import one_done
 from hocket.v1 import mesh_pb2, types_pb2
@@ -47,6 +47,7 @@ class EmulatedExecutor:
         media: bool = True,
         batch_max: int = 1,
         groups_max: int = 64,
+        roles: Collection[str] = ROLES,
     ) -> None:
         self._worker = worker
         self._host = host
@@ -58,7 +59,7 @@ class EmulatedExecutor:
         self._room: Room = always_room
         self._groups: dict[tuple[str, ...], int] = {}  # members -> epoch, the last used last
         self._groups_max = groups_max
-        self.models = host.models(batch_max)
+        self.models = host.models(batch_max, roles)
         self.operations = WEIGHTLESS
         self.store_address = f"emulated/{worker}"
         self._gpu = gpu

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from gpuworker.emulation.profile import Cell
 from gpuworker.operations.names import (
     CALLS,
+    ROLES,
     CallInput,
     model_of,
+    offered,
     operation_of,
     shape_of,
     wanted_by,
@@ -162,7 +164,9 @@ class EmulatedHost:
         known = assignment.predicted_step_time_us if operation.part else WEIGHTLESS_US
         return self.profile.get(cell, known)
 
-    def models(self, batch_max: int) -> tuple[generation_pb2.ModelInfo, ...]:
+    def models(
+        self, batch_max: int, roles: Collection[str] = ROLES
+    ) -> tuple[generation_pb2.ModelInfo, ...]:
         """The models of the profile, with every profiled shape and degree."""
         infos = []
         for name in sorted({cell[0] for cell in self.profile}):
@@ -183,7 +187,7 @@ class EmulatedHost:
                     guidance_default=3.5,
                     degrees=sorted({c[5] for c in dit}),
                     batch_max=batch_max,
-                    operations=_OPERATIONS,
+                    operations=offered(_OPERATIONS, roles),
                 )
             )
         return tuple(infos)

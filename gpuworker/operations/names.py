@@ -7,7 +7,7 @@ empty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -44,6 +44,12 @@ CHAIN = {
     "dit": Operation("dit", "latents", ("latents",), part="dit", stepped=True),
     "vae": Operation("vae", "media", ("latents",), part="vae", file=True),
 }
+ROLES: Final = tuple(CHAIN)  # nodes whose weights a worker may hold, any of them
+
+
+def offered(operations: Sequence[str], roles: Collection[str]) -> tuple[str, ...]:
+    """Those of a model's operations ("denoise", "denoise.mask" ...) that these weights are for."""
+    return tuple(each for each in operations if part_of(each.partition(".")[0]) in roles)
 
 
 class CallInput(NamedTuple):

@@ -41,6 +41,7 @@ from hocket.v1.generation_pb2 import (
     Progress,
 )
 from hocket.v1.types_pb2 import Commitment, MediaInfo, OnMiss, Shape
+from hocket.workflows.roles import missing_roles
 
 SIZE_NAMES = ("small", "medium", "large")
 _FRAMES_HELP = "Frames of a video, see `hocket models`; 0: the model's default."
@@ -152,7 +153,7 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
     for info in run(work()):
         table.add_row(
             info.name,
-            str(info.workers) if info.HasField("workers") else "",
+            workers_of(info),
             " ".join(info.workflows),
             sizes_offered(info),
             frames_offered(info),
@@ -162,6 +163,13 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
             "; ".join(info.examples[:2]),
         )
     console.print(table)
+
+
+def workers_of(info: ModelInfo) -> str:
+    """Workers that serve it, as far as is told, and what none of them does."""
+    told = str(info.workers) if info.HasField("workers") else ""
+    missing = missing_roles(info) if info.workers else ()
+    return f"{told} (no {', '.join(missing)})" if missing else told
 
 
 def named_size(name: str, shapes: Sequence[Shape]) -> tuple[int, int]:

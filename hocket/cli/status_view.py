@@ -11,6 +11,7 @@ from hocket.launching.mesh_file import Process
 from hocket.v1.control_pb2 import PoolStatus, WatchClusterResponse, WorkerStatus
 from hocket.v1.generation_pb2 import ModelInfo
 from hocket.v1.types_pb2 import Memory
+from hocket.workflows.roles import ROLE_OPERATIONS, missing_roles
 
 
 def status_view(
@@ -47,12 +48,13 @@ def process_table(processes: Sequence[Process]) -> Table:
 
 
 def _workers(workers: Sequence[WorkerStatus]) -> Table:
-    table = _table("worker", "state", "beat", "MiB", "weights", "latents", "starts")
+    table = _table("worker", "state", "roles", "beat", "MiB", "weights", "latents", "starts")
     for worker in workers:
         used, total = _mib(worker.memory_used_bytes), _mib(worker.memory_total_bytes)
         table.add_row(
             worker.name,
             worker.state,
+            _roles(worker.memory),
             _ago(worker.heartbeat_age_us),
             f"{used:.0f}/{total:.0f}",
             _weights(worker.memory),
@@ -112,8 +114,10 @@ def _pools(pools: Sequence[PoolStatus]) -> Table:
 
 
 def _named(model: ModelInfo) -> str:
-    asleep = model.HasField("workers") and not model.workers
-    return f"{model.name} (no worker)" if asleep else model.name
+    if model.HasField("workers") and not model.workers:
+        return f"{model.name} (no worker)"
+    missing = missing_roles(model)
+    return f"{model.name} (no {', '.join(missing)})" if missing else model.name
 
 
 def _promises(state: WatchClusterResponse) -> str:
@@ -130,6 +134,13 @@ def _table(*columns: str) -> Table:
     for number, name in enumerate(columns):
         table.add_column(name, overflow="fold", no_wrap=number == 0)
     return table
+
+
+def _roles(memory: Memory) -> str:
+    """Nodes of the chain that it has weights for, on the device or not."""
+    nodes = {part.node for part in memory.parts}
+    held = [role for role in ROLE_OPERATIONS if role in nodes]
+    return "all" if len(held) == len(ROLE_OPERATIONS) else " ".join(held) or "-"
 
 
 def _weights(memory: Memory) -> str:

@@ -67,6 +67,12 @@ class Worker:
             and op in (facts.operations or CHAIN_OPS)
         )
 
+    def nodes(self, model: str) -> tuple[str, ...]:
+        """The nodes of the model's chain that it has weights for."""
+        facts = self.models.get(model)
+        offered = CHAIN_OPS if facts is None else facts.operations or CHAIN_OPS
+        return tuple([node for node in CHAIN_OPS if node in offered])
+
     def serves(self) -> list[tuple[str, str]]:
         """(model, operation) of all that it runs."""
         found = [(m.name, op) for m in self.models.values() for op in m.operations or CHAIN_OPS]
@@ -124,6 +130,7 @@ class _Answers:
     ordered: list[Worker]
     usable: list[Worker]
     leaving: list[Worker]
+    denoisers: list[Worker]  # usable ones that have some model's denoiser
     rank: dict[str, int]  # in cluster order
     partial: bool  # some lack an operation of the chain of a model that they have
     able: dict[tuple[str, int, str], tuple[Worker, ...]] = field(default_factory=dict)
@@ -172,6 +179,10 @@ class Cluster:
     def leaving(self) -> list[Worker]:
         """Those that live and get nothing new any more, in cluster order. To be read only."""
         return self._now().leaving
+
+    def denoisers(self) -> list[Worker]:
+        """The usable workers that have some model's denoiser, in cluster order. To be read only."""
+        return self._now().denoisers
 
     def able(self, model: str, degree: int = 1, op: str = DIT) -> tuple[Worker, ...]:
         """The usable workers that can run the model's operation that wide, in cluster order."""
@@ -235,7 +246,10 @@ class Cluster:
                 for w in usable
                 for m in w.models.values()
             )
-            now = self._answers = _Answers(ordered, usable, leaving, rank, partial)
+            denoisers = usable
+            if partial:
+                denoisers = [w for w in usable if any(w.can(model) for model in w.models)]
+            now = self._answers = _Answers(ordered, usable, leaving, denoisers, rank, partial)
         return now
 
     def living(self, name: str) -> bool:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ..values import Load, PartFacts
-from ..workflow import CHAIN
 from .cluster import Worker
 from .loads import NOTHING, LoadTable, Weights, own_part
 
@@ -52,7 +51,7 @@ class Residency:
         """All of a model's weights and its largest activations; 0 where memory does not count."""
         if not self.bounded(worker):
             return 0
-        parts = [p for node in CHAIN.order for p in self.needs(worker, model, node)]
+        parts = [p for node in worker.nodes(model) for p in self.needs(worker, model, node)]
         return self._room_mib([self._weights(worker, p) for p in dict.fromkeys(parts)])
 
     def load_us(self, worker: Worker, model: str, node: str) -> int:

@@ -210,6 +210,11 @@ class Scene:
         """Not every worker that has a model runs every call of its requests."""
         return bool(self._ledger.named) or self._ledger.cluster.partial
 
+    @property
+    def partial(self) -> bool:
+        """Some workers lack an operation of the chain of a model that they have."""
+        return self._ledger.cluster.partial
+
     def can(self, seat: Seat, work: Work, degree: int = 1) -> bool:
         """The worker runs the work's node, as one of so many."""
         return self._ledger.can(seat.worker, work.request, work.node, degree)

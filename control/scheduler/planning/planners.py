@@ -20,7 +20,6 @@ from ..policies.registry import make_policy
 from ..resilience import elsewhere
 from ..settings import Settings
 from ..starts import Issue, Planned, Start
-from ..workflow import CHAIN
 from . import denoise, stages
 
 
@@ -164,7 +163,7 @@ class EventPlanner(Planner):
             if self._preloaded.get(worker.name) != worker.incarnation:
                 self._preloaded[worker.name] = worker.incarnation
                 for model in worker.models:
-                    for node in CHAIN.order:
+                    for node in worker.nodes(model):
                         ledger.residency.preload(worker, model, node)
 
     def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:

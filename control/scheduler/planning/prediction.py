@@ -120,7 +120,7 @@ class Estimates:
 
     def _queue_us(self, mine: Urgency, request: str) -> int:
         """Work of whoever is served before (higher priority, earlier deadline, earlier arrival),
-        shared out over all workers.
+        shared out over all workers that denoise.
         """
         sums_us = self._sums_us
         if sums_us is None:
@@ -130,7 +130,7 @@ class Estimates:
         same = self._ledger.tracked.get(request)  # a newcomer may be inside already
         if same is not None and _urgency(same.request, same.order) < mine:
             work_us -= self._work_us(same)
-        return work_us // max(1, len(self._ledger.cluster.usable()))
+        return work_us // max(1, len(self._ledger.cluster.denoisers()))
 
     def _follow(self) -> None:
         """Takes over what progressed since the last time; everything where a price changed."""

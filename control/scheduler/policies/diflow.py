@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from ..settings import Settings, SettingValue, Spec
 from ..starts import Decision, Start
 from ..values import DIT, TEXT, VAE, Request, Shape
-from ..workflow import CHAIN, Section
+from ..workflow import Section
 from .base import EventPolicy
 from .diflow_admission import Admission
 
@@ -217,7 +217,7 @@ class DiFlow(EventPolicy):
                 self._incarnations[seat.name] = seat.worker.incarnation
                 if self._preload:
                     preloads[seat.name] = tuple(
-                        (m, n) for m in seat.worker.models for n in CHAIN.order
+                        (m, n) for m in seat.worker.models for n in seat.worker.nodes(m)
                     )
         return preloads
 

@@ -30,7 +30,7 @@ from ...outlook.standing import next_node, workers_before
 from ...settings import Settings, SettingValue, Spec
 from ...starts import Issue, Planned, Start
 from ...values import Request
-from ...workflow import CHAIN, Section
+from ...workflow import Section
 from ..base import Newcomer, Planner
 from . import outside
 from .binding import Binder, Wish
@@ -376,7 +376,7 @@ class Hocket(Planner):
                     continue
                 self._preloaded[worker.name] = worker.incarnation
                 for model in worker.models:
-                    for node in CHAIN.order:
+                    for node in worker.nodes(model):
                         ledger.residency.preload(worker, model, node)
 
     def _room(self, n: int) -> None:
