@@ -41,6 +41,9 @@ _NODE = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 _TENANT = re.compile(r"[0-9A-Za-z._-]{0,64}")
 _KEY = re.compile(r"[0-9A-Za-z._:-]{0,128}")
+_ARTIFACT = re.compile(rf"[0-9A-Za-z_.:@/-]{{0,{NAME_CHARS_MAX}}}")
+_FILE = re.compile(rf"[0-9A-Za-z_.:@/-]{{1,{NAME_CHARS_MAX}}}")  # as requests call it …
+_LACKED = re.compile(rf"[0-9A-Za-z_.:@/-]{{0,{2 * NAME_CHARS_MAX}}}")  # … and behind its tenant
 _AS_REQUEST, _AS_MODEL = f"matches {_REQUEST.pattern}", f"matches {_MODEL.pattern}"
 _DEADLINES, _SIDES = f"0 to {TIME_US_MAX}", f"1 to {SIDE_MAX}"
 _TEXTS = f"at most {TEXT_CHARS_MAX} characters, no control characters"
@@ -108,8 +111,8 @@ def _check_spec(spec: types_pb2.GenerationSpec, need: Callable[[str, bool, str],
         sound = len(text) <= TEXT_CHARS_MAX and not _CONTROL_IN_TEXT.search(text)
         need(at + name, sound, _TEXTS)
     need(at + "loras", len(spec.loras) <= 64 and all(map(_is_name, spec.loras)), "64 names")
-    inputs = [*spec.inputs, *spec.inputs.values()]
-    need(at + "inputs", len(inputs) <= 128 and all(map(_is_name, inputs)), "64 pairs of names")
+    named = all(map(_is_name, spec.inputs)) and all(map(_FILE.fullmatch, spec.inputs.values()))
+    need(at + "inputs", len(spec.inputs) <= 64 and named, f"64 names, of files: {_FILE.pattern}")
 
 
 # -------------------------------------------------------------------------------- workers
@@ -139,6 +142,8 @@ def _heartbeat(beat: mesh_pb2.Heartbeat, term: int) -> None:
     for latent in beat.latents:
         _request(latent.request_id)
         _need(latent.steps_done <= STEPS_MAX, "a latent has too many steps")
+        if not _ARTIFACT.fullmatch(latent.artifact):
+            raise _Refused(f"artifact {_shown(latent.artifact)} does not match its pattern")
     _few(beat.pending_sequences, ITEMS_MAX, "assignments")
     _few(beat.groups, ITEMS_MAX, "groups")
     for group in beat.groups:
@@ -216,6 +221,8 @@ def _report(report: mesh_pb2.StepReport, term: int) -> None:
             _members(names)
         if failed.request_id:
             _request(failed.request_id)
+        if not _LACKED.fullmatch(failed.artifact):
+            raise _Refused(f"artifact {_shown(failed.artifact)} does not match its pattern")
 
 
 # -------------------------------------------------------------------------------- pieces

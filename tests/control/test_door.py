@@ -166,6 +166,35 @@ def test_models_and_counts_are_bounded() -> None:
     assert check_report(report(step_time_us=[2**63]), 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "held", "missed"),
+    [
+        ("", True, True),
+        ("refine-1.latents", True, True),
+        (f"{'t' * 64}/sha256:{'0' * 64}", False, True),  # a file; nobody holds one
+        ("a b", False, False),
+        ("a.b\n", False, False),
+        ("ñ.b", False, False),
+        ("x" * 5_000, False, False),
+    ],
+)
+def test_names_of_artifacts_are_short_and_plain(name: str, held: bool, missed: bool) -> None:
+    holds = beat(latents=[mesh_pb2.HeldLatent(request_id="01J0", artifact=name)])
+    lacks = report(failed_job=mesh_pb2.FailedJob(request_id="01J0", artifact=name))
+    for why, sound in ((check_heartbeat(holds, 1), held), (check_report(lacks, 1), missed)):
+        assert why is None if sound else why and len(why) < 300 and why.isprintable()
+
+
+@pytest.mark.parametrize("name", ["a b", "", "x" * 129, "ñ"])
+def test_files_of_a_request_have_names_that_reports_may_carry(name: str) -> None:
+    sent = submit()
+    sent.request.spec.inputs["image"] = f"sha256:{'0' * 64}"
+    assert check_submit(sent) == ()
+    sent.request.spec.inputs["image"] = name
+    (violation,) = check_submit(sent)
+    assert violation.field == "request.spec.inputs"
+
+
 @settings(max_examples=300, deadline=None)
 @given(messages(mesh_pb2.Heartbeat), st.sampled_from([0, 1, 2**40]))
 def test_any_heartbeat_is_judged_and_what_comes_in_harms_nobody(
