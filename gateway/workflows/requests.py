@@ -48,7 +48,11 @@ def check_inputs(
         elif not INPUT_NAME.fullmatch(value):
             add(at, repr(value), _INPUT_SO)
         elif value in absent:
-            add(at, value, "a file that this tenant uploaded (PutInput) and that is kept still")
+            add(
+                at,
+                value,
+                "a file that this tenant uploaded (PutInput) and is kept for long enough",
+            )
     missing = [item.name for item in files if not item.optional and item.name not in spec.inputs]
     for name in missing:
         add(f"spec.inputs[{name}]", "nothing", f"an uploaded file, which {workflow.name} needs")
