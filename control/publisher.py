@@ -182,11 +182,14 @@ class Publisher:
             self._tell(event)
 
     def _ended(self, ended: values.Ended, note: object = None) -> None:
-        """`note`: of the fact that ended it; a Failure is what its caller is told."""
+        """`note`: of the fact that ended it; a Failure is what its caller is told, a StepReport of
+        a call that was refused says why.
+        """
         record = self._records.begin_end(ended.request)
         if record is None:
             return
-        outcome = translate.to_ended(ended, record)
+        said = note if isinstance(note, mesh_pb2.StepReport) else None
+        outcome = translate.to_ended(ended, record, said)
         if isinstance(note, types_pb2.Failure):
             outcome.failed.CopyFrom(note)
         self._endings.put(record, outcome)

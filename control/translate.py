@@ -6,14 +6,17 @@ from collections.abc import Callable, Iterable
 
 from control.requests.records import Record
 from control.scheduler import values
-from control.scheduler.resilience.failures import INPUT_MISSING
+from control.scheduler.resilience.failures import CALL_REFUSED, INPUT_AWAY, INPUT_MISSING
 from control.workflows.calls import node_call
 from control.workflows.compiled import passes_of, steps_at, steps_total, workflow_of
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _COLLECTIVE_TIMEOUT_STEPS = 8  # a collective counts as hung after this many predicted step times …
 _COLLECTIVE_TIMEOUT_MIN_US = 5_000_000  # … but never sooner than this
-_WHY = {INPUT_MISSING: "a file that it brought is not in the store of inputs any more"}
+_WHY = {
+    INPUT_AWAY: "a file that it brought could not be read from the store of inputs",
+    INPUT_MISSING: "a file that it brought is not in the store of inputs any more",
+}
 _LOADS_LATE = 3  # times its prediction that a load may take while others wait for it
 
 
@@ -190,8 +193,10 @@ def to_truncate(truncation: values.Truncation, term: int, incarnation: str) -> m
     )
 
 
-def to_ended(ended: values.Ended, record: Record) -> journal_pb2.EndedRequest:
-    """How a request ended, as the promises stream keeps it."""
+def to_ended(
+    ended: values.Ended, record: Record, said: mesh_pb2.StepReport | None = None
+) -> journal_pb2.EndedRequest:
+    """How a request ended, as the promises stream keeps it; `said`: the report that ended it."""
     steps = steps_total(record.submit)
     outcome = journal_pb2.EndedRequest(request_id=ended.request)
     if ended.outcome is values.Outcome.DONE:
@@ -213,6 +218,8 @@ def to_ended(ended: values.Ended, record: Record) -> journal_pb2.EndedRequest:
     else:
         outcome.failed.reason = ended.reason or "FAILED"
         why = _WHY.get(ended.reason, ended.reason.lower())
+        if ended.reason == CALL_REFUSED and said is not None:
+            why = said.failure.message
         outcome.failed.message = f"gave up after {ended.steps_done} of {steps} steps: {why}"
     return outcome
 

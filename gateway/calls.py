@@ -103,7 +103,9 @@ class Workflows(Protocol):
 class Inputs(Protocol):
     """Files that callers have uploaded."""
 
-    async def absent(self, tenant: str, names: Collection[str]) -> frozenset[str]: ...
+    async def absent(
+        self, tenant: str, names: Collection[str], needed_us: int
+    ) -> frozenset[str]: ...
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,8 @@ class Calls:
             wanted = await self.workflows.wanted(request.spec.workflow, models)
         if wanted.spec is not None and self.inputs is not None:
             named = [name for name in request.spec.inputs.values() if INPUT_NAME.fullmatch(name)]
-            missing = await self.inputs.absent(request.tenant, named[:INPUTS_MAX])
+            needed_us = request.slo.deadline_us
+            missing = await self.inputs.absent(request.tenant, named[:INPUTS_MAX], needed_us)
         effective = validation.completed(request, models, wanted, missing)
         if not effective.spec.HasField("seed"):
             effective.spec.seed = secrets.randbits(_SEED_BITS)

@@ -100,12 +100,12 @@ def _opaque(picture: Image.Image, told: list[str]) -> Image.Image:
 
 def _check_frames(picture: Image.Image) -> list[str]:
     """What is said of a file of several pictures that are no animation."""
-    count = int(getattr(picture, "n_frames", 1))
-    if count < 2:
+    if not getattr(picture, "is_animated", False):
         return []
     if picture.format == "MPO":  # a camera's JPEG with previews behind it
-        return [f"the first of its {count} pictures"]
-    raise _refusal(f"an animated {picture.format} of {count} pictures", "a still picture")
+        return [f"the first of its {getattr(picture, 'n_frames', 2)} pictures"]
+    # How many is not asked: Pillow would walk through all of a GIF's, however small they are.
+    raise _refusal(f"an animated {picture.format}", "a still picture")
 
 
 def _check_size(width: int, height: int) -> None:

@@ -33,6 +33,7 @@ _NO_STREAM = (
 _FULL = {10023, 10047, 10077, 10122}  # error codes of nats-server
 _LOOK_EVERY_US = 60_000_000
 _FULL_RETRY_US = 60_000_000
+_NEEDED_US = 600_000_000  # of a request without a deadline
 _ROLLUP = "sub"  # the newest description of an object is the only one
 
 
@@ -70,15 +71,26 @@ class InputStore:
             raise _away(error) from error
         return name, kept_us
 
-    async def absent(self, tenant: str, names: Collection[str]) -> frozenset[str]:
-        """Those of some names under which the tenant has nothing. Raises NotReady."""
+    async def absent(
+        self, tenant: str, names: Collection[str], needed_us: int = 0
+    ) -> frozenset[str]:
+        """Those of some names under which the tenant has nothing that is kept for long enough yet:
+        for `needed_us`; 0: for as long as is said of a request without a deadline. Raises NotReady.
+        """
         try:
+            kept_us = await self._bound_us() if names else 0
             found = {
                 name: await self._description(input_object(tenant, name)) for name in set(names)
             }
         except (nats.errors.Error, OSError) as error:
             raise _away(error) from error
-        return frozenset(name for name, known in found.items() if known is None)
+        # No more than half of its time: what has more left is not renewed by uploading it again.
+        needed_us = min(needed_us or _NEEDED_US, kept_us // 2)
+        return frozenset(
+            name
+            for name, known in found.items()
+            if known is None or (kept_us and kept_us - _age_us(known) < needed_us)
+        )
 
     async def _write(self, name: str, content: bytes, digest: bytes) -> None:
         jetstream, nuid = self._bus.jetstream, secrets.token_hex(11)

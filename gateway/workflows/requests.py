@@ -6,14 +6,14 @@ Pure, like `gateway.validation`, which calls it where the request names no plain
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from hocket.v1.generation_pb2 import ModelInfo
 from hocket.v1.types_pb2 import GenerationSpec, Shape
 from hocket.v1.workflows_pb2 import WorkflowNode, WorkflowSpec
 from hocket.workflows import sizes
-from hocket.workflows.catalogue import OPERATIONS
-from hocket.workflows.content import PROMPTS, named, settings_of
+from hocket.workflows.catalogue import EMBEDDINGS, LATENTS, OPERATIONS
+from hocket.workflows.content import PROMPTS, named, settings_of, source_of
 from hocket.workflows.roles import lacks_role
 from hocket.workflows.running import run_form
 
@@ -21,6 +21,7 @@ INPUT_NAME = re.compile(r"sha256:[0-9a-f]{64}")
 _INPUT_SO = '"sha256:" and 64 hex digits, as PutInput named it'
 Add = Callable[[str, object, str], None]  # a field, what was found, what is allowed
 Serves = Callable[[ModelInfo, Shape], bool]
+_OF_A_FAMILY = {EMBEDDINGS: "embeddings", LATENTS: "latents"}  # pixels are anybody's
 
 
 def default_model(workflow: WorkflowSpec) -> str:
@@ -49,7 +50,11 @@ def check_inputs(
         elif not INPUT_NAME.fullmatch(value):
             add(at, repr(value), _INPUT_SO)
         elif value in absent:
-            add(at, value, "a file that this tenant uploaded (PutInput) and that is kept still")
+            add(
+                at,
+                value,
+                "a file that this tenant uploaded (PutInput) and is kept for long enough",
+            )
     missing = [item.name for item in files if not item.optional and item.name not in spec.inputs]
     for name in missing:
         add(f"spec.inputs[{name}]", "nothing", f"an uploaded file, which {workflow.name} needs")
@@ -84,6 +89,8 @@ def check_models(
         if model is None or not OPERATIONS[node.op].part:
             continue
         _check_node(node, model, workflow, add)
+        _check_settings(node, model, spec, workflow, add)
+        _check_families(node, model, spec, workflow, served, add)
         shape = shapes[node.id]
         size = f"{shape.width}x{shape.height}"
         # The request's own shape, at the request's own model, is checked without workflows, too.
@@ -100,15 +107,55 @@ def _check_node(node: WorkflowNode, model: ModelInfo, workflow: WorkflowSpec, ad
     if not offered and not lacks_role(model, node.op):  # which control tells, and may pass
         found = f"{node.op} {who}, which {model.name} does not do"
         add("spec.workflow", found, _list(model.operations))
-    settings = settings_of(node)
-    steps = settings.get("steps") or model.steps_default
-    if isinstance(steps, int) and not model.steps_min <= steps <= model.steps_max:
-        allowed = f"{model.steps_min} to {model.steps_max} ({model.name})"
-        add("spec.workflow", f"{steps} steps {who}", allowed)
-    scale = settings.get("guidance_scale")
-    if isinstance(scale, float) and not model.guidance_min <= scale <= model.guidance_max:
-        allowed = f"{model.guidance_min:g} to {model.guidance_max:g} ({model.name})"
-        add("spec.workflow", f"guidance scale {scale:g} {who}", allowed)
+
+
+def _check_settings(
+    node: WorkflowNode, model: ModelInfo, spec: GenerationSpec, workflow: WorkflowSpec, add: Add
+) -> None:
+    """Steps, guidance and negative prompt, the node's own or the request's. The request's are
+    checked against the request's own model without workflows, too.
+    """
+    who, settings = f"of node {node.id} of {workflow.name}", settings_of(node)
+    other = model.name != spec.model
+    if OPERATIONS[node.op].stepped:
+        own = settings.get("steps")
+        steps = own or (spec.steps if other else model.steps_min)
+        if not model.steps_min <= int(steps) <= model.steps_max:
+            allowed = f"{model.steps_min} to {model.steps_max} ({model.name})"
+            add("spec.workflow" if own else "spec.steps", f"{steps} steps {who}", allowed)
+        scale = settings.get("guidance_scale")
+        field = "spec.guidance_scale" if scale is None else "spec.workflow"
+        if scale is None and other and model.guidance_kind != "none":
+            scale = spec.guidance_scale
+        if scale is not None and not model.guidance_min <= float(scale) <= model.guidance_max:
+            allowed = f"{model.guidance_min:g} to {model.guidance_max:g} ({model.name})"
+            add(field, f"guidance scale {scale:g} {who}", allowed)
+    source = source_of(node.inputs.get("negative_prompt", ""))
+    text = getattr(spec, source.input) if source is not None and source.input in PROMPTS else ""
+    if text and other and model.guidance_kind != "cfg":
+        allowed = f"none ({model.name}, of node {node.id}, takes no such prompt)"
+        add("spec.negative_prompt", text, allowed)
+
+
+def _check_families(
+    node: WorkflowNode,
+    model: ModelInfo,
+    spec: GenerationSpec,
+    workflow: WorkflowSpec,
+    served: Mapping[str, ModelInfo],
+    add: Add,
+) -> None:
+    """Embeddings and latents mean something to models of one family only."""
+    nodes = {one.id: one for one in workflow.nodes}
+    for port in OPERATIONS[node.op].inputs:
+        source = source_of(node.inputs.get(port.name, ""))
+        if port.type not in _OF_A_FAMILY or source is None or source.node not in nodes:
+            continue
+        maker = served.get(nodes[source.node].model or spec.model)
+        if maker is None or not (maker.family and model.family) or maker.family == model.family:
+            continue
+        found = f"{_OF_A_FAMILY[port.type]} of {maker.name} ({maker.family}) for node {node.id}"
+        add("spec.workflow", found, f"those of the family {model.family}, of {model.name}")
 
 
 def _list(names: Iterable[str]) -> str:

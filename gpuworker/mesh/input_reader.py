@@ -23,7 +23,8 @@ from nats.js.api import RawStreamMsg
 from nats.js.errors import Error as JetStreamError
 from nats.js.errors import NotFoundError
 
-from gpuworker.steps.files import InputMissing, names_of
+from gpuworker.memory.latents import CalledOff
+from gpuworker.steps.files import InputAway, InputMissing, names_of
 from hocket.clock import steady_ns
 from hocket.messaging.bus import Bus
 from hocket.v1 import mesh_pb2
@@ -37,7 +38,11 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class _Unreadable(Exception):
-    """A file that is not there, or not what it should be."""
+    """A file that is not in the store, or not what it should be."""
+
+
+class _Unanswered(Exception):
+    """The store did not give an answer."""
 
 
 class InputReader:
@@ -65,12 +70,14 @@ class InputReader:
                 return file.result(_POLL_S)
             except StillWaiting:
                 if off.is_set():
-                    raise InputMissing(request, name, "called off") from None
+                    raise CalledOff(request) from None
                 if steady_ns() >= end_ns:
                     told = f"not here after {timeout_s:g} s"
-                    raise InputMissing(request, name, told) from None
+                    raise InputAway(request, name, told) from None
             except _Unreadable as error:
                 raise InputMissing(request, name, str(error)) from error
+            except _Unanswered as error:
+                raise InputAway(request, name, str(error)) from error
 
     @property
     def size_bytes(self) -> int:
@@ -103,12 +110,12 @@ class InputReader:
             async with self._at_once:
                 content = await self._read_again(name)
         except asyncio.CancelledError:
-            file.set_exception(_Unreadable("the worker stops"))
+            file.set_exception(_Unanswered("the worker stops"))
             raise
         except Exception as error:  # told to whoever takes it; said again, it is tried again
             with self._lock:
                 self._files.pop(name, None)
-            told = error if isinstance(error, _Unreadable) else _Unreadable(repr(error))
+            told = error if isinstance(error, _Unreadable) else _Unanswered(repr(error))
             file.set_exception(told)
         else:
             file.set_result(content)
@@ -125,8 +132,11 @@ class InputReader:
     async def _read(self, name: str) -> bytes:
         encoded = base64.urlsafe_b64encode(name.encode()).decode()
         message = await self._get(f"$O.{self._bucket}.M.{encoded}", None)
-        facts = json.loads(message.data or b"{}")
-        size = int(facts.get("size", 0))
+        try:
+            facts = json.loads(message.data or b"{}")
+            size = int(facts.get("size", 0))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _Unreadable("its description in the store of inputs is broken") from error
         if facts.get("deleted") or not facts.get("nuid"):
             raise _Unreadable("not in the store of inputs")
         if size > FILE_BYTES_MAX:
@@ -155,9 +165,9 @@ class InputReader:
                 )
             except NotFoundError:
                 continue
-            except JetStreamError as error:
+            except JetStreamError:
                 if not direct:
-                    raise _Unreadable(f"the store of inputs says: {error}") from error
+                    raise
         raise _Unreadable("not in the store of inputs")
 
     def _drop_oldest(self) -> None:

@@ -107,9 +107,13 @@ def begin(job: JobCall) -> LatentState:
 
 
 def encode_prompt(job: JobCall) -> LatentState:
-    """Embeddings of the prompts that the call names."""
+    """Embeddings of the prompts that the call names: they serve any number of steps and guidance,
+    also such as this call's model has not, but another that takes them.
+    """
     prompts = {name: job.text(name) for name in ("prompt", "negative_prompt")}
-    return job.model.embed(job.asked(**prompts))
+    facts = job.model.facts
+    any_steps = {"steps": facts.steps_default, "guidance_scale": facts.guidance_default}
+    return job.model.embed(job.asked(**prompts, **any_steps))
 
 
 def encode_image(job: JobCall) -> LatentState:

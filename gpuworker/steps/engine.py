@@ -32,9 +32,9 @@ from gpuworker.operations.names import operation_of
 from gpuworker.steps.broken_device import DeviceBroken, is_broken
 from gpuworker.steps.calling import OnceCalls, Truncated
 from gpuworker.steps.encoding import EncodingThreads, NotesInOrder
-from gpuworker.steps.failing import MODEL_ERROR, Failures
+from gpuworker.steps.failing import MODEL_ERROR, Failures, is_refused
 from gpuworker.steps.fetching import Off
-from gpuworker.steps.files import InputFiles, InputMissing, NoFiles
+from gpuworker.steps.files import InputAway, InputFiles, InputMissing, NoFiles
 from gpuworker.steps.gathering import Gathering
 from gpuworker.steps.inbox import Inbox
 from gpuworker.steps.pace import StepPace
@@ -119,7 +119,7 @@ class Engine:
             if not missing.agreed:
                 self._abort(run)
             return self._failures.missing(run, missing, last=True)
-        except InputMissing as missing:
+        except (InputMissing, InputAway) as missing:
             return self._failures.of_job(run, run.members[0], missing, last=True)
         except OutOfMemory as error:
             self._abort(run)
@@ -130,6 +130,8 @@ class Engine:
             told = f"{type(error).__name__}: {error}"
             if is_broken(error):  # nothing that is on the device can be had any more
                 return failed(run, DEVICE_BROKEN, told, suspects=(self._worker,), held=False)
+            if len(run.members) == 1 and is_refused(run.members[0], error):
+                return self._failures.of_job(run, run.members[0], error, last=True)
             return failed(run, MODEL_ERROR, told)
 
     def _lost(self, run: Run, lost: GroupLost) -> RunNote:

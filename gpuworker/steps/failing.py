@@ -8,15 +8,23 @@ from collections.abc import Mapping, Sequence
 from gpuworker.executor import Listener, RunNote, failure_of
 from gpuworker.memory.budget import ran_out
 from gpuworker.memory.latents import LatentMissing, LatentShelf
-from gpuworker.operations.names import artifact_of, operation_of
+from gpuworker.models.card import ModelRefused, ShapeRefused
+from gpuworker.operations.names import OperationRefused, artifact_of, operation_of
 from gpuworker.steps.broken_device import is_broken
-from gpuworker.steps.files import InputMissing
+from gpuworker.steps.files import InputAway, InputMissing
 from gpuworker.steps.run import Run
 from hocket.v1 import mesh_pb2
 
 log = logging.getLogger(__name__)
 
-MODEL_ERROR, INPUT_MISSING = "MODEL_ERROR", "INPUT_MISSING"
+MODEL_ERROR, CALL_REFUSED = "MODEL_ERROR", "CALL_REFUSED"
+INPUT_MISSING, INPUT_AWAY = "INPUT_MISSING", "INPUT_AWAY"
+_REFUSED = (OperationRefused, ShapeRefused, ModelRefused)
+
+
+def is_refused(member: mesh_pb2.BatchMember, error: Exception) -> bool:
+    """Whether a workflow's call asks for something that cannot be done, on any worker."""
+    return member.HasField("call") and isinstance(error, _REFUSED)
 
 
 class Failures:
@@ -60,9 +68,16 @@ class Failures:
         self, run: Run, member: mesh_pb2.BatchMember, error: Exception, *, last: bool = False
     ) -> RunNote:
         """One job of a batch failed by itself."""
-        reason = INPUT_MISSING if isinstance(error, InputMissing) else MODEL_ERROR
-        told, named = f"{type(error).__name__}: {error}", member.request_id
-        artifact = error.name if isinstance(error, InputMissing) else ""
+        told, named, artifact = f"{type(error).__name__}: {error}", member.request_id, ""
+        match error:
+            case InputMissing():
+                reason, artifact = INPUT_MISSING, error.name
+            case InputAway():
+                reason, artifact = INPUT_AWAY, error.name
+            case _ if is_refused(member, error):
+                reason, told = CALL_REFUSED, str(error)
+            case _:
+                reason = MODEL_ERROR
         return self.of_run(run, reason, told, named=named, last=last, artifact=artifact)
 
     def missing(self, run: Run, missing: LatentMissing, *, last: bool) -> RunNote:
@@ -92,19 +107,19 @@ class Failures:
         self,
         run: Run,
         member: mesh_pb2.BatchMember,
-        missing: LatentMissing | InputMissing,
+        missing: LatentMissing | InputMissing | InputAway,
         listener: Listener,
     ) -> None:
         """A job that cannot begin leaves its batch; the only one ends it, with that error."""
-        if len(run.members) == 1 or not (isinstance(missing, InputMissing) or missing.agreed):
+        if len(run.members) == 1 or (isinstance(missing, LatentMissing) and not missing.agreed):
             raise missing
         run.leave(member)
         if not run.leads(self._worker):
             return
-        if isinstance(missing, InputMissing):
-            listener(self.of_job(run, member, missing))
-        else:
+        if isinstance(missing, LatentMissing):
             listener(self.missing(run, missing, last=False))
+        else:
+            listener(self.of_job(run, member, missing))
 
     def _held(self, run: Run, member: mesh_pb2.BatchMember) -> int | None:
         """Steps behind what this worker holds of what the run makes; a workflow's once-call makes

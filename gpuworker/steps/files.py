@@ -10,7 +10,21 @@ from hocket.v1 import mesh_pb2
 
 
 class InputMissing(Exception):
-    """A file that a request brought cannot be had. Fields: `request`, `name`, `reason`."""
+    """A file that a request brought is gone, or not what its name says: no other try helps.
+
+    Fields: `request`, `name`, `reason`.
+    """
+
+    def __init__(self, request: str, name: str, reason: str) -> None:
+        super().__init__(f"{name} of {request}: {reason}")
+        self.request, self.name, self.reason = request, name, reason
+
+
+class InputAway(Exception):
+    """A file that a request brought did not come in time: nobody knows that it is gone.
+
+    Fields: `request`, `name`, `reason`.
+    """
 
     def __init__(self, request: str, name: str, reason: str) -> None:
         super().__init__(f"{name} of {request}: {reason}")
@@ -24,7 +38,10 @@ class InputFiles(Protocol):
         """Begins to fetch what an assignment's calls will take."""
 
     def take(self, request: str, name: str, timeout_s: float, off: threading.Event) -> bytes:
-        """A file's content; waits so long for it, or until `off` is set. Raises `InputMissing`."""
+        """A file's content; waits so long for it, or until `off` is set.
+
+        Raises `InputMissing`, `InputAway`, or `CalledOff`: `off` was set.
+        """
 
 
 class NoFiles:
@@ -34,7 +51,7 @@ class NoFiles:
         """Nothing is fetched."""
 
     def take(self, request: str, name: str, timeout_s: float, off: threading.Event) -> bytes:
-        raise InputMissing(request, name, "this worker has no store of inputs")
+        raise InputAway(request, name, "this worker has no store of inputs")
 
 
 def names_of(member: mesh_pb2.BatchMember) -> Sequence[tuple[str, str]]:

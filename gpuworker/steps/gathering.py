@@ -17,7 +17,7 @@ from gpuworker.operations.names import Operation, model_of, wanted_by
 from gpuworker.state import LatentState
 from gpuworker.steps.failing import Failures
 from gpuworker.steps.fetching import Off
-from gpuworker.steps.files import InputFiles, InputMissing, names_of
+from gpuworker.steps.files import InputAway, InputFiles, InputMissing, names_of
 from gpuworker.steps.inbox import Inbox
 from gpuworker.steps.run import Run
 from gpuworker.steps.sources import Sources
@@ -54,7 +54,7 @@ class Gathering:
         for member in tuple(run.members):
             try:
                 found[member.request_id] = self._job(run, operation, member, told_later)
-            except (LatentMissing, InputMissing) as missing:
+            except (LatentMissing, InputMissing, InputAway) as missing:
                 self._failures.give_out(run, member, missing, listener)
             except CalledOff:
                 if len(run.members) == 1:

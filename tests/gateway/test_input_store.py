@@ -60,6 +60,33 @@ async def test_what_is_uploaded_again_is_renewed_in_the_second_half_of_its_time(
     assert (await bucket.get(input_object("acme", name))).data == content
 
 
+async def test_what_is_over_before_the_request_is_counts_as_absent(
+    bus: Bus, subjects: Subjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ObjectStoreConfig(bucket=subjects.input_bucket, ttl=2000.0)
+    await bus.jetstream.create_object_store(subjects.input_bucket, config)
+    store, now_ns = InputStore(bus, subjects, SystemClock()), clocks.unix_ns
+    name, _ = await store.put("acme", b"x")
+    day_us = 86_400_000_000
+    for age_s, needed_us, is_absent in (
+        (0, 0, False),
+        (0, day_us, False),  # longer than anything is kept: half of that time will do
+        (990, day_us, False),
+        (1100, day_us, True),
+        (1390, 0, False),
+        (1410, 0, True),
+        (1410, 500_000_000, False),
+        (1990, 60_000_000, True),
+    ):
+        monkeypatch.setattr(clocks, "unix_ns", lambda at=age_s: now_ns() + at * 1_000_000_000)
+        found = await store.absent("acme", [name], needed_us)
+        assert bool(found) is is_absent, (age_s, needed_us)
+    monkeypatch.setattr(clocks, "unix_ns", lambda: now_ns() + 1_100_000_000_000)
+    await store.put("acme", b"x")
+    monkeypatch.setattr(clocks, "unix_ns", now_ns)
+    assert await store.absent("acme", [name], day_us) == frozenset()
+
+
 async def test_a_tenant_that_stalls_keeps_no_other_out(
     bus: Bus, subjects: Subjects, monkeypatch: pytest.MonkeyPatch
 ) -> None:

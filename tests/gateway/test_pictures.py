@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 
 from gateway.inputs import pictures
 from gateway.inputs.pictures import converted
@@ -128,9 +129,9 @@ WHOLE = saved(Image.effect_noise((64, 64), 90).convert("RGB"), "PNG")
         (saved(red(), "BMP"), "begins with b'BM"),
         (saved(red(), "TIFF"), "allowed: a PNG, JPEG or WebP"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "begins with b'<svg xml'"),
-        (animated("GIF"), "an animated GIF of 3 pictures"),
-        (animated("WEBP"), "an animated WEBP of 3 pictures"),
-        (animated("PNG"), "an animated PNG of 3 pictures"),
+        (animated("GIF"), "an animated GIF; allowed: a still picture"),
+        (animated("WEBP"), "an animated WEBP; allowed: a still picture"),
+        (animated("PNG"), "an animated PNG; allowed: a still picture"),
         (WHOLE[: len(WHOLE) // 2], "broken or truncated"),
         (turned()[:-40], "broken or truncated"),
         (saved(red(), "WEBP")[:40], "broken or truncated|begins with b'RIFF"),
@@ -147,6 +148,24 @@ def test_what_cannot_be_taken_is_refused_by_name(content: bytes, told: str) -> N
     with pytest.raises(InvalidRequest, match=told) as caught:
         converted(content, mask=False)
     assert [violation.field for violation in caught.value.violations] == ["data"]
+
+
+def test_of_an_animation_two_pictures_are_looked_at_however_many_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[int] = []
+    seek = GifImageFile._seek
+
+    def counted(file: GifImageFile, frame: int, update_image: bool = True) -> None:
+        looked.append(frame)
+        seek(file, frame, update_image)
+
+    monkeypatch.setattr(GifImageFile, "_seek", counted)
+    head = b"GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff"
+    frame = b"\x2c\0\0\0\0\1\0\1\0\0\2\2\x44\1\0"
+    with pytest.raises(InvalidRequest, match="an animated GIF"):
+        converted(head + frame * 1000 + b"\x3b", mask=False)
+    assert len(looked) <= 4, looked
 
 
 def test_cameras_put_previews_behind_a_jpeg() -> None:

@@ -133,6 +133,58 @@ def test_what_is_missing_or_does_not_fit_is_told(
     assert field in found and told in found[field], found
 
 
+def _second_by(name: str) -> Callable[[WorkflowSpec], object]:
+    """From the enlarged picture on, text included, another model."""
+
+    def change(spec: WorkflowSpec) -> None:
+        for node in spec.nodes:
+            if node.id in ("text", "encode", "denoise", "decode"):
+                node.model = name
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "told"),
+    [
+        ({"steps": 5}, "spec.steps", "found 5 steps of node denoise of two-pass; allowed: 1 to 4"),
+        ({"guidance_scale": 9.0}, "spec.guidance_scale", "found guidance scale 9 of node denoise"),
+        (
+            {"negative_prompt": "blur", "model": "guided"},
+            "spec.negative_prompt",
+            "found blur; allowed: none (quick, of node text, takes no such prompt)",
+        ),
+        (
+            {"model": "stranger"},
+            "spec.workflow",
+            "embeddings of quick (emoji) for node first; allowed: those of the family far, of",
+        ),
+    ],
+)
+def test_what_a_request_says_is_checked_against_every_nodes_model(
+    options: dict[str, object], field: str, told: str
+) -> None:
+    quick, guided, stranger = (ModelInfo() for _ in range(3))
+    for model, name in ((quick, "quick"), (guided, "guided"), (stranger, "stranger")):
+        model.CopyFrom(EMOJI)
+        model.name = name
+    quick.steps_max = quick.steps_default = 4
+    quick.guidance_max, guided.guidance_kind, stranger.family = 8.0, "cfg", "far"
+    wanted, models = of("two-pass", _second_by("quick")), (EMOJI, quick, guided, stranger)
+    whole = completed(request("a red fox", model="emoji", steps=4), models, wanted).spec
+    assert (whole.model, whole.steps) == ("emoji", 4)
+    asked = request("a red fox", model="emoji", steps=4)
+    for name, value in options.items():
+        setattr(asked.spec, name, value)
+    with pytest.raises(InvalidRequest) as caught:
+        completed(asked, models, wanted)
+    found = {v.field: v.description for v in caught.value.violations}
+    assert told in found[field] and len(found) == 1, found
+    quick.guidance_kind = "none"  # then there is nothing that a scale could change
+    if field == "spec.guidance_scale":
+        completed(asked, models, wanted)
+
+
 def test_a_workflow_may_say_which_model_a_request_means() -> None:
     wanted = of(
         "two-pass",

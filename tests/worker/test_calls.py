@@ -227,19 +227,24 @@ async def test_a_file_that_is_missing_ends_its_job_alone(mesh: Mesh) -> None:
         )
         for request, name in names.items()
     }
+    calls["askew"] = mesh.call("load_image", "load.image", LARGE, calls["r"].inputs, fit="sideways")
     order = mesh.order((a,), calls)
     (last,) = await mesh.done(order)
     assert [result.request_id for result in last.results] == ["r"]
     failed = {r.failed_job.request_id: r for r in mesh.of(order) if r.HasField("failure")}
-    assert {r: f.failed_job.artifact for r, f in failed.items()} == {
-        name: names[name] for name in ("gone", "wrong")
+    assert {r: (f.failure.reason, f.failed_job.artifact) for r, f in failed.items()} == {
+        "gone": ("INPUT_MISSING", names["gone"]),
+        "wrong": ("INPUT_MISSING", names["wrong"]),
+        "askew": ("CALL_REFUSED", ""),
     }
-    assert {f.failure.reason for f in failed.values()} == {"INPUT_MISSING"}
     loaded = LatentState.from_bytes(await mesh.artifact(a, "load.image"))
     assert loaded.tensors["pixels"].shape == (1, LARGE[1], LARGE[0], 3)
     # Alone, it is the failure of the run.
     (alone,) = await mesh.done(mesh.order((a,), {"gone": calls["gone"]}))
     assert (alone.failure.reason, alone.failed_job.request_id) == ("INPUT_MISSING", "gone")
+    (alone,) = await mesh.done(mesh.order((a,), {"askew": calls["askew"]}))
+    assert (alone.failure.reason, alone.failed_job.request_id) == ("CALL_REFUSED", "askew")
+    assert "settings.fit=sideways: allowed is cover" in alone.failure.message
 
 
 async def test_what_one_member_lacks_takes_its_job_off_on_all(mesh: Mesh) -> None:

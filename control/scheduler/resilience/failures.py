@@ -44,10 +44,14 @@ OUT_OF_MEMORY = "OUT_OF_MEMORY"
 MESSAGE_LOST = "MESSAGE_LOST"
 MESSAGES_LOST_MAX = 20  # in a row at one place
 BLAMED_FACTOR = 4  # failures that a worker is blamed for end a request at this many failures_max
-NOBODYS = (MESSAGE_LOST, GROUP_SPENT)
-INPUT_MISSING = "INPUT_MISSING"  # a file that the request brought is not to be had
+# A file that the request brought did not come in time; the store has not said that it is gone.
+INPUT_AWAY = "INPUT_AWAY"
+NOBODYS = (MESSAGE_LOST, GROUP_SPENT, INPUT_AWAY)
+INPUT_MISSING = "INPUT_MISSING"  # a file that the request brought is gone
+CALL_REFUSED = "CALL_REFUSED"  # the request asks for what cannot be done
+HOPELESS = (INPUT_MISSING, CALL_REFUSED)  # the same wherever it is tried: the request ends
 # Reasons that say nothing of the worker that reports them.
-NOT_THE_REPORTER = (*NOBODYS, GROUP_LOST, LATENT_MISSING, OUT_OF_MEMORY, INPUT_MISSING)
+NOT_THE_REPORTER = (*NOBODYS, GROUP_LOST, LATENT_MISSING, OUT_OF_MEMORY, *HOPELESS)
 
 
 def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
@@ -249,6 +253,8 @@ def _own_failure(
                 continue
             elif tracked.holders.get(name, -1) >= member.first_step:  # not: still on its way
                 tracked.lose(name)
+    if fact.reason in HOPELESS:
+        return (ledger.end(tracked, Outcome.FAILED, fact.at_us, fact.reason),)
     return _strike(ledger, tracked, node, fact)
 
 
