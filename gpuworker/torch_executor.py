@@ -105,10 +105,11 @@ class TorchExecutor:
         self._thread: threading.Thread | None = None
         self._ended: asyncio.Future[NoReturn] = self._loop.create_future()
         facts = [replace(c.facts, degrees=(1,)) if alone else c.facts for c in cards.values()]
-        operations = [card.operations for card in cards.values()]
         self.models = tuple(
-            model_info(each, batch_max, able, weights.model_parts(each.name))
-            for each, able in zip(facts, operations, strict=True)
+            model_info(
+                each, batch_max, card.operations, weights.model_parts(each.name), card.adapters
+            )
+            for each, card in zip(facts, cards.values(), strict=True)
         )
         self.operations = WEIGHTLESS
         self.store_address = self._rendezvous.address
@@ -299,6 +300,7 @@ def model_info(
     batch_max: int = 1,
     operations: Sequence[str] = (),
     parts: Sequence[tuple[str, str]] = (),
+    adapters: Sequence[str] = (),
 ) -> generation_pb2.ModelInfo:
     """A card's facts as the API tells them; `operations` of workflows it serves, too; `parts` are
     (node, part).
@@ -329,6 +331,7 @@ def model_info(
         examples=facts.examples,
         batch_max=batch_max,
         operations=operations,
+        adapters=adapters,
         parts=[generation_pb2.ModelPart(node=node, part=part) for node, part in parts],
         obeys_layout=True,
         branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,

@@ -270,7 +270,9 @@ _REASON_CODES: dict[str, grpc.StatusCode] = {
     "IDEMPOTENCY_KEY_REUSED": grpc.StatusCode.INVALID_ARGUMENT,
     "NO_WORKERS": grpc.StatusCode.UNAVAILABLE,
     "REJECTED_BY_POLICY": grpc.StatusCode.RESOURCE_EXHAUSTED,
-    **dict.fromkeys(("MODEL_NOT_SERVED", "WORKFLOW_NOT_SERVED"), grpc.StatusCode.NOT_FOUND),
+    **dict.fromkeys(
+        ("MODEL_NOT_SERVED", "WORKFLOW_NOT_SERVED", "LORA_NOT_SERVED"), grpc.StatusCode.NOT_FOUND
+    ),
     "CANCELLED": grpc.StatusCode.CANCELLED,
     **dict.fromkeys(("REQUEST_ID_REUSED", "INVALID_REQUEST"), grpc.StatusCode.INVALID_ARGUMENT),
     **dict.fromkeys(("UNKNOWN_REQUEST", "UNKNOWN_WORKFLOW"), grpc.StatusCode.NOT_FOUND),

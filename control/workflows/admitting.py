@@ -8,9 +8,10 @@ from control import translate
 from control.requests import refusals
 from control.scheduler.core import Scheduler
 from control.workflows.compiled import workflow_of
+from hocket import loras
 from hocket.v1 import control_pb2, generation_pb2, types_pb2
 from hocket.workflows import sizes
-from hocket.workflows.catalogue import OPERATIONS
+from hocket.workflows.catalogue import OPERATIONS, needed_operations
 
 Served = Mapping[str, generation_pb2.ModelInfo]
 
@@ -22,11 +23,11 @@ def unserved(submit: control_pb2.SubmitRequest, served: Served) -> types_pb2.Fai
         if name not in served:
             return refusals.not_served(name, served)
     for node in submit.workflow.nodes:
-        if OPERATIONS[node.op].part:
+        for port, operation in needed_operations(node).items():
             model = served[node.model or spec.model]
-            if node.op not in model.operations:
-                return refusals.operation_not_served(spec.workflow, node.id, node.op, model)
-    return None
+            if operation not in model.operations:
+                return refusals.operation_not_served(spec.workflow, node.id, operation, model, port)
+    return _unknown_lora(spec, served[spec.model])
 
 
 def complete(submit: control_pb2.SubmitRequest, served: Served) -> None:
@@ -48,6 +49,14 @@ def taught(scheduler: Scheduler, submits: Iterable[control_pb2.SubmitRequest]) -
         if submit.HasField("workflow"):
             scheduler.learn(workflow_of(submit))
     return scheduler
+
+
+def _unknown_lora(
+    spec: types_pb2.GenerationSpec, model: generation_pb2.ModelInfo
+) -> types_pb2.Failure | None:
+    wanted = (lora.name for lora in map(loras.parsed, spec.loras) if lora is not None)
+    unknown = next((name for name in wanted if name not in model.adapters), None)
+    return None if unknown is None else refusals.lora_not_served(unknown, model)
 
 
 def _models(submit: control_pb2.SubmitRequest) -> list[str]:
