@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from control.workers.common_model import common
 from hocket.v1 import control_pb2, generation_pb2, mesh_pb2
 
 MODELS_MAX = 1_024  # those not served for longest are forgotten first
@@ -35,11 +36,15 @@ class ModelsSeen:
 
     def see(self, beats: Iterable[mesh_pb2.Heartbeat], unix_us: int) -> None:
         """Takes the newest heartbeats of all living workers."""
-        self._workers = Counter()
+        served: dict[str, list[tuple[str, generation_pb2.ModelInfo]]] = {}
         for beat in beats:
             for model in beat.models:
-                self._workers[model.name] += 1
-                self._note(model, beat.device.profile_name, unix_us)
+                served.setdefault(model.name, []).append((beat.device.profile_name, model))
+        self._workers = Counter({name: len(workers) for name, workers in served.items()})
+        for workers in served.values():
+            info = common([model for _, model in workers])
+            for gpu, _ in workers:
+                self._note(info, gpu, unix_us)
         self._forget(unix_us)
 
     def listed(self) -> tuple[generation_pb2.ModelInfo, ...]:

@@ -30,6 +30,7 @@ from control.scheduler.values import (
     WorkerLost,
     WorkerUp,
 )
+from control.workers.common_model import common
 from control.workflows.compiled import profile_name
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
 
@@ -178,12 +179,12 @@ class Leases:
         return lease.heartbeat.store_address if lease is not None else ""
 
     def models(self) -> tuple[generation_pb2.ModelInfo, ...]:
-        """Models that living workers serve, by name."""
-        found: dict[str, generation_pb2.ModelInfo] = {}
+        """Models that living workers serve, by name; of each what all its workers have."""
+        found: dict[str, list[generation_pb2.ModelInfo]] = {}
         for name in sorted(self._leases):
             for model in self._leases[name].heartbeat.models:
-                found.setdefault(model.name, model)
-        return tuple(found[name] for name in sorted(found))
+                found.setdefault(model.name, []).append(model)
+        return tuple(common(found[name]) for name in sorted(found))
 
     def _end(self, worker: str, now_us: int, reason: str) -> WorkerLost:
         del self._leases[worker]

@@ -28,7 +28,7 @@ from hocket.v1.control_pb2_grpc import ControlServiceStub
 from tests.worker.tiny_adapters import flux_loras
 from tests.worker.tiny_pictures import flux_control, flux_kontext, noisy_picture
 
-WAIT_S = 120.0
+WAIT_S = 300.0
 ASKED = Asked("a red fox on the sea", "", 28, 28, 1, 4, 3.5, 11)
 STYLE, BOTH = {"style": 0.8}, {"style": -0.3, "detail": 0.5}
 MAKE = {"plain": flux_loras, "control": flux_control, "kontext": flux_kontext}
