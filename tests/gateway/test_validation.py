@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.validation import PROMPT_CHARS_MAX, _check_prompts, _Violations, completed
-from hocket import frame_counts, free_sizes, loras, media_types
+from hocket import frame_counts, free_sizes, media_types
 from hocket.client import request
 from hocket.errors import InvalidRequest
 from hocket.v1.generation_pb2 import FrameCounts, GenerateRequest, ModelInfo
@@ -386,19 +386,3 @@ def test_control_characters_are_refused_and_line_ends_are_not(name: str) -> None
         found = _Violations()
         _check_prompts(spec, found)
         assert [v.field for v in found.found] == [f"spec.{name}"]
-
-
-def test_adapters_are_named_once_each_and_few() -> None:
-    names = [f"a{number}" for number in range(20)]
-    assert [loras.parsed(text) for text in ("a", "a:-0.5", "a:4")] == [
-        ("a", 1.0),
-        ("a", -0.5),
-        ("a", 4.0),
-    ]
-    for text in ("", ":1", "a:", "a:4.1", "a:1e1", "a:nan", "a b", "a:1:2", "-a", "a" * 129):
-        assert loras.parsed(text) is None
-    assert not list(loras.faults(names[:8]))
-    assert list(loras.faults(["a", "b:1", "a:2"])) == [(2, "each adapter once")]
-    assert list(loras.faults(names)) == [(8, "at most 8 adapters")]
-    found = wrong(lambda r: r.spec.loras.extend(names))
-    assert list(found) == [f"spec.loras[{number}]" for number in range(9)]

@@ -78,6 +78,12 @@ def test_an_optional_port_that_is_left_open_needs_nothing_of_the_model() -> None
         )
 
 
+def test_of_too_many_adapters_the_first_beyond_is_told() -> None:
+    found = wrong(WantedWorkflow(), loras=[f"a{number}" for number in range(20)])
+    assert list(found) == [f"spec.loras[{number}]" for number in range(9)]
+    assert "at most 8" in found["spec.loras[8]"]
+
+
 def _model(name: str, node: int = 1) -> Callable[[WorkflowSpec], object]:
     return lambda spec: setattr(spec.nodes[node], "model", name)
 
