@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from gateway.workflows import requests as workflow_requests
 from gateway.workflows.names import WantedWorkflow
-from hocket import frame_counts, free_sizes, media_types
+from hocket import frame_counts, free_sizes, loras, media_types
 from hocket.errors import InvalidRequest, Violation
 from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
 from hocket.v1.types_pb2 import Commitment, GenerationSpec, OnMiss, Shape
@@ -49,7 +49,6 @@ def completed(
     violations = _Violations()
     _complete_terms(whole, violations)
     _check_prompts(whole.spec, violations)
-    _check_loras(whole.spec, violations)
     if workflow is not None:
         whole.spec.model = whole.spec.model or workflow_requests.default_model(workflow)
         workflow_requests.check_inputs(whole.spec, workflow, absent, violations.add)
@@ -61,8 +60,10 @@ def completed(
         _complete_media_type(whole.spec, violations)
         _complete_steps(whole.spec, model, violations)
         _complete_guidance(whole.spec, model, violations)
+        _check_loras(whole.spec, model, violations)
     if model is not None and workflow is not None:
         workflow_requests.check_models(whole.spec, workflow, models, serves, violations.add)
+        workflow_requests.check_loras(whole.spec, workflow, violations.add)
     _check_degrade(whole, violations)
     if violations.found:
         raise InvalidRequest(tuple(violations.found))
@@ -116,11 +117,6 @@ def _check_prompts(spec: GenerationSpec, violations: _Violations) -> None:
     if len(spec.negative_prompt) > PROMPT_CHARS_MAX:
         found = f"{len(spec.negative_prompt)} characters"
         violations.add("spec.negative_prompt", found, f"at most {PROMPT_CHARS_MAX} characters")
-
-
-def _check_loras(spec: GenerationSpec, violations: _Violations) -> None:
-    if spec.loras:
-        violations.add("spec.loras", ", ".join(spec.loras), "none (not offered by this version)")
 
 
 def _complete_model(
@@ -264,6 +260,17 @@ def _complete_guidance(spec: GenerationSpec, model: ModelInfo, violations: _Viol
         low = high = model.guidance_default
     if not (math.isfinite(scale) and low <= scale <= high):
         violations.add("spec.guidance_scale", scale, f"{low:g} to {high:g}")
+
+
+def _check_loras(spec: GenerationSpec, model: ModelInfo, violations: _Violations) -> None:
+    wrong = dict(loras.faults(spec.loras))
+    for number, text in enumerate(spec.loras[: loras.COUNT_MAX + 1]):
+        lora = loras.parsed(text)
+        if number in wrong:
+            violations.add(f"spec.loras[{number}]", repr(text), wrong[number])
+        elif lora is not None and lora.name not in model.adapters:
+            allowed = f"{_list(model.adapters)} ({model.name})"
+            violations.add(f"spec.loras[{number}]", repr(lora.name), allowed)
 
 
 def _check_degrade(request: GenerateRequest, violations: _Violations) -> None:

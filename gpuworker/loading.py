@@ -38,6 +38,7 @@ from gpuworker.models.wan import WanCard
 from gpuworker.models.word_motion import WordMotionCard
 from gpuworker.operations.names import ROLES
 from gpuworker.prompts import texts_id
+from hocket import loras
 
 __all__ = ["LoadError", "distinct_bytes", "load_card"]
 
@@ -106,6 +107,10 @@ def load_card(
     facts = source.folder / "card.json"
     card = read_json(asked, facts) if facts.exists() or facts.is_symlink() else {}
     adapters = sorted(source.folder.glob(f"{_ADAPTERS}/*.safetensors"))
+    for file in adapters:
+        if not loras.is_name(file.stem):
+            part = f"{_ADAPTERS}/{file.name}"
+            raise LoadError(asked, part, f"no request can name it so; allowed: {loras.NAMED_SO}")
     card |= {"pipeline": pipeline, "adapters": [str(file) for file in adapters]}
     model = source.name if source.named else str(card.get("name", source.name))
     check_name(asked, model)

@@ -20,7 +20,7 @@ def models_info(
         parts = weights.model_parts(name)
         facts = replace(card.facts, degrees=(1,)) if alone else card.facts
         able = offered(card.operations, {node for node, _ in parts})
-        found.append(model_info(facts, batch_max, able, parts))
+        found.append(model_info(facts, batch_max, able, parts, card.adapters))
     return tuple(found)
 
 
@@ -29,6 +29,7 @@ def model_info(
     batch_max: int = 1,
     operations: Sequence[str] = (),
     parts: Sequence[tuple[str, str]] = (),
+    adapters: Sequence[str] = (),
 ) -> generation_pb2.ModelInfo:
     """A card's facts as the API tells them; `operations` of workflows it serves, too; `parts` are
     (node, part).
@@ -60,6 +61,7 @@ def model_info(
         batch_max=batch_max,
         operations=operations,
         parts=[generation_pb2.ModelPart(node=node, part=part) for node, part in parts],
+        adapters=adapters,
         obeys_layout=True,
         branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,
     )

@@ -17,6 +17,7 @@ from functools import lru_cache
 
 from google.protobuf.message import Message
 
+from hocket import loras
 from hocket.errors import Violation
 from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
 from hocket.workflows.checking import faults
@@ -110,7 +111,8 @@ def _check_spec(spec: types_pb2.GenerationSpec, need: Callable[[str, bool, str],
     for name, text in (("prompt", spec.prompt), ("negative_prompt", spec.negative_prompt)):
         sound = len(text) <= TEXT_CHARS_MAX and not _CONTROL_IN_TEXT.search(text)
         need(at + name, sound, _TEXTS)
-    need(at + "loras", len(spec.loras) <= 64 and all(map(_is_name, spec.loras)), "64 names")
+    for number, allowed in loras.faults(spec.loras):
+        need(f"{at}loras[{number}]", False, allowed)
     named = all(map(_is_name, spec.inputs)) and all(map(_FILE.fullmatch, spec.inputs.values()))
     need(at + "inputs", len(spec.inputs) <= 64 and named, f"64 names, of files: {_FILE.pattern}")
 

@@ -29,15 +29,29 @@ def not_served(model: str, served: Iterable[str]) -> types_pb2.Failure:
 
 
 def operation_not_served(
-    workflow: str, node: str, operation: str, model: generation_pb2.ModelInfo
+    workflow: str, node: str, operation: str, model: generation_pb2.ModelInfo, port: str = ""
 ) -> types_pb2.Failure:
+    """`port`: the port of the node that needs the operation; empty: the call itself does."""
+    where = f"node {node!r}, port {port!r}" if port else f"node {node!r}"
     return types_pb2.Failure(
         reason="WORKFLOW_NOT_SERVED",
         message=(
-            f"workflow {workflow!r} needs the operation {operation!r} (node {node!r}) of "
+            f"workflow {workflow!r} needs the operation {operation!r} ({where}) of "
             f"{model.name!r}, which no living worker serves"
         ),
-        metadata={"node": node, "operation": operation, "model": model.name},
+        metadata={"node": node, "operation": operation, "model": model.name}
+        | ({"port": port} if port else {}),
+    )
+
+
+def lora_not_served(name: str, model: generation_pb2.ModelInfo) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="LORA_NOT_SERVED",
+        message=(
+            f"no living worker serves the adapter {name!r} of {model.name!r}; served: "
+            f"{', '.join(model.adapters) or 'none'}"
+        ),
+        metadata={"lora": name, "model": model.name},
     )
 
 

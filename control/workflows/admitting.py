@@ -8,9 +8,10 @@ from control import translate
 from control.requests import refusals
 from control.scheduler.core import Scheduler
 from control.workflows.compiled import workflow_of
+from hocket import loras
 from hocket.v1 import control_pb2, generation_pb2, types_pb2
 from hocket.workflows import sizes
-from hocket.workflows.catalogue import OPERATIONS
+from hocket.workflows.catalogue import OPERATIONS, needed_operations
 from hocket.workflows.roles import missing_roles
 
 Served = Mapping[str, generation_pb2.ModelInfo]
@@ -28,9 +29,12 @@ def prepared(submit: control_pb2.SubmitRequest, served: Served) -> types_pb2.Fai
     if (failure := _missing(submit, served)) is not None:
         return failure
     for node in submit.workflow.nodes:
-        model = served[node.model or spec.model]
-        if OPERATIONS[node.op].part and node.op not in model.operations:
-            return refusals.operation_not_served(spec.workflow, node.id, node.op, model)
+        for port, operation in needed_operations(node).items():
+            model = served[node.model or spec.model]
+            if operation not in model.operations:
+                return refusals.operation_not_served(spec.workflow, node.id, operation, model, port)
+    if (failure := _unknown_lora(spec, served[spec.model])) is not None:
+        return failure
     spec.guidance_branches = translate.branches_of(spec, (served[spec.model],))
     submit.ClearField("shapes")
     if not submit.HasField("workflow"):
@@ -62,3 +66,11 @@ def taught(scheduler: Scheduler, submits: Iterable[control_pb2.SubmitRequest]) -
     """It, once it knows the workflows of these requests."""
     scheduler.learn(*[workflow_of(submit) for submit in submits if submit.HasField("workflow")])
     return scheduler
+
+
+def _unknown_lora(
+    spec: types_pb2.GenerationSpec, model: generation_pb2.ModelInfo
+) -> types_pb2.Failure | None:
+    wanted = (lora.name for lora in map(loras.parsed, spec.loras) if lora is not None)
+    unknown = next((name for name in wanted if name not in model.adapters), None)
+    return None if unknown is None else refusals.lora_not_served(unknown, model)

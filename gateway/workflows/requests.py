@@ -12,7 +12,7 @@ from hocket.v1.generation_pb2 import ModelInfo
 from hocket.v1.types_pb2 import GenerationSpec, Shape
 from hocket.v1.workflows_pb2 import WorkflowNode, WorkflowSpec
 from hocket.workflows import sizes
-from hocket.workflows.catalogue import EMBEDDINGS, LATENTS, OPERATIONS
+from hocket.workflows.catalogue import EMBEDDINGS, LATENTS, OPERATIONS, needed_operations
 from hocket.workflows.content import PROMPTS, named, settings_of, source_of
 from hocket.workflows.roles import lacks_role
 from hocket.workflows.running import run_form
@@ -84,7 +84,7 @@ def check_models(
         add("spec.workflow", f"model {name}, which {workflow.name} needs", _list(served))
     shapes = sizes.shapes_of(workflow, spec.shape, [served[n] for n in sorted(used & {*served})])
     told: set[tuple[str, str]] = set()
-    for node in workflow.nodes:
+    for node in _nodes_run(spec, workflow):
         model = served.get(node.model or spec.model)
         if model is None or not OPERATIONS[node.op].part:
             continue
@@ -101,12 +101,29 @@ def check_models(
             add("spec.shape", f"{size}, of node {node.id}", f"{allowed} ({model.name})")
 
 
+def check_loras(spec: GenerationSpec, workflow: WorkflowSpec, add: Add) -> None:
+    """That a node takes the adapters that the request names: they are of its own model."""
+    models = [n.model or spec.model for n in workflow.nodes if OPERATIONS[n.op].stepped]
+    if spec.loras and spec.model not in models:
+        allowed = f"none ({workflow.name} denoises with {_list(dict.fromkeys(models))})"
+        add("spec.loras", ", ".join(spec.loras), allowed)
+
+
+def _nodes_run(spec: GenerationSpec, workflow: WorkflowSpec) -> Iterable[WorkflowNode]:
+    """The nodes that run once the request brings all that it has to."""
+    needed = {item.name for item in workflow.inputs if not item.optional}
+    return run_form(workflow, given(spec) | needed).spec.nodes
+
+
 def _check_node(node: WorkflowNode, model: ModelInfo, workflow: WorkflowSpec, add: Add) -> None:
     who = f"of node {node.id} of {workflow.name}"
-    offered = not model.operations or node.op in model.operations
-    if not offered and not lacks_role(model, node.op):  # which control tells, and may pass
-        found = f"{node.op} {who}, which {model.name} does not do"
-        add("spec.workflow", found, _list(model.operations))
+    if lacks_role(model, node.op):  # which control tells, and may pass
+        return
+    for port, operation in needed_operations(node).items():
+        if model.operations and operation not in model.operations:
+            what = f"{port} {who}, which {model.name} does not take" if port else ""
+            found = what or f"{operation} {who}, which {model.name} does not do"
+            add("spec.workflow", found, _list(model.operations))
 
 
 def _check_settings(

@@ -1,11 +1,14 @@
 """Four models of one family on one worker: what their common parts save, in memory and in loading.
 
     python -m gpuworker.measuring.sharing compare --out bench/results/parts.json
+    python -m gpuworker.measuring.sharing compare --models uses --out bench/results/parts-uses.json
 
 The models are folders of seeded random weights: FLUX, FLUX with another VAE, FLUX with another
-denoiser, and Stable Diffusion 3 with FLUX's T5 and VAE. Each is a whole folder, as it would be
-published. They are served by parts, and as four monoliths, each of these in processes of its own
-that load all four models, then serve requests of each in turn with memory for all distinct parts.
+denoiser, and Stable Diffusion 3 with FLUX's T5 and VAE. Or one FLUX as four people publish it: for
+texts, with a ControlNet, with LoRA adapters, to make pictures over. Each is a whole folder, as it
+would be published. They are served by parts, and as four monoliths, each of these in processes of
+its own that load all four models, then serve requests of each in turn with memory for all distinct
+parts.
 """
 
 from __future__ import annotations
@@ -25,11 +28,13 @@ import torch
 import typer
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -47,12 +52,23 @@ from hocket.clock import steady_ns
 from hocket.launching.machine import machine_kind
 from hocket.tracing import spans
 
-NAMES = ("flux", "flux-other-vae", "flux-other-denoiser", "sd3")
+SETS = {
+    "families": ("flux", "flux-other-vae", "flux-other-denoiser", "sd3"),
+    "uses": ("txt2img", "controlnet", "lora", "img2img"),
+}
 NODES = ("text", "dit", "vae")
 _CPU = torch.device("cpu")
 _WIDTH = 512  # of text
 _CLIP_WIDTH = 256
 _TEXT_TOKENS = 32
+_FLUX: Any = {
+    "num_attention_heads": 8,
+    "attention_head_dim": 64,
+    "axes_dims_rope": (8, 28, 28),
+    "joint_attention_dim": _WIDTH,
+    "pooled_projection_dim": _CLIP_WIDTH,
+    "guidance_embeds": True,
+}
 _MIB = 1 << 20
 _TURNS = 3  # of requests, one of each model
 _ROOM = 1.02  # times the distinct parts
@@ -67,9 +83,15 @@ class ApartDigests(FileDigests):
         return str(file)
 
 
-def write_models(folder: Path) -> tuple[str, ...]:
-    """The four folders."""
-    flux = folder / "flux"
+def write_models(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """The four folders of a set."""
+    write_flux(folder / names[0])
+    (_write_uses if names == SETS["uses"] else _write_families)(folder, names)
+    return tuple(str(folder / name) for name in names)
+
+
+def write_flux(flux: Path) -> None:
+    """FLUX, of seeded random weights."""
     torch.manual_seed(1)
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
@@ -84,13 +106,42 @@ def write_models(folder: Path) -> tuple[str, ...]:
         tokenizer_2=tokenizer(_TEXT_TOKENS),
         transformer=_flux_transformer(),
     ).save_pretrained(flux)
+
+
+def _write_uses(folder: Path, names: Sequence[str]) -> None:
+    flux = folder / names[0]
+    for name in names[1:]:
+        shutil.copytree(flux, folder / name)
+    controlled, adapted, made_over = (folder / name for name in names[1:])
+    controlnet = FluxControlNetModel(num_layers=1, num_single_layers=2, **_FLUX)
+    controlnet.save_pretrained(controlled / "controlnet")
+    _change_index(
+        controlled,
+        _class_name="FluxControlNetPipeline",
+        controlnet=["diffusers", "FluxControlNetModel"],
+    )
+    _change_index(made_over, _class_name="FluxImg2ImgPipeline")
+    (adapted / "loras").mkdir()
+    width, rank = _FLUX["num_attention_heads"] * _FLUX["attention_head_dim"], 16
+    for name in ("style", "detail"):
+        layers = {
+            f"transformer.{block}.{number}.attn.to_q.lora_{side}.weight": torch.randn(shape)
+            for block, count in (("transformer_blocks", 3), ("single_transformer_blocks", 6))
+            for number in range(count)
+            for side, shape in (("A", (rank, width)), ("B", (width, rank)))
+        }
+        save_file(layers, adapted / "loras" / f"{name}.safetensors")
+
+
+def _write_families(folder: Path, names: Sequence[str]) -> None:
+    flux = folder / names[0]
     for name, component, make in (
-        (NAMES[1], "vae", _vae),
-        (NAMES[2], "transformer", _flux_transformer),
+        (names[1], "vae", _vae),
+        (names[2], "transformer", _flux_transformer),
     ):
         shutil.copytree(flux, folder / name)
         make().save_pretrained(folder / name / component)
-    sd3 = folder / NAMES[3]
+    sd3 = folder / names[3]
     StableDiffusion3Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(),
@@ -104,10 +155,12 @@ def write_models(folder: Path) -> tuple[str, ...]:
     ).save_pretrained(sd3)
     shutil.copytree(flux / "text_encoder_2", sd3 / "text_encoder_3")
     shutil.copytree(flux / "vae", sd3 / "vae", dirs_exist_ok=True)
-    index = json.loads((sd3 / "model_index.json").read_text())
-    index["text_encoder_3"] = ["transformers", "T5EncoderModel"]
-    (sd3 / "model_index.json").write_text(json.dumps(index))
-    return tuple(str(folder / name) for name in NAMES)
+    _change_index(sd3, text_encoder_3=["transformers", "T5EncoderModel"])
+
+
+def _change_index(folder: Path, **entries: object) -> None:
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
 
 
 def loaded(sources: Sequence[str], digests: FileDigests) -> dict[str, Any]:
@@ -139,7 +192,8 @@ def served(sources: Sequence[str], digests: FileDigests, budget_bytes: int) -> d
     store.start(lambda _: 0)
     at_start, began, waited_us, loaded_bytes, sequence = store.loads, _Spent(), 0, 0, 0
     for _ in range(_TURNS):
-        for model in NAMES:
+        for source in sources:
+            model = Path(source).name
             for node in NODES:
                 sequence += 1
                 with store.use(MemoryDemand((1, sequence), (model, node), 0)) as told:
@@ -147,7 +201,7 @@ def served(sources: Sequence[str], digests: FileDigests, budget_bytes: int) -> d
                     waited_us += sum(int(str(n.attributes[spans.WAITED_US])) for n in told)
     store.close()
     return {
-        "requests": _TURNS * len(NAMES),
+        "requests": _TURNS * len(sources),
         "loads": store.loads - at_start,
         "evictions": store.evictions,
         "loaded_mib": loaded_bytes / _MIB,
@@ -162,20 +216,24 @@ def compare(
         "bench/results/parts.json"
     ),
     rounds: Annotated[int, typer.Option(help="Processes of each kind.", min=1)] = 3,
+    models: Annotated[str, typer.Option(help=f"Which four: {' or '.join(SETS)}.")] = "families",
 ) -> None:
     """Parts against monoliths; medians of several processes each, taken in turn."""
+    if models not in SETS:
+        raise typer.BadParameter(f"{models!r}; allowed: {', '.join(SETS)}", param_hint="--models")
     kinds: dict[str, list[dict[str, Any]]] = {"parts": [], "monoliths": []}
     with tempfile.TemporaryDirectory() as folder:
-        write_models(Path(folder))
-        first = _one(folder, "parts")  # hashes the files, and warms the page cache
+        write_models(Path(folder), SETS[models])
+        first = _one(folder, models, "parts")  # hashes the files, and warms the page cache
         for _ in range(rounds):
             for kind, runs in kinds.items():
-                runs.append(_one(folder, kind))
+                runs.append(_one(folder, models, kind))
     table = {kind: _medians(runs) for kind, runs in kinds.items()}
     content = {
-        "command": f"python -m gpuworker.measuring.sharing compare --rounds {rounds}",
+        "command": f"python -m gpuworker.measuring.sharing compare --models {models} "
+        f"--rounds {rounds}",
         "machine": machine_kind(),
-        "models": NAMES,
+        "models": SETS[models],
         "first_start": first["load"],
         **table,
     }
@@ -188,11 +246,11 @@ def compare(
 
 
 @app.command(hidden=True)
-def one(folder: Path, kind: str) -> None:
+def one(folder: Path, models: str, kind: str) -> None:
     """One process: prints JSON."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    sources = [str(folder / name) for name in NAMES]
+    sources = [str(folder / name) for name in SETS[models]]
     make: Callable[[], FileDigests] = (
         ApartDigests if kind == "monoliths" else lambda: FileDigests(folder / "digests.json")
     )
@@ -218,8 +276,8 @@ class _Spent:
         return _cpu_s() - self._cpu_s
 
 
-def _one(folder: str, kind: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "gpuworker.measuring.sharing", "one", folder, kind]
+def _one(folder: str, models: str, kind: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "gpuworker.measuring.sharing", "one", folder, models, kind]
     told = subprocess.run(command, check=True, capture_output=True, text=True)
     answer: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])
     return answer
@@ -245,16 +303,7 @@ def _vae() -> Any:
 
 
 def _flux_transformer() -> Any:
-    return FluxTransformer2DModel(
-        num_layers=3,
-        num_single_layers=6,
-        num_attention_heads=8,
-        attention_head_dim=64,
-        axes_dims_rope=(8, 28, 28),
-        joint_attention_dim=_WIDTH,
-        pooled_projection_dim=_CLIP_WIDTH,
-        guidance_embeds=True,
-    )
+    return FluxTransformer2DModel(num_layers=3, num_single_layers=6, **_FLUX)
 
 
 def _sd3_transformer() -> Any:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -69,13 +69,10 @@ class Adapters:
         """Those that a job may name."""
         return tuple(sorted(self._files))
 
-    def facts(self, loras: Mapping[str, float]) -> dict[str, Fact]:
-        """Facts of a state that uses them; loads them. Raises `ShapeRefused`, `ModelRefused`."""
-        for name, scale in loras.items():
-            if not math.isfinite(scale):
-                raise ShapeRefused(f"loras.{name}", scale, "a finite number")
+    def load(self, loras: Iterable[str]) -> None:
+        """Has them beside the weights, by name. Raises `ModelRefused`."""
+        for name in loras:
             self._layers(name)
-        return {_FACT + name: float(scale) for name, scale in sorted(loras.items())}
 
     @contextmanager
     def of(self, states: Sequence[LatentState], device: torch.device) -> Iterator[None]:
@@ -133,6 +130,14 @@ class Adapters:
             added = linear(linear(mine, down), up) * (scale * scaling)
             output = output + added if rows is None else output.index_add(0, rows, added)
         return output
+
+
+def adapter_facts(loras: Mapping[str, float]) -> dict[str, Fact]:
+    """Facts of a state whose steps have these adapters. Raises `ShapeRefused`."""
+    for name, scale in loras.items():
+        if not math.isfinite(scale):
+            raise ShapeRefused(f"loras.{name}", scale, "a finite number")
+    return {_FACT + name: float(scale) for name, scale in sorted(loras.items())}
 
 
 def read_layers(file: Path, family: str) -> dict[str, LowRank]:

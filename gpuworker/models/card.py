@@ -205,6 +205,13 @@ class ModelCard(ABC):
         denoise node need another seed: with the same one they would get the same noise again.
         """
 
+    def adapted(self, state: LatentState, loras: Mapping[str, float]) -> LatentState:
+        """A job's first state with LoRA adapters for its steps: their scales by name.
+
+        No file is opened: whoever makes the first step does that. Raises `ShapeRefused`.
+        """
+        raise ShapeRefused("loras", ", ".join(sorted(loras)), "none: it has none")
+
     def encode_image(self, pixels: NDArray[np.uint8], seed: int) -> LatentState:
         """Latents of a picture, uint8 [1, height, width, 3], that `begin` and `decode` take.
 

@@ -29,7 +29,7 @@ from gpuworker.attention.elastic import ElasticSP
 from gpuworker.attention.exchange import ParallelAttention
 from gpuworker.collectives.team import LayoutRefused, Team
 from gpuworker.models import decoding, footprint, pictures
-from gpuworker.models.adapters import Adapters
+from gpuworker.models.adapters import Adapters, adapter_facts
 from gpuworker.models.card import (
     ENCODE_IMAGE,
     INPAINT,
@@ -125,15 +125,17 @@ class DiffusersCard(ModelCard):
         given = self._texts_chosen(embeddings.tensors, asked)
         if reference is not None:
             given |= self._referred(reference)
-        for name in sorted(set(loras or ()) - set(self.adapters)):
-            raise ShapeRefused("loras", name, ", ".join(self.adapters) or "none: it has none")
-        adapted = self._adapters.facts(loras or {})
+        adapted = self._lora_facts(loras or {})
+        self._adapters.load(loras or {})
         generator = _behind(latents or control, asked.seed)
         steps = asked.steps if latents is None else steps_to_run(asked.steps, strength)
         begun = self._begun(given, asked, steps, generator, adapted)
         if control is not None:
             begun = self._controlled(begun, control, control_scale)
         return self._noise_alone(begun) if latents is None else self._from(begun, latents, mask)
+
+    def adapted(self, state: LatentState, loras: Mapping[str, float]) -> LatentState:
+        return replace(state, facts={**state.facts, **self._lora_facts(loras)})
 
     @torch.inference_mode()
     def encode_image(self, pixels: NDArray[np.uint8], seed: int) -> LatentState:
@@ -223,6 +225,11 @@ class DiffusersCard(ModelCard):
         if asked.negative_prompt and self.facts.guidance != "true_cfg":
             allowed = "none: this model has no CFG"
             raise ShapeRefused("negative_prompt", asked.negative_prompt, allowed)
+
+    def _lora_facts(self, loras: Mapping[str, float]) -> Mapping[str, Fact]:
+        for name in sorted(set(loras) - set(self.adapters)):
+            raise ShapeRefused("loras", name, ", ".join(self.adapters) or "none: it has none")
+        return adapter_facts(loras)
 
     def _check_begin(
         self,

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from gpuworker.models.card import Asked, ModelCard
-from gpuworker.operations.names import OperationRefused, settings_of, shape_of
+from gpuworker.operations.names import OperationRefused, model_of, settings_of, shape_of
 from gpuworker.operations.pictures import Pixels, fitted, read_picture, resized
 from gpuworker.state import LatentState
+from hocket import loras
 from hocket.v1 import mesh_pb2, types_pb2
 
 _PIXELS = "pixels"
@@ -64,6 +65,17 @@ class JobCall:
         """A text that the request brought; empty: it brought none."""
         return next((i.text for i in self.member.call.inputs if i.port == port), "")
 
+    @property
+    def loras(self) -> dict[str, float]:
+        """Scales of the denoiser's adapters by name: the request's, which are of its own model.
+        Raises `OperationRefused`.
+        """
+        if model_of(self.member) != self.spec.model:
+            return {}
+        for number, allowed in loras.faults(self.spec.loras):
+            raise OperationRefused(f"loras[{number}]", self.spec.loras[number][:64], allowed)
+        return dict(lora for lora in map(loras.parsed, self.spec.loras) if lora is not None)
+
     def asked(self, **changed: Any) -> Asked:
         """The request's settings at the call's shape."""
         spec, shape = self.spec, self.shape
@@ -83,7 +95,8 @@ class JobCall:
 
 def chain_encode(job: JobCall) -> LatentState:
     """The plain chain's first state."""
-    return job.model.encode(**job.asked()._asdict())
+    state = job.model.encode(**job.asked()._asdict())
+    return job.model.adapted(state, job.loras) if job.loras else state
 
 
 def begin(job: JobCall) -> LatentState:
@@ -103,6 +116,10 @@ def begin(job: JobCall) -> LatentState:
         job.inputs.get("latents"),
         float(settings["strength"]) if "latents" in job.inputs else 1.0,
         None if mask is None else pixels_of(mask),
+        job.inputs.get("reference"),
+        job.loras,
+        job.inputs.get("control"),
+        float(settings["control_scale"]),
     )
 
 

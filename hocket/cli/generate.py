@@ -52,6 +52,7 @@ _FIRM_HELP = (
 _DETACH_HELP = "Prints the request id and returns; see `hocket watch` and `hocket result`."
 _WORKFLOW_HELP = "Workflow, see `hocket workflows list`; default: the model's own."
 _INPUT_HELP = "A picture that the workflow takes: a file, or the name of an upload; repeatable."
+_LORA_HELP = "A LoRA adapter, see `hocket models`; scale -4 to 4, default 1; repeatable."
 _FORMAT_HELP = "Default: by the suffix of -o, else png for a picture, mp4 for a video."
 
 
@@ -88,6 +89,9 @@ def generate(
     given: Annotated[
         list[str] | None, typer.Option("--input", metavar="NAME=FILE", help=_INPUT_HELP)
     ] = None,
+    loras: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="NAME[:SCALE]", help=_LORA_HELP)
+    ] = None,
     deadline: Annotated[str, typer.Option(help='Time until it is due: "5s", "800ms".')] = "",
     on_miss: Annotated[Miss, typer.Option(help="If it would be late.")] = Miss.BEST_EFFORT,
     firm: Annotated[bool | None, typer.Option("--firm/--soft", help=_FIRM_HELP)] = None,
@@ -107,6 +111,8 @@ def generate(
 
     hocket generate "a fox in snow" --workflow img2img --input image=photo.jpg
 
+    hocket generate "a fox" --lora style:0.8 --lora detail
+
     hocket generate "a fox bouncing" --model hocket-emoji-motion --frames 8 --fps 8 -o hop.mp4
     """
     found = settings(state_dir, address)
@@ -116,6 +122,7 @@ def generate(
             prompt,
             model=model,
             workflow=workflow,
+            loras=loras or (),
             frames=frames,
             fps=fps,
             media_type=media_type(made, output),
@@ -146,9 +153,20 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
             return await client.models()
 
     # Folded rather than cut: two models' names may begin alike.
-    names, shapes = (Column(head, overflow="fold") for head in ("model", "shapes"))
+    names, shapes, adapters = (
+        Column(head, overflow="fold") for head in ("model", "shapes", "loras")
+    )
     table = Table(
-        names, "workers", "workflows", shapes, "frames", "steps", "guidance", "degrees", "try"
+        names,
+        "workers",
+        "workflows",
+        shapes,
+        "frames",
+        "steps",
+        "guidance",
+        "degrees",
+        adapters,
+        "try",
     )
     for info in run(work()):
         table.add_row(
@@ -160,6 +178,7 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
             f"{info.steps_min}-{info.steps_max} ({info.steps_default})",
             f"{info.guidance_kind} {info.guidance_default:g}",
             " ".join(str(degree) for degree in info.degrees),
+            " ".join(info.adapters),
             "; ".join(info.examples[:2]),
         )
     console.print(table)

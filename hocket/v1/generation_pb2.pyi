@@ -881,6 +881,7 @@ class ModelInfo(_message.Message):
     PIXELS_MAX_FIELD_NUMBER: _builtins.int
     OBEYS_LAYOUT_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     family: _builtins.str
@@ -943,11 +944,17 @@ class ModelInfo(_message.Message):
 
     @_builtins.property
     def operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Operations of workflows that the worker runs with its weights; empty: the plain chain's three nodes."""
+        """Operations of workflows that the worker runs with its weights; empty: the plain chain's three nodes. Also ports
+        that not every model's operation has, as "denoise.mask".
+        """
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelPart]:
         """Its weights by part. Two models that name the same part share it: it is loaded once."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """LoRA adapters that a request may name (GenerationSpec.loras)."""
 
     def __init__(
         self,
@@ -976,10 +983,11 @@ class ModelInfo(_message.Message):
         pixels_max: _builtins.int = ...,
         obeys_layout: _builtins.bool = ...,
         workers: _builtins.int | None = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "_workers", b"_workers", "branches_above", b"branches_above", "frames", b"frames", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "_workers", b"_workers", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "frames", b"frames", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "operations", b"operations", "parts", b"parts", "pixels_max", b"pixels_max", "shapes", b"shapes", "size_max", b"size_max", "size_min", b"size_min", "size_multiple", b"size_multiple", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workers", b"workers", "workflows", b"workflows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "_workers", b"_workers", "adapters", b"adapters", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "frames", b"frames", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "operations", b"operations", "parts", b"parts", "pixels_max", b"pixels_max", "shapes", b"shapes", "size_max", b"size_max", "size_min", b"size_min", "size_multiple", b"size_multiple", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workers", b"workers", "workflows", b"workflows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__branches_above: _TypeAlias = _typing.Literal["branches_above"]  # noqa: Y015
     _WhichOneofArgType__branches_above: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above"]  # noqa: Y015

@@ -331,7 +331,9 @@ class GenerationSpec(_message.Message):
 
     @_builtins.property
     def loras(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Adapter names applied to the denoiser."""
+        """LoRA adapters of the model's denoiser, each "name" or "name:scale" (scale -4 to 4, default 1), each name once, at
+        most 8; see ModelInfo.adapters. In a workflow, of every stepped node that runs with the request's own model.
+        """
 
     @_builtins.property
     def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:

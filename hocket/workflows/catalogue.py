@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from hocket.v1.workflows_pb2 import PortType
+from hocket.v1.workflows_pb2 import PortType, WorkflowNode
 
 TEXT, FILE = PortType.PORT_TYPE_TEXT, PortType.PORT_TYPE_FILE
 PIXELS, LATENTS = PortType.PORT_TYPE_PIXELS, PortType.PORT_TYPE_LATENTS
@@ -28,6 +28,8 @@ class OperationPort:
     type: PortType.ValueType
     optional: bool = False
     needs: str = ""  # it makes sense only where this other port is fed, too
+    excludes: str = ""  # nor where this one is
+    extra: bool = False  # only models that name it among their operations take it
     grey: bool = False  # pixels of one channel: a mask
 
 
@@ -114,6 +116,7 @@ _DENOISE = (
     NumberSetting("strength", 0.0, 1.0, 1.0, needs="latents"),
     NumberSetting("guidance_scale", 0.0, 1000.0, absent="the request's"),
     NumberSetting("seed_offset", 0, (1 << 32) - 1, 0, whole=True),
+    NumberSetting("control_scale", 0.0, 2.0, 1.0, needs="control"),
 )
 _RULES = (
     OperationRule(
@@ -146,7 +149,9 @@ _RULES = (
         (
             OperationPort("embeddings", EMBEDDINGS),
             OperationPort("latents", LATENTS, optional=True),
-            OperationPort("mask", PIXELS, optional=True, needs="latents", grey=True),
+            OperationPort("mask", PIXELS, optional=True, needs="latents", extra=True, grey=True),
+            OperationPort("reference", LATENTS, optional=True, extra=True),
+            OperationPort("control", LATENTS, optional=True, excludes="reference", extra=True),
         ),
         (OperationPort("latents", LATENTS),),
         part="dit",
@@ -167,6 +172,17 @@ _RULES = (
     OperationRule("make_media", (OperationPort("image", PIXELS),), (OperationPort("media", FILE),)),
 )
 OPERATIONS: Mapping[str, OperationRule] = MappingProxyType({rule.name: rule for rule in _RULES})
+
+
+def needed_operations(node: WorkflowNode) -> dict[str, str]:
+    """What a model has to name among its operations for a node of its own: by port, "" for the call
+    itself. Of a node that has no faults; empty where it needs no weights.
+    """
+    rule = OPERATIONS[node.op]
+    if not rule.part:
+        return {}
+    ports = (port.name for port in rule.inputs if port.extra and port.name in node.inputs)
+    return {"": rule.name, **{name: f"{rule.name}.{name}" for name in ports}}
 
 
 def port_type_name(kind: PortType.ValueType) -> str:

@@ -201,6 +201,8 @@ def _faults_of_source(
     source = source_of(text)
     if port.needs and port.needs not in node.inputs:
         yield _fault(at, text, f"nothing without {port.needs}")
+    if port.excludes and port.excludes in node.inputs:
+        yield _fault(at, text, f"nothing beside {port.excludes}")
     if source is None:
         yield _fault(at, repr(text), 'another node\'s port ("node.port"), or an input ("$name")')
     elif source.input:

@@ -1,7 +1,8 @@
 """What a WorkflowSpec says, read: sources of ports, settings with their defaults, its digest.
 
 Two specs that mean the same have the same digest: nodes and inputs count in the order of their
-names, numbers by their value, defaults as if they had been written. Its own name does not count.
+names, numbers by their value, a default that is written as if it were not (so that an operation can
+get further settings, and the digests stay). Its own name does not count.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def digest_of(spec: WorkflowSpec) -> str:
                 "op": node.op,
                 "model": node.model,
                 "inputs": dict(node.inputs),
-                "settings": settings_of(node),
+                "settings": _set_apart(node),
             }
             for node in spec.nodes
         },
@@ -105,6 +106,12 @@ def digest_of(spec: WorkflowSpec) -> str:
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _set_apart(node: WorkflowNode) -> dict[str, SettingValue]:
+    """Settings that are not the defaults."""
+    rules = OPERATIONS[node.op].settings
+    return {name: v for name, v in settings_of(node).items() if v != rules[name].default}
 
 
 def named(spec: WorkflowSpec) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import MappingProxyType
 
 from hocket.v1.generation_pb2 import ModelInfo
@@ -27,30 +27,42 @@ def lacks_role(model: ModelInfo, operation: str) -> bool:
 def together(infos: Iterable[ModelInfo]) -> dict[str, ModelInfo]:
     """By name, each model as all who serve it do together.
 
-    Facts are those of the first; degrees and the batch are of who has the denoiser, if anybody.
+    Facts are those of the first; degrees and the batch are of who has the denoiser, if anybody. Of
+    ports and adapters only those are told that all who run the operation have: a request may run
+    on any of them.
     """
-    found: dict[str, ModelInfo] = {}
+    workers: dict[str, list[ModelInfo]] = {}
     for info in infos:
-        known = found.get(info.name)
-        if known is None:
-            found[info.name] = info
-        elif known != info:
-            found[info.name] = _merged(known, info)
-    return found
+        workers.setdefault(info.name, []).append(info)
+    return {name: _joined(each) for name, each in workers.items()}
 
 
-def _merged(known: ModelInfo, info: ModelInfo) -> ModelInfo:
-    steps = ROLE_OPERATIONS["dit"]
-    leads = not known.operations or steps in known.operations or steps not in info.operations
-    first, second = (known, info) if leads else (info, known)
+def _joined(infos: Sequence[ModelInfo]) -> ModelInfo:
+    first = infos[0]
+    if all(info == first for info in infos[1:]):
+        return first
+    leads = next((info for info in infos if _does(info, ROLE_OPERATIONS["dit"])), first)
     made = ModelInfo()
-    made.CopyFrom(first)
-    del made.operations[:], made.parts[:]
-    if first.operations and second.operations:
-        both = {*first.operations, *second.operations}
-        made.operations.extend(op for op in ROLE_OPERATIONS.values() if op in both)
-        made.operations.extend(sorted(both.difference(ROLE_OPERATIONS.values())))
-    for part in (*first.parts, *second.parts):
+    made.CopyFrom(leads)
+    del made.operations[:], made.parts[:], made.adapters[:]
+    if all(info.operations for info in infos):
+        known = {op for info in infos for op in info.operations}
+        shared = {op for op in known if all(op in i.operations for i in infos if _runs(i, op))}
+        made.operations.extend(op for op in ROLE_OPERATIONS.values() if op in shared)
+        made.operations.extend(sorted(shared.difference(ROLE_OPERATIONS.values())))
+    for part in (part for info in (leads, *infos) for part in info.parts):
         if part not in made.parts:
             made.parts.append(part)
+    denoise = [info for info in infos if _does(info, ROLE_OPERATIONS["dit"])]
+    made.adapters.extend(n for n in leads.adapters if all(n in i.adapters for i in denoise))
     return made
+
+
+def _does(info: ModelInfo, operation: str) -> bool:
+    return not info.operations or operation in info.operations
+
+
+def _runs(info: ModelInfo, operation: str) -> bool:
+    """It does the operation whose port that may be."""
+    base, dot, _ = operation.partition(".")
+    return base in info.operations if dot else operation in info.operations

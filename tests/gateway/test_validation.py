@@ -250,7 +250,9 @@ def test_the_request_itself_is_left_alone() -> None:
         ("spec.guidance_scale", "found nan", lambda r: _set(r.spec, guidance_scale=math.nan)),
         ("spec.guidance_scale", "found inf", lambda r: _set(r.spec, guidance_scale=math.inf)),
         ("spec.guidance_scale", "allowed: 1 to 10", lambda r: _set(r.spec, guidance_scale=0.5)),
-        ("spec.loras", "not offered by this version", lambda r: r.spec.loras.append("pixel")),
+        ("spec.loras[0]", "found 'pixel'; allowed: none", lambda r: r.spec.loras.append("pixel")),
+        ("spec.loras[0]", "-4 to 4", lambda r: r.spec.loras.append("pixel:4.1")),
+        ("spec.loras[0]", '"name:scale"', lambda r: r.spec.loras.append("pixel:nan")),
         ("spec.inputs", "txt2img takes no files", lambda r: r.spec.inputs.update(pose="object")),
         ("slo.deadline_us", "(24 h)", lambda r: _set(r.slo, deadline_us=86_400_000_001)),
         (

@@ -26,7 +26,11 @@ SMALL = ModelInfo()
 SMALL.CopyFrom(EMOJI)
 SMALL.name, SMALL.guidance_kind = "small", "cfg"
 SMALL.operations.extend(["encode_prompt", "denoise", "decode"])
-MODELS = (EMOJI, VIDEO, SMALL)
+PLAIN = ModelInfo()
+PLAIN.CopyFrom(EMOJI)
+PLAIN.name, PLAIN.adapters[:] = "plain", ["style"]
+PLAIN.operations.extend(["encode_prompt", "denoise", "decode", "encode_image", "denoise.loras"])
+MODELS = (EMOJI, VIDEO, SMALL, PLAIN)
 
 
 def of(name: str, change: Callable[[WorkflowSpec], object] | None = None) -> WantedWorkflow:
@@ -59,6 +63,27 @@ def test_a_request_that_brings_what_it_has_to() -> None:
         assert dict(whole.inputs) == inputs
 
 
+def test_an_optional_port_that_is_left_open_needs_nothing_of_the_model() -> None:
+    def optional(spec: WorkflowSpec) -> None:
+        spec.inputs[3].optional = True
+
+    wanted, inputs = of("inpaint", optional), {"image": FILE}
+    whole = completed(
+        request("a red fox", model="plain", inputs=inputs, loras=["style:0.5"]), MODELS, wanted
+    )
+    assert list(whole.spec.loras) == ["style:0.5"]
+    with pytest.raises(InvalidRequest, match="mask of node denoise"):
+        completed(
+            request("a red fox", model="plain", inputs=inputs | {"mask": FILE}), MODELS, wanted
+        )
+
+
+def test_of_too_many_adapters_the_first_beyond_is_told() -> None:
+    found = wrong(WantedWorkflow(), loras=[f"a{number}" for number in range(20)])
+    assert list(found) == [f"spec.loras[{number}]" for number in range(9)]
+    assert "at most 8" in found["spec.loras[8]"]
+
+
 def _model(name: str, node: int = 1) -> Callable[[WorkflowSpec], object]:
     return lambda spec: setattr(spec.nodes[node], "model", name)
 
@@ -78,6 +103,11 @@ def _no_negative_prompt(spec: WorkflowSpec) -> None:
 
 def _optional_image(spec: WorkflowSpec) -> None:
     spec.inputs[2].optional = True
+
+
+def _denoised_by_emoji(spec: WorkflowSpec) -> None:
+    for node in spec.nodes:
+        node.model = "emoji" if node.op == "denoise" else ""
 
 
 @pytest.mark.parametrize(
@@ -116,6 +146,31 @@ def _optional_image(spec: WorkflowSpec) -> None:
         (of("two-pass", _number("steps", 51)), {}, "spec.workflow", "found 51 steps of node first"),
         (of("two-pass", _number("guidance_scale", 11)), {}, "spec.workflow", "allowed: 1 to 10"),
         (of("two-pass"), {"model": "small"}, "spec.workflow", "encode_image of node encode"),
+        *(
+            (
+                of(name),
+                {"model": "plain", "inputs": dict.fromkeys(inputs, FILE)},
+                "spec.workflow",
+                f"{port} of node denoise of {name}, which plain does not ",
+            )
+            for name, port, *inputs in (
+                ("inpaint", "mask", "image", "mask"),
+                ("edit", "reference", "image"),
+                ("control", "control", "control"),
+            )
+        ),
+        (
+            of("two-pass"),
+            {"model": "plain", "loras": ["style", "pixel:2"]},
+            "spec.loras[1]",
+            "found 'pixel'; allowed: style (plain)",
+        ),
+        (
+            of("two-pass", _denoised_by_emoji),
+            {"model": "plain", "loras": ["style"]},
+            "spec.loras",
+            "found style; allowed: none (two-pass denoises with emoji)",
+        ),
         (
             of("img2img"),
             {"model": "wan", "inputs": {"image": FILE}},

@@ -43,7 +43,7 @@ def node(spec: WorkflowSpec, name: str) -> WorkflowNode:
 
 def test_shipped_workflows_are_sound_and_say_what_they_do() -> None:
     found = shipped()
-    assert set(found) == {"img2img", "inpaint", "two-pass", "upscale-twice"}
+    assert set(found) == {"control", "edit", "img2img", "inpaint", "two-pass", "upscale-twice"}
     for name, spec in found.items():
         assert spec.name == name and spec.shipped and len(spec.digest) == 64
         assert not faults(spec) and not faults(filled(spec))
@@ -113,6 +113,11 @@ def _mask(spec: WorkflowSpec) -> None:
     node(spec, "denoise").inputs["mask"] = "enlarge.image"
 
 
+def _control_beside_reference(spec: WorkflowSpec) -> None:
+    for port in ("reference", "control"):
+        node(spec, "denoise").inputs[port] = "encode.latents"
+
+
 def _image_of_a_mask(spec: WorkflowSpec) -> None:
     spec.inputs.add(name="mask", type=PortType.PORT_TYPE_FILE)
     spec.nodes.add(id="m", op="load_mask", inputs={"mask": "$mask"})
@@ -131,6 +136,8 @@ FAULTS: list[tuple[str, Callable[[WorkflowSpec], object], str]] = [
     ("nodes[1].op", lambda s: setattr(s.nodes[1], "op", "paint"), "load_image"),
     ("nodes[3].model", lambda s: setattr(s.nodes[3], "model", "m"), "needs no weights"),
     ("nodes[1].inputs.picture", _feed("first", "picture", "x.y"), "embeddings, latents, mask"),
+    ("nodes[5].inputs.control", _control_beside_reference, "nothing beside reference"),
+    ("nodes[1].settings.control_scale", _set("first", "control_scale", 0.5), "inputs.control"),
     ("nodes[2].inputs.latents", _feed("sketch", "latents", "text"), "node.port"),
     ("nodes[2].inputs.latents", _feed("sketch", "latents", "nobody.latents"), "first"),
     ("nodes[2].inputs.latents", _feed("sketch", "latents", "first.image"), "first.latents"),
@@ -226,6 +233,7 @@ def test_what_means_the_same_has_the_same_digest() -> None:
         "steps": 0,
         "strength": 1.0,
         "seed_offset": 0,
+        "control_scale": 1.0,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from nats.js.api import ObjectStoreConfig
 from PIL import Image
+from safetensors.torch import save_file
 
 from gpuworker.loading import load_card
 from gpuworker.models.card import Asked, ModelCard
 from gpuworker.operations.pictures import resized
 from gpuworker.state import LatentState
+from hocket import loras
 from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker import call_tasks
 from tests.worker import worker_tasks as tasks
 from tests.worker.call_mesh import LARGE, STEPS, Mesh, given
+from tests.worker.tiny_adapters import FLUX_LAYERS, adapter
 from tests.worker.tiny_models import Reference
-from tests.worker.worker_jobs import meet
+from tests.worker.worker_jobs import LATENT_TOLERANCE, meet
 from tests.worker.worker_pool import CPU, Pool
 
 SMALL, STRENGTH = (16, 16), 0.5
@@ -42,6 +47,18 @@ def names(pool: Pool) -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture
+def folder(flux: Reference, tmp_path: Path) -> str:
+    """The tiny Flux with two adapters beside it."""
+    copy = shutil.copytree(flux.folder, tmp_path / Path(flux.folder).name)
+    (copy / "loras").mkdir()
+    denoiser = FluxTransformer2DModel.from_pretrained(copy / "transformer", low_cpu_mem_usage=False)
+    for place, (name, modules) in enumerate(FLUX_LAYERS.items()):
+        weights = adapter(denoiser, modules, rank=2 + place, seed=place)
+        save_file(weights, copy / "loras" / f"{name}.safetensors")
+    return str(copy)
+
+
+@pytest.fixture
 async def mesh(
     bus: Bus,
     subjects: Subjects,
@@ -49,13 +66,14 @@ async def mesh(
     names: tuple[str, str],
     pool: Pool,
     flux: Reference,
+    folder: str,
     tmp_path: Path,
 ) -> AsyncIterator[Mesh]:
-    model = load_card(flux.folder, CPU, torch.float32).facts.name
+    model = load_card(folder, CPU, torch.float32).facts.name
     made = Mesh(bus, subjects, names, {}, model, str(flux.settings["prompt"]), pool)
     await made.listen()
     for name in names:
-        opening = (flux.folder, nats_url, subjects.cluster, str(tmp_path))
+        opening = (folder, nats_url, subjects.cluster, str(tmp_path))
         address = await asyncio.to_thread(pool.one, name, call_tasks.open_worker, *opening)
         made.addresses[name] = address
     await made.until(lambda: set(made.beats) == set(names))
@@ -319,6 +337,52 @@ async def test_steps_go_on_from_a_passes_own_latents_and_stop_where_they_are_tol
     )
     (off,) = await mesh.done(mesh.order((a,), {"r": orders["small"].batch[0].call}))
     assert off.failure.reason == "TRUNCATED"
+
+
+async def test_plain_jobs_with_different_adapters_share_batches_and_keep_them(
+    mesh: Mesh, folder: str
+) -> None:
+    """Encoded together, begun on one worker, gone on with on two, and at the end on the other."""
+    a, b = mesh.workers
+    wanted = {"r": [], "s": ["style:0.8"], "t": ["detail:-0.5", "style"]}
+
+    def order(workers: tuple[str, ...], node: str, first: int, count: int, *at: str) -> Any:
+        call = mesh.call("denoise", f"{node}.latents", LARGE, [])
+        made = mesh.order(
+            workers, dict.fromkeys(wanted, call), first=first, count=count, total=STEPS
+        )
+        for member in made.batch:
+            member.ClearField("call")
+            member.spec.workflow = "txt2img"
+            member.spec.loras[:] = wanted[member.request_id]
+            member.holders.extend(mesh.holder(worker, first) for worker in at)
+        return made
+
+    orders = [
+        order((a,), "text", 0, 1),
+        order((a,), "dit", 0, 1, a),
+        order((a, b), "dit", 1, 2, a),
+        order((b,), "dit", 3, 1, a, b),
+    ]
+    for one in orders:
+        (last,) = await mesh.done(one)
+        assert not last.HasField("failure") and len(last.results) == len(wanted), last
+    card = load_card(folder, CPU, torch.float32)
+    asked = Asked(mesh.prompt, "", *LARGE, 1, STEPS, 3.5, 7)
+    for request, names in wanted.items():
+        scales = dict(lora for lora in map(loras.parsed, names) if lora is not None)
+        state = card.begin(card.embed(asked), asked, loras=scales)
+        while not state.finished:
+            (state,) = card.step([state], None)
+        made = LatentState.from_bytes(await mesh.artifact(b, "", STEPS, request))
+        apart = made.tensors["latents"] - state.tensors["latents"]
+        assert float(apart.abs().max()) <= LATENT_TOLERANCE, request
+    odd = order((a,), "text", 0, 1)
+    odd.batch[1].spec.loras[:] = ["stile"]
+    (last,) = await mesh.done(odd)
+    assert {result.request_id for result in last.results} == {"r", "t"}
+    (failed,) = [report for report in mesh.of(odd) if report.HasField("failure")]
+    assert failed.failed_job.request_id == "s" and "detail, style" in failed.failure.message
 
 
 def png(pixels: Any) -> bytes:
