@@ -21,24 +21,24 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Annotated, Any
 
 import typer
 
 from bench.mesh.scripted_leader import ROOT, WAIT_S, Leader, Piece
+from bench.reporting.statistics import mean_interval
 from gpuworker.collectives.rendezvous import Rendezvous
 from hocket.clock import steady_ns
 from hocket.launching.broker import free_port, nats_server_command
 from hocket.messaging.bus import Bus
 from hocket.v1 import types_pb2
 
-_T_95 = 2.2  # of Student's distribution, for about 11 degrees of freedom
 _SIZES = tuple(1 << power for power in range(16, 27, 2))  # 64 KiB .. 64 MiB
 _WORKERS = ("w0", "w1")
 
 
-class Pair:
+class WorkerPair:
     """Two workers and who leads them."""
 
     def __init__(self, url: str, ahead: int, late_ms: float, share: float, state: Path) -> None:
@@ -100,7 +100,9 @@ async def compared(
             stderr=asyncio.subprocess.DEVNULL,
         )
         url = f"nats://127.0.0.1:{port}"
-        pairs = {depth: Pair(url, depth, late_ms, share, folder / str(depth)) for depth in found}
+        pairs = {
+            depth: WorkerPair(url, depth, late_ms, share, folder / str(depth)) for depth in found
+        }
         try:
             for pair in pairs.values():
                 await pair.open()
@@ -124,7 +126,7 @@ async def compared(
             broker.terminate()
             await broker.wait()
     logs = [math.log(two / none) for none, two in zip(found[0], found[2], strict=True)]
-    half = _T_95 * stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
+    found_ratio = mean_interval(logs)
     return {
         "size_px": size,
         "steps": steps,
@@ -134,8 +136,8 @@ async def compared(
         "rounds": rounds,
         "in_turn_per_s": [round(rate, 2) for rate in found[0]],
         "ahead_per_s": [round(rate, 2) for rate in found[2]],
-        "ratio": round(math.exp(mean(logs)), 4),
-        "ratio_95": [round(math.exp(mean(logs) + sign * half), 4) for sign in (-1, 1)],
+        "ratio": round(math.exp(found_ratio.mean), 4),
+        "ratio_95": [round(math.exp(end), 4) for end in (found_ratio.low, found_ratio.high)],
     }
 
 
