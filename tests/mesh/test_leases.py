@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from control.scaling.seen_models import ModelsSeen
 from control.scheduler.values import ModelFacts, NodeParts, WorkerLost, WorkerUp
 from control.workers.leases import Leases
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+from hocket.workflows.roles import missing_roles
 
 LEASE_US = 2_000_000
 
@@ -41,6 +43,29 @@ def test_a_model_says_which_parts_its_nodes_need() -> None:
         NodeParts(node="text", parts=("clip", "t5")),
         NodeParts(node="dit", parts=("d",)),
     )
+
+
+def test_workers_of_one_role_each_serve_a_model_together() -> None:
+    leases, seen = Leases(LEASE_US), ModelsSeen(kept_us=LEASE_US)
+    beats = []
+    for worker, operations in (("w0", ["encode_prompt"]), ("w1", ["denoise"])):
+        news = beat(worker)
+        news.models[0].operations.extend(operations)
+        news.models[0].parts.add(node=worker, part=worker)
+        beats.append(news)
+        leases.heartbeat(news, 10)
+        seen.see(beats, 10)
+    (model,) = leases.models()
+    assert list(model.operations) == ["encode_prompt", "denoise"]
+    assert [part.part for part in model.parts] == ["w1", "w0"]
+    assert missing_roles(model) == ("vae",) and missing_roles(seen.listed()[0]) == ("vae",)
+    changes = seen.changes
+    seen.see(beats, 20)
+    assert seen.changes == changes, "nothing is new: nothing is stored"
+    seen.see(beats[:1], 30)
+    seen.see((), 40)
+    (asleep,) = seen.asleep().values()
+    assert missing_roles(asleep) == ("vae",), "it wakes as it was, not as its last worker was"
 
 
 def test_a_worker_says_that_it_obeys_layouts_or_it_does_not() -> None:
