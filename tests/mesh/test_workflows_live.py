@@ -205,13 +205,15 @@ async def test_a_watcher_at_another_gateway_a_key_and_a_cancel(
 ) -> None:
     content = picture(3)
     names = [(await client.put_input(each)).name for each in (content, picture(4))]
-    options = {"shape": (SIDE, SIDE), "steps": 20, "seed": 2, "idempotency_key": "one"}
     asked = [
         request(
             "a cat",
             workflow="img2img",
             inputs={"image": name},
-            **options,  # type: ignore[arg-type]
+            shape=(SIDE, SIDE),
+            steps=20,
+            seed=2,
+            idempotency_key="one",
         )
         for name in names
     ]
