@@ -30,6 +30,7 @@ from gpuworker.attention.exchange import ParallelAttention
 from gpuworker.collectives.team import LayoutRefused, Team
 from gpuworker.models import decoding, footprint, pictures
 from gpuworker.models.adapters import Adapters, adapter_facts
+from gpuworker.models.beginning import check_begin, check_texts
 from gpuworker.models.card import (
     ENCODE_IMAGE,
     INPAINT,
@@ -98,13 +99,13 @@ class DiffusersCard(ModelCard):
     ) -> LatentState:
         scale = float(guidance_scale)
         asked = Asked(prompt, negative_prompt, width, height, frames, steps, scale, seed)
-        self._check_texts(asked)
+        check_texts(self.facts, asked)
         texts = self._texts(asked, plain=self._has_branches(scale))
         return self._noise_alone(self._begun(texts, asked, asked.steps, seeded(seed)))
 
     @torch.inference_mode()
     def embed(self, asked: Asked) -> LatentState:
-        self._check_texts(asked)
+        check_texts(self.facts, asked)
         facts: dict[str, Fact] = {"prompt": asked.prompt, "made_by": type(self).__name__}
         return LatentState(self._texts_of_any(asked), 0, 0, facts).to(self._device)
 
@@ -121,7 +122,16 @@ class DiffusersCard(ModelCard):
         control: LatentState | None = None,
         control_scale: float = 1.0,
     ) -> LatentState:
-        self._check_begin(embeddings, asked, latents, strength, mask)
+        check_begin(
+            self.facts,
+            type(self).__name__,
+            embeddings,
+            asked,
+            latents,
+            strength,
+            mask,
+            inpaints=self.takes_pictures,
+        )
         given = self._texts_chosen(embeddings.tensors, asked)
         if reference is not None:
             given |= self._referred(reference)
@@ -220,36 +230,10 @@ class DiffusersCard(ModelCard):
 
     # How a job begins.
 
-    def _check_texts(self, asked: Asked) -> None:
-        self.facts.check(*asked[2:7])
-        if asked.negative_prompt and self.facts.guidance != "true_cfg":
-            allowed = "none: this model has no CFG"
-            raise ShapeRefused("negative_prompt", asked.negative_prompt, allowed)
-
     def _lora_facts(self, loras: Mapping[str, float]) -> Mapping[str, Fact]:
         for name in sorted(set(loras) - set(self.adapters)):
             raise ShapeRefused("loras", name, ", ".join(self.adapters) or "none: it has none")
         return adapter_facts(loras)
-
-    def _check_begin(
-        self,
-        embeddings: LatentState,
-        asked: Asked,
-        latents: LatentState | None,
-        strength: float,
-        mask: NDArray[np.uint8] | None,
-    ) -> None:
-        self.facts.check(*asked[2:7])
-        if (maker := embeddings.facts.get("made_by")) != type(self).__name__:
-            raise ShapeRefused("embeddings", maker, f"those of a {type(self).__name__}")
-        if latents is None and strength != 1:
-            raise ShapeRefused("strength", strength, "1 without latents to begin from")
-        if not 0 <= strength <= 1:
-            raise ShapeRefused("strength", strength, "0..1")
-        if mask is not None and not self.takes_pictures:
-            raise ShapeRefused("mask", "a mask", f"none: {self.facts.family} has no inpainting")
-        if mask is not None and latents is None:
-            raise ShapeRefused("mask", "a mask", "none without latents to begin from")
 
     def _begun(
         self,
