@@ -102,7 +102,16 @@ class Desk:
         )
         driver = Driver(w.scheduler, w.clock, w.outlet(publisher), w.planning)
         troubles: Counter[str] = Counter()
-        signal = ScalingSignal(driver, records, w.leases, w.clock, w.scaling, w.wake, w.unix_us)
+        signal = ScalingSignal(
+            driver,
+            records,
+            w.leases,
+            w.clock,
+            w.scaling,
+            w.wake,
+            w.unix_us,
+            settle_us=w.admission.settle_us,
+        )
         view = ClusterView(
             driver,
             records,

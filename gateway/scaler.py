@@ -9,7 +9,8 @@ A trigger's metadata name what its workers serve:
     apiKeyFromEnv, apiKey   where the gateway asks for API keys: KEDA sends no headers
 
 The metric is the number of workers wanted, its target 1. While control cannot be heard the answer
-is UNAVAILABLE, never a number: KEDA then leaves the replicas as they are.
+is UNAVAILABLE, never a number, and so it is while a new leader has not heard all workers yet: KEDA
+then leaves the replicas as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Protocol
 
 from gateway.callers import Callers
 from gateway.error_statuses import Context
-from hocket.errors import InvalidRequest, Violation
+from hocket.errors import ControlUnavailable, InvalidRequest, Violation
 from hocket.keda.externalscaler_pb2 import (
     GetMetricSpecResponse,
     GetMetricsRequest,
@@ -128,7 +129,10 @@ class KedaScaler(ExternalScalerServicer):
         return GetMetricsResponse(metricValues=[value])
 
     def _wanted(self, asker: ScaledObjectRef, context: Context) -> int:
-        return self._selector(asker, context).wanted(self._cluster.fresh.pools)
+        selector, state = self._selector(asker, context), self._cluster.fresh
+        if state.pools_settling:
+            raise ControlUnavailable("the leader has just begun and has not heard all workers yet")
+        return selector.wanted(state.pools)
 
     def _selector(self, asker: ScaledObjectRef, context: Context) -> PoolSelector:
         """Raises NotAuthenticated, InvalidRequest."""

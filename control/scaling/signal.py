@@ -5,8 +5,9 @@
     scheduler ── work ─────┘            │
     leases ── models, kinds of GPU      └──▶ requests that waited too long for a model end
 
-A look asks the scheduler one question, beside plans and never inside one, and rests at least fifty
-times as long as the question took.
+A look asks the scheduler one question, behind all facts that came before it, and rests at least
+fifty times as long as the answer took. A leader that has just begun does not look before its
+workers can have been heard: it would take those that it does not know of for gone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from control.scaling.newcomers import Newcomers
 from control.scaling.pools import Outcomes, PoolReading, Pools
 from control.scaling.seen_models import ModelsSeen
 from control.scaling.settings import ScalingSettings
+from control.scheduler.core import Scheduler
+from control.scheduler.outlook.demand import PoolWork
 from control.scheduler.values import CancelRequested
 from control.workers.leases import Leases
 from hocket.clock import Clock
@@ -55,8 +58,10 @@ class ScalingSignal:
     scaling: ScalingSettings
     wake: WakeSettings
     unix_us: Callable[[], int]  # by the broker's clock
+    settle_us: int = 0  # so long after its start a leader may not know all of its workers
     best_effort_us: int = 120_000_000  # best effort is due so long after its last progress
     readings: tuple[PoolReading, ...] = ()
+    settling: bool = True  # there was no look yet
     catalogue: ModelsSeen = field(init=False)
     newcomers: Newcomers = field(init=False)
     _pools: Pools = field(init=False)
@@ -93,23 +98,30 @@ class ScalingSignal:
 
     async def run(self) -> NoReturn:
         """Looks until cancelled."""
+        await self.clock.sleep_until(self.clock.now_us() + self.settle_us)
         while True:
-            began_us = self.clock.now_us()
-            await self.look()
-            now_us = self.clock.now_us()
-            rest_us = max(LOOK_EVERY_US, _RESTS * (now_us - began_us))
-            await self.clock.sleep_until(now_us + rest_us)
+            took_us = await self.look()
+            rest_us = max(LOOK_EVERY_US, _RESTS * took_us)
+            await self.clock.sleep_until(self.clock.now_us() + rest_us)
 
-    async def look(self) -> None:
-        """Works out every pool's wanted workers as of now."""
+    async def look(self) -> int:
+        """Works out every pool's wanted workers as of now; for how long it held up planning."""
         self.see_models()
         newcomers, late = self.newcomers.take()
         kinds, due_us = self.catalogue.kinds(), self.best_effort_us
         stamped_us = self.driver.stamp()
-        works = await self.driver.ask(lambda s: s.demand(newcomers, kinds, stamped_us, due_us))
+
+        def ask(scheduler: Scheduler) -> tuple[dict[tuple[str, str], PoolWork], int]:
+            began_us = self.clock.now_us()
+            works = scheduler.demand(newcomers, kinds, stamped_us, due_us)
+            return works, self.clock.now_us() - began_us
+
+        works, took_us = await self.driver.ask_behind(ask)
         self.readings = self._pools.step(works, self._outcomes(late), kinds, stamped_us)
+        self.settling = False
         if self.wake.models and any(work.waiting for work in works.values()):
             self._end_waits(stamped_us)
+        return took_us
 
     def _outcomes(self, late: Counter[str]) -> dict[str, Outcomes]:
         """Since the last look, by model."""

@@ -115,6 +115,7 @@ class ClusterView:
             policy=self._policy,
             models=self._signal.listed(),
             pools=self._signal.statuses(),
+            pools_settling=self._signal.settling,
             wake_models=self._signal.wakes,
             replicas=self._replicas(),
             promises=self._records.figures.to_message(),
@@ -160,6 +161,9 @@ class Signal(Protocol):
 
     @property
     def wakes(self) -> bool: ...
+
+    @property
+    def settling(self) -> bool: ...
 
     def see_models(self) -> None: ...
 

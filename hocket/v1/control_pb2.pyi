@@ -688,6 +688,7 @@ class WatchClusterResponse(_message.Message):
     TROUBLES_FIELD_NUMBER: _builtins.int
     POOLS_FIELD_NUMBER: _builtins.int
     WAKE_MODELS_FIELD_NUMBER: _builtins.int
+    POOLS_SETTLING_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The leader's fencing number."""
     requests_open: _builtins.int
@@ -696,6 +697,10 @@ class WatchClusterResponse(_message.Message):
     """Name of the planning policy."""
     wake_models: _builtins.bool
     """A request for a model that no living worker serves is accepted, and waits for one."""
+    pools_settling: _builtins.bool
+    """This leader has just begun, and has not heard all workers yet: `pools` say nothing, neither that nobody is
+    wanted.
+    """
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """Workers with a living lease."""
@@ -733,10 +738,11 @@ class WatchClusterResponse(_message.Message):
         troubles: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         pools: _abc.Iterable[Global___PoolStatus] | None = ...,
         wake_models: _builtins.bool = ...,
+        pools_settling: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["promises", b"promises"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "policy", b"policy", "pools", b"pools", "promises", b"promises", "replicas", b"replicas", "requests_open", b"requests_open", "term", b"term", "troubles", b"troubles", "wake_models", b"wake_models", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "policy", b"policy", "pools", b"pools", "pools_settling", b"pools_settling", "promises", b"promises", "replicas", b"replicas", "requests_open", b"requests_open", "term", b"term", "troubles", b"troubles", "wake_models", b"wake_models", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,6 +24,7 @@ from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
 from tests.control.stage import running, submit_of
 
 SECOND_US = 1_000_000
+DEVICE = mesh_pb2.Device(profile_name="cpu")
 PLAIN = ScalingSettings()
 EMPTYING = ScalingSettings(to_zero=True)
 WORK_US = st.integers(0, 60 * SECOND_US)
@@ -131,6 +132,28 @@ def test_the_last_worker_goes_after_the_idle_time_where_requests_wake_the_model(
 def test_a_new_leader_holds_what_is_there() -> None:
     assert steps([PoolDemand(7)])[-1].workers == 7
     assert steps([PoolDemand(0)], EMPTYING)[-1].workers == 0
+
+
+async def test_a_leader_tells_no_number_before_its_workers_were_heard() -> None:
+    """And the first number is of all that it was told by then, shown to the scheduler or not."""
+    async with running(settle_us=2 * SECOND_US) as stage:
+        signal, driver = stage.desk.signal, stage.desk.driver
+        stage.own(signal.run())
+        await stage.advance(SECOND_US)
+        state = await anext(aiter(stage.desk.view.watch()))
+        assert state.pools_settling and not state.pools and not signal.readings
+        for name in (f"w{n}" for n in range(1, 8)):
+            beat = mesh_pb2.Heartbeat(worker=name, incarnation="a", device=DEVICE)
+            beat.models.add(name="m", degrees=[1])
+            for fact in stage.desk.wiring.leases.heartbeat(beat, driver.stamp()):
+                driver.post(fact)
+        look = asyncio.ensure_future(signal.look())
+        await stage.until(look.done)
+        wanted = {(r.key.model, r.demand.workers, r.wanted.workers) for r in signal.readings}
+        assert wanted == {("", 8, 8), ("m", 8, 8)}
+        await stage.advance(2 * SECOND_US)
+        state = await anext(aiter(stage.desk.view.watch()))
+        assert not state.pools_settling and {pool.wanted for pool in state.pools} == {8}
 
 
 def test_a_kind_of_gpu_is_a_pool_of_all_its_models() -> None:

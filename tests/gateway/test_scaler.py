@@ -19,6 +19,7 @@ from hocket.keda.externalscaler_pb2_grpc import (
     add_ExternalScalerServicer_to_server,
 )
 from hocket.security import api_keys
+from hocket.v1.control_pb2 import WatchClusterResponse
 
 
 async def test_no_number_without_control_and_no_answer_without_a_key(tmp_path: Path) -> None:
@@ -50,3 +51,33 @@ async def test_no_number_without_control_and_no_answer_without_a_key(tmp_path: P
         assert spec.metricSpecs[0].metricName == METRIC
     await server.stop(None)
     await doors.close()
+
+
+class Said:
+    """What control said last."""
+
+    def __init__(self, state: WatchClusterResponse) -> None:
+        self.fresh = state
+
+    async def heard(self) -> None:
+        """Nothing more is said."""
+
+
+async def test_no_number_from_a_leader_that_has_not_heard_its_workers_yet() -> None:
+    """Not even the trigger's own least one: the workers that are there are more."""
+    state = WatchClusterResponse(pools_settling=True)
+    server = grpc.aio.server(interceptors=[ErrorStatuses()])
+    scaler = KedaScaler(Said(state), Access(None, ManualClock()))
+    add_ExternalScalerServicer_to_server(scaler, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        keda = ExternalScalerStub(channel)
+        asker = ScaledObjectRef(scalerMetadata={"model": "m", "minWorkers": "1"})
+        asked = GetMetricsRequest(scaledObjectRef=asker, metricName=METRIC)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await keda.GetMetrics(asked)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        state.pools_settling = False
+        assert (await keda.GetMetrics(asked)).metricValues[0].metricValue == 1
+    await server.stop(None)
