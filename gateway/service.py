@@ -98,7 +98,12 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
         stack.push_async_callback(leader.close)
         line = _line(settings, doors, cluster, leader)
         names = WorkflowNames(cluster.ask, SystemClock())
-        inputs = InputStore(bus, Subjects(settings.cluster), SystemClock())
+        inputs = InputStore(
+            bus,
+            Subjects(settings.cluster),
+            SystemClock(),
+            settings.inputs_tenant_bytes_max,
+        )
         uploads = Uploads(inputs, settings.upload_s)
         stack.callback(uploads.close)
         calls = _calls(settings, telemetry, bus, cluster, line, names, inputs)

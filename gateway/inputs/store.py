@@ -7,17 +7,20 @@ time is over, by new pieces beside the old ones, which somebody may be reading.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
 import secrets
 from collections.abc import Collection
+from contextlib import suppress
 
 import nats.errors
 import nats.js.errors
 from nats.js import api
 from nats.js.api import RawStreamMsg
 
+from gateway.inputs.shares import TenantShares
 from hocket import clock as clocks
 from hocket.clock import Clock
 from hocket.errors import BrokerAway, NotReady, Refused
@@ -34,17 +37,22 @@ _FULL = {10023, 10047, 10077, 10122}  # error codes of nats-server
 _LOOK_EVERY_US = 60_000_000
 _FULL_RETRY_US = 60_000_000
 _NEEDED_US = 600_000_000  # of a request without a deadline
-_ROLLUP = "sub"  # the newest description of an object is the only one
+_ALONE = {api.Header.ROLLUP.value: "sub"}  # this message of its subject is the only one
+_GIVE_BACK_S = 2.0
 
 
 class InputStore:
     """The bucket of inputs. One a gateway."""
 
-    def __init__(self, bus: Bus, subjects: Subjects, clock: Clock) -> None:
+    def __init__(
+        self, bus: Bus, subjects: Subjects, clock: Clock, tenant_bytes_max: int = 0
+    ) -> None:
+        """`tenant_bytes_max`: what one tenant may hold; 0: a quarter of the bucket."""
         self._bus = bus
         self._bucket = subjects.input_bucket
         self._stream = f"OBJ_{self._bucket}"
         self._clock = clock
+        self._shares = TenantShares(bus, self._bucket, clock, tenant_bytes_max)
         self._kept_us = 0
         self._looked_us: int | None = None
 
@@ -61,7 +69,10 @@ class InputStore:
             left_us = 0 if known is None else kept_us - _age_us(known)
             if kept_us and left_us > kept_us // 2:
                 return name, left_us
+            if known is None:
+                await self._shares.check(tenant, len(content))
             await self._write(input_object(tenant, name), content, digest.digest())
+            self._shares.stored(self._subject(input_object(tenant, name)), len(content))
         except nats.js.errors.APIError as error:
             if error.err_code not in _FULL:
                 raise _away(error) from error
@@ -95,9 +106,13 @@ class InputStore:
     async def _write(self, name: str, content: bytes, digest: bytes) -> None:
         jetstream, nuid = self._bus.jetstream, secrets.token_hex(11)
         pieces = range(0, len(content), _PIECE_BYTES)
-        for start in pieces:
-            piece = content[start : start + _PIECE_BYTES]
-            await jetstream.publish(f"$O.{self._bucket}.C.{nuid}", piece)
+        at = f"$O.{self._bucket}.C.{nuid}"
+        try:
+            for start in pieces:
+                await jetstream.publish(at, content[start : start + _PIECE_BYTES])
+        except BaseException:  # it is called off, too: nobody could name what has come so far
+            await self._give_back(at)
+            raise
         described = {
             "name": name,
             "bucket": self._bucket,
@@ -107,10 +122,18 @@ class InputStore:
             "digest": f"SHA-256={base64.urlsafe_b64encode(digest).decode()}",
             "options": {"max_chunk_size": _PIECE_BYTES},
         }
-        headers = {api.Header.ROLLUP.value: _ROLLUP}
-        await jetstream.publish(
-            self._subject(name), json.dumps(described).encode(), headers=headers
-        )
+        try:
+            text = json.dumps(described).encode()
+            await jetstream.publish(self._subject(name), text, headers=_ALONE)
+        except nats.js.errors.APIError:  # not where no answer came: it may be stored
+            await self._give_back(at)
+            raise
+
+    async def _give_back(self, pieces: str) -> None:
+        """Puts nothing in the place of the pieces of a file that is not stored."""
+        with suppress(nats.errors.Error, OSError, TimeoutError):
+            publishing = self._bus.jetstream.publish(pieces, b"", headers=_ALONE)
+            await asyncio.wait_for(publishing, _GIVE_BACK_S)
 
     async def _description(self, name: str) -> RawStreamMsg | None:
         """A copy of the stream that lacks it may be behind: the one that leads is asked then."""

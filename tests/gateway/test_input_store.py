@@ -33,8 +33,10 @@ async def test_a_full_store_refuses_and_one_that_is_not_there_says_so(
     await bus.jetstream.create_object_store(subjects.input_bucket, config)
     name, _ = await store.put("acme", b"x" * 200_000)
     with pytest.raises(Refused) as full:
-        await store.put("acme", b"y" * 300_000)
+        await store.put("other", b"y" * 300_000)
     assert full.value.reason == "INPUTS_FULL" and full.value.retry_after_us
+    info = await bus.jetstream.stream_info(f"OBJ_{subjects.input_bucket}")
+    assert info.state.bytes < 220_000, "pieces of what did not fit are given back"
     assert await store.absent("acme", [name]) == frozenset()
 
 
@@ -85,6 +87,21 @@ async def test_what_is_over_before_the_request_is_counts_as_absent(
     await store.put("acme", b"x")
     monkeypatch.setattr(clocks, "unix_ns", now_ns)
     assert await store.absent("acme", [name], day_us) == frozenset()
+
+
+async def test_a_tenant_holds_no_more_than_its_share(bus: Bus, subjects: Subjects) -> None:
+    config = ObjectStoreConfig(bucket=subjects.input_bucket, max_bytes=4_000_000)
+    await bus.jetstream.create_object_store(subjects.input_bucket, config)
+    store = InputStore(bus, subjects, SystemClock())
+    await store.put("acme", b"x" * 600_000)
+    for gateway in (store, InputStore(bus, subjects, SystemClock())):
+        with pytest.raises(Refused, match=r"holds 600000 bytes .* allowed: 1000000") as full:
+            await gateway.put("acme", b"y" * 500_000)
+        assert full.value.reason == "INPUTS_FULL"
+        await gateway.put("acme", b"x" * 600_000)  # the same again is no more
+    await store.put("other", b"y" * 500_000)
+    more = InputStore(bus, subjects, SystemClock(), tenant_bytes_max=1_200_000)
+    await more.put("acme", b"y" * 500_000)
 
 
 async def test_a_tenant_that_stalls_keeps_no_other_out(

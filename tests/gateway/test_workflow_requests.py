@@ -241,10 +241,7 @@ def test_what_a_request_says_is_checked_against_every_nodes_model(
 
 
 def test_a_workflow_may_say_which_model_a_request_means() -> None:
-    wanted = of(
-        "two-pass",
-        lambda spec: [setattr(n, "model", "other") for n in spec.nodes[1:6] if n.op != "resize"],
-    )
+    wanted = of("two-pass", _second_by("other"))
     other = ModelInfo()
     other.CopyFrom(EMOJI)
     other.name, other.steps_default = "other", 7
