@@ -102,15 +102,9 @@ class Desk:
         )
         driver = Driver(w.scheduler, w.clock, w.outlet(publisher), w.planning)
         troubles: Counter[str] = Counter()
+        settle_us = w.admission.settle_us
         signal = ScalingSignal(
-            driver,
-            records,
-            w.leases,
-            w.clock,
-            w.scaling,
-            w.wake,
-            w.unix_us,
-            settle_us=w.admission.settle_us,
+            driver, records, w.leases, w.clock, w.scaling, w.wake, w.unix_us, settle_us=settle_us
         )
         view = ClusterView(
             driver,

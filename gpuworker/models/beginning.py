@@ -20,13 +20,12 @@ def check_texts(facts: CardFacts, asked: Asked) -> None:
 def check_begin(
     facts: CardFacts,
     maker: str,
+    inpaints: bool,
     embeddings: LatentState,
     asked: Asked,
     latents: LatentState | None,
     strength: float,
     mask: NDArray[np.uint8] | None,
-    *,
-    inpaints: bool,
 ) -> None:
     """Raises `ShapeRefused` for what a job cannot begin with; `maker`: the kind of card whose
     embeddings it takes.

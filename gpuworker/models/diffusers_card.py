@@ -122,16 +122,8 @@ class DiffusersCard(ModelCard):
         control: LatentState | None = None,
         control_scale: float = 1.0,
     ) -> LatentState:
-        check_begin(
-            self.facts,
-            type(self).__name__,
-            embeddings,
-            asked,
-            latents,
-            strength,
-            mask,
-            inpaints=self.takes_pictures,
-        )
+        maker, inpaints = type(self).__name__, self.takes_pictures
+        check_begin(self.facts, maker, inpaints, embeddings, asked, latents, strength, mask)
         given = self._texts_chosen(embeddings.tensors, asked)
         if reference is not None:
             given |= self._referred(reference)
