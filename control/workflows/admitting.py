@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from control import translate
 from control.requests import refusals
 from control.scheduler.core import Scheduler
-from control.workflows.compiled import workflow_of
+from control.workflows.compiled import models_of, workflow_of
 from hocket.v1 import control_pb2, generation_pb2, types_pb2
 from hocket.workflows import sizes
 from hocket.workflows.catalogue import OPERATIONS
@@ -18,7 +18,7 @@ Served = Mapping[str, generation_pb2.ModelInfo]
 def unserved(submit: control_pb2.SubmitRequest, served: Served) -> types_pb2.Failure | None:
     """Why no living worker can run a request; None where they can."""
     spec = submit.request.spec
-    for name in _models(submit):
+    for name in models_of(submit):
         if name not in served:
             return refusals.not_served(name, served)
     for node in submit.workflow.nodes:
@@ -37,7 +37,7 @@ def complete(submit: control_pb2.SubmitRequest, served: Served) -> None:
     spec.guidance_branches = translate.branches_of(spec, (served[spec.model],))
     submit.ClearField("shapes")
     if submit.HasField("workflow"):
-        models = [served[name] for name in _models(submit)]
+        models = [served[name] for name in models_of(submit)]
         for node, shape in sizes.shapes_of(submit.workflow, spec.shape, models).items():
             submit.shapes[node].CopyFrom(shape)
 
@@ -48,9 +48,3 @@ def taught(scheduler: Scheduler, submits: Iterable[control_pb2.SubmitRequest]) -
         if submit.HasField("workflow"):
             scheduler.learn(workflow_of(submit))
     return scheduler
-
-
-def _models(submit: control_pb2.SubmitRequest) -> list[str]:
-    """Models whose weights a request needs, its own first."""
-    named = [node.model for node in submit.workflow.nodes if OPERATIONS[node.op].part]
-    return list(dict.fromkeys(name or submit.request.spec.model for name in ("", *named)))
