@@ -31,7 +31,7 @@ from control.requests.verdicts import AdmissionCandidate, Verdict, judge, told_u
 from control.scaling.newcomers import Newcomers
 from control.scheduler.values import Arrived, CancelRequested, Request
 from control.workflows.admitting import prepared, taught
-from control.workflows.compiled import workflow_of
+from control.workflows.compiled import models_of, workflow_of
 from hocket.clock import Clock, unix_ns
 from hocket.errors import Refused
 from hocket.messaging.stores import EntryTooLarge
@@ -250,8 +250,11 @@ class AdmissionControl:
         promised = [self._records.get(request.id) for request in ahead]
         records = [*(r for r in promised if r is not None), *(offer.record for offer in offers)]
         submits = [record.submit for record in records]
+        models = {submit.request_id: models_of(submit) for submit in submits}
         verdicts = await self._driver.ask(
-            lambda s: judge(self._seen.forecasts(taught(s, submits)), ahead, newcomers, now_us),
+            lambda s: judge(
+                self._seen.forecasts(taught(s, submits), models), ahead, newcomers, now_us
+            ),
             newcomers=len(newcomers),
         )
         self._seen.judged(verdicts.of)

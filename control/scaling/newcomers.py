@@ -7,7 +7,7 @@ model no living worker serves finishes later by the time that a worker takes to 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
 
@@ -29,10 +29,16 @@ class Newcomers:
         self._counts: Counter[Request] = Counter()  # of those that ask for the same
         self._late: Counter[str] = Counter()
 
-    def forecasts(self, source: ForecastSource) -> ForecastSource:
-        """What admission asks instead of the scheduler."""
+    def forecasts(
+        self, source: ForecastSource, models: Mapping[str, Collection[str]] | None = None
+    ) -> ForecastSource:
+        """What admission asks instead of the scheduler. `models`: those that requests need, by id,
+        where they are more than those of their steps.
+        """
         asleep = self._asleep()
-        return WakingForecasts(source, asleep, self._start_us) if asleep else source
+        if not asleep:
+            return source
+        return WakingForecasts(source, asleep, self._start_us, models or {})
 
     def judged(self, verdicts: Sequence[Verdict]) -> None:
         """What admission made of newcomers. Who is refused as late asked for work, too, unless it
@@ -58,12 +64,21 @@ class Newcomers:
 
 
 class WakingForecasts:
-    """The scheduler's forecasts, later by `start_us` for models that no living worker serves."""
+    """The scheduler's forecasts, later by `start_us` where a request needs a model that no living
+    worker serves: workers of several models start beside each other.
+    """
 
-    def __init__(self, source: ForecastSource, asleep: Collection[str], start_us: int) -> None:
+    def __init__(
+        self,
+        source: ForecastSource,
+        asleep: Collection[str],
+        start_us: int,
+        models: Mapping[str, Collection[str]],
+    ) -> None:
         self._source = source
         self._asleep = asleep
         self._start_us = start_us
+        self._models = models
 
     def forecast(self, requests: Sequence[Request], now_us: int) -> Sequence[Forecast]:
         """When newcomers of one instant would finish, each behind those before it."""
@@ -79,7 +94,9 @@ class WakingForecasts:
         return self._source.job(request_id)
 
     def _later(self, request: Request, told: Forecast) -> Forecast:
-        if request.model not in self._asleep:
+        stepped = [each.model for each in request.passes]
+        needed = (request.model, *stepped, *self._models.get(request.id, ()))
+        if not any(model in self._asleep for model in needed):
             return told
         return msgspec.structs.replace(
             told,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -25,12 +25,16 @@ from control.scaling.newcomers import Newcomers
 from control.scaling.pools import Outcomes, PoolReading, Pools
 from control.scaling.seen_models import ModelsSeen
 from control.scaling.settings import ScalingSettings
+from control.scheduler.books.lifecycle import JobState
 from control.scheduler.core import Scheduler
 from control.scheduler.outlook.demand import PoolWork
 from control.scheduler.values import CancelRequested
+from control.scheduler.views import JobView
 from control.workers.leases import Leases
+from control.workflows.compiled import models_of
 from hocket.clock import Clock
 from hocket.v1 import control_pb2, generation_pb2, types_pb2
+from hocket.workflows.catalogue import OPERATIONS
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,8 @@ class ScalingSignal:
     catalogue: ModelsSeen = field(init=False)
     newcomers: Newcomers = field(init=False)
     _pools: Pools = field(init=False)
+    # Requests that wait for a model without a worker: which, and since when.
+    _waits_us: dict[str, tuple[str, int]] = field(default_factory=dict)
     _decided: Counter[str] = field(default_factory=Counter)  # as of the last look
     _missed: Counter[str] = field(default_factory=Counter)
 
@@ -119,8 +125,8 @@ class ScalingSignal:
         works, took_us = await self.driver.ask_behind(ask)
         self.readings = self._pools.step(works, self._outcomes(late), kinds, stamped_us)
         self.settling = False
-        if self.wake.models and any(work.waiting for work in works.values()):
-            self._end_waits(stamped_us)
+        if self.wake.models:
+            await self._end_waits(stamped_us)
         return took_us
 
     def _outcomes(self, late: Counter[str]) -> dict[str, Outcomes]:
@@ -131,24 +137,69 @@ class ScalingSignal:
         self._decided, self._missed = figures.decided.copy(), figures.missed.copy()
         return {model: Outcomes(decided[model], missed[model]) for model in decided}
 
-    def _end_waits(self, now_us: int) -> None:
-        """No worker came for them in time."""
+    async def _end_waits(self, now_us: int) -> None:
+        """No worker came for them in time: for what they begin with, or for a later call."""
         asleep = self.catalogue.asleep()
-        for request in self.records.open_ids():
+        open_ones = [self.records.get(request) for request in self.records.open_ids() if asleep]
+        may_wait = [
+            record
+            for record in open_ones
+            if record is not None and not asleep.keys().isdisjoint(models_of(record.submit))
+        ]
+
+        def ask(scheduler: Scheduler) -> dict[str, str]:
+            views = ((record, scheduler.job(record.id)) for record in may_wait)
+            models = ((r.id, _awaited(r, view, asleep)) for r, view in views if view is not None)
+            return {request: model for request, model in models if model}
+
+        waits = await self.driver.ask_behind(ask) if may_wait else {}
+        self._waits_us = {
+            request: (model, self._since_us(request, model, now_us))
+            for request, model in waits.items()
+        }
+        for request, (model, since_us) in self._waits_us.items():
             record = self.records.get(request)
-            if record is None or record.state is not LifecycleState.PROMISED:
+            if record is None or not record.is_open:
                 continue
-            wait_us = record.submit.request.slo.deadline_us or self.wake.wait_us
-            if record.spec.model in asleep and now_us - record.accepted_us >= wait_us:
-                log.warning("no worker of %s came for request %s", record.spec.model, record.id)
-                cancel = CancelRequested(at_us=self.driver.stamp(), request=record.id)
-                self.driver.post(cancel, _never_came(record, wait_us))
+            deadline_us = record.submit.request.slo.deadline_us
+            wait_us = deadline_us or self.wake.wait_us
+            if now_us - (record.accepted_us if deadline_us else since_us) >= wait_us:
+                log.warning("no worker of %s came for request %s", model, request)
+                cancel = CancelRequested(at_us=self.driver.stamp(), request=request)
+                self.driver.post(cancel, _never_came(model, wait_us))
+
+    def _since_us(self, request: str, model: str, now_us: int) -> int:
+        """When its wait for that model began, as far as looks told."""
+        before = self._waits_us.get(request)
+        if before is not None and before[0] == model:
+            return before[1]
+        record = self.records.get(request)
+        begun = record is None or record.state is not LifecycleState.PROMISED
+        return now_us if begun or record is None else record.accepted_us
 
 
-def _never_came(record: Record, wait_us: int) -> types_pb2.Failure:
+def _awaited(record: Record, view: JobView, asleep: Container[str]) -> str:
+    """The model without a worker that a call which is due needs, or the pass that it is in; empty:
+    there is none.
+    """
+    if view.outstanding:
+        return ""
+    models = {
+        node.id: node.model or record.spec.model if OPERATIONS[node.op].part else ""
+        for node in record.submit.workflow.nodes
+    }
+    due = [node for node, state in view.nodes.items() if state == JobState.READY.value]
+    stepped = {node.id for node in record.submit.workflow.nodes if OPERATIONS[node.op].stepped}
+    left = [node for node, state in view.nodes.items() if state != JobState.DONE.value]
+    due += [node for node in left if node in stepped][:1]
+    needed = [models.get(node, record.spec.model) for node in due]
+    return next((model for model in needed if model in asleep), "")
+
+
+def _never_came(model: str, wait_us: int) -> types_pb2.Failure:
     return types_pb2.Failure(
         reason="NO_WORKERS",
-        message=f"no worker that serves {record.spec.model!r} came within {wait_us / 1e6:g} s",
+        message=f"no worker that serves {model!r} came within {wait_us / 1e6:g} s",
     )
 
 

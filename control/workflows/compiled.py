@@ -115,6 +115,12 @@ def workflow_of(submit: control_pb2.SubmitRequest) -> Workflow:
     return compiled(submit.workflow).workflow if submit.HasField("workflow") else CHAIN
 
 
+def models_of(submit: control_pb2.SubmitRequest) -> list[str]:
+    """Models whose weights a request needs, its own first."""
+    named = [node.model for node in submit.workflow.nodes if OPERATIONS[node.op].part]
+    return list(dict.fromkeys(name or submit.request.spec.model for name in ("", *named)))
+
+
 def steps_at(submit: control_pb2.SubmitRequest, node: str) -> int:
     """Steps that a node runs for a request; 0 where it is no stepped one."""
     if not submit.HasField("workflow"):

@@ -233,7 +233,7 @@ class Stage:
         """The end of an assignment, as its worker tells it."""
         results = []
         for member in assignment.batch:
-            done = member.first_step + (assignment.steps if assignment.node == "dit" else 0)
+            done = member.first_step + (assignment.steps if _steps(assignment) else 0)
             result = mesh_pb2.StepResult(
                 request_id=member.request_id, attempt=member.attempt, steps_done=done
             )
@@ -286,6 +286,10 @@ class Stage:
                 )
             ]
         )
+
+
+def _steps(assignment: mesh_pb2.Assignment) -> bool:
+    return assignment.node == "dit" or assignment.batch[0].call.op == "denoise"
 
 
 SHAPES = [

@@ -21,6 +21,8 @@ from control.scheduler.settings import Settings
 from control.scheduler.times.profile import Profile
 from control.scheduler.values import Arrived, ModelFacts, Request, Shape, WorkerUp
 from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
+from hocket.workflows.catalogue import OPERATIONS
+from hocket.workflows.shipped import shipped
 from tests.control.stage import running, submit_of
 
 SECOND_US = 1_000_000
@@ -247,6 +249,39 @@ async def test_a_request_wakes_a_model_and_waits_for_so_long() -> None:
         assert not gateway.events("waits")
         await stage.advance(3 * SECOND_US)
         assert gateway.events("waits")[-1].failed.reason == "NO_WORKERS"
+
+
+async def test_a_second_model_of_a_workflow_is_waited_for_as_the_first() -> None:
+    """Its start is in what the request is told; a request ends that waits for it, though it ran."""
+    wake = WakeSettings(models=True, wait_us=40 * SECOND_US)
+    operations = list(OPERATIONS)
+    async with running(wake=wake, scaling=EMPTYING) as stage:
+        infos = {
+            name: generation_pb2.ModelInfo(
+                name=name, degrees=[1], steps_max=100, operations=operations
+            )
+            for name in ("m", "n")
+        }
+        await stage.beat("w1", models=[infos["n"]])
+        await stage.beat("w1", models=[infos["n"]], leaving=True)
+        await stage.beat(models=[infos["m"]])
+        stage.own(stage.desk.signal.run())
+        submit = submit_of("r", detached=True)
+        submit.workflow.CopyFrom(shipped()["two-pass"])
+        [_, refine] = [node for node in submit.workflow.nodes if node.op == "denoise"]
+        refine.model = "n"
+        answer = asyncio.ensure_future(stage.desk.admission.submit(submit))
+        await stage.until(answer.done)
+        assert answer.result().accepted.predicted_latency_us > PLAIN.start_us
+        await stage.work()
+        ran = {assignment.node for assignment in stage.assigned()}
+        record = stage.desk.records.get("r")
+        assert refine.id not in ran and len(ran) >= 2 and record is not None
+        await stage.advance(39 * SECOND_US)
+        assert record.ended is None
+        await stage.advance(4 * SECOND_US)
+        assert record.ended is not None and record.ended.failed.reason == "NO_WORKERS"
+        assert "'n' came within 40 s" in record.ended.failed.message
 
 
 def beat(worker: str, *models: str, gpu: str = "g") -> mesh_pb2.Heartbeat:
