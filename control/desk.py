@@ -102,10 +102,8 @@ class Desk:
         )
         driver = Driver(w.scheduler, w.clock, w.outlet(publisher), w.planning)
         troubles: Counter[str] = Counter()
-        settle_us = w.admission.settle_us
-        signal = ScalingSignal(
-            driver, records, w.leases, w.clock, w.scaling, w.wake, w.unix_us, settle_us=settle_us
-        )
+        settle_us, times = w.admission.settle_us, (w.scaling, w.wake, w.unix_us)
+        signal = ScalingSignal(driver, records, w.leases, w.clock, *times, settle_us)
         view = ClusterView(
             driver,
             records,

@@ -315,3 +315,19 @@ def test_a_node_costs_control_one_assignment_and_a_step_no_more_than_in_a_plain_
     steps = [sum(a.node in f.stepped for a in f.log) for f in (two, plain)]
     assert steps[0] <= steps[1] + 1, steps  # a pass may end in a shorter assignment
     assert len(two.log) - steps[0] == 6 and len(plain.log) - steps[1] == 2
+
+
+def test_what_a_stopping_encoder_holds_is_fetched_while_it_is_needed_and_no_longer() -> None:
+    fleet = Fleet("edf", workers=4, offers=MIXED)
+    for number in range(4):  # more than steps at once: some wait with their embeddings
+        fleet.known[f"r{number}"] = TWO_PASS
+        fleet.enter(asked(f"r{number}", TWO_PASS, None))
+    while any(fleet.scheduler.job(r).nodes["text"] != "done" for r in fleet.known):
+        fleet.next()
+    fleet.observe(DrainRequested(at_us=fleet.now_us, worker="w0"))
+    parked = {v.request for v in fleet.scheduler.jobs() if not v.outstanding}
+    fetches = {f.request: f for f in fleet.scheduler.plan(fleet.now_us).fetches}
+    assert parked and set(fetches) <= parked and fetches
+    told = {(f.artifact, f.steps_done, f.holder) for f in fetches.values()}
+    assert told == {("text.out", 0, "w0")}
+    assert not set(fleet.scheduler.safe_to_release("w0")) & set(fetches)
