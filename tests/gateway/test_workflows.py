@@ -59,7 +59,8 @@ async def mesh(
     bus: Bus, subjects: Subjects, url: str, at: Path, **settings: object
 ) -> AsyncIterator[Mesh]:
     told = telemetry.setup("gateway", "t", at, "warning")
-    model = ModelInfo(operations=[name for name, rule in OPERATIONS.items() if rule.part])
+    weighty = [name for name, rule in OPERATIONS.items() if rule.part]
+    model = ModelInfo(operations=[*weighty, "denoise.mask"])
     model.MergeFrom(EMOJI)
     beats = asyncio.ensure_future(beat_for_ever(bus, subjects, model=model))
     try:
