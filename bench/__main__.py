@@ -15,12 +15,14 @@ from rich.table import Column, Table
 from bench.admission.command import admission_command
 from bench.bound import bound_command
 from bench.chaos.command import chaos_command
+from bench.chaos.losses import losses_command
 from bench.chaos.three_hosts import hosts_command
 from bench.digests import digests_command
 from bench.gpu.command import gpu_command
 from bench.latency.command import latency_command
 from bench.live.command import live_command
 from bench.mesh import change_cost, parking_cost, request_cost
+from bench.pools.command import pools_command
 from bench.replay import JournalIncomplete, entries_from_broker, load, replay, save
 from bench.report import report_command, timeline_command
 from bench.shell.command import shell_command
@@ -152,6 +154,7 @@ app.command("solver")(solver_command)
 app.command("trace")(trace_command)
 app.command("digests")(digests_command)
 app.command("soak")(soak_command)
+app.command("pools")(pools_command)
 app.command("shell")(shell_command)
 app.command("latency")(latency_command)
 app.command("report")(report_command)
@@ -161,6 +164,7 @@ app.command("gpu")(gpu_command)
 app.command("admission")(admission_command)
 app.command("chaos")(chaos_command)
 app.command("hosts")(hosts_command)
+app.command("losses")(losses_command)
 
 
 if __name__ == "__main__":

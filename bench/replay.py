@@ -25,6 +25,8 @@ from control.scheduler.settings import Settings
 from control.scheduler.times.cells import LatencySnapshot
 from control.scheduler.times.profile import Profile
 from control.scheduler.values import Arrived, Event
+from control.scheduler.workflow import Workflow
+from control.workflows.compiled import compiled
 from hocket.messaging.bus import Bus, Subjects
 from hocket.security.identity import Identity, broker_access
 from hocket.v1.journal_pb2 import JournalEntry
@@ -76,9 +78,16 @@ def replay(entries: Iterable[JournalEntry], term: int | None = None) -> Replay:
         learned = msgspec.json.decode(started.latencies_json, type=LatencySnapshot)
         scheduler.restore_latencies(learned)
     decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
+    workflows: dict[str, Workflow] = {}
     for entry in mine:
         if entry.HasField("observed_json"):
-            _observe(found, scheduler, decoder.decode(entry.observed_json))
+            fact = decoder.decode(entry.observed_json)
+            if entry.HasField("workflow"):
+                known = compiled(entry.workflow).workflow
+                workflows[known.name] = known
+            if isinstance(fact, Arrived) and fact.request.workflow in workflows:
+                scheduler.learn(workflows[fact.request.workflow])
+            _observe(found, scheduler, fact)
         elif entry.HasField("plan"):
             plan = scheduler.plan(entry.plan.now_us)
             if plan.digest != entry.plan.digest:

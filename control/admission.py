@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from opentelemetry.trace import Tracer
 
@@ -26,10 +25,13 @@ from control.requests.degrade import ladders
 from control.requests.detaching import Detaching
 from control.requests.endings import PromiseLog
 from control.requests.lifecycle import LifecycleState
-from control.requests.offers import Answered, Decided, Offer
+from control.requests.offers import AdmissionSettings, Answered, Decided, Offer
 from control.requests.records import Record, Records
 from control.requests.verdicts import AdmissionCandidate, Verdict, judge, told_us
+from control.scaling.newcomers import Newcomers
 from control.scheduler.values import Arrived, CancelRequested, Request
+from control.workflows.admitting import prepared, taught
+from control.workflows.compiled import models_of, workflow_of
 from hocket.clock import Clock, unix_ns
 from hocket.errors import Refused
 from hocket.messaging.stores import EntryTooLarge
@@ -37,20 +39,10 @@ from hocket.tracing import spans, telemetry
 from hocket.v1 import control_pb2, generation_pb2, journal_pb2, types_pb2
 
 _BATCH_MAX = 512  # forecast together: most of it is for the queue before them
-_RESTS = 2  # a forecast costs as much for few as for many: so many times its own time between two
-_REST_US_MAX = 25_000
+_RESTS = 3  # a forecast costs as much for few as for many: so many times its own time between two
+_REST_US_MAX = 40_000
 _AT_ONCE = 32  # answers before others on the event loop have a turn
 _APPENDS_MAX = 1024  # under way; a broker that stands still holds up no more
-
-
-@dataclass(frozen=True)
-class AdmissionSettings:
-    """What bounds admission."""
-
-    open_max: int = 10_000  # requests promised and not ended
-    waiting_max: int = 4_096  # of them, those that wait for their forecast
-    settle_us: int = 0  # so long after its start control waits for its first worker
-    best_effort_wait_us_max: int = 0  # as the policy bounds it; 0: it does not
 
 
 class AdmissionControl:
@@ -66,8 +58,9 @@ class AdmissionControl:
         clock: Clock,
         tracer: Tracer,
         settings: AdmissionSettings | None = None,
+        newcomers: Newcomers | None = None,
     ) -> None:
-        """`served`: what living workers serve, by name."""
+        """`served`: models that requests may name, by name."""
         self._driver = driver
         self._promises = promises
         self._records = records
@@ -76,6 +69,7 @@ class AdmissionControl:
         self._clock = clock
         self._tracer = tracer
         self._settings = settings or AdmissionSettings()
+        self._seen = newcomers or Newcomers()
         self._settled_us = clock.now_us() + self._settings.settle_us
         self._offers: dict[str, Offer] = {}  # by id, until answered
         self._waiting: deque[Offer] = deque()
@@ -231,10 +225,8 @@ class AdmissionControl:
         return not self._has_workers() and self._clock.now_us() < self._settled_us
 
     async def _wait_until(self, at_us: int) -> None:
-        waits = [
-            asyncio.ensure_future(self._wake.wait()),
-            asyncio.ensure_future(self._clock.sleep_until(at_us)),
-        ]
+        for_what = (self._wake.wait(), self._clock.sleep_until(at_us))
+        waits = [asyncio.ensure_future(each) for each in for_what]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -247,8 +239,7 @@ class AdmissionControl:
         now_us = self._driver.stamp()
         offers: list[Offer] = []
         for offer in batch:
-            failure = self._refusal(offer, served, now_us)
-            if failure is not None:
+            if (failure := self._refusal(offer, served, now_us)) is not None:
                 self._refuse(offer, failure)
             else:
                 offers.append(offer)
@@ -256,12 +247,19 @@ class AdmissionControl:
         if not offers:
             return []
         ahead = tuple(self._under_way.values())
+        promised = [self._records.get(request.id) for request in ahead]
+        records = [*(r for r in promised if r is not None), *(offer.record for offer in offers)]
+        submits = [record.submit for record in records]
+        models = {submit.request_id: models_of(submit) for submit in submits}
         verdicts = await self._driver.ask(
-            lambda s: judge(s, ahead, newcomers, now_us), newcomers=len(newcomers)
+            lambda s: judge(
+                self._seen.forecasts(taught(s, submits), models), ahead, newcomers, now_us
+            ),
+            newcomers=len(newcomers),
         )
+        self._seen.judged(verdicts.of)
         judged_us = self._clock.now_us()
-        rest_us = min(_RESTS * (judged_us - now_us), _REST_US_MAX)
-        self._rest_until_us = judged_us + rest_us
+        self._rest_until_us = judged_us + min(_RESTS * (judged_us - now_us), _REST_US_MAX)
         for request in ahead:
             if request.id in verdicts.arrived or not self._is_unknown_yet(request.id):
                 self._under_way.pop(request.id, None)
@@ -296,21 +294,18 @@ class AdmissionControl:
     ) -> types_pb2.Failure | None:
         if not offer.is_wanted(now_us):
             return refusals.expired()
-        if not self._has_workers():
-            return refusals.no_workers()
-        model = offer.record.spec.model
-        return None if model in served else refusals.not_served(model, served)
+        failure = prepared(offer.record.submit, served)
+        return failure if failure is None or self._has_workers() else refusals.no_workers()
 
     def _newcomer(
         self, offer: Offer, served: Mapping[str, generation_pb2.ModelInfo], now_us: int
     ) -> AdmissionCandidate:
         submit = offer.record.submit
         spec, slo = submit.request.spec, submit.request.slo
-        model = served[spec.model]
-        spec.guidance_branches = translate.branches_of(spec, (model,))
-        request = translate.to_request(submit.request_id, submit.request, now_us)
-        degrades = slo.on_miss == types_pb2.ON_MISS_DEGRADE
-        return AdmissionCandidate(request, ladders(spec, slo.degrade, model) if degrades else ())
+        request = translate.to_request(submit, now_us)
+        if slo.on_miss != types_pb2.ON_MISS_DEGRADE or submit.HasField("workflow"):
+            return AdmissionCandidate(request)
+        return AdmissionCandidate(request, ladders(spec, slo.degrade, served[spec.model]))
 
     # ---------------------------------------------------------------------------- answers
 
@@ -365,7 +360,9 @@ class AdmissionControl:
                 request=request,
                 promised_us=decided.finish_us,
                 on_time=decided.on_time,
-            )
+            ),
+            offer.record.submit,
+            workflow=workflow_of(offer.record.submit),
         )
         response = control_pb2.SubmitResponse(request_id=request.id, accepted=accepted)
         self._answer(offer, response, detaches=offer.record.detached and not stored.detached)

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
+from control.scaling.settings import ScalingSettings
 from control.scheduler.policies.registry import find
 from control.scheduler.settings import SettingError, Settings, read_policy_settings
 from control.scheduler.times.profile import OPTIONAL, REQUIRED
@@ -19,6 +20,7 @@ from hocket.messaging.media_bucket import KEPT_S
 _ASSETS = Path(__file__).parent / "assets" / "profiles"
 
 Micros = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -47,7 +49,37 @@ class ControlSettings(Common, frozen=True, kw_only=True):
     diary_bytes_max: Bytes = 0  # likewise
     media_bytes_max: Bytes = 0  # of all finished media; 0: 4 GiB, or what the broker has room for
     media_kept_s: Annotated[float, msgspec.Meta(gt=0)] = KEPT_S
+    inputs_bytes_max: Bytes = 0  # of all uploads; 0: 1 GiB, or what the broker has room for
+    inputs_kept_s: Annotated[float, msgspec.Meta(ge=60)] = KEPT_S  # uploads can be named so long
     stream_replicas: Literal[1, 3, 5] = 1  # copies of all that, in a cluster of brokers
+    # The scaling signal: see docs/operate/scaling.md.
+    pool_min: Count = 0  # workers wanted of a pool at least …
+    pool_max: Count = 1_000  # … and at most
+    pool_utilisation: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.8
+    pool_start_s: Annotated[float, msgspec.Meta(ge=0)] = 60.0  # until a new worker's first step
+    pool_drain_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0  # then a queue is gone so soon
+    pool_quiet_s: Annotated[float, msgspec.Meta(ge=0)] = 180.0  # before workers go
+    pool_idle_s: Annotated[float, msgspec.Meta(ge=0)] = 900.0  # before the last one goes
+    wake_models: bool = False  # requests for a model without a worker are accepted, and wait …
+    wake_wait_s: Annotated[float, msgspec.Meta(gt=0)] = 600.0  # … so long, without a deadline
+    models_kept_s: Annotated[float, msgspec.Meta(ge=0)] = 604_800.0  # listed without a worker
+
+
+def scaling_settings(settings: ControlSettings) -> ScalingSettings:
+    """Bounds and times of the scaling signal. Raises WrongConfig."""
+    if settings.pool_min > settings.pool_max:
+        allowed = f"at most pool_max, {settings.pool_max}"
+        raise WrongConfig(key="pool_min", value=str(settings.pool_min), allowed=allowed)
+    return ScalingSettings(
+        workers_min=settings.pool_min,
+        workers_max=settings.pool_max,
+        utilisation=settings.pool_utilisation,
+        start_us=round(settings.pool_start_s * 1e6),
+        drain_us=round(settings.pool_drain_s * 1e6),
+        quiet_us=round(settings.pool_quiet_s * 1e6),
+        idle_us=round(settings.pool_idle_s * 1e6),
+        to_zero=settings.wake_models,
+    )
 
 
 def scheduler_settings(settings: ControlSettings, term: int) -> Settings:

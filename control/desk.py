@@ -17,7 +17,7 @@ from typing import Any
 from grpc_health.v1 import health
 from opentelemetry.trace import Tracer
 
-from control.admission import AdmissionControl, AdmissionSettings
+from control.admission import AdmissionControl
 from control.driver import Driver, Outlet
 from control.entrance.servicer import ControlServicer
 from control.planning import Inline, Planning
@@ -25,13 +25,17 @@ from control.publisher import Diary, Publisher
 from control.requests.attach import Attachments
 from control.requests.endings import Endings, PromiseLog
 from control.requests.followers import Followers
+from control.requests.offers import AdmissionSettings
 from control.requests.records import Records
+from control.scaling.settings import ScalingSettings
+from control.scaling.signal import ScalingSignal, WakeSettings
 from control.scheduler.core import Scheduler
 from control.scheduler.values import CancelRequested
 from control.workers.cluster_view import ClusterView
 from control.workers.intake import Intake
 from control.workers.leases import Leases
-from hocket.clock import Clock
+from control.workflow_registry import WorkflowRegistry
+from hocket.clock import Clock, unix_ns
 from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import control_pb2, mesh_pb2
 
@@ -54,7 +58,11 @@ class Wiring:
     ended_max: int = 10_000
     retention_us: int = 86_400_000_000  # ended requests are known so long
     admission: AdmissionSettings = field(default_factory=AdmissionSettings)
+    scaling: ScalingSettings = field(default_factory=ScalingSettings)
+    wake: WakeSettings = field(default_factory=WakeSettings)
+    unix_us: Callable[[], int] = lambda: unix_ns() // 1_000
     replicas: Callable[[], Sequence[control_pb2.ReplicaStatus]] = tuple
+    stream_replicas: int = 1  # copies of what is stored, in a cluster of brokers
     outlet: Callable[[Publisher], Outlet] = lambda publisher: publisher  # what watches the driver
 
 
@@ -81,6 +89,7 @@ class Desk:
     admission: AdmissionControl
     attachments: Attachments
     view: ClusterView
+    signal: ScalingSignal
     servicer: ControlServicer
     troubles: Counter[str]
 
@@ -93,11 +102,14 @@ class Desk:
         )
         driver = Driver(w.scheduler, w.clock, w.outlet(publisher), w.planning)
         troubles: Counter[str] = Counter()
+        settle_us, times = w.admission.settle_us, (w.scaling, w.wake, w.unix_us)
+        signal = ScalingSignal(driver, records, w.leases, w.clock, *times, settle_us)
         view = ClusterView(
             driver,
             records,
             w.leases,
             w.clock,
+            signal,
             term=w.promises.term,
             policy=w.policy,
             replicas=w.replicas,
@@ -107,11 +119,12 @@ class Desk:
             driver,
             w.promises,
             records,
-            view.served,
+            view.admitted,
             lambda: bool(w.leases.alive),
             w.clock,
             w.tracer,
             w.admission,
+            signal.newcomers,
         )
 
         def cancel(request: str) -> None:
@@ -127,8 +140,9 @@ class Desk:
             troubles,
         )
         events.attachments = attachments
+        workflows = WorkflowRegistry(w.bus, w.subjects, w.stream_replicas)
         servicer = ControlServicer(
-            driver, w.promises, records, w.leases, admission, attachments, endings, view
+            driver, w.promises, records, w.leases, admission, attachments, endings, view, workflows
         )
         return cls(
             w,
@@ -139,6 +153,7 @@ class Desk:
             admission,
             attachments,
             view,
+            signal,
             servicer,
             troubles,
         )

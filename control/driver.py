@@ -24,14 +24,15 @@ from control.planning import Inline, Planning
 from control.scheduler import values
 from control.scheduler.core import Scheduler
 from control.scheduler.facts import in_order
+from control.scheduler.workflow import Workflow
 from hocket.clock import Clock
 
 T = TypeVar("T")
 
 INBOX_MAX = 65_536  # facts; beyond it what a later fact repeats is dropped, and counted
 _REST_US_MAX = 20_000  # between two plans, where they take long
-_LONG_US = 5_000  # a plan of a long queue. In a flood of newcomers it gives way to their forecasts
-_FLOOD, _FLOOD_US = 48, 250_000  # so many in one forecast, that long ago at most
+_LONG_US = 1_000  # a plan of a long queue. In a flood of newcomers it gives way to their forecasts
+_FLOOD, _FLOOD_US = 48, 250_000  # so many in so long, that long ago at most
 # Workers may be idle meanwhile; not longer than what was committed to them lasts, as a rule.
 _RESTS_FLOODED, _REST_FLOODED_US_MAX = 4, 100_000
 
@@ -44,6 +45,7 @@ class Posted:
     note: object = None  # handed back when the fact was observed; nobody here looks into it
     estimate: Collection[str] = ()  # requests whose finish shall be estimated then
     unless: Callable[[Scheduler], bool] | None = None  # it is no news then
+    workflow: Workflow | None = None  # that a request which arrives names
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class Driver:
         self._arrived = asyncio.Event()
         self._wake_us: int | None = None
         self._rest_until_us = 0
+        self._newcomers, self._counted_from_us = 0, 0
         self._flooded_until_us = 0
         self._gives_way = False  # the last plan took long in a flood of newcomers
         self.drops: Counter[str] = Counter()  # facts that found the inbox full, by kind
@@ -110,15 +113,17 @@ class Driver:
         *,
         estimate: Collection[str] = (),
         unless: Callable[[Scheduler], bool] | None = None,
+        workflow: Workflow | None = None,
     ) -> None:
         """Queues a fact whose `at_us` came from `stamp` in this same step of the event loop.
 
-        `unless` is asked when its turn has come: the fact is dropped if that says true.
+        `unless` is asked when its turn has come: the fact is dropped if that says true. `workflow`
+        is taught then: of those that no request inside uses, the scheduler keeps some only.
         """
         if len(self._inbox) >= INBOX_MAX and _is_repeated(fact, unless):
             self.drops[type(fact).__name__] += 1
             return
-        self._inbox.append(Posted(fact, note, estimate, unless))
+        self._inbox.append(Posted(fact, note, estimate, unless, workflow))
         self._arrived.set()
 
     def stamp(self) -> int:
@@ -131,8 +136,12 @@ class Driver:
         `newcomers`: how many it is about.
         """
         answer = await self._planning.run(lambda: question(self._scheduler))
-        if newcomers >= _FLOOD:
-            self._flooded_until_us = self._clock.now_us() + _FLOOD_US
+        now_us = self._clock.now_us()
+        if now_us >= self._counted_from_us + _FLOOD_US:
+            self._newcomers, self._counted_from_us = 0, now_us
+        self._newcomers += newcomers
+        if self._newcomers >= _FLOOD:
+            self._flooded_until_us = now_us + _FLOOD_US
         return answer
 
     async def ask_behind(self, question: Callable[[Scheduler], T]) -> T:
@@ -176,6 +185,8 @@ class Driver:
         for item in posted:
             if item.unless is not None and item.unless(scheduler):
                 continue
+            if item.workflow is not None:
+                scheduler.learn(item.workflow)
             counted = _counted(scheduler, item.fact)
             ended = scheduler.observe(item.fact)
             observed.append(Observed(item.fact, item.note, ended, counted))

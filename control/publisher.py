@@ -22,10 +22,11 @@ from control.requests.endings import Endings
 from control.requests.records import Record, Records
 from control.scheduler import values
 from control.workers.leases import Leases
+from control.workflows.compiled import steps_at
 from hocket.clock import unix_ns
 from hocket.messaging.bus import Subjects
 from hocket.tracing import spans, telemetry
-from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2
+from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _TRUNCATES_KEPT = 64  # a worker
 _AWAY_MAX = 256  # workers whose lease has ended that may come back
@@ -77,15 +78,16 @@ class Publisher:
         # Workers whose lease has ended, oldest first: what was called off since, they may still run
         # when they come back.
         self._away: dict[str, str] = {}  # incarnation, by worker
+        self._workflows: set[str] = set()  # names of those that the diary has, in this term
 
     async def turned(self, turn: Turn) -> None:
         for observed in turn.observed:
-            await self._note(observed.fact)
+            await self._note(observed.fact, observed.note)
             await self._membership(observed.fact)
             if isinstance(observed.note, mesh_pb2.StepReport):
                 self._reported(observed, observed.note, turn.finish_us)
             for ended in observed.ended:
-                self._ended(ended)
+                self._ended(ended, observed.note)
         if turn.plan is not None:
             await self._planned(turn.plan, turn.digest, turn.plan_time_us)
 
@@ -108,9 +110,14 @@ class Publisher:
 
     # ---------------------------------------------------------------------------- facts
 
-    async def _note(self, fact: values.Event) -> None:
+    async def _note(self, fact: values.Event, note: object) -> None:
         text = msgspec.json.encode(fact).decode()
         entry = journal_pb2.JournalEntry(stamped_us=fact.at_us, observed_json=text)
+        if isinstance(fact, values.Arrived) and isinstance(note, control_pb2.SubmitRequest):
+            name = fact.request.workflow
+            if note.HasField("workflow") and name not in self._workflows:
+                self._workflows.add(name)
+                entry.workflow.CopyFrom(note.workflow)
         await self._diary.note(entry)
         await self._breathe()
 
@@ -158,11 +165,11 @@ class Publisher:
         result: mesh_pb2.StepResult,
         left_us: int,
     ) -> None:
-        denoising = report.node == values.DIT
+        steps = steps_at(record.submit, report.node)
         progress = generation_pb2.Progress(
             node=report.node,
-            step=result.steps_done if denoising else 1,
-            steps=record.spec.steps if denoising else 1,
+            step=result.steps_done if steps else 1,
+            steps=steps or 1,
             degree=len(report.members),
             workers=report.members,
             step_time_us=report.step_time_us[-1],
@@ -174,10 +181,18 @@ class Publisher:
         if event is not None:
             self._tell(event)
 
-    def _ended(self, ended: values.Ended) -> None:
+    def _ended(self, ended: values.Ended, note: object = None) -> None:
+        """`note`: of the fact that ended it; a Failure is what its caller is told, a StepReport of
+        a call that was refused says why.
+        """
         record = self._records.begin_end(ended.request)
-        if record is not None:
-            self._endings.put(record, translate.to_ended(ended, record))
+        if record is None:
+            return
+        said = note if isinstance(note, mesh_pb2.StepReport) else None
+        outcome = translate.to_ended(ended, record, said)
+        if isinstance(note, types_pb2.Failure):
+            outcome.failed.CopyFrom(note)
+        self._endings.put(record, outcome)
 
     # ---------------------------------------------------------------------------- plans
 
@@ -254,7 +269,7 @@ class Publisher:
             if self._records.run(record.id, assignment.sequence, assignment.step_time_us):
                 accepted_ns = min(now_ns, record.accepted_unix_us * 1000)
                 self._span(record, spans.QUEUE, accepted_ns, now_ns, {})
-            if assignment.node == values.DIT:
+            if steps_at(record.submit, assignment.node):
                 self._span(
                     record,
                     spans.ROUND,

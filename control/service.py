@@ -21,7 +21,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from control.config import ControlSettings, profile_csv, scheduler_settings
+from control.config import ControlSettings, profile_csv, scaling_settings, scheduler_settings
 from control.entrance.door import check_heartbeat
 from control.entrance.doorway import Doorway
 from control.entrance.roles import RoleCheck
@@ -30,6 +30,7 @@ from control.leading.promises import Deposed, Promises, open_stream
 from control.leading.replicas import LEADER, Replicas
 from control.leading.standby import Standby
 from control.leading.term import Parts, Term, build_scheduler
+from control.scaling.pools import PoolReading
 from control.workers.intake import SERVICE
 from control.workers.leases import Leases
 from hocket.cancelling import end_if_cancelled
@@ -42,6 +43,7 @@ from hocket.messaging.leader import LEADER_KEY, LeaderWatch
 from hocket.messaging.stores import LeasedKey, Log
 from hocket.rpc.channels import SERVER_OPTIONS
 from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
+from hocket.tracing.metrics import GaugeValue
 from hocket.tracing.telemetry import Telemetry
 from hocket.v1 import control_pb2_grpc, mesh_pb2
 
@@ -59,6 +61,7 @@ async def serve(
 ) -> None:
     """Runs a control replica until `stop` is set. Raises what ended it: a HocketError, or a bug."""
     build_scheduler(scheduler_settings(settings, 1), profile_csv(settings))  # or WrongConfig, now
+    scaling_settings(settings)
     access = broker_access(Identity.load(settings.tls_dir), "control")
     bus = await Bus.connect(settings.nats_url, "control", access=access)
     try:
@@ -132,6 +135,7 @@ class Replica:
             ttl_us=self._settings.leader_ttl_us,
         )
         await self._hear()
+        self._measure()
         self._announce(address, STANDBY)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -206,6 +210,45 @@ class Replica:
             await self._not_serving()
             await term.close()
 
+    def _measure(self) -> None:
+        """Gauges of the leader's pools; a standby has none."""
+
+        def pools(figure: Callable[[PoolReading], float]) -> Callable[[], list[GaugeValue]]:
+            def read() -> list[GaugeValue]:
+                term = self._term
+                found = () if term is None else term.desk.signal.readings
+                return [
+                    GaugeValue(figure(r), {"model": r.key.model, "gpu": r.key.gpu}) for r in found
+                ]
+
+            return read
+
+        add = self._told.gauges.add
+        add(
+            "hocket.pool.workers.wanted",
+            "{worker}",
+            "Workers wanted, by model and kind of GPU; without a model: of the kind in all.",
+            pools(lambda r: r.wanted.workers),
+        )
+        add(
+            "hocket.pool.workers",
+            "{worker}",
+            "Workers that live and take work.",
+            pools(lambda r: r.demand.workers),
+        )
+        add(
+            "hocket.pool.work",
+            "s",
+            "What one worker would take for all requests inside.",
+            pools(lambda r: r.demand.work_us / 1e6),
+        )
+        add(
+            "hocket.pool.late_share",
+            "1",
+            "Of requests with a deadline, those that were or will be late.",
+            pools(lambda r: r.wanted.late_share),
+        )
+
     def _announce(self, address: str, role: str) -> None:
         """Tells other processes of this state folder."""
         endpoints.announce(self._settings.state_dir, _DOOR, address, role)
@@ -260,7 +303,7 @@ class Replica:
         identity = Identity.load(self._settings.tls_dir)
         guards = [RoleCheck()] if identity is not None else []
         server = grpc.aio.server(
-            interceptors=[*self._told.server_interceptors(), *guards], options=SERVER_OPTIONS
+            interceptors=[*self._told.server_wrappings(), *guards], options=SERVER_OPTIONS
         )
         control_pb2_grpc.add_ControlServiceServicer_to_server(self._doorway, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)

@@ -6,20 +6,26 @@ from collections.abc import Callable, Iterable
 
 from control.requests.records import Record
 from control.scheduler import values
-from hocket.v1 import generation_pb2, journal_pb2, mesh_pb2, types_pb2
+from control.scheduler.resilience.failures import CALL_REFUSED, INPUT_AWAY, INPUT_MISSING
+from control.workflows.calls import node_call
+from control.workflows.compiled import passes_of, steps_at, steps_total, workflow_of
+from hocket.v1 import control_pb2, generation_pb2, journal_pb2, mesh_pb2, types_pb2
 
 _COLLECTIVE_TIMEOUT_STEPS = 8  # a collective counts as hung after this many predicted step times …
 _COLLECTIVE_TIMEOUT_MIN_US = 5_000_000  # … but never sooner than this
+_WHY = {
+    INPUT_AWAY: "a file that it brought could not be read from the store of inputs",
+    INPUT_MISSING: "a file that it brought is not in the store of inputs any more",
+}
 _LOADS_LATE = 3  # times its prediction that a load may take while others wait for it
 
 
-def to_request(
-    request_id: str, request: generation_pb2.GenerateRequest, accepted_us: int
-) -> values.Request:
+def to_request(submit: control_pb2.SubmitRequest, accepted_us: int) -> values.Request:
     """The scheduler's view of a validated request accepted at `accepted_us`."""
+    request = submit.request
     spec, slo = request.spec, request.slo
     return values.Request(
-        id=request_id,
+        id=submit.request_id,
         model=spec.model,
         shape=values.Shape(
             width=spec.shape.width, height=spec.shape.height, frames=max(1, spec.shape.frames)
@@ -35,6 +41,8 @@ def to_request(
         tenant=request.tenant,
         branches=max(1, spec.guidance_branches),
         firm=commitment(slo) == types_pb2.COMMITMENT_FIRM,
+        workflow=workflow_of(submit).name,
+        passes=passes_of(submit),
     )
 
 
@@ -82,6 +90,7 @@ def to_event(report: mesh_pb2.StepReport, now_us: int) -> values.Event:
             tried=tuple(failed.tried),
             goes_on=not report.last,
             batch=failed.batch,
+            artifact=failed.artifact,
         )
     return values.StepsEnded(
         at_us=now_us,
@@ -109,7 +118,9 @@ def to_assignment(
         term=term,
         sequence=assignment.sequence,
         node=assignment.node,
-        batch=[_member(m, records(m.request), store_address) for m in assignment.batch],
+        batch=[
+            _member(assignment.node, m, records(m.request), store_address) for m in assignment.batch
+        ],
         steps=assignment.steps,
         group=types_pb2.Group(epoch=assignment.epoch, members=assignment.workers),
         layout=types_pb2.Layout(cfg=layout.cfg, ulysses=layout.ulysses, ring=layout.ring),
@@ -125,8 +136,8 @@ def to_weights_load(load: values.Load) -> mesh_pb2.WeightsLoad:
     """What a worker is told of a load."""
     return mesh_pb2.WeightsLoad(
         sequence=load.sequence,
-        weights=mesh_pb2.WeightsName(model=load.model, node=load.node),
-        evict=[mesh_pb2.WeightsName(model=model, node=node) for model, node in load.evict],
+        weights=mesh_pb2.WeightsName(model=load.model, node=load.node, part=load.part),
+        evict=[mesh_pb2.WeightsName(part=part) for part in load.evict],
     )
 
 
@@ -144,16 +155,17 @@ def to_fetch(
             store_address=store_address(fetch.holder),
         ),
         model=record.spec.model,
+        artifact=fetch.artifact,
     )
 
 
 def _member(
-    member: values.Member, record: Record, store_address: Callable[[str], str]
+    node: str, member: values.Member, record: Record, store_address: Callable[[str], str]
 ) -> mesh_pb2.BatchMember:
-    return mesh_pb2.BatchMember(
+    made = mesh_pb2.BatchMember(
         request_id=member.request,
         first_step=member.first_step,
-        steps_total=record.spec.steps,
+        steps_total=steps_at(record.submit, node) or record.spec.steps,
         attempt=member.attempt,
         holders=[
             types_pb2.LatentHolder(
@@ -164,6 +176,9 @@ def _member(
         spec=record.spec,
         traceparent=record.traceparent,
     )
+    if record.submit.HasField("workflow"):
+        made.call.CopyFrom(node_call(record.submit, node, member, store_address))
+    return made
 
 
 def to_truncate(truncation: values.Truncation, term: int, incarnation: str) -> mesh_pb2.Truncate:
@@ -178,9 +193,11 @@ def to_truncate(truncation: values.Truncation, term: int, incarnation: str) -> m
     )
 
 
-def to_ended(ended: values.Ended, record: Record) -> journal_pb2.EndedRequest:
-    """How a request ended, as the promises stream keeps it."""
-    steps_total = record.spec.steps
+def to_ended(
+    ended: values.Ended, record: Record, said: mesh_pb2.StepReport | None = None
+) -> journal_pb2.EndedRequest:
+    """How a request ended, as the promises stream keeps it; `said`: the report that ended it."""
+    steps = steps_total(record.submit)
     outcome = journal_pb2.EndedRequest(request_id=ended.request)
     if ended.outcome is values.Outcome.DONE:
         outcome.finished.CopyFrom(
@@ -197,12 +214,13 @@ def to_ended(ended: values.Ended, record: Record) -> journal_pb2.EndedRequest:
     elif ended.outcome is values.Outcome.CANCELLED:
         outcome.cancelled.steps_done = ended.steps_done
     elif ended.outcome is values.Outcome.REJECTED:
-        outcome.failed.CopyFrom(_turned_away(ended, record, steps_total))
+        outcome.failed.CopyFrom(_turned_away(ended, record, steps))
     else:
         outcome.failed.reason = ended.reason or "FAILED"
-        outcome.failed.message = (
-            f"gave up after {ended.steps_done} of {steps_total} steps: {ended.reason.lower()}"
-        )
+        why = _WHY.get(ended.reason, ended.reason.lower())
+        if ended.reason == CALL_REFUSED and said is not None:
+            why = said.failure.message
+        outcome.failed.message = f"gave up after {ended.steps_done} of {steps} steps: {why}"
     return outcome
 
 

@@ -2,7 +2,7 @@
 
 Without a file everybody may say who they are. With one, a call without a key is UNAUTHENTICATED; a
 call that names another tenant than its key's is PERMISSION_DENIED; and what a tenant did not start
-is, to that tenant, not there.
+is, to that tenant, not there. What operators do (workflows are registered) takes an operator's key.
 """
 
 from __future__ import annotations
@@ -35,16 +35,8 @@ class Access:
 
     def tenant(self, metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
         """The caller's tenant; None where anybody may name any. Raises NotAuthenticated."""
-        if self._file is None:
-            return None
-        self._look(self._file)
-        secret = _secret(metadata)
-        if not secret:
-            raise NotAuthenticated("send an API key: authorization: Bearer KEY, or x-api-key: KEY")
-        tenant = self._keys.tenant_of(secret)
-        if tenant is None:
-            raise NotAuthenticated("the API key is not known here, or was revoked")
-        return tenant
+        key = self._key(metadata)
+        return None if key is None else key.tenant
 
     def named(self, metadata: Iterable[tuple[str, str | bytes]], asked: str) -> str:
         """The tenant that a request is for; `asked` is what it says itself, "" where nothing.
@@ -55,6 +47,28 @@ class Access:
         if tenant is None or asked in ("", tenant):
             return asked if tenant is None else tenant
         raise AccessDenied(what=f"tenant {asked!r}", who=f"the API key of tenant {tenant!r}")
+
+    def operator(self, metadata: Iterable[tuple[str, str | bytes]], what: str) -> None:
+        """Whether the caller may do `what`: with a file of keys, those flagged `operator`.
+
+        Raises NotAuthenticated and AccessDenied.
+        """
+        key = self._key(metadata)
+        if key is not None and not key.operator:
+            raise AccessDenied(what=what, who=f"the API key of tenant {key.tenant!r}")
+
+    def _key(self, metadata: Iterable[tuple[str, str | bytes]]) -> api_keys.ApiKey | None:
+        """The caller's key; None where there is no file of keys. Raises NotAuthenticated."""
+        if self._file is None:
+            return None
+        self._look(self._file)
+        secret = _secret(metadata)
+        if not secret:
+            raise NotAuthenticated("send an API key: authorization: Bearer KEY, or x-api-key: KEY")
+        key = self._keys.of(secret)
+        if key is None:
+            raise NotAuthenticated("the API key is not known here, or was revoked")
+        return key
 
     def _look(self, file: Path) -> None:
         """Reads the file again when it has changed; a bad one is told, and the old keys stay."""

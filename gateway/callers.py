@@ -17,6 +17,9 @@ class Callers(Protocol):
     def named(self, metadata: Metadata, asked: str) -> str:
         """The tenant that a request is for, where the request itself says `asked`."""
 
+    def operator(self, metadata: Metadata, what: str) -> None:
+        """Raises a typed error where the caller may not do what operators do; `what` names it."""
+
 
 class Anybody:
     """Everybody may say who they are, and see everything."""
@@ -26,3 +29,6 @@ class Anybody:
 
     def named(self, metadata: Metadata, asked: str) -> str:
         return asked
+
+    def operator(self, metadata: Metadata, what: str) -> None:
+        return None

@@ -13,19 +13,22 @@ with it, bounded by nothing but their own deadlines; new requests are refused af
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from opentelemetry import trace
 from opentelemetry.trace import Span, Tracer
 
-from gateway import validation, wish
+from gateway import validation
+from gateway import wish as wishes
 from gateway.follower import Follower, is_ending
 from gateway.line import Line
 from gateway.messages import ACCEPTED_CURSOR, told_by_generate, told_by_watch
 from gateway.request_ids import request_id
 from gateway.waiting import until
+from gateway.workflows.names import WantedWorkflow
+from gateway.workflows.requests import INPUT_NAME, given
 from hocket import clock as clocks
 from hocket.clock import Clock
 from hocket.errors import (
@@ -60,6 +63,9 @@ from hocket.v1.generation_pb2 import (
     WatchGenerationResponse,
 )
 from hocket.v1.types_pb2 import Failure, MediaInfo
+from hocket.v1.workflows_pb2 import WorkflowSpec
+from hocket.workflows.checking import INPUTS_MAX
+from hocket.workflows.running import run_form
 
 _SEED_BITS = 32
 
@@ -69,6 +75,9 @@ class Control(Protocol):
 
     @property
     def models(self) -> Sequence[ModelInfo]: ...
+
+    @property
+    def listed(self) -> Sequence[ModelInfo]: ...
 
     async def get(self, request_id: str, tenant: str | None) -> RequestStatus: ...
 
@@ -85,6 +94,29 @@ class MediaSource(Protocol):
     def chunks(self, media: MediaInfo, offset: int = 0) -> AsyncIterator[MediaChunk]: ...
 
 
+class Workflows(Protocol):
+    """Workflows beside those of models."""
+
+    async def wanted(self, name: str, models: Sequence[ModelInfo]) -> WantedWorkflow: ...
+
+
+class Inputs(Protocol):
+    """Files that callers have uploaded."""
+
+    async def absent(
+        self, tenant: str, names: Collection[str], needed_us: int
+    ) -> frozenset[str]: ...
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """A request that can be submitted."""
+
+    effective: GenerateRequest
+    workflow: WorkflowSpec | None = None  # as it is run with what the request brings
+    absent: NoWorkers | None = None  # what is raised where control knows of no such request
+
+
 @dataclass(frozen=True)
 class Calls:
     """The use cases. Serves any number of callers at once; keeps no state between them."""
@@ -96,16 +128,19 @@ class Calls:
     tracer: Tracer
     submit_wait_us: int  # how long a new request waits for control's answer
     broker_away: Callable[[], bool] = lambda: False
+    workflows: Workflows | None = None  # none: models' own alone
+    inputs: Inputs | None = None  # what callers have uploaded
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateResponse, None]:
         """One request from its acceptance to its last piece of media."""
         span = trace.get_current_span()
         span.update_name(spans.GENERATE)
         follower = Follower(_new_id())
-        effective, absent = self._complete(request)
+        wish = await self._complete(request)
+        effective = wish.effective
         _describe(span, follower.request_id, effective)
         try:
-            answer = await self._submit(request, effective, follower, absent=absent)
+            answer = await self._submit(request, wish, follower)
             span.set_attribute(spans.REQUEST, follower.request_id)
             accepted = await self._accepted(answer, effective, span)
             yield GenerateResponse(accepted=accepted, cursor=str(ACCEPTED_CURSOR))
@@ -131,11 +166,11 @@ class Calls:
     async def create(self, request: GenerateRequest) -> RequestStatus:
         """A request that lives by itself: its state right after its acceptance, or now, where the
         idempotency key led to an earlier one."""
-        effective, absent = self._complete(request)
-        effective.detached = True
+        wish = await self._complete(request)
+        wish.effective.detached = True
         name = _new_id()
-        _describe(trace.get_current_span(), name, effective)
-        answer = await self._submit(request, effective, None, name, absent=absent)
+        _describe(trace.get_current_span(), name, wish.effective)
+        answer = await self._submit(request, wish, None, name)
         if answer.request_id not in ("", name) or not answer.HasField("accepted"):
             return await self.control.get(answer.request_id, None)
         metadata = GenerationMetadata(
@@ -210,37 +245,47 @@ class Calls:
             raise UnknownRequest(name)
         return await self.control.get(name, tenant)
 
-    def _complete(self, request: GenerateRequest) -> tuple[GenerateRequest, NoWorkers | None]:
+    async def _complete(self, request: GenerateRequest) -> _Wish:
         """With its defaults; or as it is, where no worker says what they are, and its key may name
         a request that is under way: control knows."""
         try:
-            effective = validation.completed(request, self.control.models)
+            models = self.control.models
         except NoWorkers as absent:
             if not request.idempotency_key:
                 raise
             effective = GenerateRequest()
             effective.CopyFrom(request)
             effective.progress_every = max(1, request.progress_every)
-            return effective, absent
+            return _Wish(effective, absent=absent)
+        wanted, missing = WantedWorkflow(), frozenset[str]()
+        if self.workflows is not None:
+            wanted = await self.workflows.wanted(request.spec.workflow, models)
+        if wanted.spec is not None and self.inputs is not None:
+            named = [name for name in request.spec.inputs.values() if INPUT_NAME.fullmatch(name)]
+            needed_us = request.slo.deadline_us
+            missing = await self.inputs.absent(request.tenant, named[:INPUTS_MAX], needed_us)
+        effective = validation.completed(request, models, wanted, missing)
         if not effective.spec.HasField("seed"):
             effective.spec.seed = secrets.randbits(_SEED_BITS)
-        return effective, None
+        if wanted.spec is None:
+            return _Wish(effective)
+        return _Wish(effective, run_form(wanted.spec, given(effective.spec)).spec)
 
     async def _submit(
         self,
         asked: GenerateRequest,
-        effective: GenerateRequest,
+        wish: _Wish,
         follower: Follower | None,
         name: str = "",
-        *,
-        absent: NoWorkers | None = None,
     ) -> SubmitResponse:
-        """Control's answer. `absent`: what is raised where it knows of no such request."""
+        """Control's answer."""
+        absent = wish.absent
         submit = SubmitRequest(
             request_id=follower.request_id if follower is not None else name,
-            request=effective,
-            wish_sha256=wish.digest(asked),
+            request=wish.effective,
+            wish_sha256=wishes.digest(asked),
             known_only=absent is not None,
+            workflow=wish.workflow,
         )
         span = trace.get_current_span()
         span.add_event(spans.SUBMITTED)

@@ -55,17 +55,43 @@ class ClusterWatch:
         self._leader = ""
         self._moved = asyncio.Event()
         self._state: WatchClusterResponse | None = None
-        self.ready = False  # control leads, a worker takes work and a model is served
+        self._models: tuple[ModelInfo, ...] = ()  # that requests may name, of that state
+        self._is_working = False
+        self._is_fresh = False  # control is heard now
+        self._heard = asyncio.Event()  # set, and replaced, by each of its words
+        self.ready = False  # control leads, and requests are taken: a worker, or a model to wake
 
     @property
     def models(self) -> tuple[ModelInfo, ...]:
-        """What living workers serve, as control said last: while it is away for a moment its last
+        """What requests may name, as control said last: while it is away for a moment its last
         word holds. Raises NoWorkers, or ControlUnavailable where control has not said anything."""
+        state = self._known()
+        if not self._is_working:
+            raise NoWorkers("every worker is drained") if state.workers else NoWorkers()
+        return self._models
+
+    @property
+    def listed(self) -> tuple[ModelInfo, ...]:
+        """The same, and models that workers served of late, with 0 workers. Raises the same, but
+        NoWorkers only where there is no such model."""
+        state = self._known()
+        return tuple(state.models) or self.models
+
+    @property
+    def fresh(self) -> WatchClusterResponse:
+        """Control's last word. Raises ControlUnavailable while it cannot be heard."""
+        if not self._is_fresh:
+            raise ControlUnavailable()
+        return self._known()
+
+    async def heard(self) -> None:
+        """Returns when control has said something more."""
+        await self._heard.wait()
+
+    def _known(self) -> WatchClusterResponse:
         if self._state is None:
             raise ControlUnavailable("the control plane has not been found yet")
-        if not _works(self._state):
-            raise NoWorkers("every worker is drained") if self._state.workers else NoWorkers()
-        return tuple(self._state.models)
+        return self._state
 
     def leader_is(self, address: str) -> None:
         """The line stands, or is down (empty)."""
@@ -140,9 +166,14 @@ class ClusterWatch:
                     state = await stream.read()
                 if not isinstance(state, WatchClusterResponse):
                     return
-                self._state = state
-                await self._set_ready(_works(state))
+                self._state, self._is_fresh = state, True
+                self._models = tuple(state.models) if state.wake_models else _served(state)
+                self._is_working = _works(state)
+                self._heard.set()
+                self._heard = asyncio.Event()
+                await self._set_ready(self._is_working)
         finally:
+            self._is_fresh = False
             stream.cancel()
 
     async def _set_ready(self, ready: bool) -> None:
@@ -153,8 +184,15 @@ class ClusterWatch:
 
 
 def _works(state: WatchClusterResponse) -> bool:
+    if state.wake_models and state.models:
+        return True
     working = any(worker.state != "draining" for worker in state.workers)
-    return working and bool(state.models)
+    return working and bool(_served(state))
+
+
+def _served(state: WatchClusterResponse) -> tuple[ModelInfo, ...]:
+    """Models that living workers serve."""
+    return tuple(m for m in state.models if m.workers or not m.HasField("workers"))
 
 
 def _raise_if_cancelled() -> None:

@@ -15,7 +15,7 @@ from hocket.tracing import spans
 
 # In quotes: the class takes parameters in grpc's type stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_OURS = ("/hocket.", "/google.longrunning.")
+_OURS = ("/hocket.", "/google.longrunning.", "/externalscaler.")
 
 
 class ErrorStatuses(Wrapping):
@@ -24,6 +24,12 @@ class ErrorStatuses(Wrapping):
     def wrapped(self, handler: Handler, method: str) -> Handler:
         if not method.startswith(_OURS):
             return handler
+        if handler.request_streaming and not handler.response_streaming:
+            return grpc.stream_unary_rpc_method_handler(
+                _unary(handler.stream_unary),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 _stream(handler.unary_stream),

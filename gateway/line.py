@@ -26,7 +26,6 @@ from gateway.follower import Follower, FollowerIndex
 from hocket.clock import Clock
 from hocket.errors import ControlUnavailable
 from hocket.v1.control_pb2 import (
-    AttachedSubmit,
     AttachRequest,
     AttachResponse,
     Leave,
@@ -44,6 +43,7 @@ _EXPIRY_CHECK_US = 250_000
 _BACKOFF_US = (50_000, 100_000, 200_000, 400_000, 800_000)
 _GIVEN_UP_MAX = 10_000
 _SUBMITS_A_MESSAGE = 128  # a prompt of 2,000 characters is up to 8 KB, a message at most 4 MiB
+_WORKFLOW_BYTES_A_MESSAGE = 1 << 20
 _FOLLOWS_A_MESSAGE = 4096
 
 
@@ -318,24 +318,33 @@ class Line:
 
     def _gather(self, message: AttachRequest) -> None:
         now_us = self._clock.now_us()
-        for number in _taken(self._outbox.submits, _SUBMITS_A_MESSAGE):
+        for number in self._next_submits():
             call = self._calls[number]
             if call.expires_at_us > now_us:
                 call.sent = True
-                message.submits.append(
-                    AttachedSubmit(
-                        call=number,
-                        submit=call.submit,
-                        expires_us=call.expires_at_us - now_us,
-                        follower=call.follower.name if call.follower is not None else "",
-                        traceparent=call.traceparent,
-                    )
+                message.submits.add(
+                    call=number,
+                    submit=call.submit,
+                    expires_us=call.expires_at_us - now_us,
+                    follower=call.follower.name if call.follower is not None else "",
+                    traceparent=call.traceparent,
                 )
         for name in _taken(self._outbox.follows, _FOLLOWS_A_MESSAGE):
             if (follower := self._followers.get(name)) is not None:
                 message.follows.append(follower.as_follow())
         leaves, self._outbox.leaves = self._outbox.leaves, {}
         message.leaves.extend(Leave(follower=f, returns=back) for f, back in leaves.items())
+
+    def _next_submits(self) -> list[int]:
+        """Those that go in one message, taken out."""
+        chosen, room = 0, _WORKFLOW_BYTES_A_MESSAGE
+        for number in itertools.islice(self._outbox.submits, _SUBMITS_A_MESSAGE):
+            submit = self._calls[number].submit
+            room -= submit.workflow.ByteSize() if submit.HasField("workflow") else 0
+            if chosen and room < 0:
+                break
+            chosen += 1
+        return _taken(self._outbox.submits, chosen)
 
     def _say_all_again(self) -> None:
         self._outbox = _Outbox(

@@ -13,6 +13,7 @@ import secrets
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
 
 import grpc
 from google.longrunning.operations_pb2_grpc import add_OperationsServicer_to_server
@@ -24,29 +25,40 @@ from gateway.calls import Calls
 from gateway.cluster import ClusterWatch
 from gateway.error_statuses import ErrorStatuses
 from gateway.grpc_link import Doors
+from gateway.inputs.store import InputStore
+from gateway.inputs.uploads import Uploads
 from gateway.limits import CallLimit
 from gateway.line import Line
 from gateway.media import MediaStore
 from gateway.operations import GenerationOperations
+from gateway.scaler import KedaScaler
 from gateway.servicer import GenerationServicer
 from gateway.settings import GatewaySettings
 from gateway.whereabouts import Addresses, listed
+from gateway.workflows.names import WorkflowNames
+from gateway.workflows.servicer import WorkflowServicer
 from hocket import garbage
 from hocket.clock import SystemClock
+from hocket.keda import externalscaler_pb2
+from hocket.keda.externalscaler_pb2_grpc import add_ExternalScalerServicer_to_server
 from hocket.launching import endpoints
 from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.leader import LeaderWatch
 from hocket.rpc.channels import server_options
+from hocket.rpc.interceptors import WrappedServer
 from hocket.security.identity import Identity, add_port, broker_access, tell_if_open
 from hocket.tracing.telemetry import Telemetry
-from hocket.v1 import generation_pb2
+from hocket.v1 import generation_pb2, workflows_pb2
 from hocket.v1.generation_pb2_grpc import add_GenerationServiceServicer_to_server
+from hocket.v1.workflows_pb2_grpc import add_WorkflowServiceServicer_to_server
 
 log = logging.getLogger(__name__)
 
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+WORKFLOWS = workflows_pb2.DESCRIPTOR.services_by_name["WorkflowService"].full_name
 OPERATIONS = "google.longrunning.Operations"
-_HEALTH_NAMES = ("", SERVICE, OPERATIONS)
+SCALER = externalscaler_pb2.DESCRIPTOR.services_by_name["ExternalScaler"].full_name
+_HEALTH_NAMES = ("", SERVICE, WORKFLOWS, OPERATIONS)
 _LAST_WORDS_S = 1.0  # for the followers' leaving to reach control
 
 
@@ -85,8 +97,19 @@ async def running(settings: GatewaySettings, telemetry: Telemetry) -> AsyncItera
         leader = LeaderWatch(bus, settings.cluster)
         stack.push_async_callback(leader.close)
         line = _line(settings, doors, cluster, leader)
-        calls = _calls(settings, telemetry, bus, cluster, line)
-        server, address = _server(settings, telemetry, calls, checks, identity)
+        names = WorkflowNames(cluster.ask, SystemClock())
+        inputs = InputStore(
+            bus,
+            Subjects(settings.cluster),
+            SystemClock(),
+            settings.inputs_tenant_bytes_max,
+        )
+        uploads = Uploads(inputs, settings.upload_s)
+        stack.callback(uploads.close)
+        calls = _calls(settings, telemetry, bus, cluster, line, names, inputs)
+        server, address = _server(
+            settings, telemetry, calls, cluster, checks, identity, names, uploads
+        )
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         standing = [
             tasks.create_task(bus.failed()),
@@ -125,7 +148,13 @@ async def _watch_leader(leader: LeaderWatch) -> None:
 
 
 def _calls(
-    settings: GatewaySettings, telemetry: Telemetry, bus: Bus, cluster: ClusterWatch, line: Line
+    settings: GatewaySettings,
+    telemetry: Telemetry,
+    bus: Bus,
+    cluster: ClusterWatch,
+    line: Line,
+    names: WorkflowNames,
+    inputs: InputStore,
 ) -> Calls:
     clock = SystemClock()
     bucket = Subjects(settings.cluster).media_bucket
@@ -138,6 +167,8 @@ def _calls(
         tracer=telemetry.tracer,
         submit_wait_us=round(settings.submit_timeout_s * 1e6),
         broker_away=lambda: not bus.connected,
+        workflows=names,
+        inputs=inputs,
     )
 
 
@@ -145,20 +176,25 @@ def _server(
     settings: GatewaySettings,
     telemetry: Telemetry,
     calls: Calls,
+    cluster: ClusterWatch,
     checks: health.aio.HealthServicer,
     identity: Identity | None,
+    names: WorkflowNames,
+    uploads: Uploads,
 ) -> tuple[grpc.aio.Server, str]:
-    interceptors = telemetry.server_interceptors(settings.caller_stall_s)
-    options = server_options(settings.keepalive_s)
     # No bound on RPCs here: it would count cancels and health checks too.
-    server = grpc.aio.server(interceptors=[*interceptors, ErrorStatuses()], options=options)
+    server = grpc.aio.server(options=server_options(settings.keepalive_s))
+    wrappings = [*telemetry.server_wrappings(settings.caller_stall_s), ErrorStatuses()]
+    at: Any = WrappedServer(server, wrappings)
     limit, callers = CallLimit(settings.calls_max), Access(settings.api_keys, SystemClock())
-    add_GenerationServiceServicer_to_server(GenerationServicer(calls, limit, callers), server)
-    add_OperationsServicer_to_server(GenerationOperations(calls, limit, callers), server)
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection(
-        (SERVICE, OPERATIONS, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
+    generation = GenerationServicer(calls, limit, callers, uploads)
+    add_GenerationServiceServicer_to_server(generation, at)
+    add_WorkflowServiceServicer_to_server(WorkflowServicer(names, callers), at)
+    add_OperationsServicer_to_server(GenerationOperations(calls, limit, callers), at)
+    add_ExternalScalerServicer_to_server(KedaScaler(cluster, callers), at)
+    health_pb2_grpc.add_HealthServicer_to_server(checks, at)
+    told = (SERVICE, WORKFLOWS, OPERATIONS, SCALER, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(told, at)
     port = add_port(server, settings.listen, identity, mutual=settings.client_certs)
     tell_if_open(settings.listen, identity, "the gateway")
     return server, f"{settings.listen.rpartition(':')[0]}:{port}"

@@ -14,6 +14,7 @@ from google.longrunning.operations_pb2 import Operation
 from gateway.callers import Callers, Metadata
 from gateway.calls import Calls
 from gateway.error_statuses import Context
+from gateway.inputs.uploads import Uploads
 from gateway.limits import CallLimit
 from gateway.operations import to_operation
 from hocket.v1.generation_pb2 import (
@@ -26,6 +27,8 @@ from hocket.v1.generation_pb2 import (
     GetMediaResponse,
     ListModelsRequest,
     ListModelsResponse,
+    PutInputRequest,
+    PutInputResponse,
     WatchGenerationRequest,
     WatchGenerationResponse,
 )
@@ -35,8 +38,9 @@ from hocket.v1.generation_pb2_grpc import GenerationServiceServicer
 class GenerationServicer(GenerationServiceServicer):
     """Serves any number of calls at once; keeps no state between them."""
 
-    def __init__(self, calls: Calls, limit: CallLimit, callers: Callers) -> None:
+    def __init__(self, calls: Calls, limit: CallLimit, callers: Callers, uploads: Uploads) -> None:
         self._calls = calls
+        self._uploads = uploads
         self._limit = limit
         self._callers = callers
 
@@ -84,7 +88,17 @@ class GenerationServicer(GenerationServiceServicer):
 
     async def ListModels(self, request: ListModelsRequest, context: Context) -> ListModelsResponse:
         self._callers.tenant(_said(context))
-        return ListModelsResponse(models=self._calls.control.models)
+        return ListModelsResponse(models=self._calls.control.listed)
+
+    async def PutInput(
+        self, request_iterator: AsyncIterator[PutInputRequest], context: Context
+    ) -> PutInputResponse:
+        said = _said(context)
+        self._callers.tenant(said)
+        with self._limit.one():
+            return await self._uploads.put(
+                request_iterator, lambda asked: self._callers.named(said, asked)
+            )
 
 
 def _said(context: Context) -> Metadata:

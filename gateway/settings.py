@@ -24,6 +24,9 @@ class GatewaySettings(Common, frozen=True, kw_only=True):
     calls_max: Annotated[int, Meta(ge=1, le=100_000)] = 4096  # streams and waits served at once
     keepalive_s: Seconds = 20.0  # a silent caller is asked whether it lives; it has half as long
     caller_stall_s: Seconds = 60.0  # a caller that takes nothing for so long is ended
+    upload_s: Seconds = 120.0  # an upload that takes longer is ended
+    # Bytes of uploads that one tenant may hold; 0: a quarter of the bucket.
+    inputs_tenant_bytes_max: Annotated[int, Meta(ge=0)] = 0
     media_timeout_s: Seconds = 60.0  # how long the broker may be away before a fetch is given up
     submit_timeout_s: Seconds = 10.0  # how long a new request waits for control
     grace_s: Seconds = 10.0  # how long running calls may take to end at shutdown

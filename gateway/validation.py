@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from hocket import frame_counts, media_types
+from gateway.workflows import requests as workflow_requests
+from gateway.workflows.names import WantedWorkflow
+from hocket import frame_counts, free_sizes, loras, media_types
 from hocket.errors import InvalidRequest, Violation
 from hocket.v1.generation_pb2 import GenerateRequest, ModelInfo
 from hocket.v1.types_pb2 import Commitment, GenerationSpec, OnMiss, Shape
@@ -23,28 +25,45 @@ _TENANT = re.compile(r"[A-Za-z0-9._-]{0,64}")
 _KEY = re.compile(r"[A-Za-z0-9._:-]{0,128}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all but tabs and ends of lines
 _FOUND_CHARS_MAX = 60
+_UNSAID, _BEST_EFFORT = OnMiss.ON_MISS_UNSPECIFIED, OnMiss.ON_MISS_BEST_EFFORT
+_DEGRADE = OnMiss.ON_MISS_DEGRADE
+_COMMITMENTS = frozenset(Commitment.values())
 _ON_MISS = {OnMiss.ON_MISS_BEST_EFFORT, OnMiss.ON_MISS_REJECT, OnMiss.ON_MISS_DEGRADE}
 
 
-def completed(request: GenerateRequest, models: Sequence[ModelInfo]) -> GenerateRequest:
+def completed(
+    request: GenerateRequest,
+    models: Sequence[ModelInfo],
+    wanted: WantedWorkflow | None = None,
+    absent: Collection[str] = (),
+) -> GenerateRequest:
     """The request with its defaults filled in, all but the seed.
 
     Raises InvalidRequest with all violations. `models` is what living workers serve; the first is
-    the default.
+    the default. `wanted`: the workflow that it names, where that is no model's own; `absent`: files
+    that it names and that are not in the caller's store.
     """
+    workflow = None if wanted is None else wanted.spec
     whole = GenerateRequest()
     whole.CopyFrom(request)
     violations = _Violations()
     _complete_terms(whole, violations)
     _check_prompts(whole.spec, violations)
-    _check_extras(whole.spec, violations)
+    if workflow is not None:
+        whole.spec.model = whole.spec.model or workflow_requests.default_model(workflow)
+        workflow_requests.check_inputs(whole.spec, workflow, absent, violations.add)
     model = _complete_model(whole.spec, models, violations)
+    if model is not None and workflow is None:
+        _complete_workflow(whole.spec, model, wanted, violations)
     if model is not None:
-        _complete_workflow(whole.spec, model, violations)
         _complete_shape(whole.spec, model, violations)
         _complete_media_type(whole.spec, violations)
         _complete_steps(whole.spec, model, violations)
         _complete_guidance(whole.spec, model, violations)
+        _check_loras(whole.spec, model, violations)
+    if model is not None and workflow is not None:
+        workflow_requests.check_models(whole.spec, workflow, models, serves, violations.add)
+        workflow_requests.check_loras(whole.spec, workflow, violations.add)
     _check_degrade(whole, violations)
     if violations.found:
         raise InvalidRequest(tuple(violations.found))
@@ -65,12 +84,12 @@ class _Violations:
 def _complete_terms(request: GenerateRequest, violations: _Violations) -> None:
     if request.slo.deadline_us > DEADLINE_US_MAX:
         violations.add("slo.deadline_us", request.slo.deadline_us, f"0 to {DEADLINE_US_MAX} (24 h)")
-    if request.slo.on_miss == OnMiss.ON_MISS_UNSPECIFIED:
-        request.slo.on_miss = OnMiss.ON_MISS_BEST_EFFORT
+    if request.slo.on_miss == _UNSAID:
+        request.slo.on_miss = _BEST_EFFORT
     if request.slo.on_miss not in _ON_MISS:
         names = ", ".join(OnMiss.Name(value) for value in sorted(_ON_MISS))
         violations.add("slo.on_miss", request.slo.on_miss, names)
-    if request.slo.commitment not in Commitment.values():
+    if request.slo.commitment not in _COMMITMENTS:
         names = ", ".join(Commitment.keys())
         violations.add("slo.commitment", request.slo.commitment, names)
     if abs(request.priority) > PRIORITY_MAX:
@@ -100,14 +119,6 @@ def _check_prompts(spec: GenerationSpec, violations: _Violations) -> None:
         violations.add("spec.negative_prompt", found, f"at most {PROMPT_CHARS_MAX} characters")
 
 
-def _check_extras(spec: GenerationSpec, violations: _Violations) -> None:
-    if spec.loras:
-        violations.add("spec.loras", ", ".join(spec.loras), "none (not offered by this version)")
-    if spec.inputs:
-        found = ", ".join(sorted(spec.inputs))
-        violations.add("spec.inputs", found, "none (not offered by this version)")
-
-
 def _complete_model(
     spec: GenerationSpec, models: Sequence[ModelInfo], violations: _Violations
 ) -> ModelInfo | None:
@@ -119,10 +130,20 @@ def _complete_model(
     return None
 
 
-def _complete_workflow(spec: GenerationSpec, model: ModelInfo, violations: _Violations) -> None:
+def _complete_workflow(
+    spec: GenerationSpec,
+    model: ModelInfo,
+    wanted: WantedWorkflow | None,
+    violations: _Violations,
+) -> None:
+    """A plain chain of the model: nothing goes in but prompts."""
     spec.workflow = spec.workflow or (model.workflows[0] if model.workflows else "")
     if spec.workflow not in model.workflows:
-        violations.add("spec.workflow", repr(spec.workflow), _list(model.workflows))
+        known = (*model.workflows, *(wanted.known if wanted is not None else ()))
+        violations.add("spec.workflow", repr(spec.workflow), _list(known))
+    elif spec.inputs:
+        found = ", ".join(sorted(spec.inputs))
+        violations.add("spec.inputs", found, f"none ({spec.workflow} takes no files)")
 
 
 def _complete_shape(spec: GenerationSpec, model: ModelInfo, violations: _Violations) -> None:
@@ -136,6 +157,8 @@ def _complete_shape(spec: GenerationSpec, model: ModelInfo, violations: _Violati
         allowed = f"{frame_counts.described(model.frames)}; nearest: {near}"
         violations.add("spec.shape.frames", shape.frames, allowed)
         shape.frames = near  # what else is wrong is told beside a number that is right
+    if free_sizes.are_free(model) and not _is_recommended(model, shape):
+        _check_size(model, shape, violations)
     offered = _offered(model, shape)
     served = next((s for s in offered if _size(s) == _size(shape)), None)
     if served is None:
@@ -147,12 +170,45 @@ def _complete_shape(spec: GenerationSpec, model: ModelInfo, violations: _Violati
         violations.add("spec.shape.fps", shape.fps, f"0 to {FPS_MAX} for videos, 0 for pictures")
 
 
+def serves(model: ModelInfo, shape: Shape) -> bool:
+    """Whether a model makes results of that shape."""
+    return any(_size(s) == _size(shape) for s in _offered(model, shape))
+
+
 def _offered(model: ModelInfo, shape: Shape) -> Sequence[Shape]:
-    """The model's shapes; with as many frames as `shape` where their number is free."""
+    """The model's shapes; with the size of `shape`, and as many frames, where these are free."""
+    offered: Sequence[Shape] = model.shapes
+    if free_sizes.are_free(model) and free_sizes.takes(model, shape.width, shape.height):
+        size = {"width": shape.width, "height": shape.height}
+        offered = [Shape(**size, frames=s.frames, fps=s.fps) for s in offered]
     if not model.HasField("frames"):
-        return model.shapes
+        return offered
     frames = shape.frames
-    return [Shape(width=s.width, height=s.height, frames=frames, fps=s.fps) for s in model.shapes]
+    return [Shape(width=s.width, height=s.height, frames=frames, fps=s.fps) for s in offered]
+
+
+def _is_recommended(model: ModelInfo, shape: Shape) -> bool:
+    return any((s.width, s.height) == (shape.width, shape.height) for s in model.shapes)
+
+
+def _check_size(model: ModelInfo, shape: Shape, violations: _Violations) -> None:
+    """Where sizes are free; a wrong one is replaced, so that what else is wrong is told beside."""
+    if free_sizes.takes(model, shape.width, shape.height):
+        return
+    width, height = free_sizes.nearest(model, shape.width, shape.height)
+    near = f"nearest: {width}x{height}"
+    wrong = [
+        (field, side)
+        for field, side in (("width", shape.width), ("height", shape.height))
+        if not free_sizes.takes_side(model, side)
+    ]
+    for field, side in wrong:
+        allowed = f"{free_sizes.described_side(model)}; {near}"
+        violations.add(f"spec.shape.{field}", side, allowed)
+    if not wrong:  # each side is right, but not together
+        size = f"{shape.width}x{shape.height}"
+        violations.add("spec.shape", size, f"at most {model.pixels_max} pixels; {near}")
+    shape.width, shape.height = width, height
 
 
 def _complete_media_type(spec: GenerationSpec, violations: _Violations) -> None:
@@ -206,9 +262,20 @@ def _complete_guidance(spec: GenerationSpec, model: ModelInfo, violations: _Viol
         violations.add("spec.guidance_scale", scale, f"{low:g} to {high:g}")
 
 
+def _check_loras(spec: GenerationSpec, model: ModelInfo, violations: _Violations) -> None:
+    wrong = dict(loras.faults(spec.loras))
+    for number, text in enumerate(spec.loras[: loras.COUNT_MAX + 1]):
+        lora = loras.parsed(text)
+        if number in wrong:
+            violations.add(f"spec.loras[{number}]", repr(text), wrong[number])
+        elif lora is not None and lora.name not in model.adapters:
+            allowed = f"{_list(model.adapters)} ({model.name})"
+            violations.add(f"spec.loras[{number}]", repr(lora.name), allowed)
+
+
 def _check_degrade(request: GenerateRequest, violations: _Violations) -> None:
     limits, spec = request.slo.degrade, request.spec
-    asked = request.slo.on_miss == OnMiss.ON_MISS_DEGRADE
+    asked = request.slo.on_miss == _DEGRADE
     if asked and not (limits.steps_min or limits.width_min or limits.height_min):
         allowed = "the fewest steps or the smallest size that will do"
         violations.add("slo.degrade", "no limits with ON_MISS_DEGRADE", allowed)

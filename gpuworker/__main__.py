@@ -16,6 +16,11 @@ from gpuworker.config import WorkerSettings
 from gpuworker.measuring.profile_command import profile as profile_command
 from hocket import config as hocket_config
 
+Role = Annotated[
+    list[str] | None,
+    typer.Option(help="text, dit or vae: loads and serves that alone; repeatable. None: all."),
+]
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command("profile")(profile_command)
 
@@ -43,8 +48,9 @@ def main(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Name of the device in profiles.")] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="Model folder or hub id; repeatable.")
+        list[str] | None, typer.Option(help="Folder or hub id, also as NAME=FOLDER; repeatable.")
     ] = None,
+    role: Role = None,
     batch_max: Annotated[int | None, typer.Option(help="Most jobs in a batch.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Call times to emulate, CSV.")] = None,
     compile: Annotated[
@@ -85,8 +91,8 @@ def main(
     """
     if context.invoked_subcommand is not None:
         return
-    given = {k: v for k, v in locals().items() if k not in ("context", "config", "model")}
-    given["model"] = tuple(model) if model else None
+    given = {k: v for k, v in locals().items() if k not in ("context", "config")}
+    given |= {"model": tuple(model) if model else None, "role": tuple(role) if role else None}
     settings = hocket_config.load_or_exit(WorkerSettings, given, config)
     # Late, since an emulated worker must not pay for torch, and forked ones share what is imported
     # here.

@@ -205,6 +205,7 @@ class Agent:
             sequence=self._beats,
             device=self._executor.device,
             models=self._executor.models,
+            operations=self._executor.operations,
             latents=self._executor.held(),
             store_address=self._executor.store_address,
             term=term,

@@ -11,6 +11,7 @@ import msgspec
 from hocket.config import Common
 from hocket.messaging.media_bucket import KEPT_S
 
+Role = Literal["text", "dit", "vae"]
 NAME_PREFIX = r"^[a-z0-9][a-z0-9-]{0,40}$"
 _ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_MODEL = _ASSETS / "hocket-emoji"  # pictures
@@ -30,6 +31,8 @@ class WorkerSettings(Common, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpu: str = ""  # what profiles call the device; "" derives it
     model: tuple[str, ...] = ()  # local folders or hub ids; none: the embedded ones
+    # Nodes of the chain whose weights it loads and whose operations it offers; none: all three.
+    role: tuple[Role, ...] = ()
     profile: Path | None = None  # CSV that the emulated executor runs by
     host: str = socket.gethostname()
     advertise: str = ""  # address at which other workers reach this one; "": as the broker does
@@ -38,6 +41,9 @@ class WorkerSettings(Common, frozen=True, kw_only=True):
     memory_mib: Annotated[int, msgspec.Meta(ge=0)] = 0  # for weights, activations and latents
     latents_mib: Annotated[int, msgspec.Meta(ge=0)] = 0  # of it, for parked latents; 0: a quarter
     latents_host_mib: Annotated[int, msgspec.Meta(ge=0)] = 4096  # on the host, beside CUDA devices
+    prompts_mib: Annotated[int, msgspec.Meta(ge=0)] = 256  # embeddings of prompts; 0: none are kept
+    ahead: Annotated[int, msgspec.Meta(ge=0, le=16)] = 2  # assignments whose inputs come before
+    ahead_mib: Annotated[int, msgspec.Meta(ge=1)] = 256  # of such inputs
     groups_max: Annotated[int, msgspec.Meta(ge=1)] = 64  # communicators kept
     drain_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # for handing latents over at the end
     restarts_max: Annotated[int, msgspec.Meta(ge=0)] = 10  # of one worker within ten minutes

@@ -126,6 +126,7 @@ class Executor(Protocol):
         """What its memory is used for, as of now."""
 
     models: tuple[generation_pb2.ModelInfo, ...]
+    operations: tuple[str, ...]  # of workflows, without any model's weights
     store_address: str
 
     def start(self, listener: Listener, room: Room = always_room) -> None:
@@ -149,10 +150,10 @@ class Executor(Protocol):
         """Stops or skips a request's assignments; drops its latents if it has ended."""
 
     def release(self, request: str) -> None:
-        """Drops the latents of a request that has ended."""
+        """Drops the artifacts of a request that has ended."""
 
     def held(self) -> tuple[mesh_pb2.HeldLatent, ...]:
-        """Latents in this worker's memory."""
+        """Artifacts in this worker's memory."""
 
     def groups(self) -> tuple[types_pb2.Group, ...]:
         """Groups of more than one member that stand here."""

@@ -7,10 +7,9 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,24 +20,34 @@ from gpuworker.collectives.group_cache import GroupCache
 from gpuworker.collectives.rendezvous import Cancel, Rendezvous
 from gpuworker.collectives.tunnel import Tunnel
 from gpuworker.executor import CLOSE_PATIENCE_S, Listener, Room, always_room
+from gpuworker.folders.identity import FileDigests
 from gpuworker.loading import LoadError, load_card
 from gpuworker.memory.budget import Memory
 from gpuworker.memory.latents import LatentShelf, Shares
 from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
-from gpuworker.models.card import CardFacts, ModelCard, ModelRefused
+from gpuworker.mesh.input_reader import InputReader
+from gpuworker.model_info import models_info
+from gpuworker.models.card import ModelCard, ModelRefused
+from gpuworker.operations.names import ROLES, WEIGHTLESS
+from gpuworker.prompts import PromptCache
+from gpuworker.steps.encoding import EncodingThreads
 from gpuworker.steps.engine import Engine
+from gpuworker.steps.fetching import Fetcher
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.pace import pace_of
+from gpuworker.steps.prefetch import AHEAD, Ahead, Arrivals, Prefetch
 from gpuworker.steps.sources import Sources
+from hocket.clock import steady_ns
 from hocket.errors import HocketError
 from hocket.messaging.bus import Bus, Subjects
 from hocket.security.identity import Identity
-from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+from hocket.v1 import mesh_pb2, types_pb2
 
 log = logging.getLogger(__name__)
 
 _OFFERING_THREADS = 16
+_AWAITING_THREADS = 256
 _ASK_POLL_S = 0.02  # whether an asking was called off
 _ASK_MARGIN_US = 500_000  # the answer's way back, beyond the holder's own waiting time
 
@@ -62,9 +71,11 @@ class TorchExecutor:
         batch_max: int = 1,
         alone: bool = False,
         identity: Identity | None = None,
+        ahead: Ahead = AHEAD,
+        store_of: Callable[[str, Tunnel | None], Rendezvous] = Rendezvous,
     ) -> None:
         """`alone`: no groups, because NCCL takes no two workers on one GPU. With an identity, other
-        workers reach this one's store by mutual TLS only.
+        workers reach this one's store by mutual TLS only. `store_of` makes that store.
         """
         self._bus = bus
         self._subjects = subjects
@@ -74,27 +85,43 @@ class TorchExecutor:
         self._loop = asyncio.get_running_loop()
         self._inbox = Inbox()
         tunnel = Tunnel(identity) if identity is not None else None
-        self._rendezvous = Rendezvous(advertise, tunnel)
+        self._rendezvous = store_of(advertise, tunnel)
         self._groups = GroupCache(self._rendezvous, worker, device, groups_max)
-        store = self._rendezvous
-        self._shelf = LatentShelf(store.put, store.drop, shares, store.fetched)
-        self._memory = Memory(cards, device, weights, self._shelf, shares.device_bytes)
+        prompts = _prompts(cards, shares)
+        arrivals = Arrivals()
+        self._shelf = _shelf(self._rendezvous, shares, prompts, arrivals)
+        fetcher = Fetcher(worker, self._rendezvous, self._ask)
+        self._ahead = Prefetch(worker, self._inbox, self._shelf, fetcher, ahead, arrivals)
+        self._files = InputReader(bus, subjects.input_bucket)
+        self._encoding = encoding = EncodingThreads()
+        self._memory = Memory(
+            cards,
+            device,
+            weights,
+            self._shelf,
+            shares.device_bytes,
+            lambda: encoding.size_bytes,
+            prompts,
+        )
         self._engine = Engine(
             worker,
             cards,
             self._inbox,
             self._shelf,
             self._groups,
-            Sources(worker, self._inbox, self._shelf, self._rendezvous, self._ask),
+            Sources(worker, self._inbox, self._shelf, fetcher, self._ahead),
             pace_of(device),
             self._memory,
+            encoding,
+            self._files,
         )
         self._copies = Copies(worker, self._shelf, self._rendezvous, self._ask)
-        self._offering = ThreadPoolExecutor(_OFFERING_THREADS, thread_name_prefix="offer")
+        self._offering = ThreadPoolExecutor(_OFFERING_THREADS, "offer")
+        self._awaiting = ThreadPoolExecutor(_AWAITING_THREADS, "await")
         self._thread: threading.Thread | None = None
         self._ended: asyncio.Future[NoReturn] = self._loop.create_future()
-        facts = [replace(c.facts, degrees=(1,)) if alone else c.facts for c in cards.values()]
-        self.models = tuple(model_info(each, batch_max) for each in facts)
+        self.models = models_info(cards, weights, batch_max, alone=alone)
+        self.operations = WEIGHTLESS
         self.store_address = self._rendezvous.address
 
     @property
@@ -115,7 +142,9 @@ class TorchExecutor:
 
     @property
     def memory(self) -> types_pb2.Memory:
-        return self._memory.facts()
+        facts = self._memory.facts()
+        facts.ahead_bytes, facts.ahead_taken = self._ahead.size_bytes, self._ahead.taken
+        return facts
 
     def start(self, listener: Listener, room: Room = always_room) -> None:
         """The compute thread blocks in a listener that has no room."""
@@ -132,6 +161,7 @@ class TorchExecutor:
         accepted = self._inbox.accept_term(term)
         if accepted:
             self._memory.forget_before(term)
+            self._ahead.forget_before(term)
         return accepted
 
     def plan_loads(self, loads: Sequence[mesh_pb2.WeightsLoad]) -> None:
@@ -139,6 +169,8 @@ class TorchExecutor:
 
     def submit(self, assignment: mesh_pb2.Assignment) -> None:
         self._memory.expect(assignment)
+        self._files.want(assignment)
+        self._ahead.want(assignment)
         self._inbox.put(assignment)
 
     def truncate(self, truncate: mesh_pb2.Truncate) -> None:
@@ -176,19 +208,25 @@ class TorchExecutor:
         return self._inbox.pending()
 
     async def offer_latent(self, asked: mesh_pb2.LatentRequest) -> mesh_pb2.LatentReply:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._offering, self._shelf.offer, asked
-        )
+        # Who waits for a step takes no thread from those whose artifact is here.
+        threads = self._offering if self._shelf.has(asked) else self._awaiting
+        return await self._loop.run_in_executor(threads, self._shelf.offer, asked)
 
     async def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
         self._ended.cancel()
         self._inbox.close()
+        self._files.close()
+        self._ahead.close()
         self._copies.close()
         self._groups.abort()
+        self._encoding.stop()
+        end_ns = steady_ns() + int(patience_s * 1e9)
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, patience_s)
+        await asyncio.to_thread(self._encoding.close, max(0, end_ns - steady_ns()) / 1e9)
         await asyncio.to_thread(self._memory.close)
-        self._offering.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._offering, self._awaiting):
+            threads.shutdown(wait=False, cancel_futures=True)
         self._groups.close()
         self._rendezvous.close()
 
@@ -229,6 +267,27 @@ class TorchExecutor:
             return mesh_pb2.LatentReply(failure=failure)
 
 
+def _prompts(cards: Mapping[str, ModelCard], shares: Shares) -> PromptCache:
+    """One for all models."""
+    prompts = PromptCache(shares.prompts_bytes)
+    for card in cards.values():
+        card.prompts = prompts
+    return prompts
+
+
+def _shelf(
+    store: Rendezvous, shares: Shares, prompts: PromptCache, arrivals: Arrivals
+) -> LatentShelf:
+    return LatentShelf(
+        store.put,
+        store.drop,
+        shares,
+        store.fetched,
+        beside=lambda: prompts.size_bytes,
+        arriving=lambda: arrivals.size_bytes,
+    )
+
+
 def load_cards(
     sources: tuple[str, ...],
     device: torch.device,
@@ -236,25 +295,32 @@ def load_cards(
     *,
     compiled: bool = False,
     attention: ParallelAttention | None = None,
+    digests: FileDigests | None = None,
+    roles: Collection[str] = ROLES,
 ) -> dict[str, ModelCard]:
-    """Loads every model, named by its card; the weights are the store's.
+    """Loads every model, by name; the weights are the store's, those that models share once, those
+    of other roles not at all.
 
     Raises LoadError naming what is missing, and BudgetTooSmall.
     """
+    digests = digests or FileDigests()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     cards: dict[str, ModelCard] = {}
     for source in sources:
-        card = load_card(source, device, dtype, weights)
+        card = load_card(source, device, dtype, weights, digests, roles)
+        if (name := card.facts.name) in cards:
+            reason = "two models have this name; NAME=PATH gives one of them another"
+            raise LoadError(source, name, reason)
         if attention is not None:
             card.attend_by(attention)
-        if compiled:
+        if compiled and "dit" in roles:
             try:
                 card.compile()
             except ModelRefused as refused:
                 raise LoadError(source, refused.part, refused.reason) from refused
-            if not weights.budget_bytes:  # else they are not there yet
+            if not weights.budget_bytes and "text" in roles:  # else they are not there (yet)
                 card.warm()
-        cards[card.facts.name] = card
+        cards[name] = card
     return cards
 
 
@@ -266,46 +332,6 @@ def pick_device(wanted: str, index: int) -> torch.device:
     device = torch.device("cuda", index % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def model_info(facts: CardFacts, batch_max: int = 1) -> generation_pb2.ModelInfo:
-    """A card's facts as the API tells them."""
-    shapes = [
-        types_pb2.Shape(width=w, height=h, frames=facts.frames_default, fps=facts.fps)
-        for w, h in facts.sizes or (facts.size_default,)
-    ]
-    return generation_pb2.ModelInfo(
-        name=facts.name,
-        family=facts.family,
-        workflows=facts.workflows,
-        shapes=shapes,
-        frames=_frame_counts(facts),
-        steps_min=facts.steps_min,
-        steps_max=facts.steps_max,
-        steps_default=facts.steps_default,
-        guidance_kind="cfg" if facts.guidance == "true_cfg" else facts.guidance,
-        guidance_min=facts.guidance_min,
-        guidance_max=facts.guidance_max,
-        guidance_default=facts.guidance_default,
-        degrees=facts.degrees,
-        examples=facts.examples,
-        batch_max=batch_max,
-        obeys_layout=True,
-        branches_above=facts.branches_above if facts.guidance == "true_cfg" else None,
-    )
-
-
-def _frame_counts(facts: CardFacts) -> generation_pb2.FrameCounts | None:
-    """Of a model of videos."""
-    if facts.frames_max <= 1:
-        return None
-    return generation_pb2.FrameCounts(
-        minimum=facts.frames_min,
-        maximum=facts.frames_max,
-        multiple=facts.frames_multiple,
-        offset=facts.frames_offset % facts.frames_multiple,
-        default_count=facts.frames_default,
-    )
 
 
 def _host_memory() -> tuple[int, int]:

@@ -14,14 +14,17 @@ import torch
 from gpuworker.agent import Agent
 from gpuworker.attention.xfuser_usp import XfuserMissing, chosen_attention
 from gpuworker.config import EMBEDDED_MODELS, WorkerSettings
-from gpuworker.loading import LoadError, folder_bytes
+from gpuworker.folders.identity import FileDigests
+from gpuworker.loading import LoadError, distinct_bytes
 from gpuworker.memory.latents import Shares
 from gpuworker.memory.weights import BudgetTooSmall, WeightStore
 from gpuworker.mesh.claim import claimed
 from gpuworker.mesh.ending import ended_with
 from gpuworker.mesh.naming import advertised_address, worker_name
 from gpuworker.mesh.stopping import StopSignals, run_until
+from gpuworker.operations.names import ROLES
 from gpuworker.pool import run_pool
+from gpuworker.steps.prefetch import Ahead
 from gpuworker.torch_executor import TorchExecutor, load_cards, pick_device
 from hocket.clock import SystemClock
 from hocket.errors import WrongConfig
@@ -31,6 +34,7 @@ from hocket.security.identity import Identity, broker_access
 from hocket.tracing import telemetry
 
 _RESERVED = 0.15  # of a CUDA device: activations of what fits whole, the context, fragmentation
+_PROMPTS_SHARE = 0.25  # of the latents' share, at most
 _THREAD_SWITCH_S = 0.0005  # heartbeats and reports must not wait long for the compute thread's GIL
 
 
@@ -82,7 +86,8 @@ async def _made(
     device = pick_device(settings.device, index)
     alone = device.type == "cuda" and settings.count > torch.cuda.device_count()
     wanted = "native" if alone and settings.attention == "auto" else settings.attention
-    shares, weights_bytes = budgets(settings, device, folder)
+    digests = FileDigests(settings.state_dir / "file-digests.json")
+    shares, weights_bytes = budgets(settings, device, folder, digests)
     weights = WeightStore(device, weights_bytes)
     cards = load_cards(
         settings.model,
@@ -90,6 +95,8 @@ async def _made(
         weights,
         compiled=settings.compile != "off",
         attention=chosen_attention(wanted, device),
+        digests=digests,
+        roles=settings.role or ROLES,
     )
     identity = Identity.load(settings.tls_dir)
     access = broker_access(identity, "worker")
@@ -108,20 +115,23 @@ async def _made(
         batch_max=settings.batch_max,
         alone=alone,
         identity=identity,
+        ahead=Ahead(settings.ahead, settings.ahead_mib << 20),
     )
     return bus, executor
 
 
-def budgets(settings: WorkerSettings, device: torch.device, folder: Path) -> tuple[Shares, int]:
+def budgets(
+    settings: WorkerSettings, device: torch.device, folder: Path, digests: FileDigests
+) -> tuple[Shares, int]:
     """Where latents may be parked, and the bytes that weights and activations may take.
 
-    Raises WrongConfig.
+    Raises WrongConfig and LoadError.
     """
     budget_bytes = settings.memory_mib << 20
     if not budget_bytes and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         room = int(total * (1 - _RESERVED))
-        if sum(folder_bytes(source) for source in settings.model) > room:
+        if distinct_bytes(settings.model, digests, settings.role or ROLES) > room:
             budget_bytes = room
     latents_bytes = (settings.latents_mib << 20) or budget_bytes // 4
     if budget_bytes and latents_bytes >= budget_bytes:
@@ -129,7 +139,10 @@ def budgets(settings: WorkerSettings, device: torch.device, folder: Path) -> tup
         raise WrongConfig(key="latents_mib", value=str(settings.latents_mib), allowed=allowed)
     host_bytes = settings.latents_host_mib << 20 if device.type == "cuda" else 0
     weights_bytes = budget_bytes - latents_bytes if budget_bytes else 0
-    return Shares(latents_bytes, host_bytes, folder), weights_bytes
+    prompts_bytes = settings.prompts_mib << 20
+    if latents_bytes:
+        prompts_bytes = min(prompts_bytes, int(latents_bytes * _PROMPTS_SHARE))
+    return Shares(latents_bytes, host_bytes, folder, prompts_bytes), weights_bytes
 
 
 def gpu_name(kind: str, index: int) -> str:

@@ -12,6 +12,8 @@
                 case Finished(on_time=on_time): ...
 
         made = await hocket.create("a harbour at dawn")      # lives by itself
+        picture = await hocket.put_input("photo.jpg")        # for a workflow that takes one
+        made = await hocket.create("a harbour", workflow="img2img", inputs={"image": picture.name})
         ended = await hocket.wait(made.request_id)
         picture = await hocket.result(made.request_id)
 
@@ -63,6 +65,7 @@ from hocket.v1.generation_pb2 import (
     WatchGenerationResponse,
 )
 from hocket.v1.types_pb2 import Failure
+from hocket.workflow_calls import WorkflowCalls
 
 __all__ = ["Event", "Generation", "HocketClient", "Options", "WatchEvent", "request"]
 
@@ -89,7 +92,7 @@ class _Run:
         return progress.step % every == 0 or progress.step == progress.steps
 
 
-class HocketClient:
+class HocketClient(WorkflowCalls):
     """Connections to gateways; share it between any number of concurrent calls."""
 
     def __init__(

@@ -89,6 +89,15 @@ def otlp_endpoint() -> str:
     )
 
 
+def otlp_metrics_endpoint() -> str:
+    """Likewise for metrics."""
+    return (
+        os.environ.get("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
+        or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+        or ""
+    )
+
+
 def inherited() -> dict[str, str]:
     """A copy of the environment, for the child processes of `hocket up`."""
     return dict(os.environ)

@@ -268,15 +268,15 @@ _CODES: dict[type[HocketError], grpc.StatusCode] = {
 _REASON_CODES: dict[str, grpc.StatusCode] = {
     **dict.fromkeys(("DEADLINE_UNATTAINABLE", "NOT_ENDED"), grpc.StatusCode.FAILED_PRECONDITION),
     "IDEMPOTENCY_KEY_REUSED": grpc.StatusCode.INVALID_ARGUMENT,
-    "NO_WORKERS": grpc.StatusCode.UNAVAILABLE,
+    **dict.fromkeys(("NO_WORKERS", "ROLES_NOT_SERVED"), grpc.StatusCode.UNAVAILABLE),
     "REJECTED_BY_POLICY": grpc.StatusCode.RESOURCE_EXHAUSTED,
-    "MODEL_NOT_SERVED": grpc.StatusCode.NOT_FOUND,
+    **dict.fromkeys(("MODEL_NOT_SERVED", "WORKFLOW_NOT_SERVED"), grpc.StatusCode.NOT_FOUND),
+    "LORA_NOT_SERVED": grpc.StatusCode.NOT_FOUND,
     "CANCELLED": grpc.StatusCode.CANCELLED,
     **dict.fromkeys(("REQUEST_ID_REUSED", "INVALID_REQUEST"), grpc.StatusCode.INVALID_ARGUMENT),
-    "UNKNOWN_REQUEST": grpc.StatusCode.NOT_FOUND,
+    **dict.fromkeys(("UNKNOWN_REQUEST", "UNKNOWN_WORKFLOW"), grpc.StatusCode.NOT_FOUND),
     "CALLER_TOO_SLOW": grpc.StatusCode.DEADLINE_EXCEEDED,
-    "MEDIA_CORRUPT": grpc.StatusCode.DATA_LOSS,
-    "MEDIA_LOST": grpc.StatusCode.DATA_LOSS,
+    **dict.fromkeys(("MEDIA_CORRUPT", "MEDIA_LOST"), grpc.StatusCode.DATA_LOSS),
     "MEDIA_UNAVAILABLE": grpc.StatusCode.UNAVAILABLE,
 }
 

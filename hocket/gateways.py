@@ -21,9 +21,12 @@ from hocket.rpc.channels import CHANNEL_OPTIONS
 from hocket.security.caller import Credentials
 from hocket.tracing.telemetry import client_interceptors
 from hocket.v1.generation_pb2_grpc import GenerationServiceStub
+from hocket.v1.workflows_pb2_grpc import WorkflowServiceStub
 
 if TYPE_CHECKING:
-    from hocket.v1.generation_pb2_grpc import GenerationServiceAsyncStub  # exists for types only
+    # These exist for types only.
+    from hocket.v1.generation_pb2_grpc import GenerationServiceAsyncStub
+    from hocket.v1.workflows_pb2_grpc import WorkflowServiceAsyncStub
 
 T = TypeVar("T")
 
@@ -72,6 +75,11 @@ class Gateways:
     def generation(self) -> GenerationServiceAsyncStub:
         """The gateway that is used now."""
         return GenerationServiceStub(self._channel())
+
+    @property
+    def workflows(self) -> WorkflowServiceAsyncStub:
+        """The same one's WorkflowService."""
+        return WorkflowServiceStub(self._channel())
 
     @property
     def operations(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TypedDict, Unpack
 
 from hocket.v1.generation_pb2 import GenerateRequest
@@ -14,6 +15,9 @@ class Options(TypedDict, total=False):
     """What can be said of a request beside its prompt; what is left out is the server's default."""
 
     model: str
+    workflow: str  # a model's own, or a registered one: "name" or "name@digest"
+    inputs: Mapping[str, str]  # files that the workflow takes, each as `put_input` named it
+    loras: Iterable[str]  # adapters of the model, each "name" or "name:scale"
     negative_prompt: str
     shape: tuple[int, int] | None  # width and height in pixels
     frames: int  # of a video
@@ -45,6 +49,9 @@ def request(prompt: str, **options: Unpack[Options]) -> GenerateRequest:
     )
     spec = GenerationSpec(
         model=options.get("model", ""),
+        workflow=options.get("workflow", ""),
+        inputs=options.get("inputs", {}),
+        loras=options.get("loras", ()),
         prompt=prompt,
         negative_prompt=options.get("negative_prompt", ""),
         shape=shape,

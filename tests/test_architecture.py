@@ -232,8 +232,8 @@ def stale_stubs(root: Path, out: Path) -> list[str]:
     """Committed stubs that are not what the proto files below `root` give."""
     command = [sys.executable, str(root / "tools/generate_stubs.py"), str(out)]
     subprocess.run(command, check=True, capture_output=True, cwd=root)
-    fresh = {p.name: p.read_text() for p in (out / "hocket/v1").glob("*_pb2*")}
-    committed = {p.name: p.read_text() for p in (ROOT / "hocket/v1").glob("*_pb2*")}
+    fresh = {p.name: p.read_text() for p in out.glob("hocket/*/*_pb2*")}
+    committed = {p.name: p.read_text() for p in ROOT.glob("hocket/*/*_pb2*")}
     assert fresh.keys() == committed.keys()
     return [name for name in fresh if fresh[name] != committed[name]]
 

@@ -60,6 +60,7 @@ class Burst:
     refused: Counter[str] = field(default_factory=Counter)  # by reason
     span_s: float = 0.0  # from the first call to the last acceptance
     stalls_ms: dict[str, list[float]] = field(default_factory=dict)  # health answers, by service
+    cpu_ms: dict[str, float] = field(default_factory=dict)  # processor time, by process
 
 
 @asynccontextmanager

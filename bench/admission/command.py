@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 
 from bench.admission import callers, pairs, streams
 from bench.admission.callers import Burst, CallerStubs
-from bench.admission.tree import Started, emulated_mesh
+from bench.admission.tree import Started, cpu_ms, emulated_mesh
 from hocket.launching.machine import machine_kind
 
 console = Console(width=None if sys.stdout.isatty() else 150)
@@ -98,7 +99,8 @@ async def _measure(
             whole = Burst(count)
             async with callers.probed(_services(mesh), whole.stalls_ms):
                 for _ in range(_REPEATS.get(count, 1)):
-                    one = await callers.burst(at, count, _DEADLINE_S)
+                    with _spent(mesh, whole.cpu_ms):
+                        one = await callers.burst(at, count, _DEADLINE_S)
                     whole.took_ms += one.took_ms
                     whole.span_s += one.span_s
                     whole.refused += one.refused
@@ -108,9 +110,11 @@ async def _measure(
         async with _door(tree, workers, 1_000, create) as (mesh, at):
             await _warm(at)
             stalls: dict[str, list[float]] = {}
+            spent_ms: dict[str, float] = {}
             async with callers.probed(_services(mesh), stalls):
-                run = await callers.paced(at, *steady, seconds=10.0)
-            run.stalls_ms = stalls
+                with _spent(mesh, spent_ms):
+                    run = await callers.paced(at, *steady, seconds=10.0)
+            run.stalls_ms, run.cpu_ms = stalls, spent_ms
         rows.append(_row(f"{steady[0]} callers, {steady[1]:g}/s", run))
     stayed = None
     if open_streams:
@@ -138,6 +142,16 @@ async def _door(
         yield mesh, at
 
 
+@contextmanager
+def _spent(mesh: Started, into: dict[str, float]) -> Iterator[None]:
+    """Adds the processor time of mesh and generator while the block runs."""
+    pids = {**mesh.pids, "generator": os.getpid()}
+    before = {name: cpu_ms(pid) for name, pid in pids.items()}
+    yield
+    for name, pid in pids.items():
+        into[name] = into.get(name, 0.0) + cpu_ms(pid) - before[name]
+
+
 def _services(mesh: Started) -> dict[str, str]:
     return {"gateway": mesh.gateway, "control": mesh.control}
 
@@ -149,6 +163,9 @@ def _row(name: str, run: Burst) -> dict[str, Any]:
         "accepted": accepted,
         "refused": dict(_short(run.refused)),
         "accepted_a_second": round(accepted / run.span_s, 1) if run.span_s else 0.0,
+        "cpu_ms_each": {name: round(spent / accepted, 3) for name, spent in run.cpu_ms.items()}
+        if accepted
+        else {},
         "to_accepted_ms": _quantiles(run.took_ms),
         "health_answer_ms": {name: _quantiles(run.stalls_ms[name]) for name in run.stalls_ms},
     }
@@ -171,7 +188,7 @@ def _quantiles(values: list[float]) -> dict[str, float]:
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
         "callers", "accepted", "refused", "a second", "p50 ms", "p99 ms", "stall p99 gateway",
-        "stall p99 control",
+        "stall p99 control", "CPU ms a request: gateway, control",
     )  # fmt: skip
     for row in rows:
         took, stalls = row["to_accepted_ms"], row["health_answer_ms"]
@@ -184,5 +201,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{took.get('p99', 0):g}",
             f"{stalls.get('gateway', {}).get('p99', 0):g}",
             f"{stalls.get('control', {}).get('p99', 0):g}",
+            ", ".join(f"{row['cpu_ms_each'].get(name, 0):g}" for name in ("gateway", "control")),
         )
     return table

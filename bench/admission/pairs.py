@@ -38,6 +38,7 @@ def _median(rows: Sequence[Row]) -> Row:
         "accepted": round(median(row["accepted"] for row in rows)),
         "refused": dict(refused),
         "accepted_a_second": median(row["accepted_a_second"] for row in rows),
+        "cpu_ms_each": _each([row["cpu_ms_each"] for row in rows]),
         "to_accepted_ms": _each([row["to_accepted_ms"] for row in rows]),
         "health_answer_ms": {
             name: _each([row["health_answer_ms"][name] for row in rows])

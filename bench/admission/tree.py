@@ -124,3 +124,12 @@ def rss_kib(pid: int) -> int:
     except FileNotFoundError:
         pass
     return 0
+
+
+def cpu_ms(pid: int) -> float:
+    """Processor time of a process's living threads so far; 0 when it is gone."""
+    spent_ns = 0
+    for thread in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            spent_ns += int(thread.read_text().split()[0])
+    return spent_ns / 1e6

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from control.scheduler.outlook.scene import Scene, Seat, Work
     from control.scheduler.values import Request
 
-Parts = frozenset[tuple[str, str]]
+Parts = frozenset[str]
 NODES = (TEXT, DIT, VAE)
 POLL_US = 10  # the artifact's coordinator polls every 10 us
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from bench.chaos import wishes
 from bench.chaos.history import CANCELLED, FAILED, FINISHED, GIVEN_UP, QUIT, History, ObservedCall
 from bench.chaos.pictures import compare
-from bench.chaos.wishes import PlannedCall
+from bench.chaos.wishes import PlannedCall, uploaded_picture
 from hocket.client import HocketClient
 from hocket.errors import CallFailed, HocketError, NotReady, Refused, RequestFailed
 from hocket.v1.generation_pb2 import Accepted, Finished, GenerateRequest, MediaChunk, Progress
@@ -60,6 +60,10 @@ class ChaosCallers:
     async def _behave(
         self, call: PlannedCall, observed: ObservedCall, doors: list[Gateway]
     ) -> None:
+        if call.wish.picture:
+            await self._upload(observed, doors)
+        if observed.ended:
+            return
         if call.behaviour in (wishes.PATIENT, wishes.RIDER):
             await self._follow(call, observed, doors)
         elif call.behaviour == wishes.OPERATION:
@@ -87,6 +91,17 @@ class ChaosCallers:
             finally:
                 following.cancel()
 
+    async def _upload(self, observed: ObservedCall, doors: list[Gateway]) -> None:
+        """Brings the picture again, which the store may have: under the same name as ever."""
+        while not observed.uploaded:
+            try:
+                stored = await doors[0].rider.put_input(uploaded_picture(), tenant=wishes.TENANT)
+                observed.uploaded = stored.name
+            except HocketError as error:
+                if not self._goes_on(observed, error):
+                    return
+                await asyncio.sleep(_AGAIN_S)
+
     async def _follow(
         self,
         call: PlannedCall,
@@ -100,6 +115,7 @@ class ChaosCallers:
             call.key,
             detached=call.behaviour == wishes.DETACHED,
             deadline_s=call.deadline_s,
+            uploaded=observed.uploaded,
         )
         turn = 0
         while not observed.ended:
@@ -155,7 +171,7 @@ class ChaosCallers:
         self, call: PlannedCall, observed: ObservedCall, client: HocketClient
     ) -> None:
         """Starts an operation, looks away, and comes back for its end and its file."""
-        wanted = call.wish.asked(call.key, deadline_s=call.deadline_s)
+        wanted = call.wish.asked(call.key, deadline_s=call.deadline_s, uploaded=observed.uploaded)
         while not observed.ended:
             try:
                 made = await client.create(wanted)
@@ -220,7 +236,8 @@ async def reference_files(
 ) -> dict[str, bytes]:
     """The undisturbed file of every wish, made one after the other."""
     found: dict[str, bytes] = {}
+    stored = await gateway.client.put_input(uploaded_picture(), tenant=wishes.TENANT)
     for wish in wanted:
-        request = wish.asked(f"reference-{seed}-{wish.name}")
+        request = wish.asked(f"reference-{seed}-{wish.name}", uploaded=stored.name)
         found[wish.name], _ = await gateway.client.generate_media(request)
     return found

@@ -20,6 +20,7 @@ class ObservedCall:
     behaviour: str
     asked_s: float
     ids: list[str] = field(default_factory=list)  # request ids it was told, each once
+    uploaded: str = ""  # name of the picture that it brought, in the store of inputs
     accepted_s: float | None = None
     gateway: str = ""  # that it now listens to
     workers: tuple[str, ...] = ()  # that ran its last step

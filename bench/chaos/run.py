@@ -291,4 +291,5 @@ def wish_names(plan: ChaosPlan) -> list[str]:
 
 def _describe(wish: MediaWish) -> str:
     frames = f", {wish.frames} frames" if wish.frames > 1 else ""
-    return f"{wish.name}: {wish.side} px{frames}, {wish.steps} steps"
+    how = f", {wish.workflow}" if wish.workflow else ""
+    return f"{wish.name}: {wish.side} px{frames}, {wish.steps} steps{how}"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import random
 from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
 
 from hocket.client import request
 from hocket.v1.generation_pb2 import GenerateRequest
@@ -20,7 +25,9 @@ _BEHAVIOURS = (
     *(DETACHED, OPERATION) * 2,
     *(QUITTER, CANCELLER) * 2,
 )
+TWO_PASSES, MADE_OVER = "two-pass", "img2img"  # shipped workflows
 PICTURES, CLIPS = "hocket-emoji", "hocket-emoji-motion"
+TENANT = "chaos"
 _PROMPTS = ("a fox on a green background", "a red apple", "a sleeping cat", "a lighthouse at night")
 
 
@@ -35,11 +42,15 @@ class MediaWish:
     frames: int
     steps: int
     seed: int
+    workflow: str = ""  # a registered one's name; empty: the model's own chain
+    picture: bool = False  # it takes the uploaded picture
 
     def asked(
-        self, key: str, *, detached: bool = False, deadline_s: float = 0.0
+        self, key: str, *, detached: bool = False, deadline_s: float = 0.0, uploaded: str = ""
     ) -> GenerateRequest:
-        """The call, by which a caller finds its request again: the same key, the same wish."""
+        """The call, by which a caller finds its request again: the same key, the same wish.
+        `uploaded`: what the store of inputs calls the picture, where the wish takes one.
+        """
         return request(
             self.prompt,
             model=self.model,
@@ -50,7 +61,9 @@ class MediaWish:
             idempotency_key=key,
             detached=detached,
             deadline_s=deadline_s,
-            tenant="chaos",
+            tenant=TENANT,
+            workflow=self.workflow,
+            inputs={"image": uploaded} if self.picture else {},
         )
 
 
@@ -68,7 +81,7 @@ class PlannedCall:
 
 
 def catalogue(sizes: tuple[int, int], steps: int) -> tuple[MediaWish, ...]:
-    """Pictures of two sizes and clips, each with its own seed."""
+    """Pictures of two sizes, clips, and pictures by workflows, each with its own seed."""
     small, large = sizes
     found = []
     for number, prompt in enumerate(_PROMPTS):
@@ -79,7 +92,22 @@ def catalogue(sizes: tuple[int, int], steps: int) -> tuple[MediaWish, ...]:
     for number in range(2):
         prompt = f"{_PROMPTS[number]}, moving"
         found.append(MediaWish(f"clip-{number}", CLIPS, prompt, small, 16, steps, 90 + number))
+    for number in range(2):
+        prompt, twice = _PROMPTS[number], 20 + number
+        found += [
+            MediaWish(f"twice-{number}", PICTURES, prompt, large, 1, steps, twice, TWO_PASSES),
+            MediaWish(f"over-{number}", PICTURES, prompt, large, 1, steps, twice, MADE_OVER, True),
+        ]
     return tuple(found)
+
+
+@cache
+def uploaded_picture() -> bytes:
+    """The picture that callers bring: smooth colours, and of no size that a model serves."""
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    kept = io.BytesIO()
+    Image.fromarray(coarse).resize((200, 150), Image.Resampling.BICUBIC).save(kept, "PNG")
+    return kept.getvalue()
 
 
 class Errands:

@@ -96,7 +96,7 @@ class ManualRun:
         host = EmulatedHost(self._clock, profile_cells(case.profile_csv.splitlines(), "case"))
         bus = await self._connect("workers")
         agents = []
-        for up in case.cluster.leases(0):
+        for up in case.cluster.leases(0, case.loads):
             batch_max = max((m.batch_max for m in up.models), default=1)
             executor = EmulatedExecutor(
                 up.worker, host, case.cluster.gpu, media=False, batch_max=batch_max

@@ -261,9 +261,8 @@ class SimulatedCallers:
                 if kind == "media":
                     continue
                 accepted, name = True, response.accepted.request_id
-                step = response.progress.step if response.progress.node == "dit" else 0
-                cursor = int(response.cursor or 0)
-                yield self._note(story, kind, name, str(step or ""), cursor=cursor, chain=chain)
+                step, cursor = story.number_of(response.progress), int(response.cursor or 0)
+                yield self._note(story, kind, name, step, cursor=cursor, chain=chain)
         except grpc.aio.AioRpcError as error:
             failed = self._failed(story, error)
             if failed is not None:
@@ -278,9 +277,9 @@ class SimulatedCallers:
         )
         try:
             async for response in self._stub(story.gateway).WatchGeneration(request):
-                step = response.progress.step if response.progress.node == "dit" else 0
-                kind, cursor = response.WhichOneof("event"), int(response.cursor or 0)
-                yield self._note(story, kind, "", str(step or ""), cursor=cursor, chain=chain)
+                step, cursor = story.number_of(response.progress), int(response.cursor or 0)
+                kind = response.WhichOneof("event")
+                yield self._note(story, kind, "", step, cursor=cursor, chain=chain)
         except grpc.aio.AioRpcError as error:
             failed = self._failed(story, error)
             if failed is not None:

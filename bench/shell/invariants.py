@@ -248,6 +248,14 @@ def nothing_left(run: ScenarioRun) -> Iterator[Problem]:
             yield Problem("left over", f"{name}: {before} before, {after} after")
 
 
+def nothing_held(run: ScenarioRun) -> Iterator[Problem]:
+    """An artifact of a request that ended is held by nobody."""
+    for worker, request, artifact in run.held:
+        if request in run.ended:
+            told = f"{artifact} of {request} ({_who(run, request)}) on {worker}"
+            yield Problem("artifact of an ended request", told)
+
+
 CHECKS: tuple[Callable[[ScenarioRun], Iterator[Problem]], ...] = (
     answered,
     one_request_a_key,
@@ -263,6 +271,7 @@ CHECKS: tuple[Callable[[ScenarioRun], Iterator[Problem]], ...] = (
     at_once,
     alive,
     nothing_left,
+    nothing_held,
 )
 
 

@@ -20,6 +20,8 @@ from gpuworker.config import WorkerSettings
 from gpuworker.emulation.executor import EmulatedExecutor, EmulatedHost
 from gpuworker.executor import Listener, Room, RunNote, always_room
 from hocket.messaging.bus import Bus
+from hocket.rpc.interceptors import Wrapping
+from hocket.tracing.metrics import Gauges
 from hocket.tracing.telemetry import Telemetry
 
 from .loop import SimulatedProcess
@@ -35,8 +37,9 @@ class _Untold:
     """Telemetry that goes nowhere."""
 
     tracer: Tracer
+    gauges: Gauges = Gauges(None)  # noqa: RUF009
 
-    def server_interceptors(self, *_: object, **__: object) -> list[grpc.aio.ServerInterceptor]:
+    def server_wrappings(self, *_: object, **__: object) -> list[Wrapping]:
         return []
 
     def client_interceptors(self) -> list[grpc.aio.ClientInterceptor]:

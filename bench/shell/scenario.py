@@ -158,6 +158,11 @@ async def _perform(seed: int, loop: SimulatedLoop, folder: Path, script: Script)
         await world.until(lambda: run.callers.over, _ANSWER_US)
         await _settle(run)
         _read_stored(run)
+        run.held = [
+            (worker, held.request_id, held.artifact or "latents")
+            for worker, executor in world.executors.items()
+            for held in executor.held()
+        ]
         if run.undisturbed and run.faults:
             run.troubles = await troubles(world)
     return run

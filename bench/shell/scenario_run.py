@@ -45,6 +45,7 @@ class ScenarioRun:
     # When something was first assigned, by worker, term and sequence.
     assigned_us: dict[tuple[str, int, int], int] = field(default_factory=dict)
     troubles: dict[str, int] = field(default_factory=dict)  # as the leader counted them
+    held: list[tuple[str, str, str]] = field(default_factory=list)  # worker, request, artifact
     before: dict[str, int] = field(default_factory=dict)
     after: dict[str, int] = field(default_factory=dict)
 

@@ -10,6 +10,9 @@ from hocket.v1 import generation_pb2, types_pb2
 from .toy_model import MODEL
 
 GATEWAYS = 2
+TWO_PASSES = "two-pass"  # comes with the software
+PASSES = ("first", "denoise")
+_WORKFLOWS = 0.3  # share of callers that name it
 COME_WITHIN_US = 4_000_000
 ENDINGS = ("finished", "failed", "cancelled")
 BEHAVIOURS = ("wait", "wait", "leave", "move", "cancel", "forget", "watch", "delete", "repeat")
@@ -67,6 +70,14 @@ class Story:
         """Its own chance: what it does depends on no other caller."""
         return random.Random(f"{self.name} {self.starts_us}")
 
+    def number_of(self, progress: generation_pb2.Progress) -> str:
+        """Of a step among all of its request, so that it rises; empty for calls without steps."""
+        if progress.node == "dit":
+            return str(progress.step)
+        if progress.node in PASSES:
+            return str(PASSES.index(progress.node) * self.wish.spec.steps + progress.step)
+        return ""
+
     def __str__(self) -> str:
         told = " ".join(
             f"{t.kind}{'(' + t.detail + ')' if t.kind in ('failed', 'refused') else ''}"
@@ -115,6 +126,9 @@ def draw_stories(rng: random.Random, count: int, start_us: int) -> list[Story]:
         wish = wish_of(steps=rng.randrange(2, 7), key=f"key-{number}" if keyed else "")
         wish.slo.deadline_us = rng.choice((0, 0, 2_000_000, 500_000))
         wish.detached = behaviour == "forget"
+        if behaviour != "repeat":  # which is a gateway, and would have to bring the graph
+            chance = random.Random(f"workflow of {number} at {starts_us}").random()
+            wish.spec.workflow = TWO_PASSES if chance < _WORKFLOWS else ""
         for twin in range(twins):
             own = generation_pb2.GenerateRequest()
             own.CopyFrom(wish)

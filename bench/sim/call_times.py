@@ -8,6 +8,9 @@ As the profile says; on a host whose workers share cores, memory or power it dep
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import msgspec
 
 from control.scheduler.settings import Settings
@@ -30,13 +33,19 @@ class CallTimes:
     """Call times in microseconds, looked up once a cell."""
 
     def __init__(
-        self, profile: Profile, gpu: str, settings: Settings, contention: Contention | None
+        self,
+        profile: Profile,
+        gpu: str,
+        settings: Settings,
+        contention: Contention | None,
+        kinds: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Raises: ProfileError."""
+        """`kinds`: of GPU by worker, where they differ. Raises: ProfileError."""
         texts = () if contention is None else (contention.alone_csv, contention.beside_csv)
         profiles = [Profile.from_csv(text) for text in texts] or [profile]
         self._estimators = [Estimator(p, settings) for p in profiles]
         self._gpu = gpu
+        self._kinds = kinds
         self._known: dict[CellKey, tuple[int, int]] = {}
 
     @property
@@ -46,7 +55,14 @@ class CallTimes:
 
     def of(self, a: Assignment, request: Request) -> tuple[int, int]:
         """Of one step of an assignment, alone and beside others; `request`: one of its batch."""
-        key = CellKey(request.model, self._gpu, a.node, request.shape, a.layout, len(a.batch))
+        if not self._kinds:
+            return self._on(self._gpu, a, request)
+        kinds = {self._kinds.get(worker, self._gpu) for worker in a.workers}
+        return max(self._on(gpu, a, request) for gpu in sorted(kinds))
+
+    def _on(self, gpu: str, a: Assignment, request: Request) -> tuple[int, int]:
+        """The slowest member of a group sets the pace."""
+        key = CellKey(request.model, gpu, a.node, request.shape, a.layout, len(a.batch))
         known = self._known.get(key)
         if known is None:
             times = [max(1, round(e.estimate_us(key))) for e in self._estimators]

@@ -28,10 +28,10 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from control.scheduler.books.loads import LoadTable
+from control.scheduler.books.loads import LoadTable, own_part
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.times.profile import Profile
-from control.scheduler.values import DIT, TEXT, VAE, ModelFacts, WorkerUp
+from control.scheduler.values import DIT, TEXT, VAE, ModelFacts, NodeParts, WorkerUp
 
 from .call_times import Contention
 from .costs import CostError, Costs, Straggler
@@ -61,17 +61,50 @@ class FaultSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     host: str = "host000"  # of a worker that comes up
 
 
-class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Equal hosts of equal workers."""
+class PoolSpec(msgspec.Struct, frozen=True):
+    """Workers of one kind that hold the weights of some nodes."""
 
-    workers: int  # a host
+    count: int
+    gpu: str
+    roles: tuple[str, ...]  # of text, dit, vae
+
+    @classmethod
+    def read(cls, text: str) -> tuple[PoolSpec, ...]:
+        """Of "7 l20x dit, 6 a10 text vae"; no roles: all. Raises: CaseError."""
+        pools = []
+        for one in text.split(","):
+            count, gpu, *roles = one.split() if len(one.split()) > 1 else ("", "")
+            if not (count.isdecimal() and int(count) and {*roles} <= {TEXT, DIT, VAE}):
+                allowed = "COUNT KIND ROLE…, with commas between; roles are text, dit, vae"
+                raise CaseError("cluster.pools", one, allowed)
+            pools.append(cls(int(count), gpu, tuple(roles)))
+        return tuple(pools)
+
+
+class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Equal hosts of equal workers; or pools, each on a host of its own."""
+
+    workers: int = 0  # a host; those of pools are counted
     gpu: str = ""  # "": the one kind that has all of the profile's nodes
     models: tuple[ModelFacts, ...] = ()  # (): all of the profile
     hosts: int = 1
     memory_mib: int = 0  # a worker's, for weights; 0: all models always fit
+    pools: str = ""  # see PoolSpec.read; kinds differ, and so do the nodes that they run
 
-    def leases(self, at_us: int) -> tuple[WorkerUp, ...]:
+    def served(self, loads: LoadTable) -> tuple[ModelFacts, ...]:
+        """The models; where weights count, with the parts that their nodes need."""
+        return tuple(
+            msgspec.structs.replace(model, parts=parts_of(model.name, self.gpu, loads))
+            if loads and not model.parts
+            else model
+            for model in self.models
+        )
+
+    def leases(self, at_us: int, loads: LoadTable) -> tuple[WorkerUp, ...]:
         """The facts by which the workers join, in cluster order."""
+        models = self.served(loads)
+        if self.pools:
+            return self._pooled(at_us, models)
         return tuple(
             WorkerUp(
                 at_us=at_us,
@@ -79,15 +112,37 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 incarnation="1",
                 gpu=self.gpu,
                 host=f"host{host:03d}",
-                models=self.models,
+                models=models,
                 memory_mib=self.memory_mib,
             )
             for host in range(self.hosts)
             for i in range(self.workers)
         )
 
+    def _pooled(self, at_us: int, models: tuple[ModelFacts, ...]) -> tuple[WorkerUp, ...]:
+        return tuple(
+            WorkerUp(
+                at_us=at_us,
+                worker=f"w{number:02d}{i:02d}",
+                incarnation="1",
+                gpu=pool.gpu,
+                host=f"host{number:03d}",
+                models=tuple(msgspec.structs.replace(m, operations=pool.roles) for m in models),
+            )
+            for number, pool in enumerate(PoolSpec.read(self.pools))
+            for i in range(pool.count)
+        )
+
+    def kinds(self) -> dict[str, str]:
+        """Kind of GPU by worker of a pool."""
+        if not self.pools:
+            return {}
+        return {up.worker: up.gpu for up in self.leases(0, LoadTable({}))}
+
     def completed(self, profile: Profile) -> ClusterSpec:
         """With the profile's gpu kind and models where none are named. Raises: CaseError."""
+        if self.pools:
+            return self._completed_pools(profile)
         for name, value, low in (
             ("cluster.workers", self.workers, 1),
             ("cluster.hosts", self.hosts, 1),
@@ -107,6 +162,18 @@ class ClusterSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if not models:
             raise CaseError("cluster.gpu", gpu, f"a kind with models: {', '.join(kinds)}")
         return msgspec.structs.replace(self, gpu=gpu, models=models)
+
+    def _completed_pools(self, profile: Profile) -> ClusterSpec:
+        """Models are those of the kind that denoises."""
+        pools = PoolSpec.read(self.pools)
+        if self.memory_mib or self.hosts > 1:
+            raise CaseError("cluster.pools", self.pools, "none beside memory_mib or hosts")
+        gpu = self.gpu or next((p.gpu for p in pools if not p.roles or DIT in p.roles), "")
+        models = self.models or models_of(profile, gpu)
+        if not models:
+            raise CaseError("cluster.pools", self.pools, "kinds of the profile, one with dit")
+        workers = sum(pool.count for pool in pools)
+        return msgspec.structs.replace(self, gpu=gpu, models=models, workers=workers)
 
 
 def models_of(profile: Profile, gpu: str) -> tuple[ModelFacts, ...]:
@@ -129,6 +196,21 @@ def models_of(profile: Profile, gpu: str) -> tuple[ModelFacts, ...]:
         )
         for model in sorted(degrees)
     )
+
+
+def parts_of(model: str, gpu: str, loads: LoadTable) -> tuple[NodeParts, ...]:
+    """What the nodes of a model of a load table need. A model named `base+adapter` shares the parts
+    of `base` and denoises with `controlnet-adapter` besides, unless the table has rows of its own.
+    """
+    base, *adapters = model.split("+")
+    found = []
+    for node in (TEXT, DIT, VAE):
+        extra = adapters if node == DIT else []
+        names = [own_part(base, node), *(own_part(base, f"controlnet-{a}") for a in extra)]
+        if loads.knows(own_part(model, node), gpu):
+            names = [own_part(model, node)]
+        found.append(NodeParts(node=node, parts=tuple(names)))
+    return tuple(found)
 
 
 class PromiseSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

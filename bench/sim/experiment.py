@@ -15,8 +15,8 @@
                                                 source = "README table, approximate"
 
 A key of a cell or a sweep is `workload` (its name), a parameter of the workload, a cost, `workers`,
-`hosts`, `memory_mib`, `profile`, `loads`, or `firm` and `refuse` of `[promises]` (`case.py`). All
-policies meet the same requests in a cell and seed.
+`hosts`, `memory_mib`, `pools`, `profile`, `loads`, or `firm` and `refuse` of `[promises]`
+(`case.py`). All policies meet the same requests in a cell and seed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from .trace import TraceRequest, read_trace
 from .workloads import generate, workload
 
 COSTS = tuple(f.name for f in msgspec.structs.fields(Costs))
-CLUSTER = ("workers", "hosts", "memory_mib")
+CLUSTER = ("workers", "hosts", "memory_mib", "pools")
 PROMISES = ("firm", "refuse")
 SETTINGS = {
     f.name: f.default
@@ -69,6 +69,7 @@ class PolicySpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     settings: dict[str, SettingValue] = {}  # the policy's, or the scheduler's
     loads: str = ""  # another file of weights, for systems that do not share them
     memory_mib: int | None = None  # another memory of the workers
+    pools: str = ""  # other workers, as `cluster.pools` has them
 
     @property
     def shown(self) -> str:
@@ -213,6 +214,8 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True):
         cluster = _replaced(file.cluster, {k: cell[k] for k in CLUSTER if k in cell})
         if policy.memory_mib is not None:
             cluster = msgspec.structs.replace(cluster, memory_mib=policy.memory_mib)
+        if policy.pools:
+            cluster = msgspec.structs.replace(cluster, pools=policy.pools)
         others = {*COSTS, *CLUSTER, *PROMISES, "profile", "loads", "workload"}
         told = {k: cell[k] for k in PROMISES if k in cell}
         own = {k: v for k, v in file.workload.items() if k != "name"}

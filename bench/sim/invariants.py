@@ -11,7 +11,7 @@ asks neither the scheduler nor the simulated workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from control.scheduler.values import DIT, TEXT, Assignment, Ended, Load, Outcome, Plan, Request
@@ -46,11 +46,13 @@ class Checker:
     """Books of one run. Each method raises InvariantError where a rule is broken."""
 
     memory_mib: int = 0  # of each worker; 0: unbounded
-    weights_mib: dict[tuple[str, str], int] = field(default_factory=dict)  # (model, node)
+    weights_mib: dict[str, int] = field(default_factory=dict)  # by part
+    # By (model, node), those that have weights.
+    parts: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)
     _open: dict[str, _Progress] = field(default_factory=dict)
     _closed: set[str] = field(default_factory=set)
     _busy: dict[str, int] = field(default_factory=dict)  # worker -> sequence
-    _resident: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
+    _resident: dict[str, set[str]] = field(default_factory=dict)
     _epochs: dict[tuple[str, ...], int] = field(default_factory=dict)
     _losses: int = 0
     _round: int = 0
@@ -137,7 +139,7 @@ class Checker:
         """Evictions, then the weights; nobody holds more than fits."""
         held = self._resident[load.worker]
         held.difference_update(load.evict)
-        held.add((load.model, load.node))
+        held.add(load.part)
         used = sum(self.weights_mib.get(part, 0) for part in held)
         if self.memory_mib and used > self.memory_mib:
             detail = f"{used} MiB of weights in {self.memory_mib}: {sorted(held)}"
@@ -161,9 +163,10 @@ class Checker:
         self, progress: _Progress, first_step: int, attempt: int, a: Assignment, at_us: int
     ) -> None:
         request = progress.request
-        if self.memory_mib and (request.model, a.node) in self.weights_mib:
+        if self.memory_mib:
+            needed = self.parts.get((request.model, a.node), frozenset())
             for worker in a.workers:
-                if (request.model, a.node) not in self._resident[worker]:
+                if not needed <= self._resident[worker]:
                     detail = f"{a.node} of {request.model} runs without its weights"
                     raise InvariantError("memory", worker, at_us, detail)
         if attempt < progress.attempt or a.node == TEXT:

@@ -22,9 +22,6 @@ from control.scheduler.resilience.failures import OUT_OF_MEMORY
 from control.scheduler.schedule_log import ScheduleLog
 from control.scheduler.summary import Summary, summarise
 from control.scheduler.values import (
-    DIT,
-    TEXT,
-    VAE,
     Arrived,
     CancelRequested,
     DrainRequested,
@@ -96,7 +93,7 @@ class Loop:
         self._checker = _checker(case) if check else None
         self._workers = Workers(profile, case, self._checker)
         self._coming: list[tuple[int, int, Event | FaultSpec]] = []
-        happenings: list[Event | FaultSpec] = [*case.cluster.leases(0), *case.faults]
+        happenings: list[Event | FaultSpec] = [*case.cluster.leases(0, case.loads), *case.faults]
         happenings += [Arrived(at_us=t.arrival_us, request=t.to_request()) for t in case.trace]
         self._added = 0  # breaks ties: what was added first happens first
         for happening in happenings:
@@ -119,11 +116,16 @@ class Loop:
         if self._checker:
             self._checker.inside((j.request for j in self.scheduler.jobs()), self.now_us)
 
+    def next_us(self) -> int | None:
+        """When something happens next; None: never."""
+        coming_us = self._coming[0][0] if self._coming else None
+        times = (self._workers.next_us(), self._wake_us, coming_us)
+        return min((t for t in times if t is not None), default=None)
+
     def instant(self) -> bool:
         """All that happens at the next instant; false when nothing is left to happen."""
         coming, workers, scheduler = self._coming, self._workers, self.scheduler
-        times = (workers.next_us(), self._wake_us, coming[0][0] if coming else None)
-        at_us = min((t for t in times if t is not None), default=None)
+        at_us = self.next_us()
         if at_us is None:
             return False
         now_us = self.now_us = max(self.now_us, at_us)
@@ -240,15 +242,15 @@ class Loop:
 def _checker(case: Case) -> Checker:
     """Knows the weights of every part that a model of the cluster can be made of."""
     loads, gpu = case.loads, case.cluster.gpu
-    parts: list[tuple[str, str]] = []
-    for model in case.cluster.models:
-        base, *adapters = model.name.split("+")
-        parts += [(name, node) for name in (model.name, base) for node in (TEXT, DIT, VAE)]
-        parts += [(base, f"controlnet-{adapter}") for adapter in adapters]
-    weights_mib = {(m, node): loads.weights(m, gpu, node).mib for m, node in parts}
+    parts = {
+        (model.name, named.node): frozenset(p for p in named.parts if loads.weights(p, gpu).mib)
+        for model in case.cluster.served(loads)
+        for named in model.parts
+    }
     return Checker(
         memory_mib=case.cluster.memory_mib if loads else 0,
-        weights_mib={part: mib for part, mib in weights_mib.items() if mib},
+        weights_mib={p: loads.weights(p, gpu).mib for each in parts.values() for p in each},
+        parts=parts,
     )
 
 
@@ -269,6 +271,6 @@ def _fact(workers: Workers, fault: FaultSpec) -> Event:
         incarnation=str(count),
         gpu=cluster.gpu,
         host=fault.host,
-        models=cluster.models,
+        models=cluster.served(workers.case.loads),
         memory_mib=cluster.memory_mib,
     )

@@ -54,7 +54,9 @@ class Workers:
         self.requests: dict[str, Request] = {}
         self.incarnations: dict[str, int] = {}
         self._checker = checker
-        self._calls = CallTimes(profile, case.cluster.gpu, case.settings, case.contention)
+        self._calls = CallTimes(
+            profile, case.cluster.gpu, case.settings, case.contention, case.cluster.kinds()
+        )
         self._times = StepTimes(case.costs, case.stragglers, case.seed)
         self._queues: dict[str, deque[RunningAssignment]] = {}
         self._latents: dict[str, dict[str, int]] = {}  # request -> worker -> steps

@@ -17,8 +17,10 @@ from functools import lru_cache
 
 from google.protobuf.message import Message
 
+from hocket import loras
 from hocket.errors import Violation
 from hocket.v1 import control_pb2, generation_pb2, mesh_pb2, types_pb2
+from hocket.workflows.checking import faults
 
 TERMS_AHEAD_MAX = 1 << 32  # a term that is further ahead was never held by anybody
 TIME_US_MAX = 86_400_000_000 * 30
@@ -40,6 +42,12 @@ _NODE = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _REASON = re.compile(r"[A-Z][A-Z0-9_]{0,63}")
 _TENANT = re.compile(r"[0-9A-Za-z._-]{0,64}")
 _KEY = re.compile(r"[0-9A-Za-z._:-]{0,128}")
+_ARTIFACT = re.compile(rf"[0-9A-Za-z_.:@/-]{{0,{NAME_CHARS_MAX}}}")
+_FILE = re.compile(rf"[0-9A-Za-z_.:@/-]{{1,{NAME_CHARS_MAX}}}")  # as requests call it …
+_LACKED = re.compile(rf"[0-9A-Za-z_.:@/-]{{0,{2 * NAME_CHARS_MAX}}}")  # … and behind its tenant
+_AS_REQUEST, _AS_MODEL = f"matches {_REQUEST.pattern}", f"matches {_MODEL.pattern}"
+_DEADLINES, _SIDES = f"0 to {TIME_US_MAX}", f"1 to {SIDE_MAX}"
+_TEXTS = f"at most {TEXT_CHARS_MAX} characters, no control characters"
 _CONTROL_CHARS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _CONTROL_IN_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
@@ -75,32 +83,38 @@ def check_submit(submit: control_pb2.SubmitRequest) -> tuple[Violation, ...]:
             found.append(Violation(field, f"allowed: {allowed}"))
 
     request = submit.request
-    need("request_id", bool(_REQUEST.fullmatch(submit.request_id)), f"matches {_REQUEST.pattern}")
+    need("request_id", bool(_REQUEST.fullmatch(submit.request_id)), _AS_REQUEST)
     need("request.tenant", bool(_TENANT.fullmatch(request.tenant)), _TENANT.pattern)
     need("request.idempotency_key", bool(_KEY.fullmatch(request.idempotency_key)), _KEY.pattern)
     need("request.priority", abs(request.priority) <= 100, "-100 to 100")
     slo = request.slo
-    need("request.slo.deadline_us", slo.deadline_us <= TIME_US_MAX, f"0 to {TIME_US_MAX}")
+    need("request.slo.deadline_us", slo.deadline_us <= TIME_US_MAX, _DEADLINES)
     _check_spec(request.spec, need)
+    if submit.HasField("workflow"):
+        found += [
+            Violation(f"workflow.{fault.field}", fault.description)
+            for fault in faults(submit.workflow)
+        ]
     return tuple(found)
 
 
 def _check_spec(spec: types_pb2.GenerationSpec, need: Callable[[str, bool, str], None]) -> None:
     shape, at = spec.shape, "request.spec."
-    need(at + "model", bool(_MODEL.fullmatch(spec.model)), f"matches {_MODEL.pattern}")
+    need(at + "model", bool(_MODEL.fullmatch(spec.model)), _AS_MODEL)
     need(at + "workflow", _is_name(spec.workflow), "a name")
     need(at + "media_type", _is_name(spec.media_type), "a media type")
-    need(at + "shape.width", 1 <= shape.width <= SIDE_MAX, f"1 to {SIDE_MAX}")
-    need(at + "shape.height", 1 <= shape.height <= SIDE_MAX, f"1 to {SIDE_MAX}")
+    need(at + "shape.width", 1 <= shape.width <= SIDE_MAX, _SIDES)
+    need(at + "shape.height", 1 <= shape.height <= SIDE_MAX, _SIDES)
     need(at + "shape.frames", shape.frames <= SIDE_MAX, f"0 to {SIDE_MAX}")
     need(at + "steps", 1 <= spec.steps <= STEPS_MAX, f"1 to {STEPS_MAX}")
     need(at + "guidance_scale", _is_number(spec.guidance_scale), "a number")
     for name, text in (("prompt", spec.prompt), ("negative_prompt", spec.negative_prompt)):
         sound = len(text) <= TEXT_CHARS_MAX and not _CONTROL_IN_TEXT.search(text)
-        need(at + name, sound, f"at most {TEXT_CHARS_MAX} characters, no control characters")
-    need(at + "loras", len(spec.loras) <= 64 and all(map(_is_name, spec.loras)), "64 names")
-    inputs = [*spec.inputs, *spec.inputs.values()]
-    need(at + "inputs", len(inputs) <= 128 and all(map(_is_name, inputs)), "64 pairs of names")
+        need(at + name, sound, _TEXTS)
+    for number, allowed in loras.faults(spec.loras):
+        need(f"{at}loras[{number}]", False, allowed)
+    named = all(map(_is_name, spec.inputs)) and all(map(_FILE.fullmatch, spec.inputs.values()))
+    need(at + "inputs", len(spec.inputs) <= 64 and named, f"64 names, of files: {_FILE.pattern}")
 
 
 # -------------------------------------------------------------------------------- workers
@@ -130,6 +144,8 @@ def _heartbeat(beat: mesh_pb2.Heartbeat, term: int) -> None:
     for latent in beat.latents:
         _request(latent.request_id)
         _need(latent.steps_done <= STEPS_MAX, "a latent has too many steps")
+        if not _ARTIFACT.fullmatch(latent.artifact):
+            raise _Refused(f"artifact {_shown(latent.artifact)} does not match its pattern")
     _few(beat.pending_sequences, ITEMS_MAX, "assignments")
     _few(beat.groups, ITEMS_MAX, "groups")
     for group in beat.groups:
@@ -145,6 +161,7 @@ def _memory(memory: types_pb2.Memory) -> None:
             raise _Refused(f"weights of {_shown(part.model)}")
         if not _NODE.fullmatch(part.node):
             raise _Refused(f"weights of node {_shown(part.node)}")
+        _part(part.part)
         _need(part.load_time_us <= TIME_US_MAX, "weights take too long to load")
         _need(max(part.size_bytes, part.peak_bytes) <= SEQUENCE_MAX, "weights are too large")
     _need(memory.budget_bytes <= SEQUENCE_MAX, "its memory is out of range")
@@ -162,10 +179,19 @@ def _wrong_with_model(message: bytes) -> str | None:
         _few(model.shapes, ITEMS_MAX, "shapes")
         for shape in model.shapes:
             _need(max(shape.width, shape.height, shape.frames) <= SIDE_MAX, "a shape")
+        _need(max(model.size_multiple, model.size_min, model.size_max) <= SIDE_MAX, "its sizes")
+        _few(model.parts, ITEMS_MAX, "parts")
+        for part in model.parts:
+            _need(bool(_NODE.fullmatch(part.node)), "a node of its parts")
+            _part(part.part)
         _sound(model)
     except _Refused as refused:
         return str(refused)
     return None
+
+
+def _part(name: str) -> None:
+    _need(len(name) <= NAME_CHARS_MAX, "a part's name is too long")
 
 
 def _report(report: mesh_pb2.StepReport, term: int) -> None:
@@ -197,6 +223,8 @@ def _report(report: mesh_pb2.StepReport, term: int) -> None:
             _members(names)
         if failed.request_id:
             _request(failed.request_id)
+        if not _LACKED.fullmatch(failed.artifact):
+            raise _Refused(f"artifact {_shown(failed.artifact)} does not match its pattern")
 
 
 # -------------------------------------------------------------------------------- pieces

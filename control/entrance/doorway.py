@@ -64,6 +64,10 @@ class Doorway(Servicer):
     CancelRequest = _answered("CancelRequest")
     DrainWorker = _answered("DrainWorker")
     WatchCluster = _streamed("WatchCluster")
+    RegisterWorkflow = _answered("RegisterWorkflow")
+    ListWorkflows = _answered("ListWorkflows")
+    GetWorkflow = _answered("GetWorkflow")
+    DeleteWorkflow = _answered("DeleteWorkflow")
 
     async def _asked(self, context: Context, call: Callable[[Servicer], Any]) -> Any:
         """The answer of a call to the leader here."""

@@ -7,7 +7,7 @@ the cluster.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable
 from typing import NoReturn, TypeAlias, TypeVar
 
 import grpc
@@ -23,6 +23,7 @@ from control.requests.records import Record, Records
 from control.scheduler.values import CancelRequested, DrainRequested
 from control.workers.cluster_view import ClusterView
 from control.workers.leases import Leases
+from control.workflow_registry import WorkflowRegistry
 from hocket.errors import (
     HocketError,
     InvalidRequest,
@@ -33,10 +34,11 @@ from hocket.errors import (
     to_status,
 )
 from hocket.tracing import telemetry
-from hocket.v1 import control_pb2, control_pb2_grpc
+from hocket.v1 import control_pb2, control_pb2_grpc, workflows_pb2
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+T = TypeVar("T")
 # In quotes: the class takes parameters in grpc's type stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Q, A]"
 
@@ -54,6 +56,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         attachments: Attachments,
         endings: Endings,
         view: ClusterView,
+        workflows: WorkflowRegistry,
     ) -> None:
         self._driver = driver
         self._promises = promises
@@ -63,6 +66,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         self._attachments = attachments
         self._endings = endings
         self._view = view
+        self._workflows = workflows
 
     async def Submit(
         self,
@@ -170,6 +174,40 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         async for state in self._view.watch():
             yield state
 
+    async def RegisterWorkflow(
+        self,
+        request: workflows_pb2.RegisterWorkflowRequest,
+        context: Context[
+            workflows_pb2.RegisterWorkflowRequest, workflows_pb2.RegisterWorkflowResponse
+        ],
+    ) -> workflows_pb2.RegisterWorkflowResponse:
+        checks = self._workflows.register(request.workflow, only_check=request.validate_only)
+        return workflows_pb2.RegisterWorkflowResponse(workflow=await _told(context, checks))
+
+    async def ListWorkflows(
+        self,
+        request: workflows_pb2.ListWorkflowsRequest,
+        context: Context[workflows_pb2.ListWorkflowsRequest, workflows_pb2.ListWorkflowsResponse],
+    ) -> workflows_pb2.ListWorkflowsResponse:
+        found = await _told(context, self._workflows.all())
+        return workflows_pb2.ListWorkflowsResponse(workflows=found)
+
+    async def GetWorkflow(
+        self,
+        request: workflows_pb2.GetWorkflowRequest,
+        context: Context[workflows_pb2.GetWorkflowRequest, workflows_pb2.GetWorkflowResponse],
+    ) -> workflows_pb2.GetWorkflowResponse:
+        found = await _told(context, self._workflows.get(request.name))
+        return workflows_pb2.GetWorkflowResponse(workflow=found)
+
+    async def DeleteWorkflow(
+        self,
+        request: workflows_pb2.DeleteWorkflowRequest,
+        context: Context[workflows_pb2.DeleteWorkflowRequest, workflows_pb2.DeleteWorkflowResponse],
+    ) -> workflows_pb2.DeleteWorkflowResponse:
+        await _told(context, self._workflows.delete(request.name))
+        return workflows_pb2.DeleteWorkflowResponse()
+
     async def _draining(self) -> tuple[str, ...]:
         return await self._driver.ask(lambda scheduler: scheduler.draining())
 
@@ -179,6 +217,14 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         record = self._records.get(asked.request_id)
         tenant = asked.tenant if asked.HasField("tenant") else None
         return record if record is not None and telling.is_known(record, tenant) else None
+
+
+async def _told(context: Context[Q, A], work: Awaitable[T]) -> T:
+    """What the work gives; a typed error ends the call with its status."""
+    try:
+        return await work
+    except HocketError as error:
+        await _abort(context, error)
 
 
 async def _abort(context: Context[Q, A], error: HocketError) -> NoReturn:

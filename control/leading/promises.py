@@ -203,7 +203,7 @@ class Promises:
 
     async def append(self, promise: journal_pb2.Promise) -> int:
         """Stores the state of `promise.submit.request_id`; returns when, in µs since 1970 by the
-        broker's clock. Of an ended one prompts are dropped, and it goes after the retention.
+        broker's clock. Of an ended one prompts and workflow go, and it goes after the retention.
 
         Waits as long as the broker is away. Raises Deposed, and Refused when there is no room for
         an open one.
@@ -342,7 +342,8 @@ def _is_open(promise: journal_pb2.Promise) -> bool:
 
 
 def _shorten(promise: journal_pb2.Promise) -> None:
-    """Drops what a user wrote, and of a failure what no broker might take."""
+    """Drops what a user wrote, the workflow, and of a failure what no broker might take."""
+    promise.submit.ClearField("workflow")
     failed = promise.ended.failed
     if promise.ended.HasField("failed") and failed.ByteSize() > _FAILURE_BYTES_MAX:
         failed.message = failed.message[: _FAILURE_BYTES_MAX // 4]

@@ -22,6 +22,7 @@ from control.requests import Records
 from control.scheduler.core import Scheduler
 from control.scheduler.values import Arrived, DrainRequested, Ended
 from control.workers.leases import Leases
+from control.workflows.compiled import workflow_of
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def recover(
         unix_us = kept.promise.accepted_unix_us or kept.unix_us
         accepted_us = min(driver.stamp(), promises.at_us(unix_us))
         record = records.restore(kept.promise, accepted_us, kept.unix_us)
-        request = translate.to_request(record.id, record.submit.request, accepted_us)
+        request = translate.to_request(record.submit, accepted_us)
         answer = kept.promise.answer
         on_time = answer.predicted_on_time
         if answer.predicted_latency_us:
@@ -53,7 +54,11 @@ def recover(
             )
             past.append((told, translate.from_ended(kept.promise, accepted_us)))
         if not kept.promise.HasField("ended"):
-            driver.post(Arrived(at_us=driver.stamp(), request=request, on_time=on_time))
+            driver.post(
+                Arrived(at_us=driver.stamp(), request=request, on_time=on_time),
+                record.submit,
+                workflow=workflow_of(record.submit),
+            )
             if not record.detached:
                 expect_followers(record.id)
     scheduler.restore_promises(past)

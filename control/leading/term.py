@@ -15,11 +15,12 @@ from typing import NoReturn
 import msgspec
 from grpc_health.v1 import health
 
-from control.admission import AdmissionSettings
+from control.catalogue_store import CatalogueStore
 from control.config import (
     ControlSettings,
     best_effort_wait_us_max,
     profile_csv,
+    scaling_settings,
     scheduler_settings,
 )
 from control.desk import Desk, Wiring
@@ -30,6 +31,8 @@ from control.leading.recovery import recover
 from control.leading.replicas import Replicas
 from control.leading.standby import Book
 from control.planning import PlannerThread
+from control.requests.offers import AdmissionSettings
+from control.scaling.signal import WakeSettings
 from control.scheduler.core import Scheduler
 from control.scheduler.settings import SettingError, Settings
 from control.scheduler.times.cells import LatencySnapshot
@@ -100,8 +103,17 @@ class Term:
                     best_effort_wait_us_max=best_effort_wait_us_max(settings),
                 ),
                 replicas=parts.replicas.alive,
+                stream_replicas=settings.stream_replicas,
+                unix_us=lambda: promises.unix_us,
+                scaling=scaling_settings(settings),
+                wake=WakeSettings(
+                    models=settings.wake_models,
+                    wait_us=round(settings.wake_wait_s * 1e6),
+                    kept_us=round(settings.models_kept_s * 1e6),
+                ),
             )
         )
+        self.models = CatalogueStore(bus, parts.subjects)
         self.intake = self.desk.intake(self._superseded, parts.health)
 
     @classmethod
@@ -129,6 +141,7 @@ class Term:
         term = cls(parts, promises, journal, store, scheduler)
         book.prune(promises.fence.unix_us, settings.retention_s * 1_000_000, settings.ended_max)
         desk = term.desk
+        await term.models.load(desk.signal.catalogue, promises.unix_us)
         recover(
             book,
             promises,
@@ -166,9 +179,12 @@ class Term:
                     tasks.create_task(part)
                 tasks.create_task(garbage.keep(self.parts.clock, self._is_idle))
                 tasks.create_task(self._check())
+                tasks.create_task(self.desk.signal.run())
+                tasks.create_task(self.models.keep(self.desk.signal.catalogue, self.parts.clock))
                 tasks.create_task(self._store.keep(self.desk.driver.ask, self.parts.clock))
                 tasks.create_task(self._promises.keep_bounds())
                 tasks.create_task(self._keep_media_bucket())
+                tasks.create_task(self._keep_input_bucket())
                 await self._deposed
             raise AssertionError("it ends by an exception")
         finally:
@@ -180,6 +196,7 @@ class Term:
         with suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_WAIT_S):
                 await self._store.save(self._scheduler)
+                await self.models.save(self.desk.signal.catalogue)
 
     async def _keep_media_bucket(self) -> NoReturn:
         parts, settings = self.parts, self.parts.settings
@@ -187,6 +204,17 @@ class Term:
             settings.media_bytes_max, settings.media_kept_s, settings.stream_replicas
         )
         await media_bucket.keep(parts.bus, parts.subjects, parts.clock, bounds)
+
+    async def _keep_input_bucket(self) -> NoReturn:
+        parts, settings = self.parts, self.parts.settings
+        bounds = media_bucket.Bounds(
+            settings.inputs_bytes_max,
+            settings.inputs_kept_s,
+            settings.stream_replicas,
+            bytes_most=media_bucket.INPUT_BYTES_MOST,
+        )
+        bucket = parts.subjects.input_bucket
+        await media_bucket.keep(parts.bus, parts.subjects, parts.clock, bounds, bucket)
 
     def _is_idle(self) -> bool:
         return self.desk.records.open_count == 0

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hocket import free_sizes
 from hocket.v1 import generation_pb2, types_pb2
+
+_SCALES = (0.75, 0.5, 0.375, 0.25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +51,28 @@ def _smaller(
     """Widths and heights served below the one asked for, largest first; frames stay."""
     width_min = limits.width_min or spec.shape.width
     height_min = limits.height_min or spec.shape.height
-    found: set[tuple[int, int]] = set()
-    for served in () if model is None else model.shapes:
-        fits = (
-            width_min <= served.width <= spec.shape.width
-            and height_min <= served.height <= spec.shape.height
-        )
-        same = (served.width, served.height) == (spec.shape.width, spec.shape.height)
-        frames = model is not None and (
-            model.HasField("frames") or max(1, served.frames) == max(1, spec.shape.frames)
-        )
-        if fits and frames and not same:
-            found.add((served.width, served.height))
-    return sorted(found, key=lambda size: (-size[0] * size[1], size))
+    asked = (spec.shape.width, spec.shape.height)
+    found = {
+        (width, height)
+        for width, height in _sizes(spec, model)
+        if width_min <= width <= asked[0] and height_min <= height <= asked[1]
+    }
+    return sorted(found - {asked}, key=lambda size: (-size[0] * size[1], size))
+
+
+def _sizes(
+    spec: types_pb2.GenerationSpec, model: generation_pb2.ModelInfo | None
+) -> list[tuple[int, int]]:
+    """Recommended widths and heights; where sizes are free, also smaller ones of the same form."""
+    if model is None:
+        return []
+    frames = max(1, spec.shape.frames)
+    found = [
+        (shape.width, shape.height)
+        for shape in model.shapes
+        if model.HasField("frames") or max(1, shape.frames) == frames
+    ]
+    if free_sizes.are_free(model):
+        shape = spec.shape
+        found += [free_sizes.scaled(model, shape.width, shape.height, s) for s in _SCALES]
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 from hocket.v1 import control_pb2, mesh_pb2
 
@@ -15,14 +16,18 @@ class Figures:
     kept: int = 0
     with_deadline: int = 0
     on_time: int = 0
+    decided: Counter[str] = field(default_factory=Counter)  # with a deadline, by model …
+    missed: Counter[str] = field(default_factory=Counter)  # … and those not on time
 
-    def count(self, ended: mesh_pb2.RequestEvent, *, promised: bool) -> None:
+    def count(self, ended: mesh_pb2.RequestEvent, model: str, *, promised: bool) -> None:
         """Counts a request with a deadline that has just ended; `promised`: it was told so."""
         if ended.HasField("cancelled"):
             return
         on_time = ended.HasField("finished") and ended.finished.on_time
         self.with_deadline += 1
         self.on_time += on_time
+        self.decided[model] += 1
+        self.missed[model] += not on_time
         if promised:
             self.promised += 1
             self.kept += on_time

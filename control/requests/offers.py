@@ -12,6 +12,16 @@ from hocket.v1 import control_pb2, journal_pb2
 Answered = Callable[[control_pb2.SubmitResponse, bool], None]  # the answer; is it an earlier one's
 
 
+@dataclass(frozen=True)
+class AdmissionSettings:
+    """What bounds admission."""
+
+    open_max: int = 10_000  # requests promised and not ended
+    waiting_max: int = 4_096  # of them, those that wait for their forecast
+    settle_us: int = 0  # so long after its start control waits for its first worker
+    best_effort_wait_us_max: int = 0  # as the policy bounds it; 0: it does not
+
+
 @dataclass
 class Offer:
     """A request that holds a place and waits for its answer."""

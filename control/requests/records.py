@@ -246,7 +246,8 @@ class Records:
         record.ended, record.ended_unix_us = event, unix_us
         record.predicted_us.clear()
         if counted and record.submit.request.slo.deadline_us:
-            self.figures.count(event, promised=record.accepted.predicted_on_time)
+            on_time = record.accepted.predicted_on_time
+            self.figures.count(event, record.spec.model, promised=on_time)
         _strip(record)
         self._ended[request] = record
         if record.state is LifecycleState.CANCELLED:  # whoever asks again wants it made
@@ -307,7 +308,8 @@ def ending_event(ended: journal_pb2.EndedRequest) -> mesh_pb2.RequestEvent:
 
 
 def _strip(record: Record) -> None:
-    """An ended request needs its prompts no more."""
+    """An ended request needs its prompts and its workflow no more."""
+    record.submit.ClearField("workflow")
     specs = [record.submit.request.spec, record.accepted.effective_spec]
     if record.degraded is not None:
         specs.append(record.degraded.effective_spec)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from control.requests.records import Record
 from hocket.errors import HocketError, Refused, Violation
-from hocket.v1 import control_pb2, types_pb2
+from hocket.v1 import control_pb2, generation_pb2, types_pb2
+from hocket.workflows.roles import ROLE_OPERATIONS
 
 _RETRY_US = 2_000_000
 _RETRY_SOON_US = 500_000
@@ -24,6 +25,63 @@ def not_served(model: str, served: Iterable[str]) -> types_pb2.Failure:
     return types_pb2.Failure(
         reason="MODEL_NOT_SERVED",
         message=f"no living worker serves {model!r}; served: {', '.join(sorted(served))}",
+    )
+
+
+def operation_not_served(
+    workflow: str, node: str, operation: str, model: generation_pb2.ModelInfo, port: str = ""
+) -> types_pb2.Failure:
+    """`port`: the port of the node that needs the operation; empty: the call itself does."""
+    where = f"node {node!r}, port {port!r}" if port else f"node {node!r}"
+    return types_pb2.Failure(
+        reason="WORKFLOW_NOT_SERVED",
+        message=(
+            f"workflow {workflow!r} needs the operation {operation!r} ({where}) of "
+            f"{model.name!r}, which no living worker serves"
+        ),
+        metadata={"node": node, "operation": operation, "model": model.name}
+        | ({"port": port} if port else {}),
+    )
+
+
+def lora_not_served(name: str, model: generation_pb2.ModelInfo) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="LORA_NOT_SERVED",
+        message=(
+            f"no living worker serves the adapter {name!r} of {model.name!r}; served: "
+            f"{', '.join(model.adapters) or 'none'}"
+        ),
+        metadata={"lora": name, "model": model.name},
+    )
+
+
+def sizes_not_served(
+    workflow: str, shape: types_pb2.Shape, models: Iterable[str]
+) -> types_pb2.Failure:
+    return types_pb2.Failure(
+        reason="WORKFLOW_NOT_SERVED",
+        message=(
+            f"workflow {workflow!r} has no size near {shape.width}x{shape.height} that "
+            f"{', '.join(models)} all take"
+        ),
+    )
+
+
+def roles_missing(model: generation_pb2.ModelInfo, needed: Sequence[str]) -> types_pb2.Failure:
+    """`needed`: those of its nodes that a request runs and nobody serves."""
+    operations = [ROLE_OPERATIONS[role] for role in needed]
+    return types_pb2.Failure(
+        reason="ROLES_NOT_SERVED",
+        message=(
+            f"no living worker serves {' and '.join(operations)} of {model.name!r}: missing roles "
+            f"{', '.join(needed)} (workers start with all of them, or those that --role names)"
+        ),
+        retry_after_us=_RETRY_US,
+        metadata={
+            "model": model.name,
+            "roles": ",".join(needed),
+            "operations": ",".join(operations),
+        },
     )
 
 

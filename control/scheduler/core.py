@@ -23,7 +23,9 @@ Same facts and same times give the same plans, digit for digit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from msgspec.structs import replace
 
 from . import facts
 from .books.board import Flight
@@ -37,8 +39,9 @@ from .books.quarantine import Quarantined
 from .books.residency import Residency
 from .books.stragglers import Slowness
 from .books.tracker import Tracked
+from .outlook.demand import DemandCensus, PoolWork
 from .outlook.scene import Start
-from .outlook.standing import standing_for, workers_before
+from .outlook.standing import inputs_of, standing_for, workers_before
 from .planning import prediction
 from .planning.planners import make_planner
 from .resilience import evacuation, failures
@@ -60,7 +63,7 @@ from .values import (
     Request,
 )
 from .views import JobView, WorkerView, job_view, worker_views
-from .workflow import CHAIN, NodeKind, Section, Workflow
+from .workflow import NodeKind, Workflow
 
 
 class Scheduler:
@@ -73,20 +76,29 @@ class Scheduler:
         loads: LoadTable | None = None,
         workflows: Iterable[Workflow] = (),
     ) -> None:
-        """`workflows` are those that requests may name, beside the chain."""
+        """`workflows` are those that requests may name, beside the chain. Raises: WorkflowTaken."""
         self._ledger = Ledger(
             settings,
             LatencyModel(profile, settings),
             Cluster(settings.epoch_base),
             Moving(settings),
             Residency(loads or LoadTable({})),
-            {workflow.name: workflow for workflow in (CHAIN, *workflows)},
         )
+        for workflow in workflows:
+            self._ledger.catalogue.learn(workflow)
         self._planner = make_planner(settings, self._ledger)
+        self._ledger.likely_degree = self._planner.likely_degree
         self._estimates = prediction.Estimates(self._ledger, self._planner)
         self._commitments = Commitments()
         self._loads: list[Load] = []
         self._planned_us: int | None = None
+
+    def learn(self, *workflows: Workflow) -> None:
+        """Requests may name them from now on. Where many are known, the oldest that no request
+        inside uses, and that are not among these, are forgotten. Raises: WorkflowTaken, where
+        others are known by a name.
+        """
+        self._ledger.learn(workflows)
 
     # -------------------------------------------------------------------------------- the two verbs
 
@@ -94,9 +106,12 @@ class Scheduler:
         """Enters a fact. Facts come in the order of their stamps, each before the plan of its time.
 
         Duplicates, and reports of work that was called off, are harmless. Returns what ended by it.
+        Raises UnknownWorkflow or PassesFault, and changes nothing, where a request arrives that
+        cannot be run.
         """
         self._estimates.forget()
         if isinstance(event, Arrived) and event.request.id not in self._ledger.tracked:
+            self._ledger.enter(event.request)
             self._commitments.told(event)
         ended = facts.apply(self._ledger, event)
         for end in ended:
@@ -167,7 +182,8 @@ class Scheduler:
         Changes nothing: not what is planned, and not what is answered next.
         """
         told = self._commitments.finish_us_p95
-        finishes = self._estimates.newcomers_finish_us(requests, now_us)
+        entered = [self._ledger.enter(request)[0] for request in requests]
+        finishes = self._estimates.newcomers_finish_us(entered, now_us)
         return tuple(
             Forecast(finish_us=finish_us, finish_us_p95=told(request, now_us, finish_us))
             for request, finish_us in zip(requests, finishes, strict=True)
@@ -175,13 +191,23 @@ class Scheduler:
 
     def forecast_alone(self, request: Request, now_us: int) -> Forecast:
         """When a newcomer would finish if nobody else wanted anything: no wait makes it sooner."""
-        finish_us = now_us + self._estimates.alone_us(request)
+        finish_us = now_us + self._estimates.alone_us(self._ledger.enter(request)[0])
         told_us = self._commitments.finish_us_p95(request, now_us, finish_us)
         return Forecast(finish_us=finish_us, finish_us_p95=told_us)
 
     def promise_figures(self) -> PromiseFigures:
         """What became of the requests that were told a finish when they arrived."""
         return self._commitments.figures()
+
+    def demand(
+        self,
+        newcomers: Sequence[tuple[Request, int]],
+        kinds: Mapping[str, Sequence[str]],
+        now_us: int,
+        best_effort_us: int,
+    ) -> dict[tuple[str, str], PoolWork]:
+        """What is asked of the workers, by model and kind of GPU (see `outlook.demand`)."""
+        return DemandCensus(self._ledger, kinds).of(newcomers, now_us, best_effort_us)
 
     def eta_us(self, request_id: str, now_us: int) -> int | None:
         """When a request inside will finish, by the same estimate; None if it is not inside."""
@@ -203,8 +229,8 @@ class Scheduler:
         """All workers seen and not forgotten, in cluster order."""
         return worker_views(self._ledger)
 
-    def weights_on(self, worker: str) -> frozenset[tuple[str, str]]:
-        """(model, node) of the weights that are thought to lie on a worker."""
+    def weights_on(self, worker: str) -> frozenset[str]:
+        """The parts that are thought to lie on a worker."""
         known = self._ledger.cluster.workers.get(worker)
         return frozenset() if known is None else frozenset(self._ledger.residency.parts(known))
 
@@ -311,8 +337,9 @@ class Scheduler:
         ledger.next_sequence += 1
         kind = first.workflow.node[start.node].kind
         ledger.board.add(Flight(assignment, now_us, kind, setup_us))
-        ledger.overdue.issued(assignment, first.request.model, now_us)
-        ledger.quarantine.issued(assignment, first.request.model)
+        call = ledger.call(first.request, start.node)
+        ledger.overdue.issued(assignment, call.model, now_us)
+        ledger.quarantine.issued(assignment, (call.model, call.op))
         for tracked in members:
             job = tracked.jobs[start.node]
             job.outstanding.append(assignment.sequence)
@@ -322,34 +349,46 @@ class Scheduler:
 
     def _layout(self, start: Start, members: Sequence[Tracked]) -> Layout:
         """Halves of guidance only where every worker says that it obeys them."""
+        if members[0].workflow.node[start.node].kind is not NodeKind.STEPPED:
+            return Layout.of(len(start.workers))
         model, workers = members[0].request.model, self._ledger.cluster.workers
         halves = all(workers[name].models[model].halves for name in start.workers)
-        stepped = members[0].workflow.node[start.node].kind is NodeKind.STEPPED
-        branches = min(t.request.branches for t in members) if stepped else 1
+        branches = min(t.request.branches for t in members)
         return Layout.of(len(start.workers), branches if halves else 1)
 
     def _member(self, tracked: Tracked, start: Start) -> Member:
         """Sources that are in the group come first: a copy on the spot needs no transfer."""
         first_step, holders = standing_for(self._ledger, tracked, start.node)
-        holders = tuple(sorted(holders, key=lambda h: (h.worker not in start.workers, h.worker)))
+        here = start.workers
+        inputs = () if tracked.workflow.plain else inputs_of(self._ledger, tracked, start.node)
         return Member(
-            request=tracked.id, first_step=first_step, attempt=tracked.attempt, holders=holders
+            request=tracked.id,
+            first_step=first_step,
+            attempt=tracked.attempt,
+            holders=tuple(sorted(holders, key=lambda h: (h.worker not in here, h.worker))),
+            inputs=tuple(
+                [
+                    replace(i, holders=tuple(sorted(i.holders, key=lambda w: (w not in here, w))))
+                    for i in inputs
+                ]
+            ),
         )
 
     def _setup_us(self, tracked: Tracked, start: Start) -> int:
         """Loads, the latent's move, a new group: before the first step. Enters the loads."""
         ledger, workflow, node = self._ledger, tracked.workflow, tracked.workflow.node[start.node]
+        call = ledger.call(tracked.request, node.id)
         loads = [
             ledger.residency.bring(
-                ledger.cluster.workers[w], tracked.request.model, node.part, ledger.next_sequence
+                ledger.cluster.workers[w], call.model, node.part, ledger.next_sequence
             )
             for w in (start.workers if node.part else ())
         ]
         self._loads += [load for each in loads for load in each]
         load_us = max([sum(load.load_us for load in each) for each in loads], default=0)
-        if workflow.section[node.id] is Section.BEFORE:
+        if not workflow.makers[node.id]:
             return load_us
-        if node.id in workflow.on_latents:
+        if node.id == workflow.stepped or (workflow.plain and node.id in workflow.on_latents):
             where = workers_before(ledger, tracked)
         else:
             where = tuple(h.worker for h in standing_for(ledger, tracked, node.id)[1])

@@ -20,7 +20,6 @@ from .values import (
     DrainRequested,
     Ended,
     Event,
-    Held,
     JobProgress,
     Layout,
     Member,
@@ -116,7 +115,11 @@ def _arrived(ledger: Ledger, fact: Arrived) -> tuple[Ended, ...]:
     request = fact.request
     if request.id in ledger.tracked:
         return ()
-    tracked = Tracked(request, ledger.arrivals, fact.at_us, fact.at_us, ledger.workflow(request))
+    legs = ledger.enter(request)
+    views = tuple([ledger.workflow(leg) for leg in legs])
+    tracked = Tracked(request, ledger.arrivals, fact.at_us, fact.at_us, legs, views)
+    if not tracked.workflow.plain:
+        ledger.named[request.id] = None
     tracked.promised = request.firm and fact.on_time and request.deadline_us is not None
     ledger.tracked[request.id] = tracked
     ledger.arrivals += 1
@@ -124,8 +127,8 @@ def _arrived(ledger: Ledger, fact: Arrived) -> tuple[Ended, ...]:
     ledger.touched[request.id] = None
     for worker in ledger.cluster.workers.values():
         if request.id in worker.unclaimed:
-            held = Held(request=request.id, steps_done=worker.unclaimed.pop(request.id))
-            latents.adopt(ledger, worker.name, (held,), fact.at_us, fresh=True)
+            held = worker.unclaimed.pop(request.id)
+            latents.adopt(ledger, worker.name, held, fact.at_us, fresh=True)
     ledger.due = True
     return ()
 
@@ -148,9 +151,10 @@ def _worker_up(ledger: Ledger, fact: WorkerUp) -> tuple[Ended, ...]:
     idle = all(fact.worker not in flight.assignment.workers for flight in flights)
     ledger.residency.told(worker, fact.weights, idle=idle)
     latents.adopt(ledger, fact.worker, fact.latents, fact.at_us, fresh=fresh)
-    worker.unclaimed = {
-        held.request: held.steps_done for held in fact.latents if held.request not in ledger.tracked
-    }
+    worker.unclaimed = {}
+    for held in fact.latents:
+        if held.request not in ledger.tracked:
+            worker.unclaimed.setdefault(held.request, []).append(held)
     if fact.given_up:
         ledger.cluster.give_up(fact.given_up, {f.assignment.workers for f in flights})
     if known is None:
@@ -182,7 +186,7 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
     staying = [(m, told.get((m.request, m.attempt))) for m in assignment.batch]
     news = any(progress for _, progress in staying)
     if not news and not (fact.last and (flight.left or not fact.jobs)):
-        failures.late_copies(ledger, assignment, flight.left, fact.jobs)
+        failures.late_copies(ledger, assignment, flight.left, fact.jobs, fact.at_us)
         return ()
     once = flight.kind is NodeKind.ONCE
     over = fact.last or (once and all(progress for _, progress in staying))
@@ -195,8 +199,8 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
         ledger.move(assignment.workers)
     ledger.cluster.formed(assignment.workers, assignment.epoch)
     if news:
-        model = ledger.tracked[assignment.batch[0].request].request.model
-        ledger.quarantine.succeeded(assignment.workers, (model, assignment.node))
+        call = ledger.call(ledger.tracked[assignment.batch[0].request].request, assignment.node)
+        ledger.quarantine.succeeded(assignment.workers, (call.model, call.op))
     if over:
         ledger.board.end(fact.sequence)
         requests = [m.request for m in assignment.batch]
@@ -205,7 +209,7 @@ def _steps_ended(ledger: Ledger, fact: StepsEnded) -> tuple[Ended, ...]:
             worker = ledger.cluster.workers[name]
             worker.freed_us = max(worker.freed_us, fact.at_us)
     ended = _tell_jobs(ledger, flight, staying, fact, over)
-    failures.late_copies(ledger, assignment, flight.left, fact.jobs)
+    failures.late_copies(ledger, assignment, flight.left, fact.jobs, fact.at_us)
     return ended
 
 
@@ -229,7 +233,7 @@ def _tell_jobs(
                 tracked.jobs[assignment.node].outstanding.remove(fact.sequence)
                 latents.restart(ledger, tracked, fact.at_us)
             continue
-        if not once:
+        if not once and tracked.stepped.node == assignment.node:
             steps = min(progress.steps_done - member.first_step, assignment.steps)
             flight.steps_done = max(flight.steps_done, steps)
             if steps > steps_before:
@@ -260,10 +264,10 @@ def _learn(ledger: Ledger, flight: Flight, fact: StepsEnded, over: bool) -> None
     if flight.kind is NodeKind.ONCE:  # one call, however many reports tell of it
         flight.spent_us += sum(times_us)
         times_us = (flight.spent_us,) if over and flight.spent_us else ()
-    model, shape = tracked.request.model, tracked.request.shape
+    call = ledger.call(tracked.request, assignment.node)
     # Times are kept by degree: a request is split in one way at each.
     layout = Layout(ulysses=assignment.layout.degree)
-    key = CellKey(model, gpus[0], assignment.node, shape, layout, flight.size)
+    key = CellKey(call.model, gpus[0], call.op, call.shape, layout, flight.size)
     latency, stragglers, group = ledger.latency, ledger.stragglers, assignment.workers
     compared = not any(ledger.cluster.workers[name].shares_cores for name in group)
     for step_us, own_us in zip(times_us, _own_times(fact, times_us, len(group)), strict=True):
@@ -302,11 +306,15 @@ def _job_over(ledger: Ledger, tracked: Tracked, flight: Flight, at_us: int) -> t
     if flight.steps_left:  # ended early: what follows it starts from a step that nobody reached
         latents.restart(ledger, tracked, at_us)
     elif tracked.steps_done >= tracked.request.steps:
-        job.move(JobState.DONE)
         if job is tracked.last:
+            job.move(JobState.DONE)
             return (ledger.end(tracked, Outcome.DONE, at_us),)
-        tracked.released(job.node)
+        tracked.pass_over()
         ledger.due = True
+        if not tracked.workflow.plain:
+            ledger.progress(tracked.id)
+            if tracked.lacks:
+                ledger.fall_back(tracked, parked=True)
     elif not job.outstanding:
         job.move(JobState.READY)
         ledger.due = ledger.due or ledger.eager
@@ -324,8 +332,8 @@ def _call_over(
         tracked.last.move(JobState.DONE)
         return (ledger.end(tracked, Outcome.DONE, at_us),)
     released = tracked.called(node, assignment.workers, at_us)
-    if not all(tracked.copies.values()) and not tracked.outstanding:
-        ledger.fall_back(tracked, parked=True)  # what another made was lost meanwhile
+    if tracked.lacks and not workflow.plain:  # something was lost meanwhile
+        ledger.fall_back(tracked, parked=not tracked.outstanding)
     calls = any(workflow.node[n].kind is NodeKind.ONCE for n in released)
     idle = not ledger.board.denoising()
     ledger.due = ledger.due or ledger.eager or idle or calls

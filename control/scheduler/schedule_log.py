@@ -145,13 +145,14 @@ class _Ran:
 
     assignment: Assignment
     start_us: int
+    stepped: bool
     step_end_us: list[int] = field(default_factory=list)
     took: dict[str, int] = field(default_factory=dict)  # by member: steps that it was there for
     kept: dict[str, int] = field(default_factory=dict)  # by member: steps whose result survived
 
     def first_step(self, request: str) -> int:
         """Of a member; 0 where the node has no steps."""
-        if self.assignment.node != DIT:
+        if not self.stepped:
             return 0
         return next(m.first_step for m in self.assignment.batch if m.request == request)
 
@@ -178,7 +179,7 @@ class _Ran:
         gpus: dict[str, int],
     ) -> RunLine:
         a = self.assignment
-        firsts = tuple(m.first_step + first if a.node == DIT else 0 for m in members)
+        firsts = tuple(m.first_step + first if self.stepped else 0 for m in members)
         return kind(
             node=a.node,
             requests=tuple(m.request for m in members),
@@ -248,6 +249,12 @@ class ScheduleLog:
         line = DegradedLine(request=request, steps=steps, width=width, height=height)
         self._degraded[request] = line
 
+    def steps(self, node: str, request: str) -> bool:
+        """A node of a request is called step by step."""
+        arrived = self.arrivals.get(request)
+        passes = () if arrived is None else arrived.request.passes
+        return any([p.node == node for p in passes]) if passes else node == DIT
+
     def lines(self) -> tuple[Line, ...]:
         """Header, runs and lost steps in order of sequence, outcomes in the order they came."""
         runs: list[Line] = []
@@ -269,19 +276,20 @@ class ScheduleLog:
         if ran is None:
             free_us = max(self._free_us.get(w, begin_us - moved_us) for w in assignment.workers)
             start_us = min(begin_us, max(begin_us - moved_us, free_us))
-            ran = self._ran[fact.sequence] = _Ran(assignment, start_us)
+            stepped = self.steps(assignment.node, assignment.batch[0].request)
+            ran = self._ran[fact.sequence] = _Ran(assignment, start_us, stepped)
             for member in assignment.batch:
                 self._by_request.setdefault(member.request, []).append(fact.sequence)
         at_us = begin_us
         for step_us in fact.step_time_us:
             at_us += step_us
             ran.step_end_us.append(at_us)
-        if assignment.node != DIT:  # one call, however many reports tell of it
+        if not ran.stepped:  # one call, however many reports tell of it
             ran.step_end_us = ran.step_end_us[-1:]
         firsts = {m.request: m.first_step for m in assignment.batch}
         for p in fact.jobs:  # a replay that plans otherwise meets reports of strangers
             if p.request in firsts:
-                took = p.steps_done - firsts[p.request] if assignment.node == DIT else 1
+                took = p.steps_done - firsts[p.request] if ran.stepped else 1
                 ran.took[p.request] = max(0, min(took, len(ran.step_end_us)))
         for worker in assignment.workers:
             self._free_us[worker] = at_us

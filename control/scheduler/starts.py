@@ -26,7 +26,7 @@ class Decision:
     starts: Sequence[Start] = ()
     rejects: Mapping[str, str] = field(default_factory=dict)  # request -> reason
     wake_us: int | None = None  # ask again then, whatever happens
-    evicts: Mapping[str, frozenset[tuple[str, str]]] = field(default_factory=dict)  # worker -> keep
+    evicts: Mapping[str, frozenset[str]] = field(default_factory=dict)  # worker -> parts that stay
     # worker -> (model, node) that lie there already: put there before the first request
     preloads: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from .schedule_log import DoneLine, HeaderLine, Line, RejectedLine, RunLine, ScheduleLog
-from .values import DIT, Arrived, Request
+from .values import Arrived, Request
 
 
 class LatencySummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,7 +85,8 @@ def summarise(log: ScheduleLog, plan_ms: Sequence[float] = ()) -> Summary:
     refused = [x.request for x in lines if isinstance(x, RejectedLine)]
     total = len(log.arrivals) + sum(r not in log.arrivals for r in refused)
     met_in_all = sum(sum(c) for c in classes.values())
-    preemptions, degree_changes = _interruptions(runs)
+    stepped = [r for r in runs if log.steps(r.node, r.requests[0])]
+    preemptions, degree_changes = _interruptions(stepped)
     busy_us = sum((r.end_us - r.start_us) * len(r.gpus) for r in runs)
     latency_s.sort()
     return Summary(
@@ -138,15 +139,15 @@ def _class_summary(met: Sequence[bool]) -> ClassSummary:
 
 def _interruptions(runs: Sequence[RunLine]) -> tuple[int, int]:
     preemptions = degree_changes = 0
-    before: dict[str, RunLine] = {}
-    for run in sorted((r for r in runs if r.node == DIT), key=lambda r: r.start_us):
+    before: dict[tuple[str, str], RunLine] = {}
+    for run in sorted(runs, key=lambda r: r.start_us):
         for request in run.requests:
-            last = before.get(request)
+            last = before.get((request, run.node))
             if last is not None:
                 step_us = (last.end_us - last.start_us) / last.steps
                 preemptions += run.start_us - last.end_us > step_us
                 degree_changes += len(run.gpus) != len(last.gpus)
-            before[request] = run
+            before[request, run.node] = run
     return preemptions, degree_changes
 
 

@@ -61,6 +61,16 @@ class Layout(_Value, order=True, frozen=True):
         return cls(ulysses=degree)
 
 
+class Pass(_Value, frozen=True):
+    """One stepped node of a request's workflow."""
+
+    node: str
+    model: str
+    shape: Shape
+    steps: int  # that it runs
+    branches: int = 1  # of guidance in each step
+
+
 class Request(_Value, frozen=True):
     """What the scheduler knows of a request. It never sees prompts, seeds or media."""
 
@@ -75,6 +85,15 @@ class Request(_Value, frozen=True):
     branches: int = 1  # of guidance in each step; two can be made by different workers
     firm: bool = False  # told "on time", it is not given up for one that came later
     workflow: str = "chain"  # name of one that its scheduler knows
+    # One for each stepped node, in the workflow's order; empty: one, made of the fields above.
+    passes: tuple[Pass, ...] = ()
+
+
+class NodeParts(_Value, frozen=True):
+    """The weights that a node of a model needs."""
+
+    node: str
+    parts: tuple[str, ...]
 
 
 class ModelFacts(_Value, frozen=True):
@@ -84,6 +103,8 @@ class ModelFacts(_Value, frozen=True):
     degrees: tuple[int, ...] = (1,)  # ways its denoiser can be split
     batch_max: int = 1  # jobs of one shape that it steps, encodes or decodes together
     halves: bool = False  # it obeys a layout that gives branches of guidance to halves of a group
+    parts: tuple[NodeParts, ...] = ()  # a node that is not named here needs a part of its own
+    operations: tuple[str, ...] = ()  # that it runs, as nodes name them; empty: the chain's three
 
 
 # -------------------------------------------------------------------------------- facts in
@@ -105,15 +126,16 @@ class CancelRequested(_Value, frozen=True, tag_field="kind", tag="cancel_request
     request: str
 
 
-class Held(_Value, frozen=True):
-    """A latent that a worker says it holds."""
+class Held(_Value, frozen=True, omit_defaults=True):
+    """A latent, or another artifact, that a worker says it holds."""
 
     request: str
-    steps_done: int
+    steps_done: int  # behind it, of the stepped node that made it; else 0
+    artifact: str = ""  # its name in the request's workflow; "": the latents of a plain chain
 
 
 class PartFacts(_Value, frozen=True):
-    """What a worker with bounded memory says of the weights of one node of one model."""
+    """What a worker with bounded memory says of a part; once for each node that needs it."""
 
     model: str
     node: str
@@ -121,6 +143,7 @@ class PartFacts(_Value, frozen=True):
     peak_mib: int  # with the activations of the largest call asked for
     load_us: int
     resident: bool = False  # on the device now
+    part: str = ""  # "": one of the model's node alone
 
 
 class GroupHeld(_Value, frozen=True):
@@ -147,6 +170,7 @@ class WorkerUp(_Value, frozen=True, tag_field="kind", tag="worker_up"):
     stopping: bool = False  # it was told to stop: as drained, until it is gone
     pending: tuple[int, ...] = ()  # sequences that it has in hand, of this scheduler
     given_up: tuple[GroupHeld, ...] = ()  # it had these a heartbeat before, and has not now
+    operations: tuple[str, ...] = ()  # without weights, that it runs
 
 
 class WorkerLost(_Value, frozen=True, tag_field="kind", tag="worker_lost"):
@@ -213,6 +237,7 @@ class AssignmentFailed(_Value, frozen=True, tag_field="kind", tag="assignment_fa
     suspects: tuple[str, ...] = ()  # members not to be used until their next heartbeat
     request: str = ""  # whose fault it was; "": not known
     tried: tuple[str, ...] = ()  # asked in vain for its latent; empty: all that it had named
+    artifact: str = ""  # that they were asked for; "": all that the call takes
     goes_on: bool = False  # only that job was given up: the others of the batch go on
     batch: int = 0  # jobs that were together when it failed; 0: as assigned
 
@@ -238,13 +263,24 @@ class Holder(_Value, frozen=True):
     steps_done: int
 
 
-class Member(_Value, frozen=True):
+class Input(_Value, frozen=True):
+    """An artifact that a call takes."""
+
+    artifact: str  # its name in the workflow
+    version: int  # steps behind what a stepped node made; else 0
+    holders: tuple[str, ...]  # workers that have it or, when the call starts, will; best first
+
+
+class Member(_Value, frozen=True, omit_defaults=True):
     """One job of an assignment's batch."""
 
     request: str
-    first_step: int
+    first_step: int  # of the node, where it is stepped
     attempt: int
-    holders: tuple[Holder, ...]  # best first; empty for the encode node
+    holders: tuple[Holder, ...]  # of all that it takes, best first; empty: it takes nothing
+    # Each artifact that it takes, in workflows that name theirs. A stepped node behind its first
+    # step takes its own latents alone: all that they were made from is in them.
+    inputs: tuple[Input, ...] = ()
 
 
 class Assignment(_Value, frozen=True):
@@ -311,13 +347,14 @@ class Load(_Value, frozen=True):
 
     sequence: int  # of the assignment that needs them
     worker: str
-    model: str
+    model: str  # that needs them
     node: str
+    part: str
     load_us: int  # predicted
-    evict: tuple[tuple[str, str], ...] = ()  # (model, node) that make room first
+    evict: tuple[str, ...] = ()  # parts that make room first
 
 
-class Fetch(_Value, frozen=True):
+class Fetch(_Value, frozen=True, omit_defaults=True):
     """A worker copies a latent to itself, beside its steps: whoever has it is about to leave."""
 
     request: str
@@ -325,6 +362,7 @@ class Fetch(_Value, frozen=True):
     steps_done: int
     holder: str
     worker: str  # copies it
+    artifact: str = ""  # its name in the request's workflow; "": the latents of a plain chain
 
 
 class Plan(_Value, frozen=True):

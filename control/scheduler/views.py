@@ -10,6 +10,7 @@ from .books.ledger import Ledger
 from .books.lifecycle import JobState, WorkerState
 from .books.tracker import Tracked
 from .values import Holder
+from .workflow import ArtifactType
 
 
 class RequestState(StrEnum):
@@ -28,7 +29,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     request: str
     state: RequestState
     nodes: dict[str, str]  # node -> JobState value
-    steps: int
+    calls: tuple[str, ...]  # of these, those under way or, where there are none, next
+    steps: int  # of all passes
     steps_done: int
     attempt: int
     group: tuple[str, ...]  # ran its last step
@@ -61,8 +63,9 @@ def job_view(tracked: Tracked) -> JobView:
         request=tracked.id,
         state=_state(tracked),
         nodes={node: job.state.value for node, job in tracked.jobs.items()},
-        steps=tracked.request.steps,
-        steps_done=tracked.steps_done,
+        calls=_calls(tracked),
+        steps=tracked.steps_total,
+        steps_done=tracked.steps_over,
         attempt=tracked.attempt,
         group=tracked.group,
         holders=tuple(sorted(holders, key=lambda h: (-h.steps_done, h.worker))),
@@ -89,13 +92,24 @@ def worker_views(ledger: Ledger) -> tuple[WorkerView, ...]:
             outstanding=tuple(
                 f.assignment.sequence for f in flights if w.name in f.assignment.workers
             ),
-            latents=sum(w.name in t.holders for t in ledger.tracked.values()),
+            latents=sum(w.name in m for t in ledger.tracked.values() for m in t.marks.values()),
         )
         for w in ledger.cluster.ordered()
     )
 
 
+def _calls(tracked: Tracked) -> tuple[str, ...]:
+    jobs = tracked.jobs.values()
+    under_way = tuple([job.node for job in jobs if job.state is JobState.ASSIGNED])
+    return under_way or tuple([job.node for job in jobs if job.state is JobState.READY])
+
+
 def _state(tracked: Tracked) -> RequestState:
+    if tracked.workflow.at > 0 and (calls := [j for j in tracked.before if j.outstanding]):
+        nodes = [tracked.workflow.node[job.node] for job in calls]
+        made = {artifact.type for node in nodes for artifact in node.outputs}
+        encodes = made & {ArtifactType.EMBEDDINGS, ArtifactType.LATENTS}
+        return RequestState.ENCODING if encodes else RequestState.DECODING
     dit = tracked.stepped.state
     if dit is JobState.DONE and any(job.state is not JobState.BLOCKED for job in tracked.after):
         return RequestState.DECODING

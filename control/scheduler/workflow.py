@@ -4,9 +4,16 @@
     (once)                 (stepped)          (once)
 
 A *node* is a call of a *part* (weights that are loaded as one), or of no part. A node of kind
-`once` is one call; the `stepped` node is called once a denoising step, and its latents after k
-steps are version k of one artifact. A node is ready when all its inputs exist. The stepped node
-divides the others: those *before* it, without which it cannot begin, and those *after* it.
+`once` is one call; a `stepped` node is called once a denoising step, and its latents after k
+steps are version k of one artifact. A node is ready when all its inputs exist.
+
+Stepped nodes are passed through one after the other, in order, and a workflow is seen from one of
+these *passes* (`passes`). Its stepped node divides the others: those *before* it, without which it
+cannot begin and that no earlier pass needs; those *after* it, once the last pass is reached.
+
+    text ─▶ [base] ─▶ vae ─▶ resize ─▶ encode ─▶ [refine] ─▶ vae2 ─▶ media
+    ╰ before ╯        ╰───────── before ────────╯            ╰── after ──╯
+    ╰─ pass 0 ─────╯  ╰─ pass 1 ─────────────────────────────────────────╯
 
 A workflow is a frozen value. What is asked of it in every plan (followers, places, the order) is
 worked out once, when it is made; nothing here knows a request.
@@ -15,11 +22,13 @@ worked out once, when it is made; nothing here knows a request.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
 from .values import DIT, TEXT, VAE
+
+STEPPED_MAX = 8  # stepped nodes of one workflow
 
 
 class NodeKind(StrEnum):
@@ -48,8 +57,8 @@ class Degrees(StrEnum):
 class Section(IntEnum):
     """Where a node stands in a request's time. Ascending: what comes first is less."""
 
-    BEFORE = 0  # the stepped node needs it, directly or not
-    STEPPED = 1
+    BEFORE = 0  # the stepped node needs it, directly or not; or an earlier pass
+    STEPPED = 1  # of the pass that the workflow is seen from
     AFTER = 2  # all others
 
 
@@ -65,12 +74,20 @@ class Artifact:
 class Node:
     """A call in a workflow."""
 
-    id: str  # within its workflow; as in profiles and schedule logs
+    id: str  # within its workflow; as in schedule logs
     part: str  # weights that it needs; "": none
     kind: NodeKind
     inputs: tuple[str, ...]  # names of artifacts
     outputs: tuple[Artifact, ...]
     degrees: Degrees = Degrees.ONE
+    op: str = ""  # what it calls, as profiles and workers name it; "": its id
+    model: str = ""  # whose weights; "": those of the request's model
+    scale: float = 1.0  # of what it makes, to the request's shape
+
+    @property
+    def calls(self) -> str:
+        """What it calls, as profiles and workers name it."""
+        return self.op or self.id
 
 
 class WorkflowFault(NamedTuple):
@@ -101,26 +118,37 @@ class Redo(NamedTuple):
 class Workflow:
     """Nodes and the artifacts between them. Raises WorkflowFaults, with every fault at once.
 
-    Exactly one node is stepped (it has a part, and makes nothing but latents) and exactly one is
-    last: no other takes what it makes, and its end ends the request.
+    One to eight nodes are stepped (such a node has a part, and makes nothing but latents), and
+    exactly one is last: no other takes what it makes, and its end ends the request.
     """
 
     name: str
     nodes: tuple[Node, ...]
+    # Its artifacts have no names outside: the latents stand for all of them.
+    plain: bool = False
+    at: int = 0  # seen from this pass, from 0
     # Ids: makers before takers, else as declared.
     order: tuple[str, ...] = field(init=False, compare=False, repr=False)
     # Ready when a request arrives.
     first: tuple[str, ...] = field(init=False, compare=False, repr=False)
-    # Before and after the stepped node, in order.
+    # Called once before and after the stepped node, in order; after: in the last pass alone.
     before: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    # Those before it, and before the stepped nodes of earlier passes: what is lost is made again.
+    upstream: tuple[str, ...] = field(init=False, compare=False, repr=False)
     stepped: str = field(init=False, compare=False, repr=False)
     after: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    # All that is left to do behind the stepped node, later stepped nodes among them.
+    behind: tuple[str, ...] = field(init=False, compare=False, repr=False)
     # Its end ends the request.
     last: str = field(init=False, compare=False, repr=False)
+    # The stepped nodes, by pass.
+    steppeds: tuple[str, ...] = field(init=False, compare=False, repr=False)
     node: Mapping[str, Node] = field(init=False, compare=False, repr=False)
     section: Mapping[str, Section] = field(init=False, compare=False, repr=False)
     # Position in `order`.
     rank: Mapping[str, int] = field(init=False, compare=False, repr=False)
+    # Of each artifact.
+    maker: Mapping[str, str] = field(init=False, compare=False, repr=False)
     # Of a node's inputs.
     makers: Mapping[str, tuple[str, ...]] = field(init=False, compare=False, repr=False)
     # Who takes some of a node's outputs.
@@ -131,35 +159,52 @@ class Workflow:
     leave_latents: frozenset[str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if faults := _faults(self.nodes):
+        if faults := _faults(self.nodes, self.plain):
             raise WorkflowFaults(self.name, faults)
         maker = {a.name: n.id for n in self.nodes for a in n.outputs}
         makers = {n.id: _unique(maker[i] for i in n.inputs) for n in self.nodes}
         order = _order(makers)
         followers = {id_: tuple(n for n in order if id_ in makers[n]) for id_ in order}
-        (stepped,) = (n.id for n in self.nodes if n.kind is NodeKind.STEPPED)
-        needed = _ancestors(stepped, makers)
-        section = {n: Section.BEFORE if n in needed else Section.AFTER for n in order}
-        section[stepped] = Section.STEPPED
-        lone = len(makers[stepped]) == 1
+        kinds = {n.id: n.kind for n in self.nodes}
+        steppeds = tuple(n for n in order if kinds[n] is NodeKind.STEPPED)
+        stepped = steppeds[self.at]
+        section = _sections(steppeds, self.at, order, makers)
+        earlier = {n for s in steppeds[: self.at] for n in (s, *_ancestors(s, makers))}
+        ending = self.at == len(steppeds) - 1
+        behind = tuple(n for n in order if section[n] is Section.AFTER)
+        left = (*makers[stepped], *followers[stepped]) if self.plain else ()
         for name, value in {
             "order": order,
             "first": tuple(n for n in order if not makers[n]),
-            "before": tuple(n for n in order if section[n] is Section.BEFORE),
+            "before": tuple(n for n in order if section[n] is Section.BEFORE and n not in earlier),
+            "upstream": tuple(
+                n for n in order if section[n] is Section.BEFORE and n not in steppeds
+            ),
             "stepped": stepped,
-            "after": tuple(n for n in order if section[n] is Section.AFTER),
+            "after": behind if ending else (),
+            "behind": behind,
             "last": next(n for n in order if not followers[n]),
+            "steppeds": steppeds,
             "node": {n.id: n for n in self.nodes},
             "section": section,
             "rank": {n: i for i, n in enumerate(order)},
+            "maker": maker,
             "makers": makers,
             "followers": followers,
             "on_latents": frozenset((stepped, *followers[stepped])),
-            "leave_latents": frozenset(
-                (stepped, *followers[stepped], *(makers[stepped] if lone else ()))
-            ),
+            "leave_latents": frozenset((stepped, *left)),
         }.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def passes(self) -> tuple[Workflow, ...]:
+        """It, seen from each of its passes."""
+        return tuple([replace(self, at=at) for at in range(len(self.steppeds))])
+
+    @property
+    def ending(self) -> bool:
+        """No pass comes behind this one."""
+        return self.at == len(self.steppeds) - 1
 
     def released(self, ended: str, done: Container[str]) -> tuple[str, ...]:
         """Nodes that the end of a node makes ready, in order; `done` holds all done, with it."""
@@ -167,19 +212,25 @@ class Workflow:
             [n for n in self.followers[ended] if all(maker in done for maker in self.makers[n])]
         )
 
-    def redo(self, survive: Container[str]) -> Redo:
+    def redo(
+        self,
+        survive: Container[str],
+        begun: Container[str] = (),
+        coming: Container[str] = (),
+    ) -> Redo:
         """What is left to run where, of all artifacts, those named have a living copy.
 
         From the last node back: a node has to run if it is the last or if something that has to run
-        lacks an artifact of it. Of the stepped node's latents only complete ones survive as an
-        input of others; how far it had got is for the caller to know.
+        lacks an artifact of it. Of a stepped node's latents only complete ones survive as an input
+        of others. Those `begun` need no inputs: they have a copy of their own latents, or run now;
+        `coming` is what makers that run now will make.
         """
         due = {self.last}
         blocked: set[str] = set()
         for node in reversed(self.order):
-            if node in due:
+            if node in due and node not in begun:
                 lost = [i for i in self.node[node].inputs if i not in survive]
-                due.update(n for n in self.makers[node] if self._makes(n, lost))
+                due.update(self.maker[i] for i in lost if i not in coming)
                 blocked.update((node,) if lost else ())
         return Redo(
             tuple(n for n in self.order if n in due and n not in blocked),
@@ -195,9 +246,6 @@ class Workflow:
             begin_us = max((ends_us.get(maker, 0) for maker in self.makers[node]), default=0)
             ends_us[node] = begin_us + call_us(node)
         return max(ends_us.values(), default=0)
-
-    def _makes(self, node: str, artifacts: Container[str]) -> bool:
-        return any(a.name in artifacts for a in self.node[node].outputs)
 
 
 def _unique(names: Iterable[str]) -> tuple[str, ...]:
@@ -226,7 +274,17 @@ def _ancestors(node: str, makers: Mapping[str, tuple[str, ...]]) -> set[str]:
     return found
 
 
-def _faults(nodes: Sequence[Node]) -> list[WorkflowFault]:
+def _sections(
+    steppeds: Sequence[str], at: int, order: Sequence[str], makers: Mapping[str, tuple[str, ...]]
+) -> dict[str, Section]:
+    """Where each node stands, seen from one pass."""
+    over = {n for s in steppeds[: at + 1] for n in (s, *_ancestors(s, makers))}
+    section = {n: Section.BEFORE if n in over else Section.AFTER for n in order}
+    section[steppeds[at]] = Section.STEPPED
+    return section
+
+
+def _faults(nodes: Sequence[Node], plain: bool) -> list[WorkflowFault]:
     found: list[WorkflowFault] = []
     index: dict[str, int] = {}
     made_at: dict[str, str] = {}
@@ -254,11 +312,16 @@ def _faults(nodes: Sequence[Node]) -> list[WorkflowFault]:
     stepped = [i for i, n in enumerate(nodes) if n.kind is NodeKind.STEPPED]
     if not stepped:
         found.append(WorkflowFault("nodes", "none is stepped"))
-    found += [WorkflowFault(f"nodes[{i}].kind", "a second stepped node") for i in stepped[1:]]
+    found += [
+        WorkflowFault(f"nodes[{i}].kind", f"more than {STEPPED_MAX} are stepped")
+        for i in stepped[STEPPED_MAX:]
+    ]
     makers: dict[str, tuple[str, ...]] = {}
     for node in nodes:
         known = makers.get(node.id, ())
         makers[node.id] = _unique((*known, *(maker[i] for i in node.inputs if i in maker)))
+    if plain and (len(stepped) != 1 or any(len(of_one) > 1 for of_one in makers.values())):
+        found.append(WorkflowFault("nodes", "a plain one is a chain with one stepped node"))
     return sorted([*found, *_faults_of_shape(index, makers)], key=_position)
 
 
@@ -312,5 +375,6 @@ CHAIN = Workflow(
         ),
         Node(VAE, VAE, NodeKind.ONCE, ("latents",), (Artifact("media", ArtifactType.MEDIA),)),
     ),
+    plain=True,
 )
-"""Encode the prompt, denoise, decode: what every request is today, unless it names another."""
+"""Encode the prompt, denoise, decode: what every request is, unless it names another."""

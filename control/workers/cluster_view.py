@@ -10,6 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from control.driver import Driver
 from control.requests.records import Records
@@ -34,6 +35,7 @@ class ClusterView:
         records: Records,
         leases: Leases,
         clock: Clock,
+        signal: Signal,
         *,
         term: int,
         policy: str,
@@ -44,6 +46,7 @@ class ClusterView:
         self._records = records
         self._leases = leases
         self._clock = clock
+        self._signal = signal
         self._term = term
         self._policy = policy
         self._replicas = replicas
@@ -60,9 +63,16 @@ class ClusterView:
             self._served = {model.name: model for model in self._leases.models()}
         return self._served
 
+    def admitted(self) -> Mapping[str, generation_pb2.ModelInfo]:
+        """Models that a request may name: those, and where requests wake models, others that
+        workers served of late.
+        """
+        return {**self._signal.wakeable(), **self.served()}
+
     async def changed(self) -> None:
         """Who lives, or what it serves, is another: wakes every watcher."""
         self._served = None
+        self._signal.see_models()
         self._changes += 1
         async with self._changed:
             self._changed.notify_all()
@@ -103,7 +113,10 @@ class ClusterView:
             term=self._term,
             requests_open=self._records.open_count,
             policy=self._policy,
-            models=self.served().values(),
+            models=self._signal.listed(),
+            pools=self._signal.statuses(),
+            pools_settling=self._signal.settling,
+            wake_models=self._signal.wakes,
             replicas=self._replicas(),
             promises=self._records.figures.to_message(),
             troubles=self._troubles(),
@@ -141,6 +154,24 @@ class ClusterView:
                 holders[held.request_id] = None if held.request_id in holders else name
         open_ones = (n for r, n in holders.items() if n is not None and self._records.is_open(r))
         return Counter(open_ones)
+
+
+class Signal(Protocol):
+    """The scaling signal, as far as this tells of it (see control/scaling/signal.py)."""
+
+    @property
+    def wakes(self) -> bool: ...
+
+    @property
+    def settling(self) -> bool: ...
+
+    def see_models(self) -> None: ...
+
+    def listed(self) -> Sequence[generation_pb2.ModelInfo]: ...
+
+    def wakeable(self) -> Mapping[str, generation_pb2.ModelInfo]: ...
+
+    def statuses(self) -> Sequence[control_pb2.PoolStatus]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from control.entrance.door import check_heartbeat, check_report
 from control.publisher import Publisher
 from control.requests.records import Record, Records
 from control.scheduler.books.ledger import Notice
+from control.scheduler.books.loads import own_part
 from control.scheduler.books.quarantine import Quarantined
 from control.scheduler.core import Scheduler
 from control.scheduler.times.drift import Shift
@@ -244,5 +245,7 @@ def _as_thought(scheduler: Scheduler, beat: mesh_pb2.Heartbeat) -> bool:
     """Whether the worker has the weights that the scheduler thinks, or work on its way to it."""
     if any(beat.worker in flight.workers for flight in scheduler.outstanding()):
         return True
-    resident = {(part.model, part.node) for part in beat.memory.parts if part.resident}
+    resident = {
+        part.part or own_part(part.model, part.node) for part in beat.memory.parts if part.resident
+    }
     return resident == scheduler.weights_on(beat.worker)

@@ -24,12 +24,15 @@ from control.scheduler.values import (
     GroupHeld,
     Held,
     ModelFacts,
+    NodeParts,
     NothingHeard,
     PartFacts,
     WorkerLost,
     WorkerUp,
 )
+from control.workflows.compiled import profile_name
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+from hocket.workflows.roles import together
 
 _MIB = 1 << 20
 _LOAD_CHANGED = 2  # times longer or shorter is worth a fact …
@@ -176,11 +179,9 @@ class Leases:
         return lease.heartbeat.store_address if lease is not None else ""
 
     def models(self) -> tuple[generation_pb2.ModelInfo, ...]:
-        """Models that living workers serve, by name."""
-        found: dict[str, generation_pb2.ModelInfo] = {}
-        for name in sorted(self._leases):
-            for model in self._leases[name].heartbeat.models:
-                found.setdefault(model.name, model)
+        """Models that living workers serve, each as all of them do together; by name."""
+        beats = (self._leases[name].heartbeat for name in sorted(self._leases))
+        found = together(model for beat in beats for model in beat.models)
         return tuple(found[name] for name in sorted(found))
 
     def _end(self, worker: str, now_us: int, reason: str) -> WorkerLost:
@@ -206,17 +207,29 @@ def _up(beat: mesh_pb2.Heartbeat, now_us: int, pending: tuple[int, ...]) -> Work
                 degrees=tuple(model.degrees),
                 batch_max=max(1, model.batch_max),
                 halves=model.obeys_layout,
+                operations=tuple(map(profile_name, model.operations)),
+                parts=_parts(model),
             )
             for model in beat.models
         ),
         latents=tuple(
-            Held(request=held.request_id, steps_done=held.steps_done) for held in beat.latents
+            Held(request=held.request_id, steps_done=held.steps_done, artifact=held.artifact)
+            for held in beat.latents
         ),
         memory_mib=beat.memory.budget_bytes >> 20,
         weights=_weights(beat.memory),
         stopping=beat.stopping,
         pending=pending,
+        operations=tuple(map(profile_name, beat.operations)),
     )
+
+
+def _parts(model: generation_pb2.ModelInfo) -> tuple[NodeParts, ...]:
+    """By node, in the order in which the worker names them."""
+    found: dict[str, list[str]] = {}
+    for named in model.parts:
+        found.setdefault(named.node, []).append(named.part)
+    return tuple(NodeParts(node=node, parts=tuple(parts)) for node, parts in found.items())
 
 
 def _succeeds(beat: mesh_pb2.Heartbeat, first: mesh_pb2.Heartbeat) -> bool:
@@ -246,6 +259,7 @@ def _weights(memory: types_pb2.Memory) -> tuple[PartFacts, ...]:
             peak_mib=-(-part.peak_bytes // _MIB),
             load_us=part.load_time_us,
             resident=part.resident,
+            part=part.part,
         )
         for part in memory.parts
     )
@@ -255,9 +269,9 @@ def _is_news(told: tuple[PartFacts, ...], now: tuple[PartFacts, ...]) -> bool:
     """Sizes that changed, load times that changed a lot. What is resident changes all the time: see
     `Intake`.
     """
-    before = {(part.model, part.node): part for part in told}
+    before = {(part.model, part.node, part.part): part for part in told}
     for part in now:
-        was = before.get((part.model, part.node))
+        was = before.get((part.model, part.node, part.part))
         if was is None or (was.mib, was.peak_mib) != (part.mib, part.peak_mib):
             return True
         slower, faster = sorted((was.load_us, part.load_us), reverse=True)

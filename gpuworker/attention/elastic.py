@@ -46,6 +46,7 @@ from gpuworker.collectives.team import Communicator, Lengths, Team, split_length
 
 DEGREE_MAX = 8
 _STREAMS = ("hidden_states", "encoder_hidden_states")
+_INSTALLED = "_hocket_elastic"  # where a transformer keeps its layer
 _KEY_MASK = "attention_mask"  # in a plan: of all streams' keys, in the order of the plan's entries
 
 Plan = Mapping[str, Any]  # as diffusers' _cp_plan
@@ -71,6 +72,18 @@ class ElasticSP:
     no exchange. Raises `DiffusersMoved`.
     """
 
+    def __new__(
+        cls,
+        model: nn.Module,
+        joint: bool,
+        plan: Plan | None = None,
+        attention: ParallelAttention | None = None,
+        cross: str = "",
+    ) -> ElasticSP:
+        """The layer that the transformer has already, where several models share it."""
+        installed = vars(model).get(_INSTALLED)
+        return installed if isinstance(installed, cls) else super().__new__(cls)
+
     def __init__(
         self,
         model: nn.Module,
@@ -79,6 +92,8 @@ class ElasticSP:
         attention: ParallelAttention | None = None,
         cross: str = "",
     ) -> None:
+        if _INSTALLED in vars(model):
+            return
         self._heads = head_count(model)
         self._joint = joint
         self._attention = attention or usp
@@ -96,6 +111,7 @@ class ElasticSP:
         else:
             watch_attention(model, self)
         _install_hooks(model, self, plan if plan is not None else _own_plan(model, bool(cross)))
+        vars(model)[_INSTALLED] = self
 
     @contextmanager
     def step(self, team: Team | None) -> Iterator[None]:

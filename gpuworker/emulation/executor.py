@@ -3,21 +3,21 @@ computing.
 
 For tests and load runs of the control plane with up to thousands of workers; never a stand-in for a
 test of a worker. All emulated workers of one process share an `EmulatedHost`, which plays the part
-of groups and latents: an assignment starts when all its members have come to it and a holder that
-it names has a copy with exactly the steps that it names.
+of groups and artifacts: an assignment starts when all its members have come to it and of each thing
+that it starts from a holder that it names has a copy with exactly the steps that it names.
 """
 
 from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import NoReturn
 
 from PIL import Image
 
-from gpuworker.emulation.host import EmulatedHost, Meeting
+from gpuworker.emulation.host import EmulatedHost, Key, Meeting
 from gpuworker.executor import (
     CLOSE_PATIENCE_S,
     Listener,
@@ -27,6 +27,7 @@ from gpuworker.executor import (
     StepNote,
     always_room,
 )
+from gpuworker.operations.names import ROLES, WEIGHTLESS, artifact_of, operation_of
 from gpuworker.steps.inbox import Inbox, StopMark
 from hocket.cancelling import one_done
 from hocket.v1 import mesh_pb2, types_pb2
@@ -46,6 +47,7 @@ class EmulatedExecutor:
         media: bool = True,
         batch_max: int = 1,
         groups_max: int = 64,
+        roles: Collection[str] = ROLES,
     ) -> None:
         self._worker = worker
         self._host = host
@@ -57,7 +59,8 @@ class EmulatedExecutor:
         self._room: Room = always_room
         self._groups: dict[tuple[str, ...], int] = {}  # members -> epoch, the last used last
         self._groups_max = groups_max
-        self.models = host.models(batch_max)
+        self.models = host.models(batch_max, roles)
+        self.operations = WEIGHTLESS
         self.store_address = f"emulated/{worker}"
         self._gpu = gpu
 
@@ -99,7 +102,8 @@ class EmulatedExecutor:
         self._look_again()
 
     def release(self, request: str) -> None:
-        self._copies.pop(request, None)
+        for key in [key for key in self._copies if key[0] == request]:
+            del self._copies[key]
 
     def groups(self) -> tuple[types_pb2.Group, ...]:
         return tuple(
@@ -108,11 +112,11 @@ class EmulatedExecutor:
 
     def fetch(self, wanted: mesh_pb2.LatentFetch) -> None:
         """Here a copy is there at once, or there is none."""
-        request, steps = wanted.request_id, wanted.steps_done
-        held = self._host.copies.get(wanted.holder.worker, {}).get(request)
-        if held == steps and self._copies.get(request, -1) < steps:
-            self._copies[request] = steps
-            self._host.tell(request)
+        key, steps = (wanted.request_id, wanted.artifact), wanted.steps_done
+        held = self._host.copies.get(wanted.holder.worker, {}).get(key)
+        if held == steps and self._copies.get(key, -1) < steps:
+            self._copies[key] = steps
+            self._host.tell(wanted.request_id)
 
     def is_idle(self) -> bool:
         return not (self._copies or self._inbox.pending())
@@ -122,8 +126,8 @@ class EmulatedExecutor:
 
     def held(self) -> tuple[mesh_pb2.HeldLatent, ...]:
         return tuple(
-            mesh_pb2.HeldLatent(request_id=request, steps_done=steps)
-            for request, steps in self._copies.items()
+            mesh_pb2.HeldLatent(request_id=request, steps_done=steps, artifact=artifact)
+            for (request, artifact), steps in self._copies.items()
         )
 
     def progress(self) -> tuple[int, int]:
@@ -144,7 +148,7 @@ class EmulatedExecutor:
         self._host.close(self._worker)
 
     @property
-    def _copies(self) -> dict[str, int]:
+    def _copies(self) -> dict[Key, int]:
         return self._host.copies.setdefault(self._worker, {})
 
     def _look_again(self) -> None:
@@ -183,7 +187,7 @@ class EmulatedExecutor:
     async def _lead(
         self, assignment: mesh_pb2.Assignment, meeting: Meeting, listener: Listener
     ) -> None:
-        host, members, text = self._host, assignment.batch, assignment.node == "text"
+        host, members, operation = self._host, assignment.batch, operation_of(assignment)
 
         def staying() -> list[mesh_pb2.BatchMember]:
             stay = self._inbox.staying(assignment)
@@ -192,15 +196,16 @@ class EmulatedExecutor:
         def ready() -> bool:
             stay = staying()
             here = meeting.came == meeting.members
-            return not stay or (here and (text or all(host.holds(m) for m in stay)))
+            return not stay or (here and not any(host.missing(assignment, m) for m in stay))
 
         def decided() -> bool:
-            return ready() or (not text and any(host.have_passed(m) for m in staying()))
+            return ready() or any(host.have_passed(assignment, m) for m in staying())
 
         if not (await self._in_time(assignment, decided) and ready()):
             listener(self._in_vain(assignment, meeting))
             return
         meeting.started = True
+        host.gather(assignment)
         step_us, began_us = host.step_time_us(assignment), host.clock.now_us()
         made, going = 0, [m.request_id for m in members]
         while made < assignment.steps and (stay := self._inbox.staying(assignment, made)):
@@ -209,10 +214,10 @@ class EmulatedExecutor:
             await host.clock.sleep_until(began_us + (made + 1) * step_us)
             made += 1
             self._keep(assignment, made, going)
-            ended = assignment.node != "dit" or made == assignment.steps
+            ended = not operation.stepped or made == assignment.steps
             behind = _behind(assignment, made, going)
             listener(self._note(assignment, behind, made - 1, step_us, last=ended))
-        if made == 0 or (made < assignment.steps and assignment.node == "dit"):
+        if made == 0 or (made < assignment.steps and operation.stepped):
             behind = _behind(assignment, made, going)
             listener(RunNote(assignment=assignment, behind=behind, last=True))
 
@@ -243,16 +248,22 @@ class EmulatedExecutor:
         if not missing:
             stay = self._inbox.staying(assignment)
             lacking = [m for m in assignment.batch if m.request_id in stay]
-            member = next((m for m in lacking if not self._host.holds(m)), assignment.batch[0])
+            found = ((m, self._host.missing(assignment, m)) for m in lacking)
+            member, wanted = next(
+                ((m, w) for m, w in found if w is not None), (assignment.batch[0], None)
+            )
             failure.reason = "LATENT_MISSING"
             failed_job.request_id = member.request_id
-            failed_job.tried.extend(holder.worker for holder in member.holders)
+            if wanted is not None:
+                failed_job.artifact = wanted.artifact
+            holders = member.holders if wanted is None else wanted.holders
+            failed_job.tried.extend(holder.worker for holder in holders)
         return RunNote(
             assignment=assignment,
             behind={
-                m.request_id: self._copies[m.request_id]
+                m.request_id: self._copies[m.request_id, artifact_of(m)]
                 for m in assignment.batch
-                if m.request_id in self._copies
+                if (m.request_id, artifact_of(m)) in self._copies
             },
             last=True,
             failure=failure,
@@ -269,14 +280,15 @@ class EmulatedExecutor:
         await self._host.until(assignment, through)
 
     def _keep(self, assignment: mesh_pb2.Assignment, made: int, going: Sequence[str]) -> None:
-        """Every member now has a copy of the latents behind the step."""
-        if assignment.node == "vae":
+        """Every member now has a copy of what the step has made."""
+        operation = operation_of(assignment)
+        if operation.file:
             return
+        artifacts = {m.request_id: artifact_of(m) for m in assignment.batch}
         for request, steps in _behind(assignment, made, going).items():
-            for worker in assignment.group.members:
-                if worker not in self._host.gone:  # the latents of a closed one are gone
-                    self._host.copies.setdefault(worker, {})[request] = steps
-            self._host.tell(request)
+            # What a once-call of a workflow makes has no steps behind it, however many its job has.
+            version = steps if operation.stepped or not artifacts[request] else 0
+            self._host.keep(assignment, request, artifacts[request], version)
 
     def _note(
         self,
@@ -289,7 +301,7 @@ class EmulatedExecutor:
     ) -> RunNote:
         now_ns = self._host.clock.now_us() * 1000
         media = {}
-        if assignment.node == "vae" and self._media:
+        if operation_of(assignment).file and self._media:
             info = types_pb2.MediaInfo(media_type="image/png", width=8, height=8, frames=1)
             media = {request: Media(_blank_png(), info) for request in behind}
         size = len(assignment.group.members)
@@ -306,7 +318,7 @@ class EmulatedExecutor:
 
 def _behind(assignment: mesh_pb2.Assignment, made: int, requests: Sequence[str]) -> dict[str, int]:
     """Steps behind these jobs after `made` of the assignment's."""
-    stepped = made if assignment.node == "dit" else 0
+    stepped = made if operation_of(assignment).stepped else 0
     return {
         m.request_id: m.first_step + stepped for m in assignment.batch if m.request_id in requests
     }

@@ -1,14 +1,29 @@
-"""What the emulated workers of one process share: it plays the part of groups and latents."""
+"""What the emulated workers of one process share: it plays the part of groups and artifacts."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from gpuworker.emulation.profile import Cell
+from gpuworker.operations.names import (
+    CALLS,
+    ROLES,
+    CallInput,
+    model_of,
+    offered,
+    operation_of,
+    shape_of,
+    wanted_by,
+)
 from hocket.clock import Clock
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+
+Key = tuple[str, str]  # request, artifact; the latents of a plain chain have an empty name
+WEIGHTLESS_US = 1000  # of a call without weights of which the profile says nothing
+# Of a model's; see the cards'.
+_OPERATIONS = (*(name for name, each in CALLS.items() if each.part), "denoise.mask")
 
 
 @dataclass
@@ -28,7 +43,7 @@ class EmulatedHost:
 
     clock: Clock
     profile: dict[Cell, int]
-    copies: dict[str, dict[str, int]] = field(default_factory=dict)  # worker -> request -> steps
+    copies: dict[str, dict[Key, int]] = field(default_factory=dict)  # worker -> what -> steps
     meetings: dict[tuple[int, int], Meeting] = field(default_factory=dict)  # by term, sequence
     gone: set[str] = field(default_factory=set)  # workers that were closed
     term: int = 0  # the newest one met with
@@ -42,13 +57,12 @@ class EmulatedHost:
                 self.waiting.setdefault(member.request_id, []).append(waiter)
             await waiter
 
-    def have_passed(self, member: mesh_pb2.BatchMember) -> bool:
-        """Whether every named holder is beyond the named steps: that latent is no more."""
-        copies = [
-            (self.copies.get(h.worker, {}).get(member.request_id, -1), h.steps_done)
-            for h in member.holders
-        ]
-        return bool(copies) and all(have > named for have, named in copies)
+    def have_passed(self, assignment: mesh_pb2.Assignment, member: mesh_pb2.BatchMember) -> bool:
+        """Whether every named holder is beyond the named steps of something: it is no more."""
+        return any(
+            wanted.holders and all(have > named for have, named in self._copies(member, wanted))
+            for wanted in wanted_by(operation_of(assignment), member)
+        )
 
     def tell(self, request: str) -> None:
         """Something has changed about a request."""
@@ -89,12 +103,39 @@ class EmulatedHost:
         self.copies.pop(worker, None)
         self._drop_left()
 
-    def holds(self, member: mesh_pb2.BatchMember) -> bool:
-        """Whether a named holder has exactly the named steps behind its copy."""
-        return any(
-            self.copies.get(holder.worker, {}).get(member.request_id) == holder.steps_done
-            for holder in member.holders
-        )
+    def missing(
+        self, assignment: mesh_pb2.Assignment, member: mesh_pb2.BatchMember
+    ) -> CallInput | None:
+        """The first thing that a job starts from of which no named holder has exactly the named
+        version.
+        """
+        for wanted in wanted_by(operation_of(assignment), member):
+            if not any(have == named for have, named in self._copies(member, wanted)):
+                return wanted
+        return None
+
+    def gather(self, assignment: mesh_pb2.Assignment) -> None:
+        """Every member gets what a workflow's jobs start from."""
+        for member in assignment.batch if assignment.batch[0].HasField("call") else ():
+            for wanted in wanted_by(operation_of(assignment), member):
+                self.keep(assignment, member.request_id, wanted.artifact, wanted.version)
+
+    def keep(
+        self, assignment: mesh_pb2.Assignment, request: str, artifact: str, steps: int
+    ) -> None:
+        """Every member has a copy; those of closed workers are gone."""
+        for worker in assignment.group.members:
+            if worker not in self.gone:
+                self.copies.setdefault(worker, {})[request, artifact] = steps
+        self.tell(request)
+
+    def _copies(self, member: mesh_pb2.BatchMember, wanted: CallInput) -> list[tuple[int, int]]:
+        """Of each named holder: the version that it has (-1: none), and the one that is named."""
+        key = (member.request_id, wanted.artifact)
+        return [
+            (self.copies.get(holder.worker, {}).get(key, -1), holder.steps_done)
+            for holder in wanted.holders
+        ]
 
     def _all_left(self, key: tuple[int, int]) -> bool:
         """Nobody is at it and nobody will come: closed workers never do, and those that obey a
@@ -111,13 +152,21 @@ class EmulatedHost:
     def step_time_us(self, assignment: mesh_pb2.Assignment) -> int:
         if len(assignment.batch) > 1:  # of which the profile here says nothing
             return assignment.predicted_step_time_us
-        spec = assignment.batch[0].spec
-        shape = (spec.shape.width, spec.shape.height, max(1, spec.shape.frames))
-        degree = len(assignment.group.members)
-        cell = (spec.model, assignment.node, *shape, degree)
-        return self.profile.get(cell, assignment.predicted_step_time_us)
+        first, operation = assignment.batch[0], operation_of(assignment)
+        named = shape_of(first)
+        shape = (named.width, named.height, max(1, named.frames))
+        cell = (
+            model_of(first),
+            operation.part or operation.name,
+            *shape,
+            len(assignment.group.members),
+        )
+        known = assignment.predicted_step_time_us if operation.part else WEIGHTLESS_US
+        return self.profile.get(cell, known)
 
-    def models(self, batch_max: int) -> tuple[generation_pb2.ModelInfo, ...]:
+    def models(
+        self, batch_max: int, roles: Collection[str] = ROLES
+    ) -> tuple[generation_pb2.ModelInfo, ...]:
         """The models of the profile, with every profiled shape and degree."""
         infos = []
         for name in sorted({cell[0] for cell in self.profile}):
@@ -138,6 +187,7 @@ class EmulatedHost:
                     guidance_default=3.5,
                     degrees=sorted({c[5] for c in dit}),
                     batch_max=batch_max,
+                    operations=offered(_OPERATIONS, roles),
                 )
             )
         return tuple(infos)

@@ -12,6 +12,7 @@ from gpuworker.emulation.profile import Cell, profile_cells
 from gpuworker.mesh.ending import ended_with
 from gpuworker.mesh.naming import worker_name
 from gpuworker.mesh.stopping import StopSignals, run_until
+from gpuworker.operations.names import ROLES
 from hocket.clock import SystemClock
 from hocket.errors import WrongConfig
 from hocket.messaging.bus import Bus
@@ -59,6 +60,7 @@ async def _serve(settings: WorkerSettings) -> None:
                 settings.gpu or "emulated",
                 batch_max=settings.batch_max,
                 groups_max=settings.groups_max,
+                roles=settings.role or ROLES,
             )
             executors.append(executor)
             agents.append(Agent(name, settings, bus, executor, clock, told.tracer))

@@ -53,9 +53,9 @@ def write_folder(path: Path, tiny: bool = False) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
         vae=on_device(lambda: flux_vae((8,) * 4, 4) if tiny else flux_vae(), device, dtype),
         text_encoder=on_device(lambda: CLIPTextModel(_clip(width)), device, dtype),
-        tokenizer=_tokenizer(_CLIP_TOKENS),
+        tokenizer=tokenizer(_CLIP_TOKENS),
         text_encoder_2=on_device(lambda: T5EncoderModel(_t5(width)), device, dtype),
-        tokenizer_2=_tokenizer(text_tokens),
+        tokenizer_2=tokenizer(text_tokens),
         transformer=on_device(lambda: FluxTransformer2DModel(**transformer), device, dtype),
     )
     pipeline.save_pretrained(path)
@@ -89,13 +89,13 @@ def _t5(width: int) -> T5Config:
     )
 
 
-def _tokenizer(length: int) -> Any:
+def tokenizer(length: int) -> Any:
     """Whole words, padded to `length` tokens."""
     model = WordLevel({word: number for number, word in enumerate(_WORDS)}, unk_token="[UNK]")
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = Whitespace()
+    words = Tokenizer(model)
+    words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=words,
         pad_token="[PAD]",
         unk_token="[UNK]",
         model_max_length=length,

@@ -42,7 +42,7 @@ def measure(rounds: int) -> dict[str, Found]:
     model = "hocket-emoji"
     whole = WeightStore(_CPU)
     load_card(str(EMBEDDED_MODEL), _CPU, torch.float32, whole)
-    parts = {fact.name: fact.size_bytes for fact in whole.facts()}
+    parts = {fact.nodes[0]: fact.size_bytes for fact in whole.facts()}
     store = WeightStore(_CPU, max(parts.values()))
     load_card(str(EMBEDDED_MODEL), _CPU, torch.float32, store)
     store.start(lambda _: 0)
@@ -53,7 +53,7 @@ def measure(rounds: int) -> dict[str, Found]:
         module = nn.Linear(_LARGE, _LARGE, bias=False)
         save_file(dict(module.state_dict()), Path(folder) / "weights.safetensors")
         store = WeightStore(_CPU, module.weight.nbytes)
-        store.add(("large", "dit"), module, Path(folder))
+        store.add(("large", "dit"), "large", module, tuple(Path(folder).iterdir()))
         store.start(lambda _: 0)
         _come_and_go(times, store, ("large", "dit"), rounds, f"{_LARGE * _LARGE * 4 // _MIB} MiB")
         store.close()
@@ -76,14 +76,14 @@ def _parked(sizes: Found, times: Found, rounds: int, file: Path) -> None:
 
 
 def _come_and_go(
-    times: Found, store: WeightStore, part: tuple[str, str], rounds: int, name: str
+    times: Found, store: WeightStore, node: tuple[str, str], rounds: int, name: str
 ) -> None:
     """Each use loads, since everything was made to leave before."""
     for turn in range(rounds):
         store.evict_others(keep=("", ""))
-        with store.use(MemoryDemand((1, turn + 1), part, 0)):
+        with store.use(MemoryDemand((1, turn + 1), node, 0)):
             pass
-        (fact,) = (fact for fact in store.facts() if fact.name == part)
+        (fact,) = (fact for fact in store.facts() if node in fact.nodes)
         times.setdefault(f"load weights, {name}", []).append(fact.load_us / 1000)
         left = _ms(lambda: store.evict_others(keep=("", "")))
         times.setdefault(f"evict weights, {name}", []).append(left)

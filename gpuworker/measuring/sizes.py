@@ -23,8 +23,9 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from gpuworker.models.card import DiffusersCard, noise
+from gpuworker.models.diffusers_card import DiffusersCard
 from gpuworker.models.flux import FluxCard
+from gpuworker.models.rows import noise
 from gpuworker.models.wan import WanCard
 
 WEIGHTS_SEED = 20
@@ -45,7 +46,7 @@ class MediaSize(NamedTuple):
 class TextlessFlux(FluxCard):
     """Flux whose prompt is noise of the shape that CLIP and T5 give."""
 
-    def _text(self, prompt: str, negative: str, width: int, height: int) -> dict[str, Tensor]:
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
         config, tokens = self._transformer.config, self._card["text_tokens"]
         return {
             "prompt_embeds": noise((1, tokens, config.joint_attention_dim), 1).to(self._dtype),

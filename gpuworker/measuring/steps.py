@@ -18,7 +18,7 @@ from torch import Tensor
 from gpuworker.measuring.plain import plain_loop
 from gpuworker.measuring.record import Cell, MeasurementLog
 from gpuworker.measuring.sizes import MediaSize, Size, built, twin
-from gpuworker.models.card import DiffusersCard
+from gpuworker.models.diffusers_card import DiffusersCard
 from gpuworker.state import LatentState
 from hocket.clock import steady_ns
 

@@ -12,6 +12,7 @@ import torch
 
 from gpuworker.models.card import ModelCard
 from gpuworker.models.footprint import ModelCall
+from gpuworker.operations.names import part_of
 
 _CALLS_MAX = 4096  # remembered; the oldest are forgotten first
 _RAISED_BY = 1.5  # where a failed allocation did not say what it had asked for
@@ -39,7 +40,11 @@ class Activations:
     def largest(self, model: str, node: str) -> int:
         """Of the calls asked for; before the first, of one at the model's default shape."""
         with self._lock:
-            known = [n for (m, call), n in self._known.items() if (m, call.node) == (model, node)]
+            known = [
+                size_bytes
+                for (m, call), size_bytes in self._known.items()
+                if m == model and part_of(call.node) == node
+            ]
         if known:
             return max(known)
         facts = self._cards[model].facts

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import resource
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,9 +20,12 @@ import torch
 from gpuworker.executor import SideNote
 from gpuworker.memory.activations import Activations
 from gpuworker.memory.latents import LatentPlace, LatentShelf
-from gpuworker.memory.weights import MemoryDemand, PartName, WeightStore
+from gpuworker.memory.parts import PartId
+from gpuworker.memory.weights import MemoryDemand, WeightStore
 from gpuworker.models.card import ModelCard
 from gpuworker.models.footprint import ModelCall
+from gpuworker.operations.names import model_of, operation_of, shape_of
+from gpuworker.prompts import PromptCache
 from hocket.v1 import mesh_pb2, types_pb2
 
 _LOADS_MAX = 1024  # told ahead of their assignments
@@ -61,28 +64,33 @@ class Memory:
         weights: WeightStore,
         shelf: LatentShelf,
         latents_budget_bytes: int = 0,
+        media_bytes: Callable[[], int] = lambda: 0,
+        prompts: PromptCache | None = None,
     ) -> None:
+        """`media_bytes`: what waits to be encoded."""
+        self._prompts = prompts or PromptCache(0)
         self._device = device
+        self._media_bytes = media_bytes
         self._weights = weights
         self._shelf = shelf
         self._latents_budget_bytes = latents_budget_bytes
         self._activations = Activations(cards, device)
         self._cards = cards
         self._term = 0
-        self._evict: dict[int, tuple[PartName, ...]] = {}  # by assignment of the term
-        weights.start(lambda part: self._activations.largest(*part))
+        self._evict: dict[int, tuple[PartId, ...]] = {}  # by assignment of the term
+        weights.start(lambda node: self._activations.largest(*node))
 
     def plan_loads(self, loads: Sequence[mesh_pb2.WeightsLoad]) -> None:
         """What the plan makes room with, for assignments that are about to come."""
         for load in loads:
             if load.evict:
-                self._evict[load.sequence] = tuple((e.model, e.node) for e in load.evict)
+                self._evict[load.sequence] = tuple(name.part for name in load.evict)
         while len(self._evict) > _LOADS_MAX:
             del self._evict[next(iter(self._evict))]
 
     def expect(self, assignment: mesh_pb2.Assignment) -> None:
         """An assignment waits: its weights come as soon as there is room."""
-        if assignment.batch[0].spec.model in self._cards:
+        if operation_of(assignment).part and model_of(assignment.batch[0]) in self._cards:
             self._weights.expect(self._demand(assignment))
 
     def forget_before(self, term: int) -> None:
@@ -99,9 +107,13 @@ class Memory:
 
         Raises `OutOfMemory` where a call inside needed too much, and whatever made a load fail.
         """
+        requests = [member.request_id for member in assignment.batch]
+        if not operation_of(assignment).part:
+            with self._shelf.in_hand(requests):
+                yield
+            return
         demand, (model, call) = self._demand(assignment), _call(assignment)
         try:
-            requests = [member.request_id for member in assignment.batch]
             with self._weights.use(demand) as told, self._shelf.in_hand(requests):
                 sides += told
                 with self._activations.measured(model, call):
@@ -114,28 +126,32 @@ class Memory:
             traceback.clear_frames(error.__traceback__)  # what the call had made lives there
         needed_bytes = self._activations.fell_short(model, call, asked_bytes)
         free_bytes = self._free_bytes()
-        self._weights.evict_others(keep=demand.part)
+        self._weights.evict_others(keep=demand.node)
         self._shelf.spill_parked()
+        self._prompts.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         raise OutOfMemory(model, call, needed_bytes, free_bytes)
 
     def facts(self) -> types_pb2.Memory:
         """What heartbeats tell."""
+        facts = self._weights.facts()
         parts = [
             types_pb2.PartWeights(
-                model=part.name[0],
-                node=part.name[1],
-                size_bytes=part.size_bytes,
-                peak_bytes=part.size_bytes + self._activations.largest(*part.name),
-                load_time_us=part.load_us,
-                resident=part.resident,
+                model=model,
+                node=node,
+                size_bytes=fact.size_bytes,
+                peak_bytes=fact.size_bytes + self._activations.largest(model, node),
+                load_time_us=fact.load_us,
+                resident=fact.resident,
+                part=fact.part,
             )
-            for part in self._weights.facts()
+            for fact in facts
+            for model, node in fact.nodes
         ]
         return types_pb2.Memory(
             budget_bytes=self._weights.budget_bytes,
-            weights_bytes=sum(part.size_bytes for part in parts if part.resident),
+            weights_bytes=sum(fact.size_bytes for fact in facts if fact.resident),
             activations_bytes=max((p.peak_bytes - p.size_bytes for p in parts), default=0),
             latents_budget_bytes=self._latents_budget_bytes,
             latents_bytes=self._shelf.bytes_in(LatentPlace.DEVICE),
@@ -144,6 +160,10 @@ class Memory:
             parts=parts,
             loads=self._weights.loads,
             evictions=self._weights.evictions,
+            media_bytes=self._media_bytes(),
+            prompts_bytes=self._prompts.size_bytes,
+            prompts_recalled=self._prompts.recalled,
+            prompts_encoded=self._prompts.encoded,
         )
 
     def close(self) -> None:
@@ -154,7 +174,7 @@ class Memory:
         model, call = _call(assignment)
         return MemoryDemand(
             (assignment.term, assignment.sequence),
-            (model, call.node),
+            (model, operation_of(assignment).part),
             self._activations.bytes_of(model, call),
             self._evict.get(assignment.sequence, ()),
         )
@@ -186,12 +206,13 @@ def ran_out(error: BaseException) -> bool:
 
 def _call(assignment: mesh_pb2.Assignment) -> tuple[str, ModelCall]:
     """The model, and what is asked of it."""
-    spec = assignment.batch[0].spec
-    return spec.model, ModelCall(
-        assignment.node,
-        spec.shape.width,
-        spec.shape.height,
-        max(1, spec.shape.frames),
+    first = assignment.batch[0]
+    shape = shape_of(first)
+    return model_of(first), ModelCall(
+        operation_of(assignment).name,
+        shape.width,
+        shape.height,
+        max(1, shape.frames),
         len(assignment.batch),
         max(1, len(assignment.group.members)),
     )

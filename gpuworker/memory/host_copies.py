@@ -1,6 +1,6 @@
 """Where weights are while they are not on the device, and how they come back, to the bit.
 
-On a CPU the copy is the model's own folder: of each tensor it is known which entry of which
+On a CPU the copy is the component's own files: of each tensor it is known which entry of which
 safetensors file has the same content, so that coming back means to read that entry, and being away
 costs no memory. On CUDA it is one block of page-locked host memory, from which one transfer on a
 stream of its own brings everything back while the compute stream goes on.
@@ -47,10 +47,10 @@ class _Place(NamedTuple):
 
 
 class FileCopy:
-    """Weights that are read again from the files of their folder."""
+    """Weights that are read again from their safetensors files."""
 
-    def __init__(self, module: nn.Module, folder: Path) -> None:
-        entries = _entries(folder)
+    def __init__(self, module: nn.Module, files: Sequence[Path]) -> None:
+        entries = _entries(files)
         self._forms: list[tuple[torch.dtype, int]] = []  # type, where it lay in a cache line
         self._places: dict[Path, list[tuple[int, str]]] = {}
         self._kept: dict[int, Tensor] = {}
@@ -63,7 +63,8 @@ class FileCopy:
                 self._places.setdefault(place.file, []).append((number, place.key))
         self.fixed_bytes = sum(tensor.nbytes for tensor in self._kept.values())
         if self.fixed_bytes:
-            log.warning("%d bytes of %s are in none of its files", self.fixed_bytes, folder)
+            names = ", ".join(map(str, files))
+            log.warning("%d bytes of the weights are in none of %s", self.fixed_bytes, names)
 
     def fill(self) -> list[Tensor]:
         found = dict(self._kept)
@@ -123,10 +124,10 @@ def _copied(read: Tensor, dtype: torch.dtype, place: int) -> Tensor:
     return copy.copy_(read)
 
 
-def _entries(folder: Path) -> Mapping[tuple[int, ...], Sequence[_Place]]:
-    """What lies in a folder's safetensors files, by shape."""
+def _entries(files: Sequence[Path]) -> Mapping[tuple[int, ...], Sequence[_Place]]:
+    """What lies in safetensors files, by shape."""
     found: dict[tuple[int, ...], list[_Place]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(files):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118  (it is no mapping)
                 shape = tuple(opened.get_slice(key).get_shape())

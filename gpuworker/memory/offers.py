@@ -1,6 +1,6 @@
-"""Copies of latents in this worker's store, for whoever has asked for them.
+"""Copies of artifacts in this worker's store, for whoever has asked for them.
 
-One a request: a copy goes when all who asked have fetched it, when another latent of the request is
+One of each: a copy goes when all who asked have fetched it, when another version of the artifact is
 offered, when the request ends, or after two minutes. What lies here counts in the latents' share.
 """
 
@@ -14,6 +14,7 @@ from hocket.clock import SystemClock
 
 _KEPT_US = 120_000_000  # for somebody who has asked and does not come
 _CLOCK = SystemClock()
+Key = tuple[str, str]  # request, artifact
 
 
 @dataclass
@@ -38,32 +39,33 @@ class Offers:
         self._fetched = fetched
         self._lending = threading.Lock()
         self._lock = threading.Lock()
-        self._offers: dict[str, _Offer] = {}  # by request
+        self._offers: dict[Key, _Offer] = {}
 
-    def lend(self, request: str, key: str, blob: bytes) -> None:
-        """Puts a copy into the store under a key that says which latent it is."""
+    def lend(self, artifact: Key, key: str, blob: bytes) -> None:
+        """Puts a copy into the store under a key that says which version it is."""
         until_us = _CLOCK.now_us() + _KEPT_US
         with self._lending:
             self._tidy()
             with self._lock:
-                known = self._offers.get(request)
+                known = self._offers.get(artifact)
                 if known is not None and known.key == key:
                     known.asked, known.until_us = known.asked + 1, until_us
                     return
-                offer = self._offers[request] = _Offer(key, len(blob), 1, until_us)
+                offer = self._offers[artifact] = _Offer(key, len(blob), 1, until_us)
             if known is not None:
                 self._drop(known.key)
             self._put(key, blob)
             with self._lock:
-                withdrawn = self._offers.get(request) is not offer
+                withdrawn = self._offers.get(artifact) is not offer
             if withdrawn:
                 self._drop(key)
 
     def withdraw(self, request: str) -> None:
         """The request has ended."""
         with self._lock:
-            offer = self._offers.pop(request, None)
-        if offer is not None:
+            found = [artifact for artifact in self._offers if artifact[0] == request]
+            offers = [self._offers.pop(artifact) for artifact in found]
+        for offer in offers:
             self._drop(offer.key)
 
     def tidy(self) -> None:
@@ -81,10 +83,10 @@ class Offers:
         with self._lock:
             offers = list(self._offers.items())
         now_us = _CLOCK.now_us()
-        for request, offer in offers:
+        for artifact, offer in offers:
             if offer.until_us > now_us and self._fetched(offer.key) < offer.asked:
                 continue
             with self._lock:
-                gone = self._offers.get(request) is offer and self._offers.pop(request)
+                gone = self._offers.get(artifact) is offer and self._offers.pop(artifact)
             if gone:
                 self._drop(offer.key)

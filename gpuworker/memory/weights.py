@@ -1,7 +1,9 @@
 """The weights a worker serves with: which are on the device, which come next, which have to leave.
 
-The weights of one node of one model are a *part*. With a budget, parts come when an assignment
-needs them and leave when others need the room; without one, all are there from the start and stay.
+A component's weights are a *part*, named by what they are (gpuworker/folders/identity.py). A node
+of a model needs one or several; what several models have in common is one part: one module, loaded
+once, counted once, evicted once. With a budget, parts come when an assignment needs them and leave
+when others need the room; without one, all are there from the start and stay.
 
     agent ── expect(assignment) ──▶ demands, in the plan's order
                                        │  loader thread: the first part that is missing, once there
@@ -18,22 +20,21 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gpuworker.executor import SideNote, Stopwatch
-from gpuworker.memory.host_copies import FileCopy, HostCopy, PinnedCopy
+from gpuworker.memory.host_copies import FileCopy, PinnedCopy
+from gpuworker.memory.parts import NodeName, PartFact, PartId, WeightPart
 from hocket.tracing import spans
 
 log = logging.getLogger(__name__)
 
-PartName = tuple[str, str]  # model, node
 Order = tuple[int, int]  # term and sequence of an assignment
 
 
@@ -41,60 +42,24 @@ class MemoryDemand(NamedTuple):
     """What an assignment needs."""
 
     order: Order
-    part: PartName
+    node: NodeName  # whose parts it uses
     activations_bytes: int  # beside the weights, while it runs
-    evict: tuple[PartName, ...] = ()  # what the plan makes room with
-
-
-class PartFact(NamedTuple):
-    """A part as others see it."""
-
-    name: PartName
-    size_bytes: int
-    load_us: int
-    resident: bool
+    evict: tuple[PartId, ...] = ()  # what the plan makes room with
 
 
 class BudgetTooSmall(Exception):
-    """A part alone is larger than the budget. Fields: `part`, `size_bytes`, `budget_bytes`."""
+    """A node's parts are larger than the budget. Fields: `node`, `size_bytes`, `budget_bytes`."""
 
-    def __init__(self, part: PartName, size_bytes: int, budget_bytes: int) -> None:
+    def __init__(self, node: NodeName, size_bytes: int, budget_bytes: int) -> None:
         super().__init__(
             f"memory_mib: {budget_bytes / 2**20:.1f} MiB for weights; allowed: no less than the "
-            f"{size_bytes / 2**20:.1f} MiB of {part[0]}'s {part[1]}"
+            f"{size_bytes / 2**20:.1f} MiB of {node[0]}'s {node[1]}"
         )
-        self.part, self.size_bytes, self.budget_bytes = part, size_bytes, budget_bytes
+        self.node, self.size_bytes, self.budget_bytes = node, size_bytes, budget_bytes
 
 
 class StoreClosed(Exception):
     """The worker stops: no more weights come."""
-
-
-@dataclass
-class _Part:
-    """One node's modules and where their weights are while they are away."""
-
-    name: PartName
-    modules: list[nn.Module] = field(default_factory=list)
-    copies: list[HostCopy] = field(default_factory=list)
-    size_bytes: int = 0
-    load_us: int = 0
-    arrival: SideNote | None = None  # of its last load, until somebody used it
-
-    def fill(self) -> list[Tensor]:
-        return [tensor for copy in self.copies for tensor in copy.fill()]
-
-    def install(self, tensors: list[Tensor]) -> None:
-        for parameter, tensor in zip(self._parameters(), tensors, strict=True):
-            parameter.data = tensor
-
-    def drop(self, device: torch.device) -> None:
-        for parameter in self._parameters():
-            parameter.data = torch.empty(0, dtype=parameter.dtype, device=device)
-
-    def _parameters(self) -> Iterator[nn.Parameter]:
-        for module in self.modules:
-            yield from module.parameters()
 
 
 class WeightStore:
@@ -105,14 +70,15 @@ class WeightStore:
         self._device = device
         self.budget_bytes = budget_bytes
         self._changed = threading.Condition()
-        self._parts: dict[PartName, _Part] = {}
-        self._resident: dict[PartName, None] = {}  # least recently used first
+        self._parts: dict[PartId, WeightPart] = {}
+        self._nodes: dict[NodeName, list[PartId]] = {}
+        self._resident: dict[PartId, None] = {}  # least recently used first
         self._demands: dict[Order, MemoryDemand] = {}  # of assignments not over, in plan order
         self._newest: Order = (0, 0)
         self._waiting: MemoryDemand | None = None  # the compute thread cannot go on without it
         self._in_use: MemoryDemand | None = None
-        self._loading: PartName | None = None
-        self._failed: dict[PartName, BaseException] = {}
+        self._loading: PartId | None = None
+        self._failed: dict[PartId, BaseException] = {}
         self._thread: threading.Thread | None = None
         self._closed = False
         self.loads = 0
@@ -121,39 +87,61 @@ class WeightStore:
     # ------------------------------------------------------------------------------------------
     # at start
 
-    def add(self, part: PartName, module: nn.Module, folder: Path) -> None:
-        """Takes a module, whose weights are on the host, into a part.
+    def module(self, part: PartId) -> nn.Module | None:
+        """The module of a part that is here already; None: it has to be made, and added."""
+        known = self._parts.get(part)
+        return None if known is None else known.module
 
-        Without a budget it goes to the device for good; with one, its weights leave memory.
+    def add(self, node: NodeName, part: PartId, module: nn.Module, files: Sequence[Path]) -> None:
+        """Has a node use a part, whose module's weights are on the host, or shared with others.
+
+        Without a budget they go to the device for good; with one, they leave memory, and come back
+        from `files` (on a CPU). Raises `BudgetTooSmall`.
         """
-        entry = self._parts.setdefault(part, _Part(part))
-        entry.modules.append(module)
-        entry.size_bytes += sum(parameter.nbytes for parameter in module.parameters())
-        if not self.budget_bytes:
-            began = Stopwatch()
-            module.to(self._device)
-            entry.load_us += began.elapsed_ns() // 1000
-            self._resident[part] = None
-            return
-        if entry.size_bytes > self.budget_bytes:
-            raise BudgetTooSmall(part, entry.size_bytes, self.budget_bytes)
-        began = Stopwatch()
-        on_cuda = self._device.type == "cuda"
-        entry.copies.append(
-            PinnedCopy(module, self._device) if on_cuda else FileCopy(module, folder)
-        )
-        entry.load_us += began.elapsed_ns() // 1000  # it read everything once: a first estimate
-        for buffer in module.buffers():
-            buffer.data = buffer.data.to(self._device)
-        entry.drop(self._device)
+        if part not in self._parts:
+            self._parts[part] = self._taken(part, module, files)
+        entry = self._parts[part]
+        assert entry.module is module, "a part has one module"
+        parts = self._nodes.setdefault(node, [])
+        if part not in parts:
+            parts.append(part)
+        if node not in entry.nodes:
+            entry.nodes.append(node)
+        size_bytes = sum(self._parts[each].size_bytes for each in parts)
+        if self.budget_bytes and size_bytes > self.budget_bytes:
+            raise BudgetTooSmall(node, size_bytes, self.budget_bytes)
 
-    def start(self, activations_bytes: Callable[[PartName], int]) -> None:
+    def model_parts(self, model: str) -> tuple[tuple[str, PartId], ...]:
+        """What a model's nodes use: (node, part)."""
+        nodes = self._nodes.items()
+        return tuple((name[1], part) for name, parts in nodes for part in parts if name[0] == model)
+
+    def _taken(self, part: PartId, module: nn.Module, files: Sequence[Path]) -> WeightPart:
+        entry = WeightPart(part, module, sum(parameter.nbytes for parameter in module.parameters()))
+        began = Stopwatch()
+        if not self.budget_bytes:
+            module.to(self._device)
+            self._resident[part] = None
+        elif self._device.type == "cuda":
+            entry.copy = PinnedCopy(module, self._device)
+        else:
+            entry.copy = FileCopy(module, files)
+        entry.load_us = began.elapsed_ns() // 1000  # it read everything once: a first estimate
+        if self.budget_bytes:
+            for buffer in module.buffers():
+                buffer.data = buffer.data.to(self._device)
+            entry.drop(self._device)
+        return entry
+
+    def start(self, activations_bytes: Callable[[NodeName], int]) -> None:
         """Loads what fits beside each other, in the order of `add`, and begins to take demands."""
         if not self.budget_bytes:
             return
-        for name, part in self._parts.items():
+        for part in self._parts.values():
             room = self.budget_bytes - self._used_bytes() - part.size_bytes
-            if room >= max(activations_bytes(other) for other in (*self._resident, name)):
+            there = [self._parts[other] for other in self._resident]
+            users = [node for other in (*there, part) for node in other.nodes]
+            if room >= max(map(activations_bytes, users)):
                 self._load(part, ())
                 part.arrival = None  # it is no request's
         self._thread = threading.Thread(target=self._run, name="weights", daemon=True)
@@ -163,9 +151,9 @@ class WeightStore:
     # the agent's side
 
     def expect(self, demand: MemoryDemand) -> None:
-        """An assignment will need a part; loading begins when there is room. Never blocks."""
+        """An assignment will need parts; loading begins when there is room. Never blocks."""
         with self._changed:
-            if demand.order > self._newest and demand.part in self._parts:
+            if demand.order > self._newest and demand.node in self._nodes:
                 self._newest = demand.order
                 self._demands[demand.order] = demand
                 self._changed.notify_all()
@@ -180,15 +168,16 @@ class WeightStore:
     def facts(self) -> tuple[PartFact, ...]:
         """All parts, those used last at the end."""
         with self._changed:
-            away = [name for name in self._parts if name not in self._resident]
+            away = [part for part in self._parts if part not in self._resident]
             return tuple(
                 PartFact(
-                    name,
-                    self._parts[name].size_bytes,
-                    self._parts[name].load_us,
-                    name in self._resident,
+                    part,
+                    tuple(self._parts[part].nodes),
+                    self._parts[part].size_bytes,
+                    self._parts[part].load_us,
+                    part in self._resident,
                 )
-                for name in (*away, *self._resident)
+                for part in (*away, *self._resident)
             )
 
     def close(self) -> None:
@@ -203,21 +192,21 @@ class WeightStore:
 
     @contextmanager
     def use(self, demand: MemoryDemand) -> Iterator[tuple[SideNote, ...]]:
-        """Holds a part on the device; gives what is to be told of the load that it took, if any.
+        """Holds a node's parts on the device; gives what is to be told of the loads that it took.
 
-        Raises whatever made the load fail, and StoreClosed.
+        Raises whatever made a load fail, and StoreClosed.
         """
-        if demand.part not in self._parts:
-            raise KeyError(f"no weights of {demand.part}")
+        if demand.node not in self._nodes:
+            raise KeyError(f"no weights of {demand.node}")
         with self._changed:
             for order in [order for order in self._demands if order < demand.order]:
                 del self._demands[order]  # assignments are run in their order: those are over
             demand = self._demands.setdefault(demand.order, demand)
             waited = self._wait_for(demand)
             self._in_use = demand
-            arrival = self._touch(demand.part)
+            arrivals = self._touch(demand.node)
         try:
-            yield () if arrival is None else (_told(arrival, waited),)
+            yield _told(arrivals, waited)
         finally:
             if self._thread is not None and self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()  # it may be freed from now on
@@ -226,43 +215,57 @@ class WeightStore:
                 self._demands.pop(demand.order, None)
                 self._changed.notify_all()
 
-    def evict_others(self, keep: PartName) -> None:
+    def evict_others(self, keep: NodeName) -> None:
         """Makes all the room there is: after an allocation failed."""
         with self._changed:
-            away = [name for name in self._resident if name != keep] if self.budget_bytes else []
-            for name in away:
-                self._evict(name)
+            kept = self._nodes.get(keep, ())
+            away = [part for part in self._resident if part not in kept]
+            for part in away if self.budget_bytes else ():
+                self._evict(part)
 
     def _wait_for(self, demand: MemoryDemand) -> int:
         """Returns how long it took, in nanoseconds. The lock is held by the caller."""
         began = Stopwatch()
+        parts = self._nodes[demand.node]
         self._waiting = demand
-        self._failed.pop(demand.part, None)  # of an attempt that nobody waited for
+        for part in parts:
+            self._failed.pop(part, None)  # of an attempt that nobody waited for
         self._changed.notify_all()
         self._changed.wait_for(
-            lambda: demand.part in self._resident or demand.part in self._failed or self._closed
+            lambda: (
+                all(part in self._resident for part in parts)
+                or any(part in self._failed for part in parts)
+                or self._closed
+            )
         )
-        if demand.part in self._resident:
+        complete = all(part in self._resident for part in parts)
+        if complete:
             self._make_room(demand)
         self._waiting = None
-        if (failure := self._failed.pop(demand.part, None)) is not None:
+        failures = [self._failed.pop(part) for part in parts if part in self._failed]
+        if failures:
             self._demands.pop(demand.order, None)
-            raise failure
-        if demand.part not in self._resident:
+            raise failures[0]
+        if not complete:
             raise StoreClosed
         return began.elapsed_ns()
 
     def _make_room(self, demand: MemoryDemand) -> None:
-        """For the activations of a part that may have been there before."""
-        for name in self._victims(demand) or () if self.budget_bytes else ():
-            self._evict(name)
+        """For the activations of parts that may have been there before."""
+        for part in self._victims(demand) or () if self.budget_bytes else ():
+            self._evict(part)
 
-    def _touch(self, name: PartName) -> SideNote | None:
-        del self._resident[name]
-        self._resident[name] = None
-        part = self._parts[name]
-        arrival, part.arrival = part.arrival, None
-        return arrival
+    def _touch(self, node: NodeName) -> list[SideNote]:
+        """They were used last; what there is to tell of their loads."""
+        arrivals = []
+        for part in self._nodes[node]:
+            del self._resident[part]
+            self._resident[part] = None
+            entry = self._parts[part]
+            if entry.arrival is not None:
+                arrivals.append(entry.arrival)
+            entry.arrival = None
+        return arrivals
 
     # ------------------------------------------------------------------------------------------
     # the loader
@@ -274,64 +277,71 @@ class WeightStore:
                 found = None if self._closed else self._next()
                 if found is None:
                     return
-                demand, victims = found
-                for name in victims:
-                    self._evict(name)
-                self._loading = demand.part
+                part, victims = found
+                for other in victims:
+                    self._evict(other)
+                self._loading = part
             try:
-                self._load(self._parts[demand.part], victims)
+                self._load(self._parts[part], victims)
             except BaseException as error:  # whoever needs the part raises it
-                log.warning("cannot load %s's %s: %s", *demand.part, error)
+                log.warning("cannot load %s: %s", self._parts[part].name, error)
                 traceback.clear_frames(error.__traceback__)  # what it had read so far lives there
                 with self._changed:
                     self._loading = None
-                    self._failed[demand.part] = error
+                    self._failed[part] = error
                     self._changed.notify_all()
 
-    def _next(self) -> tuple[MemoryDemand, tuple[PartName, ...]] | None:
+    def _next(self) -> tuple[PartId, tuple[PartId, ...]] | None:
         """The load to begin now, and what has to leave for it."""
         urgent = [self._waiting] if self._waiting is not None else []
         for demand in (*urgent, *(self._demands[order] for order in sorted(self._demands))):
-            if demand.part in self._resident or demand.part in self._failed:
+            parts = self._nodes[demand.node]
+            missing = [part for part in parts if part not in self._resident]
+            if not missing or any(part in self._failed for part in missing):
                 continue
             victims = self._victims(demand)
-            return None if victims is None else (demand, victims)
+            return None if victims is None else (missing[0], victims)
         return None
 
-    def _victims(self, demand: MemoryDemand) -> tuple[PartName, ...] | None:
-        """What has to leave for a part; None where that is not to be had now."""
-        before = {w.part for w in self._demands.values() if w.order <= demand.order}
-        before.add(demand.part)
+    def _victims(self, demand: MemoryDemand) -> tuple[PartId, ...] | None:
+        """What has to leave for a node's parts; None where that is not to be had now."""
+        before = {p for w in self._demands.values() if w.order <= demand.order for p in self._of(w)}
+        before.update(self._of(demand))
         if self._waiting is not None:  # whose demand a newer leader may have forgotten
-            before.add(self._waiting.part)
-        later: dict[PartName, Order] = {}
+            before.update(self._of(self._waiting))
+        later: dict[PartId, Order] = {}
         for order in sorted(self._demands, reverse=True):
-            later[self._demands[order].part] = order  # the first one stays
+            for part in self._of(self._demands[order]):
+                later[part] = order  # the first one stays
         used = self._in_use
-        free = [
-            name
-            for name in self._resident
-            if name not in before and (used is None or name != used.part)
-        ]
-        free.sort(key=lambda name: _worth(name, demand, later))
+        if used is not None:
+            before.update(self._of(used))
+        free = [part for part in self._resident if part not in before]
+        free.sort(key=lambda part: _worth(part, demand, later))
         activations_bytes = max(demand.activations_bytes, used.activations_bytes if used else 0)
         excess_bytes = self._used_bytes() + activations_bytes - self.budget_bytes
-        if demand.part not in self._resident:
-            excess_bytes += self._parts[demand.part].size_bytes
+        excess_bytes += sum(
+            self._parts[part].size_bytes
+            for part in self._of(demand)
+            if part not in self._resident and part != self._loading
+        )
         victims = []
-        for name in free:
+        for part in free:
             if excess_bytes <= 0:
                 break
-            victims.append(name)
-            excess_bytes -= self._parts[name].size_bytes
-        for name in tuple(victims):  # a large one may have made the room of small ones before it
-            if excess_bytes + self._parts[name].size_bytes <= 0:
-                excess_bytes += self._parts[name].size_bytes
-                victims.remove(name)
+            victims.append(part)
+            excess_bytes -= self._parts[part].size_bytes
+        for part in tuple(victims):  # a large one may have made the room of small ones before it
+            if excess_bytes + self._parts[part].size_bytes <= 0:
+                excess_bytes += self._parts[part].size_bytes
+                victims.remove(part)
         # Activations are an estimate: it must not keep the compute thread waiting for ever.
         return tuple(victims) if excess_bytes <= 0 or demand is self._waiting else None
 
-    def _load(self, part: _Part, victims: tuple[PartName, ...]) -> None:
+    def _of(self, demand: MemoryDemand) -> Sequence[PartId]:
+        return self._nodes[demand.node]
+
+    def _load(self, part: WeightPart, victims: tuple[PartId, ...]) -> None:
         began = Stopwatch()
         tensors = part.fill()
         with self._changed:
@@ -340,43 +350,42 @@ class WeightStore:
             part.arrival = began.side(
                 spans.LOAD,
                 {
-                    spans.PART: "/".join(part.name),
+                    spans.PART: part.name,
                     spans.BYTES: part.size_bytes,
-                    spans.EVICTED: ",".join("/".join(name) for name in victims),
+                    spans.EVICTED: ",".join(self._parts[other].name for other in victims),
                 },
             )
-            self._resident[part.name] = None
+            self._resident[part.id] = None
             self._loading = None
             self.loads += 1
             self._changed.notify_all()
 
-    def _evict(self, name: PartName) -> None:
-        del self._resident[name]
-        self._parts[name].drop(self._device)
-        self._parts[name].arrival = None
+    def _evict(self, part: PartId) -> None:
+        del self._resident[part]
+        self._parts[part].drop(self._device)
+        self._parts[part].arrival = None
         self.evictions += 1
 
     def _used_bytes(self) -> int:
         """On the device: resident, on the way there, or stuck."""
-        fixed = sum(
-            copy.fixed_bytes
-            for name, part in self._parts.items()
-            if name not in self._resident
-            for copy in part.copies
-        )
+        parts = self._parts.items()
+        fixed = sum(entry.fixed_bytes for part, entry in parts if part not in self._resident)
         coming = () if self._loading is None else (self._loading,)
-        return fixed + sum(self._parts[name].size_bytes for name in (*self._resident, *coming))
+        return fixed + sum(self._parts[part].size_bytes for part in (*self._resident, *coming))
 
 
-def _worth(
-    name: PartName, demand: MemoryDemand, later: dict[PartName, Order]
-) -> tuple[bool, int, int]:
+def _worth(part: PartId, demand: MemoryDemand, later: dict[PartId, Order]) -> tuple[bool, int, int]:
     """Small leaves first; equal ones in the order of their last use."""
-    term, sequence = later.get(name, (0, 0))
-    soon = (-term, -sequence) if name in later else (-(1 << 62), 0)
-    return (name not in demand.evict, *soon)
+    term, sequence = later.get(part, (0, 0))
+    soon = (-term, -sequence) if part in later else (-(1 << 62), 0)
+    return (part not in demand.evict, *soon)
 
 
-def _told(arrival: SideNote, waited_ns: int) -> SideNote:
-    attributes = {**arrival.attributes, spans.WAITED_US: waited_ns // 1000}
-    return SideNote(arrival.name, arrival.start_unix_ns, arrival.end_unix_ns, attributes)
+def _told(arrivals: Sequence[SideNote], waited_ns: int) -> tuple[SideNote, ...]:
+    """With what was waited for all of them, at the last one: readers add it up."""
+    told = []
+    for number, note in enumerate(arrivals, 1):
+        waited_us = waited_ns // 1000 if number == len(arrivals) else 0
+        attributes = {**note.attributes, spans.WAITED_US: waited_us}
+        told.append(SideNote(note.name, note.start_unix_ns, note.end_unix_ns, attributes))
+    return tuple(told)

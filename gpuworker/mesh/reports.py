@@ -22,6 +22,7 @@ from opentelemetry.trace import Tracer
 from gpuworker.executor import RunNote, failure_of
 from gpuworker.mesh.media_bucket import MediaBucket
 from gpuworker.mesh.outbox import NoteOutbox
+from gpuworker.operations.names import operation_of
 from hocket.clock import Clock, unix_ns
 from hocket.messaging.bus import Bus, Subjects
 from hocket.tracing import spans, telemetry
@@ -189,12 +190,14 @@ class Reports:
 
     def _trace(self, note: RunNote) -> None:
         assignment = note.assignment
-        denoising = assignment.node == "dit"
+        operation = operation_of(assignment)
+        denoising = operation.stepped
         for member in (m for m in assignment.batch if m.request_id in note.behind):
             common: dict[str, str | int | list[str]] = {
                 spans.REQUEST: member.request_id,
                 spans.MODEL: member.spec.model,
                 spans.NODE: assignment.node,
+                spans.OPERATION: operation.name,
                 spans.WORKER: self._worker,
                 spans.WORKERS: list(assignment.group.members),
                 spans.DEGREE: len(assignment.group.members),

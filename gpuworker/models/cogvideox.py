@@ -22,19 +22,12 @@ from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, Plan, degrees
 from gpuworker.collectives.team import Team
-from gpuworker.models.card import (
-    Asked,
-    CardFacts,
-    DiffusersCard,
-    Row,
-    latents_of,
-    number,
-    stacked,
-    timesteps_of,
-    to_frames,
-)
+from gpuworker.models.card import Asked, CardFacts
+from gpuworker.models.diffusers_card import DiffusersCard
 from gpuworker.models.frame_counts import frame_counts
-from gpuworker.models.solvers import noise_memory
+from gpuworker.models.pictures import to_frames
+from gpuworker.models.rows import Row, drawn, latents_of, number, stacked, timesteps_of
+from gpuworker.models.solvers import noise_memory, schedule_steps
 from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 226
@@ -61,7 +54,7 @@ class CogVideoXCard(DiffusersCard):
         )
         self.facts = self._facts(name)
 
-    def _first(self, asked: Asked) -> dict[str, Tensor]:
+    def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
         spatial = self._spatial_factor()
         shape = (  # [1, F, C, H, W]
             1,
@@ -70,13 +63,11 @@ class CogVideoXCard(DiffusersCard):
             asked.height // spatial,
             asked.width // spatial,
         )
-        generator = torch.Generator("cpu").manual_seed(asked.seed)
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
-        tensors = {"latents": drawn.to(self._dtype), "prompt_embeds": self._embed(asked.prompt)}
-        tensors |= noise_memory(self._parts["scheduler"], generator)
-        if asked.guidance_scale > self.facts.branches_above:
-            tensors["negative_embeds"] = self._embed(asked.negative_prompt)
-        return tensors
+        tensors = {"latents": drawn(shape, generator).to(self._dtype)}
+        return tensors | noise_memory(self._parts["scheduler"], generator)
+
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        return {"prompt_embeds": self._embed(prompt)}
 
     def step(self, states: Sequence[LatentState], team: Team | None) -> list[LatentState]:
         """As of any card. The pipeline guides and solves in float32 and then rounds: so do we."""
@@ -158,7 +149,7 @@ class CogVideoXCard(DiffusersCard):
         return hidden.to(self._dtype)
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
-        return {"num_inference_steps": state.steps_total}
+        return {"num_inference_steps": schedule_steps(state)}
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         noise: Tensor

@@ -31,9 +31,14 @@ def decoded(vae: Any, latents: Tensor, state: LatentState, tiled_over_px: int) -
     width, height = state.facts["width"], state.facts["height"]
     assert isinstance(width, int | float) and isinstance(height, int | float), (width, height)
     large = width * height > tiled_over_px
-    with _set(vae, {"use_tiling": True}) if large else nullcontext():
+    with tiles(vae, large):
         (pixels,) = vae.decode(latents, return_dict=False)
     return pixels
+
+
+def tiles(vae: Any, large: bool) -> AbstractContextManager[None]:
+    """A block in which `vae` works in tiles, if the picture is large; else as it is."""
+    return _set(vae, {"use_tiling": True}) if large else nullcontext()
 
 
 def smaller_tiles(vae: Any) -> Iterator[AbstractContextManager[None]]:

@@ -19,19 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, Plan, degrees
-from gpuworker.models.card import (
-    Asked,
-    CardFacts,
-    DiffusersCard,
-    ModelRefused,
-    Row,
-    latents_of,
-    noise,
-    numbers_of,
-    stacked,
-    to_frames,
-)
+from gpuworker.models.card import Asked, CardFacts, ModelRefused
+from gpuworker.models.diffusers_card import DiffusersCard
 from gpuworker.models.frame_counts import frame_counts
+from gpuworker.models.pictures import to_frames
+from gpuworker.models.rows import Row, drawn, latents_of, numbers_of, stacked
+from gpuworker.models.solvers import schedule_steps
 from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 256
@@ -39,6 +32,7 @@ _TEXT_TOKENS_MIN = 8  # so that a group of eight can split them
 _CLIP_TOKENS = 77
 _LAYERS_SKIPPED = 2  # of the language model, at its end
 _SIZE_MAX = 1280
+_PIXELS_MAX = 1280 * 720  # of a frame, as its authors recommend at most
 _FRAMES_MAX = 129  # which it was made for, and its default
 
 
@@ -54,7 +48,7 @@ class HunyuanVideoCard(DiffusersCard):
         self._text_tokens = _text_tokens(card)
         self.facts = self._facts(name)
 
-    def _first(self, asked: Asked) -> dict[str, Tensor]:
+    def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
         vae = self._parts["vae"].config
         shape = (  # [1, C, F, H, W]
             1,
@@ -63,8 +57,10 @@ class HunyuanVideoCard(DiffusersCard):
             asked.height // vae.spatial_compression_ratio,
             asked.width // vae.spatial_compression_ratio,
         )
-        tensors = {"latents": noise(shape, asked.seed), **self._text(asked.prompt)}
-        return tensors
+        return {"latents": drawn(shape, generator)}
+
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        return self._text(prompt)
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -88,6 +84,7 @@ class HunyuanVideoCard(DiffusersCard):
             size_multiple=multiple,
             size_min=multiple,
             size_max=_SIZE_MAX // multiple * multiple,
+            pixels_max=_PIXELS_MAX,
             size_default=(1280 // multiple * multiple, 720 // multiple * multiple),
             frames_max=frames.most,
             frames_multiple=frames.multiple,
@@ -133,7 +130,7 @@ class HunyuanVideoCard(DiffusersCard):
         return encoded.input_ids.to(self._device), encoded.attention_mask.to(self._device)
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
-        return {"sigmas": np.linspace(1.0, 0.0, state.steps_total + 1)[:-1]}
+        return {"sigmas": np.linspace(1.0, 0.0, schedule_steps(state) + 1)[:-1]}
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         # The pipeline rounds each timestep to the latents' precision, which is its job's own.

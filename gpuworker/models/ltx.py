@@ -19,26 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, degrees
-from gpuworker.models.card import (
-    Asked,
-    CardFacts,
-    DiffusersCard,
-    ModelRefused,
-    Row,
-    latents_of,
-    noise,
-    number,
-    stacked,
-    timesteps_of,
-    to_frames,
-)
+from gpuworker.models.card import Asked, CardFacts, ModelRefused
+from gpuworker.models.diffusers_card import DiffusersCard
 from gpuworker.models.frame_counts import frame_counts
-from gpuworker.models.solvers import dynamic_shift
+from gpuworker.models.pictures import to_frames
+from gpuworker.models.rows import Row, drawn, latents_of, number, stacked, timesteps_of
+from gpuworker.models.solvers import dynamic_shift, schedule_steps
 from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 128
 _SIZE_MULTIPLE = 32  # asked for by the pipeline, whatever the VAE's factor is
 _SIZE_MAX = 1280
+_PIXELS_MAX = 1280 * 720  # of a frame, as its authors recommend at most
 _FRAMES_MAX, _FRAMES_DEFAULT = 257, 161  # as its authors advise, and the pipeline's own
 _FRAMES_PER_S = 25.0  # card.json: "frame_rate"
 
@@ -57,18 +49,15 @@ class LTXCard(DiffusersCard):
         super().__init__(parts, card, device, elastic)
         self.facts = self._facts(name)
 
-    def _first(self, asked: Asked) -> dict[str, Tensor]:
+    def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
         channels = self._transformer.config.in_channels
-        drawn = noise(
-            (1, channels, *self._grid(asked.width, asked.height, asked.frames)), asked.seed
-        )
-        tensors = {"latents": drawn.flatten(2).transpose(1, 2).contiguous()}  # [1, N, C]
-        tensors["prompt_embeds"], tensors["prompt_mask"] = self._embed(asked.prompt)
-        if asked.guidance_scale > self.facts.branches_above:
-            tensors["negative_embeds"], tensors["negative_mask"] = self._embed(
-                asked.negative_prompt
-            )
-        return tensors
+        shape = (1, channels, *self._grid(asked.width, asked.height, asked.frames))
+        unpacked = drawn(shape, generator)
+        return {"latents": unpacked.flatten(2).transpose(1, 2).contiguous()}  # [1, N, C]
+
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        embeds, mask = self._embed(prompt)
+        return {"prompt_embeds": embeds, "prompt_mask": mask}
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -104,6 +93,7 @@ class LTXCard(DiffusersCard):
             size_multiple=multiple,
             size_min=multiple,
             size_max=_SIZE_MAX,
+            pixels_max=_PIXELS_MAX,
             size_default=(704 // multiple * multiple, 512 // multiple * multiple),
             frames_max=frames.most,
             frames_multiple=frames.multiple,
@@ -134,7 +124,7 @@ class LTXCard(DiffusersCard):
         return embeds.to(self._dtype), encoded.attention_mask.bool()
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
-        steps, tokens = state.steps_total, state.tensors["latents"].shape[1]
+        steps, tokens = schedule_steps(state), state.tensors["latents"].shape[1]
         shift = dynamic_shift(tokens, self._parts["scheduler"].config)
         return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift}
 

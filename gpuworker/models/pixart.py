@@ -9,6 +9,7 @@ Pictures have the size that was asked for: the pipeline's binning of resolutions
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, Plan, degrees
-from gpuworker.models.card import (
-    Asked,
-    CardFacts,
-    DiffusersCard,
-    Row,
-    latents_of,
-    noise,
-    stacked,
-    timesteps_of,
-    to_frames,
-)
+from gpuworker.models.card import Asked, CardFacts
+from gpuworker.models.diffusers_card import DiffusersCard
+from gpuworker.models.pictures import to_frames
+from gpuworker.models.rows import Row, drawn, latents_of, stacked, timesteps_of
+from gpuworker.models.solvers import schedule_steps
 from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 300
@@ -53,7 +48,7 @@ class PixArtCard(DiffusersCard):
         super().__init__(parts, card, device, elastic)
         self.facts = self._facts(name)
 
-    def _first(self, asked: Asked) -> dict[str, Tensor]:
+    def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
         factor = self._vae_factor()
         shape = (
             1,
@@ -61,12 +56,15 @@ class PixArtCard(DiffusersCard):
             asked.height // factor,
             asked.width // factor,
         )
-        drawn = noise(shape, asked.seed).to(self._dtype) * self._noise_scale(asked.steps)
-        tensors = {"latents": drawn.to(self._dtype)}
-        tensors["prompt_embeds"], tensors["prompt_mask"] = self._text(asked.prompt)
-        if asked.guidance_scale > self.facts.branches_above:
-            tensors["negative_embeds"], tensors["negative_mask"] = self._text(asked.negative_prompt)
-        return tensors
+        return {"latents": drawn(shape, generator).to(self._dtype)}
+
+    def _noise_alone(self, state: LatentState) -> LatentState:
+        latents = state.tensors["latents"] * self._noise_scale(state.steps_total)
+        return replace(state, tensors={**state.tensors, "latents": latents.to(self._dtype)})
+
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        embeds, mask = self._text(prompt)
+        return {"prompt_embeds": embeds, "prompt_mask": mask}
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -87,6 +85,7 @@ class PixArtCard(DiffusersCard):
             size_multiple=multiple,
             size_min=_SIDE_TOKENS_MIN * multiple,
             size_max=2 * side,  # the longest side that it was trained with: 4:1 on the same area
+            pixels_max=side * side,
             size_default=(side, side),
             frames_max=1,
             frames_multiple=1,
@@ -128,7 +127,7 @@ class PixArtCard(DiffusersCard):
         return scale
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
-        return {"num_inference_steps": state.steps_total}
+        return {"num_inference_steps": schedule_steps(state)}
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         predicted: Tensor

@@ -18,19 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, degrees
-from gpuworker.models.card import (
-    Asked,
-    CardFacts,
-    DiffusersCard,
-    ModelRefused,
-    Row,
-    latents_of,
-    noise,
-    number,
-    timesteps_of,
-    to_frames,
-)
-from gpuworker.models.solvers import dynamic_shift
+from gpuworker.models.card import Asked, CardFacts, ModelRefused
+from gpuworker.models.diffusers_card import DiffusersCard
+from gpuworker.models.flux import packed
+from gpuworker.models.pictures import to_frames
+from gpuworker.models.rows import Row, drawn, latents_of, number, timesteps_of
+from gpuworker.models.solvers import dynamic_shift, schedule_steps
 from gpuworker.state import LatentState
 
 _TEMPLATE = (  # what the text encoder is told; the transformer does not get to see its beginning
@@ -51,6 +44,7 @@ class QwenCard(DiffusersCard):
     """Qwen-Image text to image. Raises `ModelRefused` for its editing and layering kin."""
 
     branches_together = False
+    takes_pictures = True
 
     def __init__(
         self, name: str, parts: dict[str, Any], card: dict[str, Any], device: torch.device
@@ -63,18 +57,14 @@ class QwenCard(DiffusersCard):
         super().__init__(parts, card, device, ElasticSP(parts["transformer"], joint=True))
         self.facts = self._facts(name)
 
-    def _first(self, asked: Asked) -> dict[str, Tensor]:
+    def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
         rows, columns = asked.height // self._patch_px(), asked.width // self._patch_px()
         channels = self._transformer.config.in_channels // 4
-        drawn = noise((1, 1, channels, 2 * rows, 2 * columns), asked.seed).to(self._dtype)
-        drawn = drawn.view(1, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
-        tensors = {
-            "latents": drawn.reshape(1, rows * columns, 4 * channels),
-            "prompt_embeds": self._embed(asked.prompt),
-        }
-        if asked.guidance_scale > self.facts.branches_above:
-            tensors["negative_embeds"] = self._embed(asked.negative_prompt)
-        return tensors
+        unpacked = drawn((1, channels, 2 * rows, 2 * columns), generator).to(self._dtype)
+        return {"latents": packed(unpacked)}
+
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        return {"prompt_embeds": self._embed(prompt)}
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -82,12 +72,35 @@ class QwenCard(DiffusersCard):
         latents = state.tensors["latents"].to(self._device)
         latents = latents.view(1, rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
         latents = latents.reshape(1, -1, 1, 2 * rows, 2 * columns).to(vae.dtype)
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = self._spread(latents)
         (video,) = vae.decode(latents / (1.0 / std) + mean, return_dict=False)  # [1, 3, 1, H, W]
         return to_frames(video[:, :, 0])
+
+    def _vae_input(self, picture: Tensor) -> Tensor:
+        return picture[:, :, None]
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        mean, std = self._spread(latents)
+        scaled: Tensor = (latents - mean) * (1.0 / std)
+        return scaled[:, :, 0].to(self._dtype)
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        return packed(latents)
+
+    def _latent_px(self) -> int:
+        return self._patch_px() // 2
+
+    def _channels(self) -> int:
+        return int(self._parts["vae"].config.z_dim)
+
+    def _spread(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's raw latents [1, C, F, H, W], by channel."""
+        config = self._parts["vae"].config
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
 
     def _facts(self, name: str) -> CardFacts:
         multiple = self._patch_px()
@@ -133,7 +146,7 @@ class QwenCard(DiffusersCard):
         return hidden[:, _TEMPLATE_TOKENS : _TEMPLATE_TOKENS + most].to(self._dtype)
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
-        steps, tokens = state.steps_total, state.tensors["latents"].shape[1]
+        steps, tokens = schedule_steps(state), state.tensors["latents"].shape[1]
         shift = dynamic_shift(tokens, self._parts["scheduler"].config)
         return {"sigmas": np.linspace(1.0, 1 / steps, steps), "mu": shift}
 

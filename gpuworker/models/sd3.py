@@ -19,17 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, Plan, degrees
-from gpuworker.models.card import (
-    Asked,
-    CardFacts,
-    DiffusersCard,
-    Row,
-    latents_of,
-    noise,
-    stacked,
-    timesteps_of,
-    to_frames,
-)
+from gpuworker.models.card import Asked, CardFacts
+from gpuworker.models.diffusers_card import DiffusersCard
+from gpuworker.models.pictures import to_frames
+from gpuworker.models.rows import Row, drawn, latents_of, stacked, timesteps_of
+from gpuworker.models.solvers import schedule_steps
 from gpuworker.state import LatentState
 
 _T5_TOKENS = 256
@@ -53,7 +47,10 @@ class SD3Card(DiffusersCard):
         super().__init__(parts, card, device, elastic)
         self.facts = self._facts(name)
 
-    def _first(self, asked: Asked) -> dict[str, Tensor]:
+    takes_pictures = True
+    adapters_of = "sd3"
+
+    def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
         factor = self._vae_factor()
         shape = (
             1,
@@ -61,13 +58,11 @@ class SD3Card(DiffusersCard):
             asked.height // factor,
             asked.width // factor,
         )
-        tensors = {"latents": noise(shape, asked.seed).to(self._dtype)}
-        tensors["prompt_embeds"], tensors["pooled"] = self._text(asked.prompt)
-        if asked.guidance_scale > self.facts.branches_above:
-            tensors["negative_embeds"], tensors["negative_pooled"] = self._text(
-                asked.negative_prompt
-            )
-        return tensors
+        return {"latents": drawn(shape, generator).to(self._dtype)}
+
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        embeds, pooled = self._text(prompt)
+        return {"prompt_embeds": embeds, "pooled": pooled}
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -141,7 +136,7 @@ class SD3Card(DiffusersCard):
         return ids.to(self._device)
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
-        timing: dict[str, Any] = {"num_inference_steps": state.steps_total}
+        timing: dict[str, Any] = {"num_inference_steps": schedule_steps(state)}
         config, patch = self._parts["scheduler"].config, self._transformer.config.patch_size
         if config.get("use_dynamic_shifting"):
             height, width = state.tensors["latents"].shape[-2:]
@@ -156,14 +151,23 @@ class SD3Card(DiffusersCard):
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         velocity: Tensor
-        (velocity,) = self._transformer(
-            hidden_states=latents_of(rows),
-            timestep=timesteps_of(rows),
-            encoder_hidden_states=stacked(rows, "prompt_embeds", "negative_embeds"),
-            pooled_projections=stacked(rows, "pooled", "negative_pooled"),
-            return_dict=False,
-        )
+        with self._adapters.of([row.state for row in rows], self._device):
+            (velocity,) = self._transformer(
+                hidden_states=latents_of(rows),
+                timestep=timesteps_of(rows),
+                encoder_hidden_states=stacked(rows, "prompt_embeds", "negative_embeds"),
+                pooled_projections=stacked(rows, "pooled", "negative_pooled"),
+                return_dict=False,
+            )
         return velocity
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        config = self._parts["vae"].config
+        scaled: Tensor = (latents - config.shift_factor) * config.scaling_factor
+        return scaled.to(self._dtype)
+
+    def _latent_px(self) -> int:
+        return self._vae_factor()
 
     def _vae_factor(self) -> int:
         """Pixels of a latent pixel's side."""

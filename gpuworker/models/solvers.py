@@ -4,6 +4,10 @@ What a multistep solver remembers between two steps is part of the job's `Latent
 among its tensors and facts), so that the next worker steps on as if it had made the last step. One
 that draws noise keeps the state of its random generator there.
 
+A job that begins from latents makes the last steps of a schedule alone: it has "first_step" among
+its facts, the number of steps before its first one, and a solver without a past. Where a mask keeps
+a part of them, that part is put back after each step, with the noise that the next step expects.
+
 Setting the times of a scheduler copies tables to the device and waits for it, which on CUDA would
 stop the stream between any two steps: `Schedules` does it once a kind of job, a step takes a copy.
 """
@@ -24,6 +28,8 @@ from torch import Tensor
 from gpuworker.state import Fact, LatentState
 
 _PREFIX = "solver."
+FIRST_STEP = "first_step"  # fact of a state: steps of its schedule that it does not make
+_KEPT, _KEPT_NOISE, _ANEW = "kept.latents", "kept.noise", "kept.anew"
 _SCHEDULES_MAX = 64  # kinds of job whose times are kept: shapes x numbers of steps
 
 
@@ -120,6 +126,16 @@ def noise_memory(scheduler: Any, generator: torch.Generator) -> dict[str, Tensor
     return {_PREFIX + "noise_state": generator.get_state()} if "noise_state" in known else {}
 
 
+def schedule_steps(state: LatentState) -> int:
+    """Steps of the whole schedule of which `state` makes the last ones."""
+    return state.steps_total + _first_step(state)
+
+
+def kept(clean: Tensor, noise: Tensor, anew: Tensor) -> dict[str, Tensor]:
+    """For the first state of a job: `clean` latents stay where `anew` is 0; all of one shape."""
+    return {_KEPT: clean, _KEPT_NOISE: noise, _ANEW: anew.bool()}
+
+
 class Schedules:
     """A model's noise scheduler with its times set, for the kinds of job that came last."""
 
@@ -150,15 +166,16 @@ class Solver:
 
     def __init__(self, scheduler: Any, past: _Past, state: LatentState) -> None:
         self._scheduler, self._past = scheduler, past
+        self._place = state.steps_done + _first_step(state)
         if hasattr(self._scheduler, "set_begin_index"):
-            self._scheduler.set_begin_index(state.steps_done)
+            self._scheduler.set_begin_index(self._place)
         self._state = state
         self._recall()
 
     @property
     def timestep(self) -> Tensor:
         """Of the step to be made."""
-        timestep: Tensor = self._scheduler.timesteps[self._state.steps_done]
+        timestep: Tensor = self._scheduler.timesteps[self._place]
         return timestep
 
     def scaled(self, latents: Tensor) -> Tensor:
@@ -168,12 +185,30 @@ class Solver:
         scaled: Tensor = self._scheduler.scale_model_input(latents, self.timestep)
         return scaled
 
+    def noised(self, clean: Tensor, noise: Tensor, ahead: int = 0) -> Tensor:
+        """Latents with the noise that the step to be made expects, or the one so many ahead."""
+        add = getattr(self._scheduler, "scale_noise", None)
+        timestep = self._scheduler.timesteps[self._place + ahead]
+        if add is not None:
+            return torch.as_tensor(add(clean, timestep[None], noise))
+        return torch.as_tensor(self._scheduler.add_noise(clean, noise, timestep[None]))
+
     def step(self, prediction: Tensor) -> LatentState:
         """The state one step later, with what the solver will want to know of this one."""
         latents = self._state.tensors["latents"]
         (moved,) = self._scheduler.step(prediction, self.timestep, latents, return_dict=False)[:1]
         tensors, facts = self._remembered()
-        return self._state.advanced(moved, tensors, facts)
+        return self._state.advanced(self._put_back(moved), tensors, facts)
+
+    def _put_back(self, moved: Tensor) -> Tensor:
+        tensors = self._state.tensors
+        if _ANEW not in tensors:
+            return moved
+        clean, anew = tensors[_KEPT], tensors[_ANEW].to(moved.dtype)
+        if self._state.steps_done + 1 < self._state.steps_total:
+            # The scheduler stands at the next step already; the noise it adds is that one's.
+            clean = self.noised(clean, tensors[_KEPT_NOISE], ahead=1)
+        return (1 - anew) * clean + anew * moved
 
     def _recall(self) -> None:
         tensors, facts = self._state.tensors, self._state.facts
@@ -199,3 +234,9 @@ class Solver:
             _PREFIX + name: int(getattr(self._scheduler, name)) for name in self._past.numbers
         }
         return tensors, facts
+
+
+def _first_step(state: LatentState) -> int:
+    first = state.facts.get(FIRST_STEP, 0)
+    assert isinstance(first, int), first
+    return first

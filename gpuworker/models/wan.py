@@ -16,23 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpuworker.attention.elastic import ElasticSP, degrees
-from gpuworker.models.card import (
-    Asked,
-    CardFacts,
-    DiffusersCard,
-    Row,
-    latents_of,
-    noise,
-    stacked,
-    timesteps_of,
-    to_frames,
-)
+from gpuworker.models.card import Asked, CardFacts
 from gpuworker.models.decoding import decoded
+from gpuworker.models.diffusers_card import DiffusersCard
 from gpuworker.models.frame_counts import frame_counts
+from gpuworker.models.pictures import to_frames
+from gpuworker.models.rows import Row, drawn, latents_of, stacked, timesteps_of
+from gpuworker.models.solvers import schedule_steps
 from gpuworker.state import LatentState
 
 _TEXT_TOKENS = 512
 _SIZE_MAX = 1280
+_PIXELS_MAX = 1280 * 720  # of a frame, as its authors recommend at most
 _FRAMES_MAX, _FRAMES_DEFAULT = 121, 81  # made for 81; no limit is documented but 4 k + 1
 _TILED_OVER_PX = 1280 * 720  # a frame's, for the decoder; card.json may say otherwise
 
@@ -48,7 +43,7 @@ class WanCard(DiffusersCard):
         super().__init__(parts, card, device, ElasticSP(parts["transformer"], joint=False))
         self.facts = self._facts(name)
 
-    def _first(self, asked: Asked) -> dict[str, Tensor]:
+    def _blank(self, asked: Asked, generator: torch.Generator) -> dict[str, Tensor]:
         config, vae = self._transformer.config, self._parts["vae"].config
         shape = (  # [1, C, F, H, W]
             1,
@@ -57,10 +52,10 @@ class WanCard(DiffusersCard):
             asked.height // vae.scale_factor_spatial,
             asked.width // vae.scale_factor_spatial,
         )
-        tensors = {"latents": noise(shape, asked.seed), "prompt_embeds": self._embed(asked.prompt)}
-        if asked.guidance_scale > self.facts.branches_above:
-            tensors["negative_embeds"] = self._embed(asked.negative_prompt)
-        return tensors
+        return {"latents": drawn(shape, generator)}
+
+    def _prompted(self, prompt: str) -> dict[str, Tensor]:
+        return {"prompt_embeds": self._embed(prompt)}
 
     @torch.inference_mode()
     def decode(self, state: LatentState) -> NDArray[np.uint8]:
@@ -87,6 +82,7 @@ class WanCard(DiffusersCard):
             size_multiple=multiple,
             size_min=multiple,
             size_max=_SIZE_MAX,
+            pixels_max=_PIXELS_MAX,
             size_default=(832 // multiple * multiple, 480 // multiple * multiple),
             frames_max=frames.most,
             frames_multiple=frames.multiple,
@@ -121,7 +117,7 @@ class WanCard(DiffusersCard):
         return embeds
 
     def _timing(self, state: LatentState) -> dict[str, Any]:
-        return {"num_inference_steps": state.steps_total}
+        return {"num_inference_steps": schedule_steps(state)}
 
     def _predict(self, rows: Sequence[Row]) -> Tensor:
         velocity: Tensor

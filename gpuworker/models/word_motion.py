@@ -26,8 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpuworker.models.card import Asked, CardFacts, Row, latents_of, noise, number
+from gpuworker.models.card import Asked, CardFacts
 from gpuworker.models.flux import WordFluxCard
+from gpuworker.models.rows import Row, drawn, latents_of, number
 from gpuworker.state import LatentState
 
 _FRAMES_AT_ONCE = 4  # of a decode
@@ -35,6 +36,8 @@ _FRAMES_AT_ONCE = 4  # of a decode
 
 class WordMotionCard(WordFluxCard):
     """Our own small models of clips; at most as long as those that they were trained on."""
+
+    takes_pictures = False
 
     def _facts(self, name: str) -> CardFacts:
         frames = int(self._card["frames"])
@@ -49,19 +52,20 @@ class WordMotionCard(WordFluxCard):
             fps=int(self._card["fps"]),
         )
 
-    def _canvas(self, asked: Asked) -> tuple[Tensor, Tensor]:
+    def _canvas(self, asked: Asked, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         patch, span = self._card["patch_px"], self._card["position_span"]
         rows, columns = asked.height // patch, asked.width // patch
         times = asked.frames // self._frames_a_token()
         channels = self._parts["vae"].config.latent_channels
-        drawn = noise((times, self._frames_a_token(), channels, rows, columns), asked.seed)
+        shape = (times, self._frames_a_token(), channels, rows, columns)
         ids = torch.zeros(times, rows, columns, 3)
         # Below zero, where no text token is.
         since = torch.arange(times) * -self._card["time_span"] / self._motion_times()
         ids[..., 0] = since[:, None, None]
         ids[..., 1] = ((torch.arange(rows) + 0.5) * span / rows)[:, None]
         ids[..., 2] = ((torch.arange(columns) + 0.5) * span / columns)[None]
-        tokens = drawn.permute(0, 3, 4, 1, 2).reshape(1, times * rows * columns, -1)
+        frames = drawn(shape, generator)
+        tokens = frames.permute(0, 3, 4, 1, 2).reshape(1, times * rows * columns, -1)
         return tokens.to(self._dtype), ids.reshape(-1, 3)
 
     def _input(self, rows: Sequence[Row]) -> Tensor:

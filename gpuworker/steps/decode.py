@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gpuworker.memory.budget import ran_out
 from gpuworker.models.card import ModelCard
+from gpuworker.operations.names import shape_of
 from gpuworker.state import LatentState
 from hocket.v1 import mesh_pb2
 
@@ -51,7 +52,7 @@ class Decodes:
         self, card: ModelCard, member: mesh_pb2.BatchMember, state: LatentState
     ) -> NDArray[np.uint8]:
         """The pictures of a job's finished state. Raises as `decoded`."""
-        shape, request = member.spec.shape, member.request_id
+        shape, request = shape_of(member), member.request_id
         kind = (card.facts.name, shape.width, shape.height, shape.frames)
         runs = self._tiled.get(kind)
         whole = runs is None or runs >= _TILED_RUNS

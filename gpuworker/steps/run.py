@@ -15,11 +15,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from gpuworker.collectives.groups import Group
-from gpuworker.executor import Media, RunNote, SideNote, StepNote, Stopwatch
+from gpuworker.executor import RunNote, SideNote, StepNote, Stopwatch
 from hocket.v1 import mesh_pb2, types_pb2
 
 GO, STOP = 1, 0
 TOLD_STEPS = 2
+# Which input a job lacks, told in the numbers that have no times before the first step.
+_INPUT_BITS, _JOBS_A_NUMBER = 3, 16
 
 
 @dataclass
@@ -32,8 +34,9 @@ class Run:
     sides: list[SideNote] = field(default_factory=list)
     steps: list[StepNote] = field(default_factory=list)
     unreported: Stopwatch = field(default_factory=Stopwatch)
-    lacking: dict[str, str] = field(default_factory=dict)  # request -> member without its latent
-    _lacks: int = 0  # jobs of which this member has no latent, as a mask over the batch
+    # Request -> member that lacks an input of it, and the input's number.
+    lacking: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _lacks: dict[int, int] = field(default_factory=dict)  # the same of this member, by place
     _left: dict[str, int] = field(default_factory=dict)  # steps behind those who left since a note
     _ended: list[StepNote] = field(default_factory=list)  # the last ones, newest first
     _own: dict[int, dict[int, int]] = field(default_factory=dict)  # step -> rank -> own time
@@ -58,10 +61,15 @@ class Run:
         """What the other members are told: steps that have ended here, and how much of the last of
         them was this member's own, newest first (0: there was none, or it is not known).
 
-        Before the first step, instead: minus a mask of the jobs whose latent this member lacks.
+        Before the first step, instead: minus a mask of the jobs of which this member lacks an
+        input, and which input that is of each (by number, from 1).
         """
         if self._lacks:
-            return [-self._lacks, *[0] * TOLD_STEPS]
+            told = [-sum(1 << place for place in self._lacks), *[0] * TOLD_STEPS]
+            for place, number in self._lacks.items():
+                where, at = divmod(place, _JOBS_A_NUMBER)
+                told[1 + where] |= number + 1 << at * _INPUT_BITS
+            return told
         own_us = [note.own_us or 0 for note in self._ended]
         steps = self._ended[0].step + 1 if self._ended else 0
         return [steps, *own_us, *[0] * (TOLD_STEPS - len(own_us))]
@@ -69,21 +77,30 @@ class Run:
     def heard(self, told: Iterable[Sequence[int]]) -> None:
         """What `own` is on each member, in their order."""
         for rank, (steps, *own_us) in enumerate(told):
-            for place, job in enumerate(self.assignment.batch if steps < 0 else ()):
-                if -steps >> place & 1:
-                    self.lacking[job.request_id] = self.assignment.group.members[rank]
+            if steps < 0:
+                self._heard_lacking(self.assignment.group.members[rank], -steps, own_us)
+                continue
             for back, each in enumerate(own_us, 1):
                 if each:
                     self._own.setdefault(steps - back, {})[rank] = each
 
-    def lack(self, member: mesh_pb2.BatchMember) -> None:
-        """This member has no latent of a job, though the plan says that every member does."""
-        self._lacks |= 1 << list(self.assignment.batch).index(member)
+    def lack(self, member: mesh_pb2.BatchMember, number: int = 0) -> None:
+        """This member has no input of that number, though the plan says that every member does."""
+        self._lacks[list(self.assignment.batch).index(member)] = number
 
-    def took_off(self) -> list[tuple[mesh_pb2.BatchMember, str]]:
-        """Jobs in it that cannot begin, with a member that lacks the latent: told to all by now."""
-        lacking, self.lacking, self._lacks = self.lacking, {}, 0
-        return [(m, lacking[m.request_id]) for m in self.members if m.request_id in lacking]
+    def took_off(self) -> list[tuple[mesh_pb2.BatchMember, str, int]]:
+        """Jobs in it that cannot begin, with a member that lacks an input, and the input's number:
+        told to all by now.
+        """
+        lacking, self.lacking, self._lacks = self.lacking, {}, {}
+        return [(m, *lacking[m.request_id]) for m in self.members if m.request_id in lacking]
+
+    def _heard_lacking(self, worker: str, mask: int, numbers: Sequence[int]) -> None:
+        for place, job in enumerate(self.assignment.batch):
+            if mask >> place & 1:
+                where, at = divmod(place, _JOBS_A_NUMBER)
+                number = (numbers[where] >> at * _INPUT_BITS) & ((1 << _INPUT_BITS) - 1)
+                self.lacking[job.request_id] = (worker, number - 1)
 
     def word(self, staying: Collection[str]) -> int:
         """The control word by which those go on."""
@@ -112,10 +129,9 @@ class Run:
         self._left = {}
         return self._told(behind, last=last, resolved=resolved)
 
-    def note_of(self, member: mesh_pb2.BatchMember, media: Media, *, last: bool) -> RunNote:
-        """One job is decoded."""
-        request = member.request_id
-        return self._told({request: member.first_step}, last=last, media={request: media})
+    def note_of(self, member: mesh_pb2.BatchMember, *, last: bool) -> RunNote:
+        """One job is through, but for its file: that is still to be put in."""
+        return self._told({member.request_id: member.first_step}, last=last)
 
     def over(self) -> RunNote:
         """All has been told."""
@@ -145,7 +161,6 @@ class Run:
         behind: Mapping[str, int],
         *,
         last: bool,
-        media: Mapping[str, Media] | None = None,
         resolved: Mapping[str, str] | None = None,
     ) -> RunNote:
         note = RunNote(
@@ -154,7 +169,6 @@ class Run:
             steps=tuple(self._with_own(step) for step in self.steps),
             sides=tuple(self.sides),
             last=last,
-            media=media or {},
             resolved=resolved or {},
         )
         self.steps.clear()

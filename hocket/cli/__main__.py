@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hocket.cli import generate, mesh, operations, security
+from hocket.cli import generate, mesh, operations, security, workflows
 from hocket.cli.up import demo, up
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("trace")(mesh.trace)
 app.command("timeline")(mesh.timeline_file)
 app.command("certs")(security.certs)
 app.add_typer(security.keys, name="keys")
+app.add_typer(workflows.workflows, name="workflows")
 
 
 if __name__ == "__main__":

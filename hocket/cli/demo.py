@@ -26,6 +26,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
+from hocket.cli import demo_passes
 from hocket.cli.common import console
 from hocket.cli.generate import describe, shape_name, target
 from hocket.client import HocketClient, request
@@ -102,32 +103,44 @@ class Seen:
 
 
 async def show(running: RunningMesh, output: Path, state_dir: Path) -> None:
-    """Makes a video and pictures and prints how; raises MeshStopped when nothing gave way."""
-    told: list[str] = []
+    """Makes a video and pictures, then one in two passes, and prints how.
+
+    Raises MeshStopped when nothing gave way.
+    """
     async with HocketClient(running.gateway) as client:
         known = await client.models(wait_for_ready=True)
-        for number in range(_ROUNDS_MAX):
-            runs = _runs(known, number)
-            await _make(runs, client, running.control, output)
-            for one in runs:
-                console.print(summary(one), markup=False, soft_wrap=True)
-            spans = await _spans(runs, state_dir)
-            seen = _seen(spans, runs)
-            _tell(seen, runs)
-            _write(seen, spans, runs, output)
-            overtaken = seen.overtaken(runs[0].accepted.request_id)
-            done = [one.finished for one in runs if one.finished is not None]
-            resized = sum(finished.degree_changes > 0 for finished in done)
-            moved = sum(finished.moves > 0 for finished in done)
-            kept = sum(finished.on_time for finished in done)
-            told.append(f"{overtaken} preempted, {resized} resized, {moved} moved")
-            if overtaken and resized and moved:
-                console.print(
-                    f"the first was preempted {overtaken} times, {resized} of {len(runs)} requests "
-                    f"changed degree, {moved} moved, {kept} of {len(runs)} kept their deadlines"
-                )
-                return
-            console.print("not all of preemption, resizing and moving happened; trying again")
+        await _preempted(client, known, running.control, output, state_dir)
+        if (model := demo_passes.able(known)) is not None:
+            await demo_passes.show(client, model, output)
+
+
+async def _preempted(
+    client: HocketClient, known: Sequence[ModelInfo], control: str, output: Path, state_dir: Path
+) -> None:
+    """Rounds of requests, until some gave way, changed degree and moved."""
+    told: list[str] = []
+    for number in range(_ROUNDS_MAX):
+        runs = _runs(known, number)
+        await _make(runs, client, control, output)
+        for one in runs:
+            console.print(summary(one), markup=False, soft_wrap=True)
+        spans = await _spans(runs, state_dir)
+        seen = _seen(spans, runs)
+        _tell(seen, runs)
+        _write(seen, spans, runs, output)
+        overtaken = seen.overtaken(runs[0].accepted.request_id)
+        done = [one.finished for one in runs if one.finished is not None]
+        resized = sum(finished.degree_changes > 0 for finished in done)
+        moved = sum(finished.moves > 0 for finished in done)
+        kept = sum(finished.on_time for finished in done)
+        told.append(f"{overtaken} preempted, {resized} resized, {moved} moved")
+        if overtaken and resized and moved:
+            console.print(
+                f"the first was preempted {overtaken} times, {resized} of {len(runs)} requests "
+                f"changed degree, {moved} moved, {kept} of {len(runs)} kept their deadlines"
+            )
+            return
+        console.print("not all of preemption, resizing and moving happened; trying again")
     raise MeshStopped(f"after {_ROUNDS_MAX} rounds: {'; '.join(told)}")
 
 

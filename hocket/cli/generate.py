@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from hocket import media_types
+from hocket import free_sizes, media_types
 from hocket.cli.common import (
     Address,
     CommandSettings,
@@ -27,6 +27,7 @@ from hocket.cli.common import (
     seconds,
     settings,
 )
+from hocket.cli.workflows import named_files, upload
 from hocket.client import Event, HocketClient, request
 from hocket.errors import HocketError, MeshStopped
 from hocket.tracing import telemetry
@@ -40,6 +41,7 @@ from hocket.v1.generation_pb2 import (
     Progress,
 )
 from hocket.v1.types_pb2 import Commitment, MediaInfo, OnMiss, Shape
+from hocket.workflows.roles import missing_roles
 
 SIZE_NAMES = ("small", "medium", "large")
 _FRAMES_HELP = "Frames of a video, see `hocket models`; 0: the model's default."
@@ -48,6 +50,9 @@ _FIRM_HELP = (
     "Default: firm with --on-miss reject, else soft."
 )
 _DETACH_HELP = "Prints the request id and returns; see `hocket watch` and `hocket result`."
+_WORKFLOW_HELP = "Workflow, see `hocket workflows list`; default: the model's own."
+_INPUT_HELP = "A picture that the workflow takes: a file, or the name of an upload; repeatable."
+_LORA_HELP = "A LoRA adapter, see `hocket models`; scale -4 to 4, default 1; repeatable."
 _FORMAT_HELP = "Default: by the suffix of -o, else png for a picture, mp4 for a video."
 
 
@@ -80,6 +85,13 @@ def generate(
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; default: random.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     model: Annotated[str, typer.Option(help="Model; default: the first.")] = "",
+    workflow: Annotated[str, typer.Option(help=_WORKFLOW_HELP)] = "",
+    given: Annotated[
+        list[str] | None, typer.Option("--input", metavar="NAME=FILE", help=_INPUT_HELP)
+    ] = None,
+    loras: Annotated[
+        list[str] | None, typer.Option("--lora", metavar="NAME[:SCALE]", help=_LORA_HELP)
+    ] = None,
     deadline: Annotated[str, typer.Option(help='Time until it is due: "5s", "800ms".')] = "",
     on_miss: Annotated[Miss, typer.Option(help="If it would be late.")] = Miss.BEST_EFFORT,
     firm: Annotated[bool | None, typer.Option("--firm/--soft", help=_FIRM_HELP)] = None,
@@ -97,6 +109,10 @@ def generate(
 
     hocket generate "a fox on a green background" --size large --deadline 20s -o fox.png
 
+    hocket generate "a fox in snow" --workflow img2img --input image=photo.jpg
+
+    hocket generate "a fox" --lora style:0.8 --lora detail
+
     hocket generate "a fox bouncing" --model hocket-emoji-motion --frames 8 --fps 8 -o hop.mp4
     """
     found = settings(state_dir, address)
@@ -105,6 +121,8 @@ def generate(
         wanted = request(
             prompt,
             model=model,
+            workflow=workflow,
+            loras=loras or (),
             frames=frames,
             fps=fps,
             media_type=media_type(made, output),
@@ -120,7 +138,8 @@ def generate(
             tenant=tenant,
             idempotency_key=key,
         )
-        await _generate(found, wanted, size, None if detach else _Shown(output))
+        files = named_files(given or [])
+        await _generate(found, wanted, size, None if detach else _Shown(output), files)
 
     run(work())
 
@@ -134,20 +153,42 @@ def models(address: Address = None, state_dir: StateDir = None) -> None:
             return await client.models()
 
     # Folded rather than cut: two models' names may begin alike.
-    names, shapes = (Column(head, overflow="fold") for head in ("model", "shapes"))
-    table = Table(names, "workflows", shapes, "frames", "steps", "guidance", "degrees", "try")
+    names, shapes, adapters = (
+        Column(head, overflow="fold") for head in ("model", "shapes", "loras")
+    )
+    table = Table(
+        names,
+        "workers",
+        "workflows",
+        shapes,
+        "frames",
+        "steps",
+        "guidance",
+        "degrees",
+        adapters,
+        "try",
+    )
     for info in run(work()):
         table.add_row(
             info.name,
+            workers_of(info),
             " ".join(info.workflows),
-            " ".join(shape_name(shape) for shape in info.shapes),
+            sizes_offered(info),
             frames_offered(info),
             f"{info.steps_min}-{info.steps_max} ({info.steps_default})",
             f"{info.guidance_kind} {info.guidance_default:g}",
             " ".join(str(degree) for degree in info.degrees),
+            " ".join(info.adapters),
             "; ".join(info.examples[:2]),
         )
     console.print(table)
+
+
+def workers_of(info: ModelInfo) -> str:
+    """Workers that serve it, as far as is told, and what none of them does."""
+    told = str(info.workers) if info.HasField("workers") else ""
+    missing = missing_roles(info) if info.workers else ()
+    return f"{told} (no {', '.join(missing)})" if missing else told
 
 
 def named_size(name: str, shapes: Sequence[Shape]) -> tuple[int, int]:
@@ -166,6 +207,12 @@ def shape_name(shape: Shape) -> str:
     if shape.frames <= 1:
         return size
     return f"{size}x{shape.frames}" + (f"@{shape.fps}" if shape.fps else "")
+
+
+def sizes_offered(info: ModelInfo) -> str:
+    """Its shapes; where sizes are free, also their limits."""
+    named = " ".join(shape_name(shape) for shape in info.shapes)
+    return f"{named} (or {free_sizes.described(info)})" if free_sizes.are_free(info) else named
 
 
 def frames_offered(info: ModelInfo) -> str:
@@ -222,13 +269,20 @@ def target(output: Path | None, request_id: str, media: MediaInfo) -> Path:
 
 
 async def _generate(
-    found: CommandSettings, wanted: GenerateRequest, size: str, shown: _Shown | None
+    found: CommandSettings,
+    wanted: GenerateRequest,
+    size: str,
+    shown: _Shown | None,
+    files: Mapping[str, Path],
 ) -> None:
     told = telemetry.setup("client", "cli", found.state_dir, "error")
     try:
         async with client_of(found, told.provider) as client:
             if size:
                 await _set_size(client, wanted, size)
+            if files:
+                names = await upload(client, wanted.spec.workflow, files, wanted.tenant)
+                wanted.spec.inputs.update(names)
             if shown is None:
                 made = await client.create(wanted)
                 console.print(made.request_id)

@@ -99,20 +99,23 @@ _USES = {
 @keys.command("add")
 def add(
     tenant: Annotated[str, typer.Argument(help="Account that the key stands for.")],
+    operator: Annotated[
+        bool, typer.Option("--operator", help="The key may register workflows, too.")
+    ] = False,
     file: KeyFile = _KEYS,
 ) -> None:
     """Makes a key and prints it once; the file keeps only its digest."""
-    name, secret = _told(lambda: api_keys.add(file, tenant))
+    name, secret = _told(lambda: api_keys.add(file, tenant, operator=operator))
     complaints.print(f"key {name} of {tenant}; it is not shown again:", markup=False)
     console.print(secret, markup=False, soft_wrap=True)
 
 
 @keys.command("list")
 def list_(file: KeyFile = _KEYS) -> None:
-    """Lists the ids of keys and their tenants."""
-    table = Table("id", "tenant")
+    """Lists the ids of keys, their tenants, and which are operators'."""
+    table = Table("id", "tenant", "rights")
     for key in _told(lambda: api_keys.read(file)).keys:
-        table.add_row(key.id, key.tenant)
+        table.add_row(key.id, key.tenant, "operator" if key.operator else "")
     console.print(table)
 
 

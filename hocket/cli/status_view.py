@@ -8,8 +8,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from hocket.launching.mesh_file import Process
-from hocket.v1.control_pb2 import WatchClusterResponse, WorkerStatus
+from hocket.v1.control_pb2 import PoolStatus, WatchClusterResponse, WorkerStatus
+from hocket.v1.generation_pb2 import ModelInfo
 from hocket.v1.types_pb2 import Memory
+from hocket.workflows.roles import ROLE_OPERATIONS, missing_roles
 
 
 def status_view(
@@ -27,7 +29,9 @@ def status_view(
     if state.troubles:
         told = ", ".join(f"{name} {count}" for name, count in sorted(state.troubles.items()))
         yield f"troubles: {told}"
-    served = ", ".join(model.name for model in state.models) or "none"
+    if state.pools:
+        yield _pools(state.pools)
+    served = ", ".join(map(_named, state.models)) or "none"
     yield (
         f"policy {state.policy}, term {state.term}, {state.requests_open} requests open, "
         f"models: {served}"
@@ -44,12 +48,13 @@ def process_table(processes: Sequence[Process]) -> Table:
 
 
 def _workers(workers: Sequence[WorkerStatus]) -> Table:
-    table = _table("worker", "state", "beat", "MiB", "weights", "latents", "starts")
+    table = _table("worker", "state", "roles", "beat", "MiB", "weights", "latents", "starts")
     for worker in workers:
         used, total = _mib(worker.memory_used_bytes), _mib(worker.memory_total_bytes)
         table.add_row(
             worker.name,
             worker.state,
+            _roles(worker.memory),
             _ago(worker.heartbeat_age_us),
             f"{used:.0f}/{total:.0f}",
             _weights(worker.memory),
@@ -73,6 +78,17 @@ def _notes(worker: WorkerStatus) -> Iterator[str]:
             f"{worker.name}: memory budget {_mib(memory.budget_bytes):.0f} MiB, "
             f"{memory.evictions} evictions"
         )
+    if memory.ahead_taken:
+        yield (
+            f"{worker.name}: {memory.ahead_taken} inputs came before their turn; "
+            f"{_mib(memory.ahead_bytes):.1f} MiB are here"
+        )
+    if memory.prompts_recalled:
+        texts = memory.prompts_recalled + memory.prompts_encoded
+        yield (
+            f"{worker.name}: {memory.prompts_recalled} of {texts} texts were encoded before; "
+            f"embeddings {_mib(memory.prompts_bytes):.1f} MiB"
+        )
 
 
 def _replicas(state: WatchClusterResponse) -> Table:
@@ -80,6 +96,28 @@ def _replicas(state: WatchClusterResponse) -> Table:
     for replica in state.replicas:
         table.add_row(replica.address, replica.role, f"{_ago(replica.age_us)} ago")
     return table
+
+
+def _pools(pools: Sequence[PoolStatus]) -> Table:
+    table = _table("pool", "gpu", "workers", "wanted", "why", "needed", "late")
+    for pool in pools:
+        table.add_row(
+            pool.model or "all models",
+            pool.gpu or "-",
+            str(pool.workers),
+            str(pool.wanted),
+            pool.reason,
+            f"{pool.needed:.2f}",
+            f"{pool.late_share:.0%}",
+        )
+    return table
+
+
+def _named(model: ModelInfo) -> str:
+    if model.HasField("workers") and not model.workers:
+        return f"{model.name} (no worker)"
+    missing = missing_roles(model)
+    return f"{model.name} (no {', '.join(missing)})" if missing else model.name
 
 
 def _promises(state: WatchClusterResponse) -> str:
@@ -98,9 +136,17 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _roles(memory: Memory) -> str:
+    """Nodes of the chain that it has weights for, on the device or not."""
+    nodes = {part.node for part in memory.parts}
+    held = [role for role in ROLE_OPERATIONS if role in nodes]
+    return "all" if len(held) == len(ROLE_OPERATIONS) else " ".join(held) or "-"
+
+
 def _weights(memory: Memory) -> str:
-    there = sum(part.resident for part in memory.parts)
-    return f"{_mib(memory.weights_bytes):.1f} ({there}/{len(memory.parts)})"
+    # A part is told for each node that needs it; a worker of an older version names none.
+    parts = {part.part or (part.model, part.node): part.resident for part in memory.parts}
+    return f"{_mib(memory.weights_bytes):.1f} ({sum(parts.values())}/{len(parts)})"
 
 
 def _latents(memory: Memory) -> str:

@@ -27,7 +27,13 @@ POLICIES = (
 _POLICY = f"Planning policy: {', '.join(POLICIES)}. Default: control's."
 Policy = Annotated[str, typer.Option(help=_POLICY)]
 NatsUrl = Annotated[str, typer.Option(help="URL of a running broker; default: starts one.")]
-Model = Annotated[list[str] | None, typer.Option(help="Folder or hub id of a model; repeatable.")]
+Model = Annotated[
+    list[str] | None, typer.Option(help="Folder or hub id, also NAME=FOLDER; repeatable.")
+]
+Roles = Annotated[
+    list[str] | None,
+    typer.Option(help="What one worker loads, as text,vae; as often as there are workers."),
+]
 Executor = Annotated[str, typer.Option(help="torch; or emulated: sleeps, computes nothing.")]
 Profile = Annotated[str, typer.Option(help="CSV of call times for emulated workers.")]
 BatchMax = Annotated[
@@ -51,6 +57,7 @@ def up(
     state_dir: StateDir = None,
     nats_url: NatsUrl = "",
     model: Model = None,
+    roles: Roles = None,
     executor: Executor = "",
     profile: Profile = "",
     batch_max: BatchMax = 0,
@@ -67,6 +74,9 @@ def up(
     """
     if brokers not in (1, 3, 5):
         raise typer.BadParameter(f"--brokers is 1, 3 or 5, not {brokers}")
+    if roles and len(roles) != workers:
+        told = f"--roles is given once for each of the {workers} workers, not {len(roles)} times"
+        raise typer.BadParameter(told)
     found = settings(state_dir)
     plan = MeshPlan(
         state_dir=found.state_dir,
@@ -76,6 +86,8 @@ def up(
         nats_url=nats_url,
         listen=listen,
         models=tuple(model or ()),
+        roles=tuple(tuple(each.split(",")) for each in roles or ()),
+        pools=workers if roles else 1,
         executor=executor,
         profile=profile,
         batch_max=batch_max,

@@ -64,6 +64,7 @@ class MeshPlan:
     nats_url: str = ""  # empty: a broker of our own
     listen: str = "127.0.0.1:0"  # the gateway's door
     models: tuple[str, ...] = ()  # empty: the shipped one
+    roles: tuple[tuple[str, ...], ...] = ()  # of each pool: what it loads; empty: everything
     executor: str = ""  # empty: the worker's default
     profile: str = ""  # CSV by which emulated workers sleep
     batch_max: int = 0  # jobs of one shape that a worker takes at a time; 0: the worker's default
@@ -119,8 +120,9 @@ async def _until_serving(gateway: str) -> None:
     async with HocketClient(gateway) as client, asyncio.timeout(_SERVICE_START_S):
         while True:
             with suppress(NotReady):
-                await client.models(wait_for_ready=True)
-                return
+                known = await client.models(wait_for_ready=True)
+                if any(model.workers or not model.HasField("workers") for model in known):
+                    return
             await asyncio.sleep(_POLL_S)
 
 
@@ -186,6 +188,7 @@ def worker_options(plan: MeshPlan, pool: int = 0) -> list[str]:
         f"--drain-s={_DRAIN_S}",
     ]
     options += [f"--model={model}" for model in plan.models]
+    options += [f"--role={role}" for role in (plan.roles[pool] if plan.roles else ())]
     if plan.executor:
         options.append(f"--executor={plan.executor}")
     if plan.profile:

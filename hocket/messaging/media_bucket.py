@@ -1,5 +1,5 @@
-"""The shape of the bucket for finished media: bounded in bytes and in time, so that no flood of
-results fills the disk that promises are written to.
+"""The shape of the buckets for finished media and for uploaded inputs: bounded in bytes and in
+time, so that no flood of files fills the disk that promises are written to.
 
 Control makes it. On a broker with roles nobody else may: a stream's configuration can copy others'
 messages in, or its own out to any subject.
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BYTES_MAX = 4 << 30  # where the broker has as much
+INPUT_BYTES_MOST = 1 << 30  # likewise, of uploads
 KEPT_S = 24 * 3600.0
 _BYTES_LEAST = 16 << 20
 _LOOK_EVERY_US = 60_000_000  # a broker may come back without its store
@@ -39,6 +40,7 @@ class Bounds:
     bytes_max: int = 0  # 0: what it has, else as large as the broker has room for
     kept_s: float = KEPT_S
     replicas: int = 1  # copies, in a cluster of brokers
+    bytes_most: int = BYTES_MAX  # where `bytes_max` is 0 and the broker has room
 
 
 async def opened(bus: Bus, bucket: str, bounds: Bounds) -> ObjectStore:
@@ -49,17 +51,20 @@ async def opened(bus: Bus, bucket: str, bounds: Bounds) -> ObjectStore:
         return await _made(bus, bucket, bounds)
 
 
-async def keep(bus: Bus, subjects: Subjects, clock: Clock, bounds: Bounds) -> NoReturn:
-    """Sees to it that the bucket is there, within its bounds, until cancelled; trouble is logged
-    and ends nothing.
+async def keep(
+    bus: Bus, subjects: Subjects, clock: Clock, bounds: Bounds, bucket: str = ""
+) -> NoReturn:
+    """Sees to it that the bucket (that of media, unless another is named) is there, within its
+    bounds, until cancelled; trouble is logged and ends nothing.
     """
+    bucket = bucket or subjects.media_bucket
     while True:
         wait_us = _LOOK_EVERY_US
         try:
-            await opened(bus, subjects.media_bucket, bounds)
-            await _bound(bus, subjects.media_bucket, bounds)
+            await opened(bus, bucket, bounds)
+            await _bound(bus, bucket, bounds)
         except (nats.errors.Error, OSError, TimeoutError) as error:
-            log.warning("cannot see to the store for media: %s: %s", type(error).__name__, error)
+            log.warning("cannot see to the store %s: %s: %s", bucket, type(error).__name__, error)
             wait_us = _AGAIN_US
         await clock.sleep_until(clock.now_us() + wait_us)
 
@@ -77,13 +82,14 @@ async def _bound(bus: Bus, bucket: str, bounds: Bounds) -> None:
         changed = config.evolve(max_bytes=size, max_age=bounds.kept_s, num_replicas=bounds.replicas)
         await cancellable(bus.jetstream.update_stream(changed))
         log.warning(
-            "the store for media had other bounds; now: %d MiB, %.0f s, %d copies",
+            "the store %s had other bounds; now: %d MiB, %.0f s, %d copies",
+            bucket,
             size >> 20,
             bounds.kept_s,
             bounds.replicas,
         )
 
-    await _with_room(change, wanted)
+    await _with_room(change, wanted, bounds.bytes_most)
 
 
 async def _made(bus: Bus, bucket: str, bounds: Bounds) -> ObjectStore:
@@ -94,16 +100,16 @@ async def _made(bus: Bus, bucket: str, bounds: Bounds) -> ObjectStore:
         return await cancellable(bus.jetstream.create_object_store(bucket, config))
 
     try:
-        return await _with_room(make, bounds.bytes_max)
+        return await _with_room(make, bounds.bytes_max, bounds.bytes_most)
     except APIError as error:
         if error.err_code != _EXISTS:
             raise
         return await cancellable(bus.jetstream.object_store(bucket))  # another one was quicker
 
 
-async def _with_room(work: Callable[[int], Awaitable[T]], bytes_max: int) -> T:
+async def _with_room(work: Callable[[int], Awaitable[T]], bytes_max: int, bytes_most: int) -> T:
     """Does it with so many bytes; 0: with as many as the broker has room for."""
-    size = bytes_max or BYTES_MAX
+    size = bytes_max or bytes_most
     while True:
         try:
             return await work(size)

@@ -21,6 +21,11 @@ def name_of(part: str) -> str:
     return bytes.fromhex(part[1:]).decode() if part.startswith("~") else part
 
 
+def input_object(tenant: str, name: str) -> str:
+    """What the store of inputs calls a tenant's file that requests call `name`."""
+    return f"{tenant}/{name}"
+
+
 @dataclass(frozen=True)
 class Subjects:
     """Subject names of one cluster."""
@@ -80,6 +85,17 @@ class Subjects:
     @property
     def latency_bucket(self) -> str:
         return f"hocket-{self.cluster}-latencies"
+
+    @property
+    def workflow_bucket(self) -> str:
+        return f"hocket-{self.cluster}-workflows"
+
+    def workflow(self, name: str) -> str:
+        return f"$KV.{self.workflow_bucket}.{token(name)}"
+
+    @property
+    def input_bucket(self) -> str:
+        return f"hocket-{self.cluster}-inputs"
 
     @property
     def leader_bucket(self) -> str:

@@ -7,7 +7,7 @@ refuses, which under overload, when every call is refused, is most of what a ser
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from opentelemetry.util.types import AttributeValue
 
 from hocket.rpc.interceptors import Handler, Wrapping
 
+_NOWHERE = Context()
 _STATUS = "rpc.grpc.status_code"
 # The server's fault, as OpenTelemetry's conventions for RPC count it.
 _FAULTS = {
@@ -61,15 +62,19 @@ class ServerSpans(Wrapping):
         return made
 
     def _single(self, serve: Any, method: str) -> Any:
+        said = _attributes(method)
+
         async def answer(asked: Any, context: Any) -> Any:
-            with self._span(method, context):
+            with self._span(method, said, context):
                 return await serve(asked, context)
 
         return answer
 
     def _stream(self, serve: Any, method: str) -> Any:
+        said = _attributes(method)
+
         async def answer(asked: Any, context: Any) -> AsyncIterator[Any]:
-            with self._span(method, context):
+            with self._span(method, said, context):
                 async with aclosing(serve(asked, context)) as responses:
                     async for response in responses:
                         yield response
@@ -77,16 +82,11 @@ class ServerSpans(Wrapping):
         return answer
 
     @contextmanager
-    def _span(self, method: str, context: Any) -> Iterator[None]:
+    def _span(
+        self, method: str, attributes: Mapping[str, AttributeValue], context: Any
+    ) -> Iterator[None]:
         told = {key: value for key, value in context.invocation_metadata() or ()}
-        parent = extract(told) if "traceparent" in told else Context()
-        service, _, name = method.strip("/").rpartition("/")
-        attributes: dict[str, AttributeValue] = {
-            "rpc.system": "grpc",
-            "rpc.service": service,
-            "rpc.method": name,
-            _STATUS: 0,
-        }
+        parent = extract(told) if "traceparent" in told else _NOWHERE
         span = self._tracer.start_span(method, parent, SpanKind.SERVER, attributes)
         token = attach(set_span_in_context(span, parent))
         try:
@@ -104,6 +104,11 @@ class ServerSpans(Wrapping):
         finally:
             detach(token)
             span.end()
+
+
+def _attributes(method: str) -> dict[str, AttributeValue]:
+    service, _, name = method.strip("/").rpartition("/")
+    return {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name, _STATUS: 0}
 
 
 def _code(context: Any) -> int:

@@ -27,12 +27,15 @@ _KEY_BYTES = 32
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
-class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ApiKey(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """One key, as the file has it."""
 
     id: str  # names the key to people
     tenant: str
     sha256: str  # of the whole key, in hex
+    operator: bool = False  # it may register workflows
 
 
 class ApiKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,8 +45,13 @@ class ApiKeys(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def tenant_of(self, secret: str) -> str | None:
         """Whose key that is; None for a wrong one."""
+        key = self.of(secret)
+        return None if key is None else key.tenant
+
+    def of(self, secret: str) -> ApiKey | None:
+        """What is known of a key; None for a wrong one."""
         digest = _digest(secret)
-        return next((key.tenant for key in self.keys if key.sha256 == digest), None)
+        return next((key for key in self.keys if key.sha256 == digest), None)
 
 
 def read(file: Path) -> ApiKeys:
@@ -57,13 +65,13 @@ def read(file: Path) -> ApiKeys:
         raise WrongConfig("api_keys", str(file), f"a file of API keys ({error})") from None
 
 
-def add(file: Path, tenant: str) -> tuple[str, str]:
+def add(file: Path, tenant: str, *, operator: bool = False) -> tuple[str, str]:
     """Adds a key for a tenant; returns its id and the key, which is told this once."""
     if re.fullmatch(_NAME, tenant) is None:
         raise WrongConfig("tenant", tenant, f"a name matching {_NAME}")
     name = secrets.token_hex(4)
     secret = f"{_PREFIX}{secrets.token_urlsafe(_KEY_BYTES)}"
-    fresh = ApiKey(id=name, tenant=tenant, sha256=_digest(secret))
+    fresh = ApiKey(id=name, tenant=tenant, sha256=_digest(secret), operator=operator)
     file.parent.mkdir(parents=True, exist_ok=True)
     with _alone(file):
         known = read(file) if file.exists() else ApiKeys()

@@ -4,7 +4,7 @@ A client is who its certificate says (`verify_and_map`: the DNS name `hocket-<ro
 no passwords. Each role has an account of its own, and in it inboxes of its own:
 
     workers ── heartbeats, reports ──▶ control ── assignments, truncations ──▶ workers
-    gateways, operators, workers ── reads of streams; media ──▶ JetStream, in control's account
+    gateways, operators, workers ── reads; media, uploads ──▶ JetStream, in control's account
 
 A subject is one account's: what another one is to hear, or may ask for, is listed as an export and
 an import. That is why nobody but control has anything put where control or its streams listen: the
@@ -64,7 +64,7 @@ def permissions(role: str, cluster: str, worker: str = "*") -> Rules:
             listen = [subjects.assign(worker), subjects.truncate(worker), subjects.latent(worker)]
             return {"publish": [*publish, *reads], "subscribe": [*listen, own]}
         case "gateway":
-            return {"publish": reads, "subscribe": [own]}
+            return {"publish": [*_inputs(subjects), *reads], "subscribe": [own]}
         case "operator":
             return {"publish": reads, "subscribe": [f"hocket.v1.{cluster}.>", own]}
     raise AssertionError(f"the broker knows no role {role}")
@@ -110,6 +110,7 @@ def _accounts(cluster: str, hosts: Mapping[str, int]) -> dict[str, dict[str, Any
             "exports": [
                 *({"service": s, "accounts": sorted(who)} for s, who in services.items()),
                 *({"service": s, "accounts": ["workers"]} for s in _media(subjects)),
+                *({"service": s, "accounts": ["gateways"]} for s in _inputs(subjects)),
                 *({"stream": s, "accounts": ["workers"]} for s in told),
                 {"stream": own, "accounts": ["operators"]},
             ],
@@ -123,7 +124,12 @@ def _accounts(cluster: str, hosts: Mapping[str, int]) -> dict[str, dict[str, Any
                 *_heard("control", told),
             ],
         },
-        "gateways": {"imports": _asked("gateway", subjects)},
+        "gateways": {
+            "imports": [
+                *_asked("gateway", subjects),
+                *({"service": _from("control", s)} for s in _inputs(subjects)),
+            ]
+        },
         "operators": {
             "imports": [
                 *_asked("operator", subjects),
@@ -154,15 +160,17 @@ def _user(name: str, allowed: list[Rules]) -> dict[str, Any]:
 def _reads(role: str, subjects: Subjects) -> list[str]:
     """Calls of JetStream's API that a role may make, behind the API's name."""
     media, leader = f"OBJ_{subjects.media_bucket}", f"KV_{subjects.leader_bucket}"
+    inputs = f"OBJ_{subjects.input_bucket}"
+    reads = ("STREAM.INFO.{}", "STREAM.MSG.GET.{}", "DIRECT.GET.{}", "DIRECT.GET.{}.>")
     match role:
         case "worker":
-            return [f"STREAM.{verb}.{media}" for verb in ("INFO", "MSG.GET", "PURGE")]
+            return [
+                *(f"STREAM.{verb}.{media}" for verb in ("INFO", "MSG.GET", "PURGE")),
+                *(call.format(inputs) for call in reads),
+            ]
         case "gateway":
             return [
-                f"STREAM.INFO.{media}",
-                f"STREAM.MSG.GET.{media}",
-                f"DIRECT.GET.{media}",
-                f"DIRECT.GET.{media}.>",
+                *(call.format(bucket) for bucket in (media, inputs) for call in reads),
                 f"STREAM.MSG.GET.{leader}",
             ]
         case "operator":
@@ -173,6 +181,11 @@ def _reads(role: str, subjects: Subjects) -> list[str]:
 def _media(subjects: Subjects) -> list[str]:
     """Where the pieces and the descriptions of media are stored."""
     return [f"$O.{subjects.media_bucket}.{kind}.*" for kind in "CM"]
+
+
+def _inputs(subjects: Subjects) -> list[str]:
+    """Where the pieces and the descriptions of uploaded inputs are stored."""
+    return [f"$O.{subjects.input_bucket}.{kind}.*" for kind in "CM"]
 
 
 def _asked(role: str, subjects: Subjects) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ class Credentials:
 
 
 def _with_key(key: str) -> Sequence[grpc.aio.ClientInterceptor]:
-    return (_KeyOnUnary(key), _KeyOnStream(key)) if key else ()
+    return (_KeyOnUnary(key), _KeyOnStream(key), _KeyOnUpload(key)) if key else ()
 
 
 def _keyed(details: grpc.aio.ClientCallDetails, key: str) -> grpc.aio.ClientCallDetails:
@@ -75,3 +75,16 @@ class _KeyOnStream(grpc.aio.UnaryStreamClientInterceptor):
         request: Any,
     ) -> Any:
         return await continuation(_keyed(client_call_details, self._key), request)
+
+
+class _KeyOnUpload(grpc.aio.StreamUnaryClientInterceptor):
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    async def intercept_stream_unary(
+        self,
+        continuation: Callable[[grpc.aio.ClientCallDetails, Any], Any],
+        client_call_details: grpc.aio.ClientCallDetails,
+        request_iterator: Any,
+    ) -> Any:
+        return await continuation(_keyed(client_call_details, self._key), request_iterator)

@@ -9,7 +9,7 @@ from html import escape
 
 from rich.text import Text
 
-from hocket.tracing.interruptions import Interruption, InterruptionKind, Stretch
+from hocket.tracing.interruptions import DENOISERS, Interruption, InterruptionKind, Stretch
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 # Told apart on dark and on light grounds, also with the common kinds of colour blindness.
@@ -17,7 +17,8 @@ _COLOURS = (
     *("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#8c564b", "#999933"),
     *("#004488", "#dd8833", "#117755", "#777777"),
 )
-_NODE_SHADE = {"dit": 1.0, "text": 0.5, "vae": 0.65}
+_PALE = {"text": 0.5, "vae": 0.65}  # by operation; what has steps is not
+_PALE_ELSE = 0.6
 _ROW_PX, _WIDTH_PX, _LABEL_PX, _TICK_PX = 34, 1120, 70, 22
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -28,7 +29,8 @@ td, th {{ padding: 2px 12px 2px 0; text-align: left }} th {{ font-weight: 600 }}
 </style></head><body><h1>{title}</h1>{chart}
 <table><tr><th></th><th>request</th><th>what</th></tr>{legend}</table>
 <h2>Who was interrupted</h2><ul>{story}</ul>
-<p>Pale: encoding and decoding. Point at a piece to see its steps.</p></body></html>
+<p>Pale: calls without steps, as encoding and decoding. Point at a piece to see its steps.</p>
+</body></html>
 """
 
 
@@ -78,7 +80,8 @@ def told(interruption: Interruption, names: Mapping[str, str], start_ns: int) ->
     for_whom = ", ".join(names.get(r, r) for r in interruption.overtakers)
     due = f" for {for_whom}" if for_whom else ""
     here, there = " ".join(before.workers), " ".join(after.workers)
-    head = f"{at_s:5.1f} s  {who} {interruption.kind} after step {before.last_step}"
+    of_node = f" of {before.node}" if before.node != before.operation else ""
+    head = f"{at_s:5.1f} s  {who} {interruption.kind} after step {before.last_step}{of_node}"
     if interruption.kind is InterruptionKind.PAUSED:
         back_s = (after.start_ns - start_ns) / 1e9
         return f"{head} [{here}]{due}; went on at {back_s:.1f} s x{len(after.workers)} [{there}]"
@@ -139,9 +142,15 @@ def _piece(stretch: Stretch, y: int, start_ns: int, scale: float, colour: str, l
     mark = f'<text {place} fill="#fff">{letter}</text>' if width > 14 else ""
     return (
         f'<rect x="{x:.1f}" y="{y + 4}" width="{width:.1f}" height="{_ROW_PX - 8}" rx="2" '
-        f'fill="{colour}" fill-opacity="{_NODE_SHADE.get(stretch.node, 1.0)}">'
+        f'fill="{colour}" fill-opacity="{_opacity(stretch)}">'
         f"<title>{escape(tip)}</title></rect>{mark}"
     )
+
+
+def _opacity(stretch: Stretch) -> float:
+    if stretch.operation in DENOISERS:
+        return 1.0
+    return _PALE.get(stretch.operation, _PALE_ELSE)
 
 
 def _share(

@@ -19,7 +19,8 @@ from typing import NamedTuple
 from hocket.tracing import spans as names
 from hocket.tracing.span_file import SpanRecord
 
-DENOISER = "dit"
+DENOISER = "dit"  # of a plain chain
+DENOISERS = (DENOISER, "denoise")  # operations that have steps
 
 
 class Stretch(NamedTuple):
@@ -27,6 +28,7 @@ class Stretch(NamedTuple):
 
     request: str
     node: str
+    operation: str  # what the node does
     workers: tuple[str, ...]  # first member first
     first_step: int  # 1-based
     last_step: int
@@ -83,13 +85,13 @@ def stretches(spans: Iterable[SpanRecord]) -> list[Stretch]:
 
 def interruptions(found: Sequence[Stretch]) -> list[Interruption]:
     """What happened to every request between two stretches of its denoising, by time."""
-    by_request: dict[str, list[Stretch]] = {}
+    by_node: dict[tuple[str, str], list[Stretch]] = {}
     for stretch in found:
-        if stretch.node == DENOISER:
-            by_request.setdefault(stretch.request, []).append(stretch)
+        if stretch.operation in DENOISERS:
+            by_node.setdefault((stretch.request, stretch.node), []).append(stretch)
     told = [
         Interruption(_kind(before, after), before, after, _overtakers(before, after, found))
-        for own in by_request.values()
+        for own in by_node.values()
         for before, after in pairwise(own)
         if after.first_step > before.first_step  # else a worker was lost, and steps are repeated
     ]
@@ -102,10 +104,11 @@ def _step(span: SpanRecord) -> Stretch | None:
         return None
     members = seen.get(names.WORKERS)
     workers = tuple(str(m) for m in members) if isinstance(members, list) else ()
-    number = int(str(seen.get(names.STEP_INDEX, 1)))
+    number, node = int(str(seen.get(names.STEP_INDEX, 1))), str(seen[names.NODE])
     return Stretch(
         request=str(seen.get(names.REQUEST, "")),
-        node=str(seen[names.NODE]),
+        node=node,
+        operation=str(seen.get(names.OPERATION, node)),
         workers=workers or (str(seen.get(names.WORKER, span.instance)),),
         first_step=number,
         last_step=number,

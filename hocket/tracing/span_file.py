@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 from opentelemetry.context import Context
@@ -27,6 +28,7 @@ _PAUSE_S = 0.05
 FILE_BYTES_MAX = 64 << 20
 
 Attribute = str | bool | int | float | list[str | bool | int | float]
+_PLAIN = (str, bool, int, float)
 
 
 class SpanEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +55,20 @@ class SpanRecord(msgspec.Struct, frozen=True, kw_only=True):
     events: tuple[SpanEvent, ...] = ()
 
 
+class EndedSpan(NamedTuple):
+    """What the writer makes a line of; fields as in SpanRecord."""
+
+    trace_id: str
+    span_id: str
+    parent_id: str
+    name: str
+    start_unix_ns: int
+    end_unix_ns: int
+    status: str
+    attributes: Mapping[str, AnyValue]
+    events: tuple[SpanEvent, ...]
+
+
 def read_spans(folder: Path) -> list[SpanRecord]:
     """All spans in the files of a `traces` folder, by start. A torn last line is skipped."""
     decode = msgspec.json.Decoder(SpanRecord).decode
@@ -67,6 +83,9 @@ def read_spans(folder: Path) -> list[SpanRecord]:
     return spans
 
 
+_Item: TypeAlias = ReadableSpan | EndedSpan | threading.Event | None
+
+
 class SpanFile(SpanProcessor):
     """Writes spans to a file, soon, from a thread of its own."""
 
@@ -78,7 +97,8 @@ class SpanFile(SpanProcessor):
         self._service = service
         self._instance = instance
         self._bytes_max = bytes_max
-        self._pending: queue.Queue[ReadableSpan | threading.Event | None] = queue.Queue(_QUEUE_MAX)
+        self._pending: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        self._encode = msgspec.json.Encoder().encode
         self._hurry = threading.Event()  # somebody waits for what is pending
         self._closed = False
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,18 +109,19 @@ class SpanFile(SpanProcessor):
         pass
 
     def on_end(self, span: ReadableSpan) -> None:
-        try:
-            self._pending.put_nowait(span)
-        except queue.Full:
+        self.put(span)
+
+    def put(self, span: ReadableSpan | EndedSpan) -> None:
+        """Writes it soon; drops it where too many wait."""
+        if self._pending.qsize() < _QUEUE_MAX:
+            self._pending.put(span)
+        else:
             self.drops += 1
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Returns once every span ended so far is in the file; False when that took too long."""
         written = threading.Event()
-        try:
-            self._pending.put(written, timeout=timeout_millis / 1e3)
-        except queue.Full:
-            return False
+        self._pending.put(written)
         self._hurry.set()
         return written.wait(timeout_millis / 1e3)
 
@@ -108,10 +129,7 @@ class SpanFile(SpanProcessor):
         if self._closed:
             return
         self._closed = True
-        try:
-            self._pending.put(None, timeout=_CLOSE_S)
-        except queue.Full:
-            return
+        self._pending.put(None)
         self._hurry.set()
         self._thread.join(_CLOSE_S)
         if self.drops:
@@ -127,7 +145,7 @@ class SpanFile(SpanProcessor):
                 except queue.Empty:
                     break
             open_ = None not in batch
-            self._write([item for item in batch if isinstance(item, ReadableSpan)])
+            self._write([item for item in batch if isinstance(item, ReadableSpan | EndedSpan)])
             for item in batch:
                 if isinstance(item, threading.Event):
                     item.set()
@@ -135,7 +153,7 @@ class SpanFile(SpanProcessor):
                 self._hurry.wait(_PAUSE_S)
                 self._hurry.clear()
 
-    def _write(self, spans: list[ReadableSpan]) -> None:
+    def _write(self, spans: list[ReadableSpan | EndedSpan]) -> None:
         if not spans:
             return
         try:
@@ -148,33 +166,51 @@ class SpanFile(SpanProcessor):
             self.drops += len(spans)
             log.warning("cannot write spans to %s: %s", self._path, error)
 
-    def _line(self, span: ReadableSpan) -> bytes:
-        return msgspec.json.encode(self._record(span)) + b"\n"
-
-    def _record(self, span: ReadableSpan) -> SpanRecord:
-        context = span.get_span_context()
-        assert context is not None, "an ended span has a context"
-        status = span.status.status_code.name.lower()
-        return SpanRecord(
-            trace_id=f"{context.trace_id:032x}",
-            span_id=f"{context.span_id:016x}",
-            parent_id=f"{span.parent.span_id:016x}" if span.parent is not None else "",
-            name=span.name,
-            start_unix_ns=span.start_time or 0,
-            end_unix_ns=span.end_time or 0,
+    def _line(self, span: ReadableSpan | EndedSpan) -> bytes:
+        ended = span if isinstance(span, EndedSpan) else _ended(span)
+        record = SpanRecord(
+            trace_id=ended.trace_id,
+            span_id=ended.span_id,
+            parent_id=ended.parent_id,
+            name=ended.name,
+            start_unix_ns=ended.start_unix_ns,
+            end_unix_ns=ended.end_unix_ns,
             service=self._service,
             instance=self._instance,
-            status=f"error: {span.status.description or ''}" if status == "error" else status,
-            attributes=_plain(span.attributes),
-            events=tuple(
-                SpanEvent(name=e.name, at_unix_ns=e.timestamp, attributes=_plain(e.attributes))
-                for e in span.events
-            ),
+            status=ended.status,
+            attributes=plain(ended.attributes),
+            events=ended.events,
         )
+        return self._encode(record) + b"\n"
 
 
-def _plain(attributes: Mapping[str, AnyValue] | None) -> dict[str, Attribute]:
-    return {key: _plain_value(value) for key, value in (attributes or {}).items()}
+def plain(attributes: Mapping[str, AnyValue] | None) -> dict[str, Attribute]:
+    """Attributes as the file has them: without what says nothing, other kinds as text."""
+    return {
+        key: value if type(value) in _PLAIN else _plain_value(value)  # type: ignore[misc]
+        for key, value in (attributes or {}).items()
+        if value is not None
+    }
+
+
+def _ended(span: ReadableSpan) -> EndedSpan:
+    context = span.get_span_context()
+    assert context is not None, "an ended span has a context"
+    status = span.status.status_code.name.lower()
+    return EndedSpan(
+        f"{context.trace_id:032x}",
+        f"{context.span_id:016x}",
+        f"{span.parent.span_id:016x}" if span.parent is not None else "",
+        span.name,
+        span.start_time or 0,
+        span.end_time or 0,
+        f"error: {span.status.description or ''}" if status == "error" else status,
+        span.attributes or {},
+        tuple(
+            SpanEvent(name=e.name, at_unix_ns=e.timestamp, attributes=plain(e.attributes))
+            for e in span.events
+        ),
+    )
 
 
 def _plain_value(value: AnyValue) -> Attribute:

@@ -21,12 +21,14 @@ STEP = "step"
 GROUP = "group"  # making a communicator
 LOAD = "load"  # getting weights onto the device; may lie before, or beside, another job's steps
 TRANSFER = "transfer"  # fetching a latent from its holder
+RECALL = "recall"  # embeddings of prompts that the worker had encoded before
 PUBLISH = "publish"  # writing media to the object store
 
 REQUEST = "hocket.request_id"
 MODEL = "hocket.model"
 SHAPE = "hocket.shape"  # "128x128"
-NODE = "hocket.node"  # "text", "dit", "vae"
+NODE = "hocket.node"  # of the workflow; "text", "dit" and "vae" of a plain chain
+OPERATION = "hocket.operation"  # what the node does: "denoise"; of a plain chain its node
 STEP_INDEX = "hocket.step"  # steps behind the job after this one
 STEPS = "hocket.steps"
 DEGREE = "hocket.degree"

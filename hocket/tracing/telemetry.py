@@ -1,4 +1,4 @@
-"""Spans and logs of one process.
+"""Spans, logs and gauges of one process.
 
 Every span goes to a local file (`hocket.tracing.span_file`), and by OTLP to wherever
 OTEL_EXPORTER_OTLP_ENDPOINT points. Log lines go to stderr: one JSON object a line with the trace id
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import random
 import re
-import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,15 +28,17 @@ from opentelemetry.instrumentation.grpc import aio_client_interceptors
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Status, StatusCode, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
 from hocket.config import otlp_endpoint
+from hocket.rpc.interceptors import Wrapping
 from hocket.rpc.server_spans import ServerSpans
 from hocket.rpc.server_streams import StreamsInOneTask
+from hocket.tracing import metrics
+from hocket.tracing.file_spans import FileTracer, FileTracers, OwnIds
 from hocket.tracing.span_file import SpanFile
 
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}$")
@@ -52,16 +52,11 @@ def setup(service: str, instance: str, state_dir: Path, log_level: str = "info")
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(log_level.upper())
-    resource = Resource.create({"service.name": service, "service.instance.id": instance})
-    # ALWAYS_ON: the local file keeps every request, whatever the caller's sampling flag says.
-    provider = TracerProvider(
-        resource=resource, sampler=ALWAYS_ON, id_generator=_OwnIds(), shutdown_on_exit=False
-    )
     file = SpanFile(state_dir / "traces" / f"{service}-{instance}.jsonl", service, instance)
-    provider.add_span_processor(file)
-    if otlp_endpoint():
-        provider.add_span_processor(_otlp_processor())
-    return Telemetry(service, instance, provider.get_tracer("hocket"), provider, file, handler)
+    resource = Resource.create({"service.name": service, "service.instance.id": instance})
+    provider = _exporting(resource, file) if otlp_endpoint() else FileTracers(file)
+    tracer, gauges = provider.get_tracer("hocket"), metrics.setup(resource)
+    return Telemetry(service, instance, tracer, provider, file, handler, gauges)
 
 
 @dataclass(frozen=True)
@@ -71,11 +66,12 @@ class Telemetry:
     service: str
     instance: str
     tracer: Tracer
-    provider: TracerProvider
+    provider: trace.TracerProvider
     file: SpanFile
     log_handler: logging.Handler
+    gauges: metrics.Gauges
 
-    def server_interceptors(self, stall_s: float | None = None) -> list[grpc.aio.ServerInterceptor]:
+    def server_wrappings(self, stall_s: float | None = None) -> list[Wrapping]:
         """Continue the caller's trace in each RPC served; `stall_s`: see `StreamsInOneTask`."""
         return [StreamsInOneTask(stall_s), ServerSpans(self.tracer, _is_a_request)]
 
@@ -85,7 +81,10 @@ class Telemetry:
 
     def close(self) -> None:
         """Writes out what is pending and stops. Calling it twice is no error."""
-        self.provider.shutdown()
+        self.gauges.close()
+        if isinstance(self.provider, TracerProvider):
+            self.provider.shutdown()
+        self.file.shutdown()
         logging.getLogger().removeHandler(self.log_handler)
 
 
@@ -146,6 +145,9 @@ def record_span(
 
     Returns its traceparent, so that it can be the parent of another.
     """
+    if isinstance(tracer, FileTracer):
+        under = parent if isinstance(parent, str) else traceparent(parent)
+        return tracer.record(name, start_ns, end_ns, under, attributes or {}, error)
     context = context_from(parent) if isinstance(parent, str) else parent
     span = tracer.start_span(name, context, attributes=attributes, start_time=start_ns)
     if error:
@@ -165,24 +167,20 @@ def _is_traced(call: _CallDetails) -> bool:
 
 
 def _is_a_request(method: str) -> bool:
-    # Health, reflection, the standing watch and a gateway's line are not part of any request.
-    return not method.startswith("/grpc.") and not method.endswith(("/WatchCluster", "/Attach"))
+    # Health, reflection, the standing watch, a gateway's line and KEDA are no part of any request.
+    no_request = method.startswith(("/grpc.", "/externalscaler."))
+    return not no_request and not method.endswith(("/WatchCluster", "/Attach"))
 
 
-class _OwnIds(IdGenerator):
-    # The SDK draws ids from `random`, which a worker may seed to make a model's run repeatable; and
-    # the system, asked for each, lets go of the interpreter.
-    def __init__(self) -> None:
-        self._random = random.Random(secrets.randbits(128))
-
-    def generate_span_id(self) -> int:
-        return self._random.getrandbits(64) or 1
-
-    def generate_trace_id(self) -> int:
-        return self._random.getrandbits(128) or 1
-
-    def is_trace_id_random(self) -> bool:
-        return True
+def _exporting(resource: Resource, file: SpanFile) -> TracerProvider:
+    """OpenTelemetry's SDK: spans go to the file and to the collector."""
+    # ALWAYS_ON: the local file keeps every request, whatever the caller's sampling flag says.
+    provider = TracerProvider(
+        resource=resource, sampler=ALWAYS_ON, id_generator=OwnIds(), shutdown_on_exit=False
+    )
+    provider.add_span_processor(file)
+    provider.add_span_processor(_otlp_processor())
+    return provider
 
 
 def _otlp_processor() -> BatchSpanProcessor:

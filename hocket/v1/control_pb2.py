@@ -25,69 +25,80 @@ _sym_db = _symbol_database.Default()
 from hocket.v1 import generation_pb2 as hocket_dot_v1_dot_generation__pb2
 from hocket.v1 import mesh_pb2 as hocket_dot_v1_dot_mesh__pb2
 from hocket.v1 import types_pb2 as hocket_dot_v1_dot_types__pb2
+from hocket.v1 import workflows_pb2 as hocket_dot_v1_dot_workflows__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hocket/v1/control.proto\x12\thocket.v1\x1a\x1ahocket/v1/generation.proto\x1a\x14hocket/v1/mesh.proto\x1a\x15hocket/v1/types.proto\"y\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.hocket.v1.GenerateRequest\x12\x13\n\x0bwish_sha256\x18\x03 \x01(\x0c\x12\x12\n\nknown_only\x18\x04 \x01(\x08\"\xb1\x01\n\x0eSubmitResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.hocket.v1.AcceptedH\x00\x12&\n\x08rejected\x18\x02 \x01(\x0b\x32\x12.hocket.v1.FailureH\x00\x12/\n\x10\x61lready_finished\x18\x03 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\t\n\x07outcome\"\x92\x01\n\rAttachRequest\x12\x0f\n\x07gateway\x18\x01 \x01(\t\x12*\n\x07submits\x18\x02 \x03(\x0b\x32\x19.hocket.v1.AttachedSubmit\x12\"\n\x07\x66ollows\x18\x03 \x03(\x0b\x32\x11.hocket.v1.Follow\x12 \n\x06leaves\x18\x04 \x03(\x0b\x32\x10.hocket.v1.Leave\"\x83\x01\n\x0e\x41ttachedSubmit\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x18.hocket.v1.SubmitRequest\x12\x12\n\nexpires_us\x18\x03 \x01(\x04\x12\x10\n\x08\x66ollower\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"p\n\x06\x46ollow\x12\x10\n\x08\x66ollower\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x03 \x01(\x04\x12\x10\n\x08onlooker\x18\x04 \x01(\x08\x12\x13\n\x06tenant\x18\x05 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\"*\n\x05Leave\x12\x10\n\x08\x66ollower\x18\x01 \x01(\t\x12\x0f\n\x07returns\x18\x02 \x01(\x08\"\x9a\x01\n\x0e\x41ttachResponse\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12*\n\x07\x61nswers\x18\x02 \x03(\x0b\x32\x19.hocket.v1.AttachedAnswer\x12%\n\x08\x66ollowed\x18\x03 \x03(\x0b\x32\x13.hocket.v1.Followed\x12\'\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x17.hocket.v1.RequestEvent\"I\n\x0e\x41ttachedAnswer\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12)\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x19.hocket.v1.SubmitResponse\"j\n\x08\x46ollowed\x12\x10\n\x08\x66ollower\x18\x01 \x01(\t\x12\'\n\x06missed\x18\x02 \x03(\x0b\x32\x17.hocket.v1.RequestEvent\x12#\n\x07refused\x18\x03 \x01(\x0b\x32\x12.hocket.v1.Failure\"G\n\x11GetRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06tenant\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\">\n\x12GetRequestResponse\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.hocket.v1.RequestStatus\"x\n\rRequestStatus\x12/\n\x08metadata\x18\x01 \x01(\x0b\x32\x1d.hocket.v1.GenerationMetadata\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12&\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x17.hocket.v1.RequestEvent\"\x87\x01\n\x13ListRequestsRequest\x12\x13\n\x06tenant\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.hocket.v1.GenerationStateB\t\n\x07_tenant\"[\n\x14ListRequestsResponse\x12*\n\x08requests\x18\x01 \x03(\x0b\x32\x18.hocket.v1.RequestStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"J\n\x14\x44\x65leteRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06tenant\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\"\x17\n\x15\x44\x65leteRequestResponse\"J\n\x14\x43\x61ncelRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06tenant\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\",\n\x15\x43\x61ncelRequestResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x15\n\x13WatchClusterRequest\"\xe6\x02\n\x14WatchClusterResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.hocket.v1.WorkerStatus\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x15\n\rrequests_open\x18\x03 \x01(\r\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12$\n\x06models\x18\x05 \x03(\x0b\x32\x14.hocket.v1.ModelInfo\x12*\n\x08replicas\x18\x06 \x03(\x0b\x32\x18.hocket.v1.ReplicaStatus\x12+\n\x08promises\x18\x07 \x01(\x0b\x32\x19.hocket.v1.PromiseFigures\x12?\n\x08troubles\x18\x08 \x03(\x0b\x32-.hocket.v1.WatchClusterResponse.TroublesEntry\x1a/\n\rTroublesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\">\n\rReplicaStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_us\x18\x03 \x01(\x04\"X\n\x0ePromiseFigures\x12\x10\n\x08promised\x18\x01 \x01(\x04\x12\x0c\n\x04kept\x18\x02 \x01(\x04\x12\x15\n\rwith_deadline\x18\x03 \x01(\x04\x12\x0f\n\x07on_time\x18\x04 \x01(\x04\"\xf8\x01\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x18\n\x10heartbeat_age_us\x18\x04 \x01(\x04\x12\x19\n\x11memory_used_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x04\x12!\n\x06memory\x18\x07 \x01(\x0b\x32\x11.hocket.v1.Memory\x12\x10\n\x08slowdown\x18\x08 \x01(\x01\x12\x15\n\rlatents_alone\x18\t \x01(\r\x12\x10\n\x08restarts\x18\n \x01(\r\x12\x0c\n\x04note\x18\x0b \x01(\t\"2\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"(\n\x13\x44rainWorkerResponse\x12\x11\n\tjobs_held\x18\x01 \x01(\r2\xf7\x04\n\x0e\x43ontrolService\x12=\n\x06Submit\x12\x18.hocket.v1.SubmitRequest\x1a\x19.hocket.v1.SubmitResponse\x12\x41\n\x06\x41ttach\x12\x18.hocket.v1.AttachRequest\x1a\x19.hocket.v1.AttachResponse(\x01\x30\x01\x12I\n\nGetRequest\x12\x1c.hocket.v1.GetRequestRequest\x1a\x1d.hocket.v1.GetRequestResponse\x12O\n\x0cListRequests\x12\x1e.hocket.v1.ListRequestsRequest\x1a\x1f.hocket.v1.ListRequestsResponse\x12R\n\rDeleteRequest\x12\x1f.hocket.v1.DeleteRequestRequest\x1a .hocket.v1.DeleteRequestResponse\x12R\n\rCancelRequest\x12\x1f.hocket.v1.CancelRequestRequest\x1a .hocket.v1.CancelRequestResponse\x12Q\n\x0cWatchCluster\x12\x1e.hocket.v1.WatchClusterRequest\x1a\x1f.hocket.v1.WatchClusterResponse0\x01\x12L\n\x0b\x44rainWorker\x12\x1d.hocket.v1.DrainWorkerRequest\x1a\x1e.hocket.v1.DrainWorkerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hocket/v1/control.proto\x12\thocket.v1\x1a\x1ahocket/v1/generation.proto\x1a\x14hocket/v1/mesh.proto\x1a\x15hocket/v1/types.proto\x1a\x19hocket/v1/workflows.proto\"\x9b\x02\n\rSubmitRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.hocket.v1.GenerateRequest\x12\x13\n\x0bwish_sha256\x18\x03 \x01(\x0c\x12\x12\n\nknown_only\x18\x04 \x01(\x08\x12)\n\x08workflow\x18\x05 \x01(\x0b\x32\x17.hocket.v1.WorkflowSpec\x12\x34\n\x06shapes\x18\x06 \x03(\x0b\x32$.hocket.v1.SubmitRequest.ShapesEntry\x1a?\n\x0bShapesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x1f\n\x05value\x18\x02 \x01(\x0b\x32\x10.hocket.v1.Shape:\x02\x38\x01\"\xb1\x01\n\x0eSubmitResponse\x12\'\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x13.hocket.v1.AcceptedH\x00\x12&\n\x08rejected\x18\x02 \x01(\x0b\x32\x12.hocket.v1.FailureH\x00\x12/\n\x10\x61lready_finished\x18\x03 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\t\n\x07outcome\"\x92\x01\n\rAttachRequest\x12\x0f\n\x07gateway\x18\x01 \x01(\t\x12*\n\x07submits\x18\x02 \x03(\x0b\x32\x19.hocket.v1.AttachedSubmit\x12\"\n\x07\x66ollows\x18\x03 \x03(\x0b\x32\x11.hocket.v1.Follow\x12 \n\x06leaves\x18\x04 \x03(\x0b\x32\x10.hocket.v1.Leave\"\x83\x01\n\x0e\x41ttachedSubmit\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x18.hocket.v1.SubmitRequest\x12\x12\n\nexpires_us\x18\x03 \x01(\x04\x12\x10\n\x08\x66ollower\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"p\n\x06\x46ollow\x12\x10\n\x08\x66ollower\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x03 \x01(\x04\x12\x10\n\x08onlooker\x18\x04 \x01(\x08\x12\x13\n\x06tenant\x18\x05 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\"*\n\x05Leave\x12\x10\n\x08\x66ollower\x18\x01 \x01(\t\x12\x0f\n\x07returns\x18\x02 \x01(\x08\"\x9a\x01\n\x0e\x41ttachResponse\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12*\n\x07\x61nswers\x18\x02 \x03(\x0b\x32\x19.hocket.v1.AttachedAnswer\x12%\n\x08\x66ollowed\x18\x03 \x03(\x0b\x32\x13.hocket.v1.Followed\x12\'\n\x06\x65vents\x18\x04 \x03(\x0b\x32\x17.hocket.v1.RequestEvent\"I\n\x0e\x41ttachedAnswer\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12)\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x19.hocket.v1.SubmitResponse\"j\n\x08\x46ollowed\x12\x10\n\x08\x66ollower\x18\x01 \x01(\t\x12\'\n\x06missed\x18\x02 \x03(\x0b\x32\x17.hocket.v1.RequestEvent\x12#\n\x07refused\x18\x03 \x01(\x0b\x32\x12.hocket.v1.Failure\"G\n\x11GetRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06tenant\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\">\n\x12GetRequestResponse\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.hocket.v1.RequestStatus\"x\n\rRequestStatus\x12/\n\x08metadata\x18\x01 \x01(\x0b\x32\x1d.hocket.v1.GenerationMetadata\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12&\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x17.hocket.v1.RequestEvent\"\x87\x01\n\x13ListRequestsRequest\x12\x13\n\x06tenant\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x11\n\tpage_size\x18\x02 \x01(\r\x12\x12\n\npage_token\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x1a.hocket.v1.GenerationStateB\t\n\x07_tenant\"[\n\x14ListRequestsResponse\x12*\n\x08requests\x18\x01 \x03(\x0b\x32\x18.hocket.v1.RequestStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"J\n\x14\x44\x65leteRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06tenant\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\"\x17\n\x15\x44\x65leteRequestResponse\"J\n\x14\x43\x61ncelRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06tenant\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\",\n\x15\x43\x61ncelRequestResponse\x12\x13\n\x0bwas_running\x18\x01 \x01(\x08\"\x15\n\x13WatchClusterRequest\"\xb9\x03\n\x14WatchClusterResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.hocket.v1.WorkerStatus\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x15\n\rrequests_open\x18\x03 \x01(\r\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12$\n\x06models\x18\x05 \x03(\x0b\x32\x14.hocket.v1.ModelInfo\x12*\n\x08replicas\x18\x06 \x03(\x0b\x32\x18.hocket.v1.ReplicaStatus\x12+\n\x08promises\x18\x07 \x01(\x0b\x32\x19.hocket.v1.PromiseFigures\x12?\n\x08troubles\x18\x08 \x03(\x0b\x32-.hocket.v1.WatchClusterResponse.TroublesEntry\x12$\n\x05pools\x18\x14 \x03(\x0b\x32\x15.hocket.v1.PoolStatus\x12\x13\n\x0bwake_models\x18\x15 \x01(\x08\x12\x16\n\x0epools_settling\x18\x16 \x01(\x08\x1a/\n\rTroublesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xb1\x01\n\nPoolStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0b\n\x03gpu\x18\x02 \x01(\t\x12\x0f\n\x07workers\x18\x03 \x01(\r\x12\x0e\n\x06wanted\x18\x04 \x01(\r\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x0e\n\x06needed\x18\x06 \x01(\x01\x12\x0f\n\x07offered\x18\x07 \x01(\x01\x12\x0f\n\x07work_us\x18\x08 \x01(\x04\x12\x12\n\nlate_share\x18\t \x01(\x01\x12\x10\n\x08requests\x18\n \x01(\r\"2\n\nSeenModels\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.hocket.v1.SeenModel\"U\n\tSeenModel\x12\"\n\x04info\x18\x01 \x01(\x0b\x32\x14.hocket.v1.ModelInfo\x12\x0c\n\x04gpus\x18\x02 \x03(\t\x12\x16\n\x0eserved_unix_us\x18\x03 \x01(\x04\">\n\rReplicaStatus\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_us\x18\x03 \x01(\x04\"X\n\x0ePromiseFigures\x12\x10\n\x08promised\x18\x01 \x01(\x04\x12\x0c\n\x04kept\x18\x02 \x01(\x04\x12\x15\n\rwith_deadline\x18\x03 \x01(\x04\x12\x0f\n\x07on_time\x18\x04 \x01(\x04\"\xf8\x01\n\x0cWorkerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x18\n\x10heartbeat_age_us\x18\x04 \x01(\x04\x12\x19\n\x11memory_used_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12memory_total_bytes\x18\x06 \x01(\x04\x12!\n\x06memory\x18\x07 \x01(\x0b\x32\x11.hocket.v1.Memory\x12\x10\n\x08slowdown\x18\x08 \x01(\x01\x12\x15\n\rlatents_alone\x18\t \x01(\r\x12\x10\n\x08restarts\x18\n \x01(\r\x12\x0c\n\x04note\x18\x0b \x01(\t\"2\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"(\n\x13\x44rainWorkerResponse\x12\x11\n\tjobs_held\x18\x01 \x01(\r2\xcd\x07\n\x0e\x43ontrolService\x12=\n\x06Submit\x12\x18.hocket.v1.SubmitRequest\x1a\x19.hocket.v1.SubmitResponse\x12\x41\n\x06\x41ttach\x12\x18.hocket.v1.AttachRequest\x1a\x19.hocket.v1.AttachResponse(\x01\x30\x01\x12I\n\nGetRequest\x12\x1c.hocket.v1.GetRequestRequest\x1a\x1d.hocket.v1.GetRequestResponse\x12O\n\x0cListRequests\x12\x1e.hocket.v1.ListRequestsRequest\x1a\x1f.hocket.v1.ListRequestsResponse\x12R\n\rDeleteRequest\x12\x1f.hocket.v1.DeleteRequestRequest\x1a .hocket.v1.DeleteRequestResponse\x12R\n\rCancelRequest\x12\x1f.hocket.v1.CancelRequestRequest\x1a .hocket.v1.CancelRequestResponse\x12Q\n\x0cWatchCluster\x12\x1e.hocket.v1.WatchClusterRequest\x1a\x1f.hocket.v1.WatchClusterResponse0\x01\x12[\n\x10RegisterWorkflow\x12\".hocket.v1.RegisterWorkflowRequest\x1a#.hocket.v1.RegisterWorkflowResponse\x12R\n\rListWorkflows\x12\x1f.hocket.v1.ListWorkflowsRequest\x1a .hocket.v1.ListWorkflowsResponse\x12L\n\x0bGetWorkflow\x12\x1d.hocket.v1.GetWorkflowRequest\x1a\x1e.hocket.v1.GetWorkflowResponse\x12U\n\x0e\x44\x65leteWorkflow\x12 .hocket.v1.DeleteWorkflowRequest\x1a!.hocket.v1.DeleteWorkflowResponse\x12L\n\x0b\x44rainWorker\x12\x1d.hocket.v1.DrainWorkerRequest\x1a\x1e.hocket.v1.DrainWorkerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hocket.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SUBMITREQUEST_SHAPESENTRY']._loaded_options = None
+  _globals['_SUBMITREQUEST_SHAPESENTRY']._serialized_options = b'8\001'
   _globals['_WATCHCLUSTERRESPONSE_TROUBLESENTRY']._loaded_options = None
   _globals['_WATCHCLUSTERRESPONSE_TROUBLESENTRY']._serialized_options = b'8\001'
-  _globals['_SUBMITREQUEST']._serialized_start=111
-  _globals['_SUBMITREQUEST']._serialized_end=232
-  _globals['_SUBMITRESPONSE']._serialized_start=235
-  _globals['_SUBMITRESPONSE']._serialized_end=412
-  _globals['_ATTACHREQUEST']._serialized_start=415
-  _globals['_ATTACHREQUEST']._serialized_end=561
-  _globals['_ATTACHEDSUBMIT']._serialized_start=564
-  _globals['_ATTACHEDSUBMIT']._serialized_end=695
-  _globals['_FOLLOW']._serialized_start=697
-  _globals['_FOLLOW']._serialized_end=809
-  _globals['_LEAVE']._serialized_start=811
-  _globals['_LEAVE']._serialized_end=853
-  _globals['_ATTACHRESPONSE']._serialized_start=856
-  _globals['_ATTACHRESPONSE']._serialized_end=1010
-  _globals['_ATTACHEDANSWER']._serialized_start=1012
-  _globals['_ATTACHEDANSWER']._serialized_end=1085
-  _globals['_FOLLOWED']._serialized_start=1087
-  _globals['_FOLLOWED']._serialized_end=1193
-  _globals['_GETREQUESTREQUEST']._serialized_start=1195
-  _globals['_GETREQUESTREQUEST']._serialized_end=1266
-  _globals['_GETREQUESTRESPONSE']._serialized_start=1268
-  _globals['_GETREQUESTRESPONSE']._serialized_end=1330
-  _globals['_REQUESTSTATUS']._serialized_start=1332
-  _globals['_REQUESTSTATUS']._serialized_end=1452
-  _globals['_LISTREQUESTSREQUEST']._serialized_start=1455
-  _globals['_LISTREQUESTSREQUEST']._serialized_end=1590
-  _globals['_LISTREQUESTSRESPONSE']._serialized_start=1592
-  _globals['_LISTREQUESTSRESPONSE']._serialized_end=1683
-  _globals['_DELETEREQUESTREQUEST']._serialized_start=1685
-  _globals['_DELETEREQUESTREQUEST']._serialized_end=1759
-  _globals['_DELETEREQUESTRESPONSE']._serialized_start=1761
-  _globals['_DELETEREQUESTRESPONSE']._serialized_end=1784
-  _globals['_CANCELREQUESTREQUEST']._serialized_start=1786
-  _globals['_CANCELREQUESTREQUEST']._serialized_end=1860
-  _globals['_CANCELREQUESTRESPONSE']._serialized_start=1862
-  _globals['_CANCELREQUESTRESPONSE']._serialized_end=1906
-  _globals['_WATCHCLUSTERREQUEST']._serialized_start=1908
-  _globals['_WATCHCLUSTERREQUEST']._serialized_end=1929
-  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=1932
-  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=2290
-  _globals['_WATCHCLUSTERRESPONSE_TROUBLESENTRY']._serialized_start=2243
-  _globals['_WATCHCLUSTERRESPONSE_TROUBLESENTRY']._serialized_end=2290
-  _globals['_REPLICASTATUS']._serialized_start=2292
-  _globals['_REPLICASTATUS']._serialized_end=2354
-  _globals['_PROMISEFIGURES']._serialized_start=2356
-  _globals['_PROMISEFIGURES']._serialized_end=2444
-  _globals['_WORKERSTATUS']._serialized_start=2447
-  _globals['_WORKERSTATUS']._serialized_end=2695
-  _globals['_DRAINWORKERREQUEST']._serialized_start=2697
-  _globals['_DRAINWORKERREQUEST']._serialized_end=2747
-  _globals['_DRAINWORKERRESPONSE']._serialized_start=2749
-  _globals['_DRAINWORKERRESPONSE']._serialized_end=2789
-  _globals['_CONTROLSERVICE']._serialized_start=2792
-  _globals['_CONTROLSERVICE']._serialized_end=3423
+  _globals['_SUBMITREQUEST']._serialized_start=139
+  _globals['_SUBMITREQUEST']._serialized_end=422
+  _globals['_SUBMITREQUEST_SHAPESENTRY']._serialized_start=359
+  _globals['_SUBMITREQUEST_SHAPESENTRY']._serialized_end=422
+  _globals['_SUBMITRESPONSE']._serialized_start=425
+  _globals['_SUBMITRESPONSE']._serialized_end=602
+  _globals['_ATTACHREQUEST']._serialized_start=605
+  _globals['_ATTACHREQUEST']._serialized_end=751
+  _globals['_ATTACHEDSUBMIT']._serialized_start=754
+  _globals['_ATTACHEDSUBMIT']._serialized_end=885
+  _globals['_FOLLOW']._serialized_start=887
+  _globals['_FOLLOW']._serialized_end=999
+  _globals['_LEAVE']._serialized_start=1001
+  _globals['_LEAVE']._serialized_end=1043
+  _globals['_ATTACHRESPONSE']._serialized_start=1046
+  _globals['_ATTACHRESPONSE']._serialized_end=1200
+  _globals['_ATTACHEDANSWER']._serialized_start=1202
+  _globals['_ATTACHEDANSWER']._serialized_end=1275
+  _globals['_FOLLOWED']._serialized_start=1277
+  _globals['_FOLLOWED']._serialized_end=1383
+  _globals['_GETREQUESTREQUEST']._serialized_start=1385
+  _globals['_GETREQUESTREQUEST']._serialized_end=1456
+  _globals['_GETREQUESTRESPONSE']._serialized_start=1458
+  _globals['_GETREQUESTRESPONSE']._serialized_end=1520
+  _globals['_REQUESTSTATUS']._serialized_start=1522
+  _globals['_REQUESTSTATUS']._serialized_end=1642
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=1645
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=1780
+  _globals['_LISTREQUESTSRESPONSE']._serialized_start=1782
+  _globals['_LISTREQUESTSRESPONSE']._serialized_end=1873
+  _globals['_DELETEREQUESTREQUEST']._serialized_start=1875
+  _globals['_DELETEREQUESTREQUEST']._serialized_end=1949
+  _globals['_DELETEREQUESTRESPONSE']._serialized_start=1951
+  _globals['_DELETEREQUESTRESPONSE']._serialized_end=1974
+  _globals['_CANCELREQUESTREQUEST']._serialized_start=1976
+  _globals['_CANCELREQUESTREQUEST']._serialized_end=2050
+  _globals['_CANCELREQUESTRESPONSE']._serialized_start=2052
+  _globals['_CANCELREQUESTRESPONSE']._serialized_end=2096
+  _globals['_WATCHCLUSTERREQUEST']._serialized_start=2098
+  _globals['_WATCHCLUSTERREQUEST']._serialized_end=2119
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_start=2122
+  _globals['_WATCHCLUSTERRESPONSE']._serialized_end=2563
+  _globals['_WATCHCLUSTERRESPONSE_TROUBLESENTRY']._serialized_start=2516
+  _globals['_WATCHCLUSTERRESPONSE_TROUBLESENTRY']._serialized_end=2563
+  _globals['_POOLSTATUS']._serialized_start=2566
+  _globals['_POOLSTATUS']._serialized_end=2743
+  _globals['_SEENMODELS']._serialized_start=2745
+  _globals['_SEENMODELS']._serialized_end=2795
+  _globals['_SEENMODEL']._serialized_start=2797
+  _globals['_SEENMODEL']._serialized_end=2882
+  _globals['_REPLICASTATUS']._serialized_start=2884
+  _globals['_REPLICASTATUS']._serialized_end=2946
+  _globals['_PROMISEFIGURES']._serialized_start=2948
+  _globals['_PROMISEFIGURES']._serialized_end=3036
+  _globals['_WORKERSTATUS']._serialized_start=3039
+  _globals['_WORKERSTATUS']._serialized_end=3287
+  _globals['_DRAINWORKERREQUEST']._serialized_start=3289
+  _globals['_DRAINWORKERREQUEST']._serialized_end=3339
+  _globals['_DRAINWORKERRESPONSE']._serialized_start=3341
+  _globals['_DRAINWORKERRESPONSE']._serialized_end=3381
+  _globals['_CONTROLSERVICE']._serialized_start=3384
+  _globals['_CONTROLSERVICE']._serialized_end=4357
 # @@protoc_insertion_point(module_scope)

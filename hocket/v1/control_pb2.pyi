@@ -10,6 +10,7 @@ from google.protobuf.internal import containers as _containers
 from hocket.v1 import generation_pb2 as _generation_pb2
 from hocket.v1 import mesh_pb2 as _mesh_pb2
 from hocket.v1 import types_pb2 as _types_pb2
+from hocket.v1 import workflows_pb2 as _workflows_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -27,10 +28,33 @@ class SubmitRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ShapesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _types_pb2.Shape: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _types_pb2.Shape | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
     WISH_SHA256_FIELD_NUMBER: _builtins.int
     KNOWN_ONLY_FIELD_NUMBER: _builtins.int
+    WORKFLOW_FIELD_NUMBER: _builtins.int
+    SHAPES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name chosen by the gateway: a ULID-like sortable id without user text."""
     wish_sha256: _builtins.bytes
@@ -46,6 +70,14 @@ class SubmitRequest(_message.Message):
     def request(self) -> _generation_pb2.GenerateRequest:
         """The request, defaults filled in."""
 
+    @_builtins.property
+    def workflow(self) -> _workflows_pb2.WorkflowSpec:
+        """What `request.spec.workflow` names, where that is no model's plain chain. It stays with the request."""
+
+    @_builtins.property
+    def shapes(self) -> _containers.MessageMap[_builtins.str, _types_pb2.Shape]:
+        """By node of the workflow, what it makes has this shape. Filled in by control; what a gateway says is ignored."""
+
     def __init__(
         self,
         *,
@@ -53,10 +85,12 @@ class SubmitRequest(_message.Message):
         request: _generation_pb2.GenerateRequest | None = ...,
         wish_sha256: _builtins.bytes = ...,
         known_only: _builtins.bool = ...,
+        workflow: _workflows_pb2.WorkflowSpec | None = ...,
+        shapes: _abc.Mapping[_builtins.str, _types_pb2.Shape] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "workflow", b"workflow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_only", b"known_only", "request", b"request", "request_id", b"request_id", "wish_sha256", b"wish_sha256"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_only", b"known_only", "request", b"request", "request_id", b"request_id", "shapes", b"shapes", "wish_sha256", b"wish_sha256", "workflow", b"workflow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -652,19 +686,28 @@ class WatchClusterResponse(_message.Message):
     REPLICAS_FIELD_NUMBER: _builtins.int
     PROMISES_FIELD_NUMBER: _builtins.int
     TROUBLES_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
+    WAKE_MODELS_FIELD_NUMBER: _builtins.int
+    POOLS_SETTLING_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The leader's fencing number."""
     requests_open: _builtins.int
     """Requests that have not ended."""
     policy: _builtins.str
     """Name of the planning policy."""
+    wake_models: _builtins.bool
+    """A request for a model that no living worker serves is accepted, and waits for one."""
+    pools_settling: _builtins.bool
+    """This leader has just begun, and has not heard all workers yet: `pools` say nothing, neither that nobody is
+    wanted.
+    """
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerStatus]:
         """Workers with a living lease."""
 
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.ModelInfo]:
-        """Models that living workers serve."""
+        """Models that living workers serve, and those that they served of late, with `workers` = 0."""
 
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]:
@@ -678,6 +721,10 @@ class WatchClusterResponse(_message.Message):
     def troubles(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Counts of what went wrong since this leader leads, by name ("dropped messages", "refused heartbeats" …)."""
 
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolStatus]:
+        """How many workers are wanted, by model and kind of GPU."""
+
     def __init__(
         self,
         *,
@@ -689,14 +736,133 @@ class WatchClusterResponse(_message.Message):
         replicas: _abc.Iterable[Global___ReplicaStatus] | None = ...,
         promises: Global___PromiseFigures | None = ...,
         troubles: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        pools: _abc.Iterable[Global___PoolStatus] | None = ...,
+        wake_models: _builtins.bool = ...,
+        pools_settling: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["promises", b"promises"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "policy", b"policy", "promises", b"promises", "replicas", b"replicas", "requests_open", b"requests_open", "term", b"term", "troubles", b"troubles", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "policy", b"policy", "pools", b"pools", "pools_settling", b"pools_settling", "promises", b"promises", "replicas", b"replicas", "requests_open", b"requests_open", "term", b"term", "troubles", b"troubles", "wake_models", b"wake_models", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchClusterResponse: _TypeAlias = WatchClusterResponse  # noqa: Y015
+
+@_typing.final
+class PoolStatus(_message.Message):
+    """Workers that serve a model on a kind of GPU, and how many are wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    NEEDED_FIELD_NUMBER: _builtins.int
+    OFFERED_FIELD_NUMBER: _builtins.int
+    WORK_US_FIELD_NUMBER: _builtins.int
+    LATE_SHARE_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model; empty: all models of this kind of GPU together, for workers that serve all of them."""
+    gpu: _builtins.str
+    """Kind of GPU, as workers' profiles name it."""
+    workers: _builtins.int
+    """Workers that live and take new work."""
+    wanted: _builtins.int
+    """Workers wanted: within control's bounds, held for its quiet time."""
+    reason: _builtins.str
+    """Why: "idle", "load", "queue", "late", "quiet" (held from before), "least" or "most"."""
+    needed: _builtins.float
+    """Workers needed at this moment, a fraction: what `wanted` is made of."""
+    offered: _builtins.float
+    """Work that arrives, in workers that it keeps busy; smoothed."""
+    work_us: _builtins.int
+    """Work inside: time that one worker would take for what is left of all requests, in microseconds."""
+    late_share: _builtins.float
+    """Of requests with a deadline, the share that was late, was refused as late, or will be late; smoothed."""
+    requests: _builtins.int
+    """Requests inside."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        gpu: _builtins.str = ...,
+        workers: _builtins.int = ...,
+        wanted: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        needed: _builtins.float = ...,
+        offered: _builtins.float = ...,
+        work_us: _builtins.int = ...,
+        late_share: _builtins.float = ...,
+        requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpu", b"gpu", "late_share", b"late_share", "model", b"model", "needed", b"needed", "offered", b"offered", "reason", b"reason", "requests", b"requests", "wanted", b"wanted", "work_us", b"work_us", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolStatus: _TypeAlias = PoolStatus  # noqa: Y015
+
+@_typing.final
+class SeenModels(_message.Message):
+    """Models that workers have served of late, as one leader keeps them for the next."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeenModel]:
+        """The one served last comes last."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___SeenModel] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SeenModels: _TypeAlias = SeenModels  # noqa: Y015
+
+@_typing.final
+class SeenModel(_message.Message):
+    """A model that workers served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INFO_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    SERVED_UNIX_US_FIELD_NUMBER: _builtins.int
+    served_unix_us: _builtins.int
+    """When a worker last served it, in microseconds since 1970, to the minute."""
+    @_builtins.property
+    def info(self) -> _generation_pb2.ModelInfo:
+        """As a worker described it last."""
+
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Kinds of GPU that it was served on; the one seen last comes last."""
+
+    def __init__(
+        self,
+        *,
+        info: _generation_pb2.ModelInfo | None = ...,
+        gpus: _abc.Iterable[_builtins.str] | None = ...,
+        served_unix_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpus", b"gpus", "info", b"info", "served_unix_us", b"served_unix_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SeenModel: _TypeAlias = SeenModel  # noqa: Y015
 
 @_typing.final
 class ReplicaStatus(_message.Message):

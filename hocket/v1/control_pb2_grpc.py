@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from hocket.v1 import control_pb2 as hocket_dot_v1_dot_control__pb2
+from hocket.v1 import workflows_pb2 as hocket_dot_v1_dot_workflows__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -69,6 +70,26 @@ class ControlServiceStub:
                 '/hocket.v1.ControlService/WatchCluster',
                 request_serializer=hocket_dot_v1_dot_control__pb2.WatchClusterRequest.SerializeToString,
                 response_deserializer=hocket_dot_v1_dot_control__pb2.WatchClusterResponse.FromString,
+                _registered_method=True)
+        self.RegisterWorkflow = channel.unary_unary(
+                '/hocket.v1.ControlService/RegisterWorkflow',
+                request_serializer=hocket_dot_v1_dot_workflows__pb2.RegisterWorkflowRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_workflows__pb2.RegisterWorkflowResponse.FromString,
+                _registered_method=True)
+        self.ListWorkflows = channel.unary_unary(
+                '/hocket.v1.ControlService/ListWorkflows',
+                request_serializer=hocket_dot_v1_dot_workflows__pb2.ListWorkflowsRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_workflows__pb2.ListWorkflowsResponse.FromString,
+                _registered_method=True)
+        self.GetWorkflow = channel.unary_unary(
+                '/hocket.v1.ControlService/GetWorkflow',
+                request_serializer=hocket_dot_v1_dot_workflows__pb2.GetWorkflowRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_workflows__pb2.GetWorkflowResponse.FromString,
+                _registered_method=True)
+        self.DeleteWorkflow = channel.unary_unary(
+                '/hocket.v1.ControlService/DeleteWorkflow',
+                request_serializer=hocket_dot_v1_dot_workflows__pb2.DeleteWorkflowRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_workflows__pb2.DeleteWorkflowResponse.FromString,
                 _registered_method=True)
         self.DrainWorker = channel.unary_unary(
                 '/hocket.v1.ControlService/DrainWorker',
@@ -139,6 +160,39 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RegisterWorkflow(self, request, context):
+        """Registers a workflow; a registry full of names, or a store that is away, is a status. Whoever calls has checked
+        that its caller may.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListWorkflows(self, request, context):
+        """The newest version of each workflow, shipped ones included, by name.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetWorkflow(self, request, context):
+        """One workflow, by name or by name and digest.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteWorkflow(self, request, context):
+        """Forgets a registered workflow with all its versions.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DrainWorker(self, request, context):
         """Stops giving new steps to a worker; its jobs move at their next step boundaries.
         """
@@ -183,6 +237,26 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.WatchCluster,
                     request_deserializer=hocket_dot_v1_dot_control__pb2.WatchClusterRequest.FromString,
                     response_serializer=hocket_dot_v1_dot_control__pb2.WatchClusterResponse.SerializeToString,
+            ),
+            'RegisterWorkflow': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterWorkflow,
+                    request_deserializer=hocket_dot_v1_dot_workflows__pb2.RegisterWorkflowRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_workflows__pb2.RegisterWorkflowResponse.SerializeToString,
+            ),
+            'ListWorkflows': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWorkflows,
+                    request_deserializer=hocket_dot_v1_dot_workflows__pb2.ListWorkflowsRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_workflows__pb2.ListWorkflowsResponse.SerializeToString,
+            ),
+            'GetWorkflow': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetWorkflow,
+                    request_deserializer=hocket_dot_v1_dot_workflows__pb2.GetWorkflowRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_workflows__pb2.GetWorkflowResponse.SerializeToString,
+            ),
+            'DeleteWorkflow': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteWorkflow,
+                    request_deserializer=hocket_dot_v1_dot_workflows__pb2.DeleteWorkflowRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_workflows__pb2.DeleteWorkflowResponse.SerializeToString,
             ),
             'DrainWorker': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainWorker,
@@ -380,6 +454,114 @@ class ControlService:
             '/hocket.v1.ControlService/WatchCluster',
             hocket_dot_v1_dot_control__pb2.WatchClusterRequest.SerializeToString,
             hocket_dot_v1_dot_control__pb2.WatchClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterWorkflow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hocket.v1.ControlService/RegisterWorkflow',
+            hocket_dot_v1_dot_workflows__pb2.RegisterWorkflowRequest.SerializeToString,
+            hocket_dot_v1_dot_workflows__pb2.RegisterWorkflowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWorkflows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hocket.v1.ControlService/ListWorkflows',
+            hocket_dot_v1_dot_workflows__pb2.ListWorkflowsRequest.SerializeToString,
+            hocket_dot_v1_dot_workflows__pb2.ListWorkflowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetWorkflow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hocket.v1.ControlService/GetWorkflow',
+            hocket_dot_v1_dot_workflows__pb2.GetWorkflowRequest.SerializeToString,
+            hocket_dot_v1_dot_workflows__pb2.GetWorkflowResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteWorkflow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hocket.v1.ControlService/DeleteWorkflow',
+            hocket_dot_v1_dot_workflows__pb2.DeleteWorkflowRequest.SerializeToString,
+            hocket_dot_v1_dot_workflows__pb2.DeleteWorkflowResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -6,6 +6,7 @@ What a gateway asks of the control plane."""
 from collections import abc as _abc
 from grpc import aio as _aio
 from hocket.v1 import control_pb2 as _control_pb2
+from hocket.v1 import workflows_pb2 as _workflows_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -58,6 +59,23 @@ class ControlServiceStub:
     """Cancels a request at its next step boundary."""
     WatchCluster: _grpc.UnaryStreamMultiCallable[_control_pb2.WatchClusterRequest, _control_pb2.WatchClusterResponse]
     """Sends the cluster's state now and after every change of membership."""
+    RegisterWorkflow: _grpc.UnaryUnaryMultiCallable[_workflows_pb2.RegisterWorkflowRequest, _workflows_pb2.RegisterWorkflowResponse]
+    """Registers a workflow; a registry full of names, or a store that is away, is a status. Whoever calls has checked
+    that its caller may.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    ListWorkflows: _grpc.UnaryUnaryMultiCallable[_workflows_pb2.ListWorkflowsRequest, _workflows_pb2.ListWorkflowsResponse]
+    """The newest version of each workflow, shipped ones included, by name.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    GetWorkflow: _grpc.UnaryUnaryMultiCallable[_workflows_pb2.GetWorkflowRequest, _workflows_pb2.GetWorkflowResponse]
+    """One workflow, by name or by name and digest.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    DeleteWorkflow: _grpc.UnaryUnaryMultiCallable[_workflows_pb2.DeleteWorkflowRequest, _workflows_pb2.DeleteWorkflowResponse]
+    """Forgets a registered workflow with all its versions.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
     DrainWorker: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainWorkerRequest, _control_pb2.DrainWorkerResponse]
     """Stops giving new steps to a worker; its jobs move at their next step boundaries."""
 
@@ -91,6 +109,23 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """Cancels a request at its next step boundary."""
     WatchCluster: _aio.UnaryStreamMultiCallable[_control_pb2.WatchClusterRequest, _control_pb2.WatchClusterResponse]  # type: ignore[assignment]
     """Sends the cluster's state now and after every change of membership."""
+    RegisterWorkflow: _aio.UnaryUnaryMultiCallable[_workflows_pb2.RegisterWorkflowRequest, _workflows_pb2.RegisterWorkflowResponse]  # type: ignore[assignment]
+    """Registers a workflow; a registry full of names, or a store that is away, is a status. Whoever calls has checked
+    that its caller may.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    ListWorkflows: _aio.UnaryUnaryMultiCallable[_workflows_pb2.ListWorkflowsRequest, _workflows_pb2.ListWorkflowsResponse]  # type: ignore[assignment]
+    """The newest version of each workflow, shipped ones included, by name.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    GetWorkflow: _aio.UnaryUnaryMultiCallable[_workflows_pb2.GetWorkflowRequest, _workflows_pb2.GetWorkflowResponse]  # type: ignore[assignment]
+    """One workflow, by name or by name and digest.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
+    DeleteWorkflow: _aio.UnaryUnaryMultiCallable[_workflows_pb2.DeleteWorkflowRequest, _workflows_pb2.DeleteWorkflowResponse]  # type: ignore[assignment]
+    """Forgets a registered workflow with all its versions.
+    buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+    """
     DrainWorker: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainWorkerRequest, _control_pb2.DrainWorkerResponse]  # type: ignore[assignment]
     """Stops giving new steps to a worker; its jobs move at their next step boundaries."""
 
@@ -163,6 +198,47 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_control_pb2.WatchClusterResponse], _abc.AsyncIterator[_control_pb2.WatchClusterResponse]]:
         """Sends the cluster's state now and after every change of membership."""
+
+    @_abc_1.abstractmethod
+    def RegisterWorkflow(
+        self,
+        request: _workflows_pb2.RegisterWorkflowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_workflows_pb2.RegisterWorkflowResponse, _abc.Awaitable[_workflows_pb2.RegisterWorkflowResponse]]:
+        """Registers a workflow; a registry full of names, or a store that is away, is a status. Whoever calls has checked
+        that its caller may.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+
+    @_abc_1.abstractmethod
+    def ListWorkflows(
+        self,
+        request: _workflows_pb2.ListWorkflowsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_workflows_pb2.ListWorkflowsResponse, _abc.Awaitable[_workflows_pb2.ListWorkflowsResponse]]:
+        """The newest version of each workflow, shipped ones included, by name.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+
+    @_abc_1.abstractmethod
+    def GetWorkflow(
+        self,
+        request: _workflows_pb2.GetWorkflowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_workflows_pb2.GetWorkflowResponse, _abc.Awaitable[_workflows_pb2.GetWorkflowResponse]]:
+        """One workflow, by name or by name and digest.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteWorkflow(
+        self,
+        request: _workflows_pb2.DeleteWorkflowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_workflows_pb2.DeleteWorkflowResponse, _abc.Awaitable[_workflows_pb2.DeleteWorkflowResponse]]:
+        """Forgets a registered workflow with all its versions.
+        buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
+        """
 
     @_abc_1.abstractmethod
     def DrainWorker(

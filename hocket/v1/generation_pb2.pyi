@@ -667,6 +667,110 @@ class CancelResponse(_message.Message):
 Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
 
 @_typing.final
+class PutInputRequest(_message.Message):
+    """A piece of an upload."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """At most 256 KiB of the file, in order."""
+    @_builtins.property
+    def header(self) -> Global___InputHeader:
+        """First message."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___InputHeader | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "piece", b"piece"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "piece", b"piece"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_piece: _TypeAlias = _typing.Literal["header", "data"]  # noqa: Y015
+    _WhichOneofArgType_piece: _TypeAlias = _typing.Literal["piece", b"piece"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_piece) -> _WhichOneofReturnType_piece | None: ...
+
+Global___PutInputRequest: _TypeAlias = PutInputRequest  # noqa: Y015
+
+@_typing.final
+class InputHeader(_message.Message):
+    """What is uploaded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """SHA-256 of the whole file, in hex; empty: not checked."""
+    size_bytes: _builtins.int
+    """Size of the whole file; 0: not known before."""
+    tenant: _builtins.str
+    """Account of the caller: others cannot name what it uploads."""
+    mask: _builtins.bool
+    """A mask: one channel, white where something is made anew."""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        mask: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mask", b"mask", "sha256", b"sha256", "size_bytes", b"size_bytes", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InputHeader: _TypeAlias = InputHeader  # noqa: Y015
+
+@_typing.final
+class PutInputResponse(_message.Message):
+    """It is stored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    CONVERSIONS_FIELD_NUMBER: _builtins.int
+    KEPT_US_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What `GenerationSpec.inputs` calls it: "sha256:" and the digest of what was stored."""
+    width: _builtins.int
+    """Width in pixels, as stored."""
+    height: _builtins.int
+    """Height in pixels, as stored."""
+    kept_us: _builtins.int
+    """It is kept at least so long, in microseconds."""
+    @_builtins.property
+    def conversions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What had to be converted, for people: "rotated as its EXIF says", "alpha laid over white" …"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+        conversions: _abc.Iterable[_builtins.str] | None = ...,
+        kept_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversions", b"conversions", "height", b"height", "kept_us", b"kept_us", "name", b"name", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutInputResponse: _TypeAlias = PutInputResponse  # noqa: Y015
+
+@_typing.final
 class ListModelsRequest(_message.Message):
     """Asks for the models."""
 
@@ -769,7 +873,15 @@ class ModelInfo(_message.Message):
     BATCH_MAX_FIELD_NUMBER: _builtins.int
     BRANCHES_ABOVE_FIELD_NUMBER: _builtins.int
     FRAMES_FIELD_NUMBER: _builtins.int
+    OPERATIONS_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    SIZE_MULTIPLE_FIELD_NUMBER: _builtins.int
+    SIZE_MIN_FIELD_NUMBER: _builtins.int
+    SIZE_MAX_FIELD_NUMBER: _builtins.int
+    PIXELS_MAX_FIELD_NUMBER: _builtins.int
     OBEYS_LAYOUT_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     family: _builtins.str
@@ -794,8 +906,22 @@ class ModelInfo(_message.Message):
     """With a guidance scale above this, a step has two branches, which different workers can make. Absent where
     guidance is embedded or none.
     """
+    size_multiple: _builtins.int
+    """Where its sizes are free: widths and heights are multiples of this, in pixels, and `shapes` are recommended ones
+    among them. 0: `shapes` are all there is.
+    """
+    size_min: _builtins.int
+    """Smallest width and height, in pixels."""
+    size_max: _builtins.int
+    """Largest width and height, in pixels."""
+    pixels_max: _builtins.int
+    """Most pixels of a picture or of a frame, width times height."""
     obeys_layout: _builtins.bool
     """The worker obeys the layout of an assignment; one that does not say so splits every step by Ulysses alone."""
+    workers: _builtins.int
+    """In answers of control and gateway: living workers that serve it. 0: none does now; it is listed because workers
+    served it before. Absent: not told.
+    """
     @_builtins.property
     def workflows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workflows it serves; the first is its default."""
@@ -816,6 +942,20 @@ class ModelInfo(_message.Message):
     def frames(self) -> Global___FrameCounts:
         """Numbers of frames that it serves at each of its widths and heights; absent: those that `shapes` name, no others."""
 
+    @_builtins.property
+    def operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Operations of workflows that the worker runs with its weights; empty: the plain chain's three nodes. Also ports
+        that not every model's operation has, as "denoise.mask".
+        """
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelPart]:
+        """Its weights by part. Two models that name the same part share it: it is loaded once."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """LoRA adapters that a request may name (GenerationSpec.loras)."""
+
     def __init__(
         self,
         *,
@@ -835,14 +975,53 @@ class ModelInfo(_message.Message):
         batch_max: _builtins.int = ...,
         branches_above: _builtins.float | None = ...,
         frames: Global___FrameCounts | None = ...,
+        operations: _abc.Iterable[_builtins.str] | None = ...,
+        parts: _abc.Iterable[Global___ModelPart] | None = ...,
+        size_multiple: _builtins.int = ...,
+        size_min: _builtins.int = ...,
+        size_max: _builtins.int = ...,
+        pixels_max: _builtins.int = ...,
         obeys_layout: _builtins.bool = ...,
+        workers: _builtins.int | None = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "branches_above", b"branches_above", "frames", b"frames"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "_workers", b"_workers", "branches_above", b"branches_above", "frames", b"frames", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "frames", b"frames", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "shapes", b"shapes", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workflows", b"workflows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above", "_workers", b"_workers", "adapters", b"adapters", "batch_max", b"batch_max", "branches_above", b"branches_above", "degrees", b"degrees", "examples", b"examples", "family", b"family", "frames", b"frames", "guidance_default", b"guidance_default", "guidance_kind", b"guidance_kind", "guidance_max", b"guidance_max", "guidance_min", b"guidance_min", "name", b"name", "obeys_layout", b"obeys_layout", "operations", b"operations", "parts", b"parts", "pixels_max", b"pixels_max", "shapes", b"shapes", "size_max", b"size_max", "size_min", b"size_min", "size_multiple", b"size_multiple", "steps_default", b"steps_default", "steps_max", b"steps_max", "steps_min", b"steps_min", "workers", b"workers", "workflows", b"workflows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__branches_above: _TypeAlias = _typing.Literal["branches_above"]  # noqa: Y015
     _WhichOneofArgType__branches_above: _TypeAlias = _typing.Literal["_branches_above", b"_branches_above"]  # noqa: Y015
+    _WhichOneofReturnType__workers: _TypeAlias = _typing.Literal["workers"]  # noqa: Y015
+    _WhichOneofArgType__workers: _TypeAlias = _typing.Literal["_workers", b"_workers"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__branches_above) -> _WhichOneofReturnType__branches_above | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__workers) -> _WhichOneofReturnType__workers | None: ...
 
 Global___ModelInfo: _TypeAlias = ModelInfo  # noqa: Y015
+
+@_typing.final
+class ModelPart(_message.Message):
+    """Weights of a model that are loaded, shared and evicted as one. A node that needs several is named by several."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node of the chain that they are for: "text", "dit" or "vae"."""
+    part: _builtins.str
+    """Identity: digest over classes, configuration, precision and the bytes of the weights."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        part: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelPart: _TypeAlias = ModelPart  # noqa: Y015

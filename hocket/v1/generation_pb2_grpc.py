@@ -69,6 +69,11 @@ class GenerationServiceStub:
                 request_serializer=hocket_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=hocket_dot_v1_dot_generation__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.PutInput = channel.stream_unary(
+                '/hocket.v1.GenerationService/PutInput',
+                request_serializer=hocket_dot_v1_dot_generation__pb2.PutInputRequest.SerializeToString,
+                response_deserializer=hocket_dot_v1_dot_generation__pb2.PutInputResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer:
@@ -137,6 +142,15 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutInput(self, request_iterator, context):
+        """Uploads a picture for requests to name in `GenerationSpec.inputs`. The first message has the header, all others
+        data. It is decoded, bounded and stored as 8-bit RGB (a mask as 8-bit grey); what cannot be is refused by name.
+        Kept for the time that the operator has set; the same content has the same name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -169,6 +183,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=hocket_dot_v1_dot_generation__pb2.ListModelsRequest.FromString,
                     response_serializer=hocket_dot_v1_dot_generation__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'PutInput': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutInput,
+                    request_deserializer=hocket_dot_v1_dot_generation__pb2.PutInputRequest.FromString,
+                    response_serializer=hocket_dot_v1_dot_generation__pb2.PutInputResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -337,6 +356,33 @@ class GenerationService:
             '/hocket.v1.GenerationService/ListModels',
             hocket_dot_v1_dot_generation__pb2.ListModelsRequest.SerializeToString,
             hocket_dot_v1_dot_generation__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutInput(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/hocket.v1.GenerationService/PutInput',
+            hocket_dot_v1_dot_generation__pb2.PutInputRequest.SerializeToString,
+            hocket_dot_v1_dot_generation__pb2.PutInputResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -71,6 +71,11 @@ class GenerationServiceStub:
     """
     ListModels: _grpc.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]
     """Lists the models that living workers serve, with the shapes and steps they take."""
+    PutInput: _grpc.StreamUnaryMultiCallable[_generation_pb2.PutInputRequest, _generation_pb2.PutInputResponse]
+    """Uploads a picture for requests to name in `GenerationSpec.inputs`. The first message has the header, all others
+    data. It is decoded, bounded and stored as 8-bit RGB (a mask as 8-bit grey); what cannot be is refused by name.
+    Kept for the time that the operator has set; the same content has the same name.
+    """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
@@ -114,6 +119,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """
     ListModels: _aio.UnaryUnaryMultiCallable[_generation_pb2.ListModelsRequest, _generation_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models that living workers serve, with the shapes and steps they take."""
+    PutInput: _aio.StreamUnaryMultiCallable[_generation_pb2.PutInputRequest, _generation_pb2.PutInputResponse]  # type: ignore[assignment]
+    """Uploads a picture for requests to name in `GenerationSpec.inputs`. The first message has the header, all others
+    data. It is decoded, bounded and stored as 8-bit RGB (a mask as 8-bit grey); what cannot be is refused by name.
+    Kept for the time that the operator has set; the same content has the same name.
+    """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Makes pictures and videos.
@@ -190,5 +200,16 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.ListModelsResponse, _abc.Awaitable[_generation_pb2.ListModelsResponse]]:
         """Lists the models that living workers serve, with the shapes and steps they take."""
+
+    @_abc_1.abstractmethod
+    def PutInput(
+        self,
+        request_iterator: _MaybeAsyncIterator[_generation_pb2.PutInputRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_generation_pb2.PutInputResponse, _abc.Awaitable[_generation_pb2.PutInputResponse]]:
+        """Uploads a picture for requests to name in `GenerationSpec.inputs`. The first message has the header, all others
+        data. It is decoded, bounded and stored as 8-bit RGB (a mask as 8-bit grey); what cannot be is refused by name.
+        Kept for the time that the operator has set; the same content has the same name.
+        """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

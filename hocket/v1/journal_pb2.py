@@ -25,31 +25,34 @@ _sym_db = _symbol_database.Default()
 from hocket.v1 import control_pb2 as hocket_dot_v1_dot_control__pb2
 from hocket.v1 import generation_pb2 as hocket_dot_v1_dot_generation__pb2
 from hocket.v1 import types_pb2 as hocket_dot_v1_dot_types__pb2
+from hocket.v1 import workflows_pb2 as hocket_dot_v1_dot_workflows__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hocket/v1/journal.proto\x12\thocket.v1\x1a\x17hocket/v1/control.proto\x1a\x1ahocket/v1/generation.proto\x1a\x15hocket/v1/types.proto\"\x99\x02\n\x0cJournalEntry\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x12\n\nstamped_us\x18\x03 \x01(\x04\x12.\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\x0b\x32\x1a.hocket.v1.AcceptedRequestH\x00\x12(\n\x05\x65nded\x18\x05 \x01(\x0b\x32\x17.hocket.v1.EndedRequestH\x00\x12\x17\n\robserved_json\x18\x06 \x01(\tH\x00\x12%\n\x04plan\x18\x07 \x01(\x0b\x32\x15.hocket.v1.PlanRecordH\x00\x12\x32\n\x0eleader_started\x18\x08 \x01(\x0b\x32\x18.hocket.v1.LeaderStartedH\x00\x42\x07\n\x05\x65ntry\"\xf9\x01\n\x07Promise\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x18.hocket.v1.SubmitRequest\x12#\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x13.hocket.v1.Accepted\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12\x18\n\x10\x61\x63\x63\x65pted_unix_us\x18\x05 \x01(\x04\x12%\n\x08\x64\x65graded\x18\x06 \x01(\x0b\x32\x13.hocket.v1.Degraded\x12&\n\x05\x65nded\x18\x07 \x01(\x0b\x32\x17.hocket.v1.EndedRequest\x12\x13\n\x0bwish_sha256\x18\x08 \x01(\x0c\"$\n\x05\x46\x65nce\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05owner\x18\x02 \x01(\t\"-\n\tDrainWish\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\"u\n\x0f\x41\x63\x63\x65ptedRequest\x12(\n\x06submit\x18\x01 \x01(\x0b\x32\x18.hocket.v1.SubmitRequest\x12#\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x13.hocket.v1.Accepted\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\"\xae\x01\n\x0c\x45ndedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12$\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x12.hocket.v1.FailureH\x00\x12\x30\n\tcancelled\x18\x04 \x01(\x0b\x32\x1b.hocket.v1.CancelledRequestH\x00\x42\t\n\x07outcome\"&\n\x10\x43\x61ncelledRequest\x12\x12\n\nsteps_done\x18\x01 \x01(\r\"f\n\nPlanRecord\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0e\n\x06now_us\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x13\n\x0b\x61ssignments\x18\x04 \x01(\r\x12\x14\n\x0cplan_time_us\x18\x05 \x01(\x04\"\x87\x01\n\rLeaderStarted\x12\x15\n\rsettings_json\x18\x01 \x01(\t\x12\x13\n\x0bprofile_csv\x18\x02 \x01(\t\x12\x16\n\x0elatencies_json\x18\x03 \x01(\t\x12\r\n\x05piece\x18\x04 \x01(\x0c\x12\x13\n\x0bpiece_index\x18\x05 \x01(\r\x12\x0e\n\x06pieces\x18\x06 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hocket/v1/journal.proto\x12\thocket.v1\x1a\x17hocket/v1/control.proto\x1a\x1ahocket/v1/generation.proto\x1a\x15hocket/v1/types.proto\x1a\x19hocket/v1/workflows.proto\"\xc4\x02\n\x0cJournalEntry\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x12\n\nstamped_us\x18\x03 \x01(\x04\x12.\n\x08\x61\x63\x63\x65pted\x18\x04 \x01(\x0b\x32\x1a.hocket.v1.AcceptedRequestH\x00\x12(\n\x05\x65nded\x18\x05 \x01(\x0b\x32\x17.hocket.v1.EndedRequestH\x00\x12\x17\n\robserved_json\x18\x06 \x01(\tH\x00\x12%\n\x04plan\x18\x07 \x01(\x0b\x32\x15.hocket.v1.PlanRecordH\x00\x12\x32\n\x0eleader_started\x18\x08 \x01(\x0b\x32\x18.hocket.v1.LeaderStartedH\x00\x12)\n\x08workflow\x18\t \x01(\x0b\x32\x17.hocket.v1.WorkflowSpecB\x07\n\x05\x65ntry\"\xf9\x01\n\x07Promise\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12(\n\x06submit\x18\x02 \x01(\x0b\x32\x18.hocket.v1.SubmitRequest\x12#\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x13.hocket.v1.Accepted\x12\x13\n\x0btraceparent\x18\x04 \x01(\t\x12\x18\n\x10\x61\x63\x63\x65pted_unix_us\x18\x05 \x01(\x04\x12%\n\x08\x64\x65graded\x18\x06 \x01(\x0b\x32\x13.hocket.v1.Degraded\x12&\n\x05\x65nded\x18\x07 \x01(\x0b\x32\x17.hocket.v1.EndedRequest\x12\x13\n\x0bwish_sha256\x18\x08 \x01(\x0c\"$\n\x05\x46\x65nce\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05owner\x18\x02 \x01(\t\"-\n\tDrainWish\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\";\n\x0eStoredWorkflow\x12)\n\x08versions\x18\x01 \x03(\x0b\x32\x17.hocket.v1.WorkflowSpec\"u\n\x0f\x41\x63\x63\x65ptedRequest\x12(\n\x06submit\x18\x01 \x01(\x0b\x32\x18.hocket.v1.SubmitRequest\x12#\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x13.hocket.v1.Accepted\x12\x13\n\x0btraceparent\x18\x03 \x01(\t\"\xae\x01\n\x0c\x45ndedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x13.hocket.v1.FinishedH\x00\x12$\n\x06\x66\x61iled\x18\x03 \x01(\x0b\x32\x12.hocket.v1.FailureH\x00\x12\x30\n\tcancelled\x18\x04 \x01(\x0b\x32\x1b.hocket.v1.CancelledRequestH\x00\x42\t\n\x07outcome\"&\n\x10\x43\x61ncelledRequest\x12\x12\n\nsteps_done\x18\x01 \x01(\r\"f\n\nPlanRecord\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0e\n\x06now_us\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x13\n\x0b\x61ssignments\x18\x04 \x01(\r\x12\x14\n\x0cplan_time_us\x18\x05 \x01(\x04\"\x87\x01\n\rLeaderStarted\x12\x15\n\rsettings_json\x18\x01 \x01(\t\x12\x13\n\x0bprofile_csv\x18\x02 \x01(\t\x12\x16\n\x0elatencies_json\x18\x03 \x01(\t\x12\r\n\x05piece\x18\x04 \x01(\x0c\x12\x13\n\x0bpiece_index\x18\x05 \x01(\r\x12\x0e\n\x06pieces\x18\x06 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hocket.v1.journal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOURNALENTRY']._serialized_start=115
-  _globals['_JOURNALENTRY']._serialized_end=396
-  _globals['_PROMISE']._serialized_start=399
-  _globals['_PROMISE']._serialized_end=648
-  _globals['_FENCE']._serialized_start=650
-  _globals['_FENCE']._serialized_end=686
-  _globals['_DRAINWISH']._serialized_start=688
-  _globals['_DRAINWISH']._serialized_end=733
-  _globals['_ACCEPTEDREQUEST']._serialized_start=735
-  _globals['_ACCEPTEDREQUEST']._serialized_end=852
-  _globals['_ENDEDREQUEST']._serialized_start=855
-  _globals['_ENDEDREQUEST']._serialized_end=1029
-  _globals['_CANCELLEDREQUEST']._serialized_start=1031
-  _globals['_CANCELLEDREQUEST']._serialized_end=1069
-  _globals['_PLANRECORD']._serialized_start=1071
-  _globals['_PLANRECORD']._serialized_end=1173
-  _globals['_LEADERSTARTED']._serialized_start=1176
-  _globals['_LEADERSTARTED']._serialized_end=1311
+  _globals['_JOURNALENTRY']._serialized_start=142
+  _globals['_JOURNALENTRY']._serialized_end=466
+  _globals['_PROMISE']._serialized_start=469
+  _globals['_PROMISE']._serialized_end=718
+  _globals['_FENCE']._serialized_start=720
+  _globals['_FENCE']._serialized_end=756
+  _globals['_DRAINWISH']._serialized_start=758
+  _globals['_DRAINWISH']._serialized_end=803
+  _globals['_STOREDWORKFLOW']._serialized_start=805
+  _globals['_STOREDWORKFLOW']._serialized_end=864
+  _globals['_ACCEPTEDREQUEST']._serialized_start=866
+  _globals['_ACCEPTEDREQUEST']._serialized_end=983
+  _globals['_ENDEDREQUEST']._serialized_start=986
+  _globals['_ENDEDREQUEST']._serialized_end=1160
+  _globals['_CANCELLEDREQUEST']._serialized_start=1162
+  _globals['_CANCELLEDREQUEST']._serialized_end=1200
+  _globals['_PLANRECORD']._serialized_start=1202
+  _globals['_PLANRECORD']._serialized_end=1304
+  _globals['_LEADERSTARTED']._serialized_start=1307
+  _globals['_LEADERSTARTED']._serialized_end=1442
 # @@protoc_insertion_point(module_scope)

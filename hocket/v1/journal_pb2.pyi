@@ -5,11 +5,14 @@ What control writes to JetStream: promises, from which a leader leads on after a
 decision can be replayed.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from hocket.v1 import control_pb2 as _control_pb2
 from hocket.v1 import generation_pb2 as _generation_pb2
 from hocket.v1 import types_pb2 as _types_pb2
+from hocket.v1 import workflows_pb2 as _workflows_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -35,6 +38,7 @@ class JournalEntry(_message.Message):
     OBSERVED_JSON_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     LEADER_STARTED_FIELD_NUMBER: _builtins.int
+    WORKFLOW_FIELD_NUMBER: _builtins.int
     term: _builtins.int
     """The leader's fencing number."""
     sequence: _builtins.int
@@ -59,6 +63,10 @@ class JournalEntry(_message.Message):
     def leader_started(self) -> Global___LeaderStarted:
         """Control started: settings under which the following entries were made."""
 
+    @_builtins.property
+    def workflow(self) -> _workflows_pb2.WorkflowSpec:
+        """Beside a fact: the workflow of the request that arrived, where its name comes up for the first time in this term."""
+
     def __init__(
         self,
         *,
@@ -70,10 +78,11 @@ class JournalEntry(_message.Message):
         observed_json: _builtins.str = ...,
         plan: Global___PlanRecord | None = ...,
         leader_started: Global___LeaderStarted | None = ...,
+        workflow: _workflows_pb2.WorkflowSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "entry", b"entry", "leader_started", b"leader_started", "observed_json", b"observed_json", "plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "entry", b"entry", "leader_started", b"leader_started", "observed_json", b"observed_json", "plan", b"plan", "workflow", b"workflow"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "entry", b"entry", "leader_started", b"leader_started", "observed_json", b"observed_json", "plan", b"plan", "sequence", b"sequence", "stamped_us", b"stamped_us", "term", b"term"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "ended", b"ended", "entry", b"entry", "leader_started", b"leader_started", "observed_json", b"observed_json", "plan", b"plan", "sequence", b"sequence", "stamped_us", b"stamped_us", "term", b"term", "workflow", b"workflow"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_entry: _TypeAlias = _typing.Literal["accepted", "ended", "observed_json", "plan", "leader_started"]  # noqa: Y015
     _WhichOneofArgType_entry: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
@@ -105,7 +114,7 @@ class Promise(_message.Message):
     """Digest of what the caller asked for, before defaults: a repeated idempotency key must match it."""
     @_builtins.property
     def submit(self) -> _control_pb2.SubmitRequest:
-        """As submitted; of an ended request without its prompts."""
+        """As submitted; of an ended request without its prompts and its workflow."""
 
     @_builtins.property
     def answer(self) -> _generation_pb2.Accepted:
@@ -190,6 +199,30 @@ class DrainWish(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainWish: _TypeAlias = DrainWish  # noqa: Y015
+
+@_typing.final
+class StoredWorkflow(_message.Message):
+    """A registered workflow, as the bucket of workflows has it under its name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[_workflows_pb2.WorkflowSpec]:
+        """Its versions, the newest first."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[_workflows_pb2.WorkflowSpec] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoredWorkflow: _TypeAlias = StoredWorkflow  # noqa: Y015
 
 @_typing.final
 class AcceptedRequest(_message.Message):

@@ -9,6 +9,7 @@ Every message that carries `term` is refused by a receiver that has seen a highe
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from hocket.v1 import generation_pb2 as _generation_pb2
 from hocket.v1 import types_pb2 as _types_pb2
@@ -50,6 +51,7 @@ class Heartbeat(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     RESTARTS_FIELD_NUMBER: _builtins.int
+    OPERATIONS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """The worker's name."""
     incarnation: _builtins.str
@@ -96,6 +98,10 @@ class Heartbeat(_message.Message):
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Group]:
         """Groups of more than one member that stand on this worker; others it has given up."""
 
+    @_builtins.property
+    def operations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Operations of workflows that it runs without any model's weights."""
+
     def __init__(
         self,
         *,
@@ -115,10 +121,11 @@ class Heartbeat(_message.Message):
         groups: _abc.Iterable[_types_pb2.Group] | None = ...,
         stopping: _builtins.bool = ...,
         restarts: _builtins.int = ...,
+        operations: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_sequence", b"assignment_sequence", "device", b"device", "groups", b"groups", "host", b"host", "incarnation", b"incarnation", "latents", b"latents", "leaving", b"leaving", "memory", b"memory", "models", b"models", "pending_sequences", b"pending_sequences", "restarts", b"restarts", "sequence", b"sequence", "stopping", b"stopping", "store_address", b"store_address", "term", b"term", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment_sequence", b"assignment_sequence", "device", b"device", "groups", b"groups", "host", b"host", "incarnation", b"incarnation", "latents", b"latents", "leaving", b"leaving", "memory", b"memory", "models", b"models", "operations", b"operations", "pending_sequences", b"pending_sequences", "restarts", b"restarts", "sequence", b"sequence", "stopping", b"stopping", "store_address", b"store_address", "term", b"term", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -172,6 +179,7 @@ class HeldLatent(_message.Message):
     STEPS_DONE_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SPILLED_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     steps_done: _builtins.int
@@ -180,6 +188,8 @@ class HeldLatent(_message.Message):
     """Its size."""
     spilled: _builtins.bool
     """It was moved off the device, into the host's memory or a file, until it is needed."""
+    artifact: _builtins.str
+    """Which artifact of a workflow, "node.port"; empty: the latents of a plain chain."""
     def __init__(
         self,
         *,
@@ -187,10 +197,11 @@ class HeldLatent(_message.Message):
         steps_done: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         spilled: _builtins.bool = ...,
+        artifact: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "size_bytes", b"size_bytes", "spilled", b"spilled", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "request_id", b"request_id", "size_bytes", b"size_bytes", "spilled", b"spilled", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -273,6 +284,7 @@ class LatentFetch(_message.Message):
     STEPS_DONE_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     attempt: _builtins.int
@@ -281,6 +293,8 @@ class LatentFetch(_message.Message):
     """Steps behind the latent."""
     model: _builtins.str
     """Model of the request."""
+    artifact: _builtins.str
+    """Which artifact of a workflow, "node.port"; empty: the latents of a plain chain."""
     @_builtins.property
     def holder(self) -> _types_pb2.LatentHolder:
         """Who has it."""
@@ -293,10 +307,11 @@ class LatentFetch(_message.Message):
         steps_done: _builtins.int = ...,
         holder: _types_pb2.LatentHolder | None = ...,
         model: _builtins.str = ...,
+        artifact: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "holder", b"holder", "model", b"model", "request_id", b"request_id", "steps_done", b"steps_done"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "holder", b"holder", "model", b"model", "request_id", b"request_id", "steps_done", b"steps_done"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -338,25 +353,29 @@ Global___WeightsLoad: _TypeAlias = WeightsLoad  # noqa: Y015
 
 @_typing.final
 class WeightsName(_message.Message):
-    """The weights of one node of one model."""
+    """Weights that are loaded, shared and evicted as one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """The model."""
+    """A model that needs them; empty where the part says enough."""
     node: _builtins.str
-    """"text", "dit" or "vae"."""
+    """Its node."""
+    part: _builtins.str
+    """Their identity (see ModelPart)."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         node: _builtins.str = ...,
+        part: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "node", b"node", "part", b"part"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -443,6 +462,7 @@ class BatchMember(_message.Message):
     HOLDERS_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    CALL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     first_step: _builtins.int
@@ -461,6 +481,12 @@ class BatchMember(_message.Message):
     def spec(self) -> _types_pb2.GenerationSpec:
         """What to make, defaults filled in."""
 
+    @_builtins.property
+    def call(self) -> Global___NodeCall:
+        """Of a workflow other than a model's plain chain: what the node does for this request. Its inputs stand there, and
+        not in `holders`.
+        """
+
     def __init__(
         self,
         *,
@@ -471,14 +497,130 @@ class BatchMember(_message.Message):
         holders: _abc.Iterable[_types_pb2.LatentHolder] | None = ...,
         spec: _types_pb2.GenerationSpec | None = ...,
         traceparent: _builtins.str = ...,
+        call: Global___NodeCall | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "first_step", b"first_step", "holders", b"holders", "request_id", b"request_id", "spec", b"spec", "steps_total", b"steps_total", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "call", b"call", "first_step", b"first_step", "holders", b"holders", "request_id", b"request_id", "spec", b"spec", "steps_total", b"steps_total", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BatchMember: _TypeAlias = BatchMember  # noqa: Y015
+
+@_typing.final
+class NodeCall(_message.Message):
+    """What a node of a workflow does for one request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SettingsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _struct_pb2.Value: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _struct_pb2.Value | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    OP_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    op: _builtins.str
+    """Name of the operation."""
+    model: _builtins.str
+    """Whose weights; empty: none are needed."""
+    @_builtins.property
+    def shape(self) -> _types_pb2.Shape:
+        """Of what the node makes."""
+
+    @_builtins.property
+    def settings(self) -> _containers.MessageMap[_builtins.str, _struct_pb2.Value]:
+        """As the workflow has them, defaults filled in."""
+
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeInput]:
+        """What it takes."""
+
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Artifacts that it makes, in the order of the operation's outputs: "node.port"."""
+
+    def __init__(
+        self,
+        *,
+        op: _builtins.str = ...,
+        model: _builtins.str = ...,
+        shape: _types_pb2.Shape | None = ...,
+        settings: _abc.Mapping[_builtins.str, _struct_pb2.Value] | None = ...,
+        inputs: _abc.Iterable[Global___NodeInput] | None = ...,
+        outputs: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["shape", b"shape"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "model", b"model", "op", b"op", "outputs", b"outputs", "settings", b"settings", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeCall: _TypeAlias = NodeCall  # noqa: Y015
+
+@_typing.final
+class NodeInput(_message.Message):
+    """Something that a node takes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    OBJECT_NAME_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    port: _builtins.str
+    """The operation's port."""
+    artifact: _builtins.str
+    """"node.port" of its maker; empty: the request brought it."""
+    version: _builtins.int
+    """Steps behind an artifact that a stepped node made; else 0."""
+    object_name: _builtins.str
+    """Name in the store of inputs, of a file that the request brought."""
+    text: _builtins.str
+    """Text that the request brought."""
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.LatentHolder]:
+        """Who has it, best first."""
+
+    def __init__(
+        self,
+        *,
+        port: _builtins.str = ...,
+        artifact: _builtins.str = ...,
+        version: _builtins.int = ...,
+        holders: _abc.Iterable[_types_pb2.LatentHolder] | None = ...,
+        object_name: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "holders", b"holders", "object_name", b"object_name", "port", b"port", "text", b"text", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeInput: _TypeAlias = NodeInput  # noqa: Y015
 
 @_typing.final
 class Truncate(_message.Message):
@@ -651,10 +793,15 @@ class FailedJob(_message.Message):
     SUSPECTS_FIELD_NUMBER: _builtins.int
     TRIED_FIELD_NUMBER: _builtins.int
     SPENT_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The job; empty: it is not known which."""
     batch: _builtins.int
     """Jobs that were together when it failed."""
+    artifact: _builtins.str
+    """What nobody had: an artifact of a workflow ("node.port"), or the name of a file that the request brought.
+    Empty: the latents of a plain chain.
+    """
     @_builtins.property
     def suspects(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Members of the group that are to be suspected."""
@@ -675,10 +822,11 @@ class FailedJob(_message.Message):
         suspects: _abc.Iterable[_builtins.str] | None = ...,
         tried: _abc.Iterable[_builtins.str] | None = ...,
         spent: _abc.Iterable[_builtins.str] | None = ...,
+        artifact: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "request_id", b"request_id", "spent", b"spent", "suspects", b"suspects", "tried", b"tried"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "batch", b"batch", "request_id", b"request_id", "spent", b"spent", "suspects", b"suspects", "tried", b"tried"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -734,6 +882,7 @@ class LatentRequest(_message.Message):
     STEPS_DONE_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     WAIT_US_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request."""
     steps_done: _builtins.int
@@ -742,6 +891,8 @@ class LatentRequest(_message.Message):
     """Attempt of the asking assignment."""
     wait_us: _builtins.int
     """How long the holder may wait for the step to end, in microseconds."""
+    artifact: _builtins.str
+    """Which artifact of a workflow, "node.port"; empty: the latents of a plain chain."""
     def __init__(
         self,
         *,
@@ -749,10 +900,11 @@ class LatentRequest(_message.Message):
         steps_done: _builtins.int = ...,
         attempt: _builtins.int = ...,
         wait_us: _builtins.int = ...,
+        artifact: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "request_id", b"request_id", "steps_done", b"steps_done", "wait_us", b"wait_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "attempt", b"attempt", "request_id", b"request_id", "steps_done", b"steps_done", "wait_us", b"wait_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

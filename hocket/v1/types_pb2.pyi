@@ -306,7 +306,9 @@ class GenerationSpec(_message.Message):
     model: _builtins.str
     """Model name as listed by ListModels; empty picks the default model."""
     workflow: _builtins.str
-    """Workflow name: "txt2img" or "txt2vid"; empty picks the model's default."""
+    """Workflow: a model's own ("txt2img", "txt2vid") or a registered one, by name or by name and digest
+    ("upscale-twice@1f2e3d4c"); empty picks the model's default.
+    """
     prompt: _builtins.str
     """What to show."""
     negative_prompt: _builtins.str
@@ -329,11 +331,13 @@ class GenerationSpec(_message.Message):
 
     @_builtins.property
     def loras(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Adapter names applied to the denoiser."""
+        """LoRA adapters of the model's denoiser, each "name" or "name:scale" (scale -4 to 4, default 1), each name once, at
+        most 8; see ModelInfo.adapters. In a workflow, of every stepped node that runs with the request's own model.
+        """
 
     @_builtins.property
     def inputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Further named inputs of workflow nodes (control images and the like), by object-store name."""
+        """Further inputs of the workflow by their names there (pictures, masks …), each as PutInput named it."""
 
     def __init__(
         self,
@@ -492,6 +496,12 @@ class Memory(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     LOADS_FIELD_NUMBER: _builtins.int
     EVICTIONS_FIELD_NUMBER: _builtins.int
+    MEDIA_BYTES_FIELD_NUMBER: _builtins.int
+    PROMPTS_BYTES_FIELD_NUMBER: _builtins.int
+    PROMPTS_RECALLED_FIELD_NUMBER: _builtins.int
+    PROMPTS_ENCODED_FIELD_NUMBER: _builtins.int
+    AHEAD_BYTES_FIELD_NUMBER: _builtins.int
+    AHEAD_TAKEN_FIELD_NUMBER: _builtins.int
     budget_bytes: _builtins.int
     """For weights and activations; 0: all its models always fit, nothing is ever evicted."""
     weights_bytes: _builtins.int
@@ -510,6 +520,18 @@ class Memory(_message.Message):
     """Parts loaded since the worker started."""
     evictions: _builtins.int
     """Parts evicted since the worker started."""
+    media_bytes: _builtins.int
+    """Frames of finished media that wait to be encoded, in the host's memory."""
+    prompts_bytes: _builtins.int
+    """Embeddings of prompts that were asked for before; counted with the latents on the device."""
+    prompts_recalled: _builtins.int
+    """Texts whose embeddings were there, since the worker started."""
+    prompts_encoded: _builtins.int
+    """Texts that had to be encoded, since the worker started."""
+    ahead_bytes: _builtins.int
+    """Inputs of assignments that come next, fetched before their turn, in the host's memory."""
+    ahead_taken: _builtins.int
+    """Inputs that were here, or on their way, when their assignment began, since the worker started."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartWeights]:
         """The weights it serves with, in parts; those used last come last."""
@@ -527,10 +549,16 @@ class Memory(_message.Message):
         parts: _abc.Iterable[Global___PartWeights] | None = ...,
         loads: _builtins.int = ...,
         evictions: _builtins.int = ...,
+        media_bytes: _builtins.int = ...,
+        prompts_bytes: _builtins.int = ...,
+        prompts_recalled: _builtins.int = ...,
+        prompts_encoded: _builtins.int = ...,
+        ahead_bytes: _builtins.int = ...,
+        ahead_taken: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "budget_bytes", b"budget_bytes", "evictions", b"evictions", "latents_budget_bytes", b"latents_budget_bytes", "latents_bytes", b"latents_bytes", "latents_file_bytes", b"latents_file_bytes", "latents_host_bytes", b"latents_host_bytes", "loads", b"loads", "parts", b"parts", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations_bytes", b"activations_bytes", "ahead_bytes", b"ahead_bytes", "ahead_taken", b"ahead_taken", "budget_bytes", b"budget_bytes", "evictions", b"evictions", "latents_budget_bytes", b"latents_budget_bytes", "latents_bytes", b"latents_bytes", "latents_file_bytes", b"latents_file_bytes", "latents_host_bytes", b"latents_host_bytes", "loads", b"loads", "media_bytes", b"media_bytes", "parts", b"parts", "prompts_bytes", b"prompts_bytes", "prompts_encoded", b"prompts_encoded", "prompts_recalled", b"prompts_recalled", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -548,6 +576,7 @@ class PartWeights(_message.Message):
     PEAK_BYTES_FIELD_NUMBER: _builtins.int
     LOAD_TIME_US_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The model."""
     node: _builtins.str
@@ -560,6 +589,8 @@ class PartWeights(_message.Message):
     """Time that loading them takes, in microseconds, as measured last."""
     resident: _builtins.bool
     """They are on the device now."""
+    part: _builtins.str
+    """Their identity (see ModelPart); models that share it say the same of it."""
     def __init__(
         self,
         *,
@@ -569,10 +600,11 @@ class PartWeights(_message.Message):
         peak_bytes: _builtins.int = ...,
         load_time_us: _builtins.int = ...,
         resident: _builtins.bool = ...,
+        part: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load_time_us", b"load_time_us", "model", b"model", "node", b"node", "peak_bytes", b"peak_bytes", "resident", b"resident", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load_time_us", b"load_time_us", "model", b"model", "node", b"node", "part", b"part", "peak_bytes", b"peak_bytes", "resident", b"resident", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench.sim.case import CaseError, models_of
+from bench.sim.case import CaseError, ClusterSpec, PoolSpec, models_of
 from bench.sim.costs import Costs
 from bench.sim.experiment import load_experiment, parse_seeds, run_row, settings_of
 from control.scheduler.books.loads import LoadTable
@@ -169,3 +169,11 @@ def test_seeds():
     for text in ("", "3-1", "a", "-1", "1-", "1,,2"):
         with pytest.raises(CaseError, match="seeds"):
             parse_seeds(text)
+
+
+def test_pools_are_kinds_that_run_some_nodes() -> None:
+    cluster = ClusterSpec(pools="2 big dit, 1 small text vae, 1 big")
+    assert cluster.kinds() == {"w0000": "big", "w0001": "big", "w0100": "small", "w0200": "big"}
+    for wrong in ("big dit", "0 big", "2", "2 big unet", "2 big dit,"):
+        with pytest.raises(CaseError, match=r"cluster\.pools"):
+            PoolSpec.read(wrong)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from bench.chaos import faults, wishes
+from bench.chaos.calls_made import MadeCall, again, by_node, needless
 from bench.chaos.checks import OPEN, Leftovers, Written, all_checks, nothing_left
 from bench.chaos.faults import ChaosFault, draw
 from bench.chaos.history import (
@@ -57,6 +58,7 @@ def test_other_seeds_draw_other_faults_and_calls() -> None:
     behaviours = {"patient", "rider", "operation", "detached", "quitter", "canceller"}
     assert {c.behaviour for c in calls} == behaviours
     assert {c.wish.model for c in calls} == {wishes.PICTURES, wishes.CLIPS}
+    assert {c.wish.workflow for c in calls} == {"", wishes.TWO_PASSES, wishes.MADE_OVER}
 
 
 def observed(name: str, behaviour: str = wishes.PATIENT, ended: str = FINISHED) -> ObservedCall:
@@ -199,3 +201,18 @@ def test_promises_and_journals_are_read_alike() -> None:
     ends = [JournalEntry(ended=ended)] * 2
     assert journalled([accepted]) == [Written("r", OPEN, "k", 0)]
     assert journalled([accepted, *ends]) == [Written("r", FINISHED, "k", 2)]
+
+
+def test_calls_made_again_are_needless_where_a_living_worker_had_made_them() -> None:
+    def made(node: str, step: int, at_ns: int, *workers: str) -> MadeCall:
+        return MadeCall("r", node, step, workers, at_ns)
+
+    calls = [
+        made("text", 1, 0, "w0"),
+        made("first", 1, 1, "w0"),
+        made("first", 2, 2, "w0", "w1"),
+        made("text", 1, 3, "w1"),  # w0 was lost
+        made("first", 2, 4, "w1"),  # w1 had it
+    ]
+    assert again(calls) == calls[3:] and needless(calls, "w0") == calls[4:]
+    assert by_node(calls) == {"first": 3, "text": 2}

@@ -127,7 +127,7 @@ def test_a_decode_elsewhere_and_a_new_epoch_cost():
 def test_members_load_side_by_side_and_dropped_loads_stay_due():
     hand = Hand()
     loads = tuple(
-        Load(sequence=2, worker=w, model="m", node="dit", load_us=us)
+        Load(sequence=2, worker=w, model="m", node="dit", part="m/dit", load_us=us)
         for w, us in (("w0", 30), ("w1", 50))
     )
     hand.send(0, "text", ["w0"])

@@ -80,7 +80,8 @@ def whole(made):
 
 
 def load(node="dit", evict=()):
-    return Load(sequence=1, worker="w0", model="m", node=node, load_us=1, evict=evict)
+    part = f"m/{node}"
+    return Load(sequence=1, worker="w0", model="m", node=node, part=part, load_us=1, evict=evict)
 
 
 def test_a_sound_run_passes():
@@ -104,7 +105,11 @@ def loaded(made, *loads):
         made.loaded(one, 5)
 
 
-SMALL = {"memory_mib": 10, "weights_mib": {("m", "dit"): 7, ("m", "vae"): 7}}
+SMALL = {
+    "memory_mib": 10,
+    "weights_mib": {"m/dit": 7, "m/vae": 7},
+    "parts": {("m", node): frozenset((f"m/{node}",)) for node in ("dit", "vae")},
+}
 BROKEN = {
     "arrives-once": lambda c: c.arrived(request(), 1),
     "ends-once": lambda c: (c.ended(ended(Outcome.CANCELLED)), c.ended(ended(Outcome.CANCELLED))),
@@ -165,7 +170,7 @@ def test_each_rule_sees_its_breach(name):
 
 
 def test_evicting_first_makes_room():
-    loaded(checker(**SMALL), load("dit"), load("vae", evict=(("m", "dit"),)))
+    loaded(checker(**SMALL), load("dit"), load("vae", evict=("m/dit",)))
 
 
 def test_a_later_attempt_may_begin_where_an_earlier_one_was():

@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from tests.waiting import until
 
 TTL_US = 1_000_000
 MODEL = "m"
+# Of a broker that all tests of a session share: what is reserved for one is no other's.
+ROOM: dict[str, object] = {"media_bytes_max": 64 << 20, "inputs_bytes_max": 64 << 20}
 _BEAT_S = 0.1
 
 
@@ -38,7 +40,7 @@ class Replica:
             state_dir=state_dir,
             policy="edf",
             leader_ttl_us=TTL_US,
-            **settings,  # type: ignore[arg-type]
+            **{**ROOM, **settings},  # type: ignore[arg-type]
         )
         self._stop = asyncio.Event()
         self._told = telemetry.setup("control", "test", state_dir, "warning")
@@ -76,18 +78,30 @@ def started(url: str, cluster: str, state_dir: Path, listen: str) -> subprocess.
     """`python -m control`."""
     command = [sys.executable, "-m", "control", "--policy=edf", f"--nats-url={url}"]
     command += [f"--cluster={cluster}", f"--state-dir={state_dir}", f"--listen={listen}"]
-    environment = {**os.environ, "HOCKET_LEADER_TTL_US": str(TTL_US)}
+    room = {f"HOCKET_{name.upper()}": str(size) for name, size in ROOM.items()}
+    environment = {**os.environ, **room, "HOCKET_LEADER_TTL_US": str(TTL_US)}
     return subprocess.Popen(command, env=environment)
 
 
-async def beat_for_ever(bus: Bus, subjects: Subjects, worker: str = "w0") -> None:
-    """A worker with nothing to do."""
-    model = generation_pb2.ModelInfo(name=MODEL)
+async def beat_for_ever(
+    bus: Bus,
+    subjects: Subjects,
+    worker: str = "w0",
+    model: generation_pb2.ModelInfo | None = None,
+    operations: Sequence[str] = (),
+) -> None:
+    """A worker with nothing to do; `operations`: those without weights."""
+    model = model or generation_pb2.ModelInfo(name=MODEL)
     sequence = 0
     while True:
         sequence += 1
         beat = mesh_pb2.Heartbeat(
-            worker=worker, incarnation="1", sequence=sequence, host="h", models=[model]
+            worker=worker,
+            incarnation="1",
+            sequence=sequence,
+            host="h",
+            models=[model],
+            operations=operations,
         )
         beat.device.kind = beat.device.profile_name = "cpu"
         await bus.publish(subjects.heartbeat(worker), beat)

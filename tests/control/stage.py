@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from opentelemetry.trace import NoOpTracer
 
-from control.admission import AdmissionSettings
 from control.desk import Desk, Wiring
 from control.leading.room import no_room
+from control.requests.offers import AdmissionSettings
+from control.scaling.settings import ScalingSettings
+from control.scaling.signal import WakeSettings
 from control.scheduler.core import Scheduler
 from control.scheduler.settings import Settings
 from control.scheduler.times.profile import Profile
@@ -136,7 +138,14 @@ class Gateway:
 class Stage:
     """The desk and its ear, on a manual clock."""
 
-    def __init__(self, *, grace_us: int = 10_000_000, **admission: int) -> None:
+    def __init__(
+        self,
+        *,
+        grace_us: int = 10_000_000,
+        wake: WakeSettings | None = None,
+        scaling: ScalingSettings | None = None,
+        **admission: int,
+    ) -> None:
         self.clock = ManualClock(1_000_000)
         self.shelf = Shelf()
         self.wire = Wire()
@@ -154,6 +163,8 @@ class Stage:
                 policy="edf",
                 follower_grace_us=grace_us,
                 admission=AdmissionSettings(**admission),
+                wake=wake or WakeSettings(),
+                scaling=scaling or ScalingSettings(),
             )
         )
         self.intake: Intake = self.desk.intake(lambda _: None)
@@ -222,7 +233,7 @@ class Stage:
         """The end of an assignment, as its worker tells it."""
         results = []
         for member in assignment.batch:
-            done = member.first_step + (assignment.steps if assignment.node == "dit" else 0)
+            done = member.first_step + (assignment.steps if _steps(assignment) else 0)
             result = mesh_pb2.StepResult(
                 request_id=member.request_id, attempt=member.attempt, steps_done=done
             )
@@ -277,6 +288,10 @@ class Stage:
         )
 
 
+def _steps(assignment: mesh_pb2.Assignment) -> bool:
+    return assignment.node == "dit" or assignment.batch[0].call.op == "denoise"
+
+
 SHAPES = [
     types_pb2.Shape(width=64, height=64, frames=1),
     types_pb2.Shape(width=32, height=32, frames=1),
@@ -294,7 +309,7 @@ def submit_of(
 
 
 @asynccontextmanager
-async def running(**settings: int) -> AsyncIterator[Stage]:
+async def running(**settings: Any) -> AsyncIterator[Stage]:
     """A stage whose parts run, with one worker; a part that fails fails the test."""
     stage = Stage(**settings)
     for part in stage.desk.parts():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import grpc
 import pytest
 
-from hocket.v1 import control_pb2, types_pb2
+from control.workflows.admitting import prepared
+from hocket.errors import Refused, status_code
+from hocket.v1 import control_pb2, generation_pb2, types_pb2
 from tests.control.stage import STEP_US, Stage, running, submit_of
 
 
@@ -132,6 +135,21 @@ async def test_a_cancel_overtakes_the_promise() -> None:
         stage.shelf.is_open.set()
         await stage.work()
         assert gateway.kinds("r") == ["cancelled"]
+
+
+def test_a_role_that_nobody_holds_is_a_refusal_that_names_it() -> None:
+    submit = submit_of("r")
+    apart = generation_pb2.ModelInfo(name="m", operations=["denoise", "decode"])
+    failure = prepared(submit, {"m": apart})
+    assert failure is not None and failure.reason == "ROLES_NOT_SERVED"
+    assert "encode_prompt of 'm': missing roles text" in failure.message
+    assert failure.metadata["operations"] == "encode_prompt" and failure.retry_after_us
+    error = Refused(failure.reason, failure.message)
+    assert status_code(error) is grpc.StatusCode.UNAVAILABLE
+    submit.workflow.nodes.add(id="pictures", op="decode")
+    assert prepared(submit, {"m": apart}) is None, "it encodes nothing"
+    submit.workflow.nodes.add(id="words", op="encode_prompt")
+    assert prepared(submit, {"m": apart}) == failure
 
 
 async def test_causes_are_named_as_they_are() -> None:

@@ -16,7 +16,7 @@ from control.entrance.door import TERMS_AHEAD_MAX, check_heartbeat, check_report
 from control.scheduler.core import Scheduler
 from control.scheduler.settings import Settings
 from control.scheduler.times.profile import Profile
-from control.scheduler.values import Arrived, Request, Shape
+from control.scheduler.values import Arrived, AssignmentFailed, Request, Shape
 from control.workers.leases import Leases
 from hocket.v1 import control_pb2, mesh_pb2, types_pb2
 
@@ -54,7 +54,13 @@ def messages(kind: type[Message], depth: int = 3) -> st.SearchStrategy[Message]:
 def _fill(draw: Any, message: Message, field: FieldDescriptor, depth: int) -> None:
     nested = field.message_type
     if nested is not None and nested.GetOptions().map_entry:
-        getattr(message, field.name).update(draw(st.dictionaries(STRINGS, STRINGS, max_size=2)))
+        value, values = nested.fields_by_name["value"].message_type, getattr(message, field.name)
+        if value is None:
+            values.update(draw(st.dictionaries(STRINGS, STRINGS, max_size=2)))
+        elif depth:
+            of = messages(value._concrete_class, depth - 1)
+            for name, one in draw(st.dictionaries(STRINGS, of, max_size=2)).items():
+                values[name].CopyFrom(one)
     elif nested is not None and depth:
         of = messages(nested._concrete_class, depth - 1)
         if field.is_repeated:
@@ -160,6 +166,35 @@ def test_models_and_counts_are_bounded() -> None:
     assert check_report(report(step_time_us=[2**63]), 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "held", "missed"),
+    [
+        ("", True, True),
+        ("refine-1.latents", True, True),
+        (f"{'t' * 64}/sha256:{'0' * 64}", False, True),  # a file; nobody holds one
+        ("a b", False, False),
+        ("a.b\n", False, False),
+        ("ñ.b", False, False),
+        ("x" * 5_000, False, False),
+    ],
+)
+def test_names_of_artifacts_are_short_and_plain(name: str, held: bool, missed: bool) -> None:
+    holds = beat(latents=[mesh_pb2.HeldLatent(request_id="01J0", artifact=name)])
+    lacks = report(failed_job=mesh_pb2.FailedJob(request_id="01J0", artifact=name))
+    for why, sound in ((check_heartbeat(holds, 1), held), (check_report(lacks, 1), missed)):
+        assert why is None if sound else why and len(why) < 300 and why.isprintable()
+
+
+@pytest.mark.parametrize("name", ["a b", "", "x" * 129, "ñ"])
+def test_files_of_a_request_have_names_that_reports_may_carry(name: str) -> None:
+    sent = submit()
+    sent.request.spec.inputs["image"] = f"sha256:{'0' * 64}"
+    assert check_submit(sent) == ()
+    sent.request.spec.inputs["image"] = name
+    (violation,) = check_submit(sent)
+    assert violation.field == "request.spec.inputs"
+
+
 @settings(max_examples=300, deadline=None)
 @given(messages(mesh_pb2.Heartbeat), st.sampled_from([0, 1, 2**40]))
 def test_any_heartbeat_is_judged_and_what_comes_in_harms_nobody(
@@ -204,13 +239,21 @@ def test_any_report_is_judged_and_what_comes_in_harms_nobody(
         scheduler.plan(3_000)
 
 
+def test_a_report_of_a_missing_artifact_names_it() -> None:
+    report = mesh_pb2.StepReport(worker="w0", sequence=1, last=True)
+    report.failure.reason = "LATENT_MISSING"
+    report.failed_job.artifact = "enlarge.image"
+    fact = translate.to_event(report, 5)
+    assert isinstance(fact, AssignmentFailed) and fact.artifact == "enlarge.image"
+
+
 @settings(max_examples=300, deadline=None)
 @given(messages(control_pb2.SubmitRequest))
 def test_any_request_is_judged(message: control_pb2.SubmitRequest) -> None:
     found = check_submit(message)
     if not found:
         scheduler = busy()
-        request = translate.to_request(message.request_id, message.request, 5)
+        request = translate.to_request(message, 5)
         scheduler.observe(Arrived(at_us=5, request=request))
         scheduler.plan(6)
 

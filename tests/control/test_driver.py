@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,11 @@ from control import driver as driving
 from control.driver import Driver, Turn
 from control.planning import PlannerThread
 from control.scheduler import values
+from control.scheduler.books.catalogue import WORKFLOWS_MAX
+from control.scheduler.core import Scheduler
+from control.scheduler.settings import Settings
+from control.scheduler.times.profile import Profile
+from control.scheduler.workflow import CHAIN
 from hocket.clock import ManualClock, SystemClock
 
 WAIT_S = 30.0
@@ -150,14 +156,17 @@ class LongPlans(SlowScheduler):
         return self.at_us[-1] + 21_000 if self.at_us else 0
 
 
-@pytest.mark.parametrize(("newcomers", "pause_us"), [(0, 1_000), (16, 1_000), (48, 80_000)])
+@pytest.mark.parametrize(
+    ("newcomers", "pause_us"), [((0,), 1_000), ((16,), 1_000), ((48,), 80_000), ((16,) * 3, 80_000)]
+)
 async def test_plans_of_a_long_queue_give_way_to_a_flood_of_newcomers(
-    newcomers: int, pause_us: int
+    newcomers: tuple[int, ...], pause_us: int
 ) -> None:
     clock = ManualClock()
     scheduler = LongPlans(clock)
     driver = Driver(scheduler, clock, Turns())  # type: ignore[arg-type]
-    await driver.ask(lambda s: None, newcomers=newcomers)
+    for count in newcomers:
+        await driver.ask(lambda s: None, newcomers=count)
     driver.post(lost(driver, "w0"))
     driven = asyncio.ensure_future(driver.run())
     async with asyncio.timeout(WAIT_S):
@@ -180,3 +189,29 @@ async def test_a_bug_in_the_scheduler_ends_the_driver() -> None:
         async with asyncio.timeout(WAIT_S):
             await driver.run()
     driver.close()
+
+
+async def test_more_workflows_than_are_kept_arrive_at_once() -> None:
+    """As a new leader takes them up: each is taught with the request that names it."""
+    count = WORKFLOWS_MAX + 20
+    scheduler = Scheduler(Settings(policy="edf"), Profile({}))
+    outlet = Turns()
+    driver = Driver(scheduler, SystemClock(), outlet)
+    for number in range(count):
+        workflow = replace(CHAIN, name=f"own-{number}")
+        request = values.Request(
+            id=f"r{number}",
+            model="m",
+            shape=values.Shape(width=64, height=64),
+            steps=4,
+            deadline_us=None,
+            workflow=workflow.name,
+        )
+        arrived = values.Arrived(at_us=driver.stamp(), request=request)
+        driver.post(arrived, workflow=workflow)
+    driven = asyncio.ensure_future(driver.run())
+    async with asyncio.timeout(WAIT_S):
+        await outlet.came.wait()
+    driven.cancel()
+    assert len(outlet.turns[0].observed) == count
+    assert scheduler.job("r0") is not None and scheduler.job(f"r{count - 1}") is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hocket.v1 import control_pb2, journal_pb2
+from hocket.v1 import control_pb2, journal_pb2, mesh_pb2, types_pb2
 from tests.control.stage import TERM, running
 
 
@@ -21,6 +21,31 @@ async def test_an_ending_is_stored_before_it_is_told() -> None:
         await stage.settle()
         assert gateway.kinds("a")[-1] == gateway.kinds("b")[-1] == "finished"
         assert stage.desk.records.open_count == 0
+
+
+async def test_who_asked_for_what_cannot_be_done_is_told_why() -> None:
+    async with running() as stage:
+        gateway = stage.attach()
+        stage.submit(gateway, "r")
+        await stage.settle()
+        (assignment,) = stage.assigned()
+        why = "guidance_scale=40.0: allowed is 1..20"
+        await stage.intake.report(
+            mesh_pb2.StepReport(
+                worker=assignment.group.members[0],
+                incarnation="a",
+                term=TERM,
+                sequence=assignment.sequence,
+                node=assignment.node,
+                failure=types_pb2.Failure(reason="CALL_REFUSED", message=why),
+                failed_job=mesh_pb2.FailedJob(request_id="r", batch=1),
+                last=True,
+            )
+        )
+        await stage.settle()
+        (failed,) = [e.failed for e in gateway.events("r") if e.HasField("failed")]
+        assert failed.reason == "CALL_REFUSED" and why in failed.message
+        assert len(stage.assigned()) == 1, "no other try"
 
 
 async def test_what_is_remembered_of_it_says_nothing_of_what_was_asked_for() -> None:

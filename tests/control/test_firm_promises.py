@@ -24,10 +24,10 @@ def heard(stage: Stage) -> list[Arrived]:
     found: list[Arrived] = []
     post = stage.desk.driver.post
 
-    def spy(fact: Event, **options: object) -> None:
+    def spy(fact: Event, note: object = None, **options: object) -> None:
         if isinstance(fact, Arrived):
             found.append(fact)
-        post(fact, **options)  # type: ignore[arg-type]
+        post(fact, note, **options)  # type: ignore[arg-type]
 
     stage.desk.driver.post = spy  # type: ignore[method-assign]
     return found

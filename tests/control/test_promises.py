@@ -59,16 +59,21 @@ async def test_a_term_is_above_every_earlier_one(bus: Bus, subjects: Subjects) -
     assert (await taken(stream, subjects, 3)).term == 71
 
 
-async def test_what_has_ended_keeps_no_prompt(bus: Bus, subjects: Subjects) -> None:
+async def test_what_has_ended_keeps_no_prompt_and_no_workflow(bus: Bus, subjects: Subjects) -> None:
     stream = await open_stream(bus, subjects)
     promises = await taken(stream, subjects, 1)
-    stamp_us = await promises.append(promised("a"))
+    opened, over = promised("a"), ended("a")
+    for promise in (opened, over):
+        promise.submit.workflow.name = "its-workflow"
+    stamp_us = await promises.append(opened)
     stored = await stream.newest(subjects.promise("a"))
     assert stored is not None and PROMPT.encode() in stored.data
+    assert b"its-workflow" in stored.data
     assert abs(stored.unix_us - stamp_us) < WAIT_S * 1e6
-    await promises.append(ended("a"))
+    await promises.append(over)
     stored = await stream.newest(subjects.promise("a"))
     assert stored is not None and PROMPT.encode() not in stored.data
+    assert b"its-workflow" not in stored.data
 
 
 async def test_a_failure_that_no_broker_takes_is_shortened(bus: Bus, subjects: Subjects) -> None:

@@ -119,6 +119,16 @@ def test_limits_that_are_zero_allow_no_change() -> None:
     assert made(steps_min=5, width_min=8, height_min=8) == [[(64, 5)], [(32, 6), (32, 5)]]
 
 
+def test_where_sizes_are_free_smaller_ones_have_the_form_asked_for() -> None:
+    free = generation_pb2.ModelInfo(
+        size_multiple=16, size_min=64, size_max=2048, pixels_max=1 << 20, shapes=[SHAPES[0]]
+    )
+    spec = types_pb2.GenerationSpec(steps=6, shape=types_pb2.Shape(width=1024, height=256))
+    limits = types_pb2.DegradeLimits(width_min=64, height_min=64)
+    found = [(ladder.width, ladder.height) for ladder in ladders(spec, limits, free)]
+    assert found == [(768, 192), (512, 128), (384, 96), (256, 64), (64, 64)]
+
+
 async def test_a_degraded_request_says_so_and_is_run_as_it_says() -> None:
     async with running() as stage:
         gateway = stage.attach()

@@ -42,6 +42,8 @@ class Shelf:
     def models(self) -> Sequence[ModelInfo]:
         return (EMOJI,)
 
+    listed = models
+
     async def get(self, request_id: str, tenant: str | None) -> RequestStatus:
         if request_id not in self.statuses:
             raise UnknownRequest(request_id)
@@ -189,6 +191,7 @@ async def test_a_created_request_has_no_follower_and_lives_by_itself() -> None:
         (lambda r: setattr(r, "idempotency_key", "other"), True),
         (lambda r: setattr(r.spec, "seed", 2), False),
         (lambda r: setattr(r.spec, "prompt", "another"), False),
+        (lambda r: r.spec.loras.append("style"), False),
         (lambda r: setattr(r, "priority", 2), False),
     ],
 )

@@ -9,10 +9,13 @@ import pytest
 from gateway.follower import BACKLOG_MAX, Follower
 from gateway.line import BEAT_US, GATHER_US, SILENCE_US_MAX
 from hocket.errors import ControlUnavailable, UnknownRequest
+from hocket.rpc.channels import MESSAGE_BYTES_MAX
 from hocket.v1.control_pb2 import AttachResponse, Followed, SubmitRequest, SubmitResponse
 from hocket.v1.generation_pb2 import Accepted, Progress
 from hocket.v1.mesh_pb2 import RequestEvent
 from hocket.v1.types_pb2 import Failure
+from hocket.v1.workflows_pb2 import WorkflowSpec
+from hocket.workflows.checking import SPEC_BYTES_MAX
 from tests.gateway.links import Wire, wired
 
 SECOND_US = 1_000_000
@@ -76,6 +79,25 @@ async def test_a_large_batch_goes_in_several_messages() -> None:
         await wire.settle()
         sizes = [len(m.submits) for m in wire.link.said if m.submits]
         assert sizes == [128, 128, 44]
+        for task in waiting:
+            task.cancel()
+
+
+async def test_large_workflows_go_in_several_messages_and_each_goes() -> None:
+    """All of them in one message would be more than gRPC takes, again after each break."""
+    async with wired("a") as wire:
+        large = WorkflowSpec(description="x" * SPEC_BYTES_MAX)
+        waiting = [
+            asyncio.ensure_future(
+                wire.line.submit(
+                    SubmitRequest(request_id=f"r{n}", workflow=large), Follower(f"r{n}"), WAIT_US
+                )
+            )
+            for n in range(200)
+        ]
+        await wire.settle()
+        assert max(m.ByteSize() for m in wire.link.said) < MESSAGE_BYTES_MAX // 2
+        assert wire.link.submits == [f"r{n}" for n in range(200)]
         for task in waiting:
             task.cancel()
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.validation import PROMPT_CHARS_MAX, _check_prompts, _Violations, completed
-from hocket import frame_counts, media_types
+from hocket import frame_counts, free_sizes, media_types
 from hocket.client import request
 from hocket.errors import InvalidRequest
 from hocket.v1.generation_pb2 import FrameCounts, GenerateRequest, ModelInfo
@@ -38,7 +38,17 @@ LENGTHS.MergeFrom(
     )
 )
 LENGTHS.name = "wan-lengths"
-MODELS = (EMOJI, VIDEO, LENGTHS)
+FREE = ModelInfo()
+FREE.CopyFrom(EMOJI)
+FREE.MergeFrom(ModelInfo(size_multiple=16, size_min=32, size_max=2048, pixels_max=1 << 20))
+FREE.name = "free"
+del FREE.shapes[:]
+FREE.shapes.add(width=1024, height=1024)
+FREE_CLIPS = ModelInfo()
+FREE_CLIPS.CopyFrom(LENGTHS)
+FREE_CLIPS.MergeFrom(ModelInfo(size_multiple=16, size_min=16, size_max=1280, pixels_max=921_600))
+FREE_CLIPS.name = "free-clips"
+MODELS = (EMOJI, VIDEO, LENGTHS, FREE, FREE_CLIPS)
 
 
 def wrong(change: Callable[[GenerateRequest], object]) -> dict[str, str]:
@@ -47,6 +57,45 @@ def wrong(change: Callable[[GenerateRequest], object]) -> dict[str, str]:
     with pytest.raises(InvalidRequest) as caught:
         completed(asked, MODELS)
     return {violation.field: violation.description for violation in caught.value.violations}
+
+
+def test_free_sizes_are_taken_within_their_limits() -> None:
+    for size in ((1024, 1024), (2048, 512), (32, 48)):
+        whole = completed(request("a fox", model="free", shape=size), MODELS).spec.shape
+        assert whole == Shape(width=size[0], height=size[1], frames=1)
+    clip = request("waves", model="free-clips", shape=(1280, 720), frames=5)
+    assert completed(clip, MODELS).spec.shape == Shape(width=1280, height=720, frames=5, fps=16)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "told"),
+    [
+        ("free", (1000, 2064), {"width": "32 to 2048 in steps of 16", "height": "32 to 2048"}),
+        ("free", (1024, 1040), {"": "at most 1048576 pixels; nearest: 1008x1024"}),
+        ("free", (16, 16), {"width": "nearest: 32x32", "height": "nearest: 32x32"}),
+        ("free-clips", (1280, 1280, 3), {"": "nearest: 960x960", "frames": "nearest: 1"}),
+    ],
+)
+def test_a_size_that_is_not_taken_is_told_with_the_nearest(
+    model: str, shape: tuple[int, ...], told: dict[str, str]
+) -> None:
+    def ask(r: GenerateRequest) -> None:
+        r.spec.model = model
+        r.spec.shape.CopyFrom(Shape(width=shape[0], height=shape[1], frames=sum(shape[2:])))
+
+    found = wrong(ask)
+    assert found.keys() == {f"spec.shape.{name}".removesuffix(".") for name in told}
+    for name, text in told.items():
+        assert text in found[f"spec.shape.{name}".removesuffix(".")]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 5000), st.sampled_from((FREE, FREE_CLIPS)))
+def test_the_nearest_size_is_always_one_that_is_taken(
+    width: int, height: int, model: ModelInfo
+) -> None:
+    assert free_sizes.takes(model, *free_sizes.nearest(model, width, height))
+    if free_sizes.takes(model, width, height):
+        assert free_sizes.nearest(model, width, height) == (width, height)
 
 
 def test_defaults_are_filled_in() -> None:
@@ -201,8 +250,10 @@ def test_the_request_itself_is_left_alone() -> None:
         ("spec.guidance_scale", "found nan", lambda r: _set(r.spec, guidance_scale=math.nan)),
         ("spec.guidance_scale", "found inf", lambda r: _set(r.spec, guidance_scale=math.inf)),
         ("spec.guidance_scale", "allowed: 1 to 10", lambda r: _set(r.spec, guidance_scale=0.5)),
-        ("spec.loras", "not offered by this version", lambda r: r.spec.loras.append("pixel")),
-        ("spec.inputs", "found pose", lambda r: r.spec.inputs.update(pose="object")),
+        ("spec.loras[0]", "found 'pixel'; allowed: none", lambda r: r.spec.loras.append("pixel")),
+        ("spec.loras[0]", "-4 to 4", lambda r: r.spec.loras.append("pixel:4.1")),
+        ("spec.loras[0]", '"name:scale"', lambda r: r.spec.loras.append("pixel:nan")),
+        ("spec.inputs", "txt2img takes no files", lambda r: r.spec.inputs.update(pose="object")),
         ("slo.deadline_us", "(24 h)", lambda r: _set(r.slo, deadline_us=86_400_000_001)),
         (
             "slo.degrade",

@@ -8,11 +8,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from gateway.__main__ import main as gateway
+from gateway.scaler import PoolSelector
 from gpuworker.__main__ import app as gpuworker
+from hocket.errors import InvalidRequest
 from hocket.launching.restarts import DEFAULT
+from hocket.v1.control_pb2 import PoolStatus
 
 FOLDER = Path(__file__).parents[2] / "deploy/systemd"
 UNITS = sorted(FOLDER.glob("*.service"))
@@ -59,3 +63,21 @@ def test_a_service_takes_its_units_options(module: str) -> None:
     words = shlex.split(read(unit)["Service"]["ExecStart"])
     options = [word for word in words if word.startswith("--")]
     assert options and all(option in told for option in options)
+
+
+def test_the_scaled_object_asks_what_a_gateway_answers() -> None:
+    text = (FOLDER.parent / "kubernetes/scaledobject.yaml").read_text()
+    (trigger,) = yaml.safe_load(text)["spec"]["triggers"]
+    assert trigger["type"] == "external-push"
+    asked = PoolSelector.of(trigger["metadata"])
+    assert asked.gpu and asked.wanted([PoolStatus(gpu=asked.gpu, wanted=3)]) == 3
+    named = re.findall(r"# (\w+): ", text.partition("metadata:\n        scaler")[2])
+    assert set(named) >= {"model", "minWorkers", "maxWorkers", "apiKeyFromEnv"}
+    assert PoolSelector.of({"minWorkers": "1"}).wanted([]) == 1
+    for wrong in (
+        {"minWorkers": "-1"},
+        {"maxWorkers": "x"},
+        {"minWorkers": "3", "maxWorkers": "2"},
+    ):
+        with pytest.raises(InvalidRequest, match=r"scalerMetadata\.m"):
+            PoolSelector.of(wrong)

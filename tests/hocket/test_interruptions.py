@@ -12,7 +12,13 @@ MS = 1_000_000
 
 
 def step(
-    request: str, number: int, start_ms: float, took_ms: float, *workers: str, node: str = "dit"
+    request: str,
+    number: int,
+    start_ms: float,
+    took_ms: float,
+    *workers: str,
+    node: str = "dit",
+    op: str = "",
 ) -> SpanRecord:
     return SpanRecord(
         trace_id="t" * 32,
@@ -26,6 +32,7 @@ def step(
         attributes={
             spans.REQUEST: request,
             spans.NODE: node,
+            spans.OPERATION: op or node,
             spans.STEP_INDEX: number,
             spans.WORKERS: list(workers),
         },
@@ -132,10 +139,27 @@ def test_the_page_is_well_formed_and_escapes() -> None:
     assert "&lt;b&gt;a film" in page and "a &lt; b" in page and "<b>a film" not in page
 
 
+def test_each_pass_of_a_workflow_has_interruptions_of_its_own() -> None:
+    found = stretches(
+        [
+            *(step("r", n, 100 * n, 100, "w0", node="first", op="denoise") for n in (1, 2)),
+            step("r", 1, 300, 20, "w0", node="sketch", op="decode"),
+            *(step("r", n, 1000 + 100 * n, 100, "w0", node="second", op="denoise") for n in (1, 2)),
+            *(step("r", n, 2000 + 100 * n, 100, "w1", node="second", op="denoise") for n in (3, 4)),
+        ]
+    )
+    (only,) = interruptions(found)
+    assert (only.kind, only.before.node) == (InterruptionKind.PAUSED, "second")
+    told = "paused after step 2 of second [w0]; went on at 2.2 s x1 [w1]"
+    assert gantt.told(only, {}, found[0].start_ns).endswith(told)
+    opaque = gantt.page("passes", found, [only], {}).count('fill-opacity="1.0"')
+    assert opaque == 3 and len(found) == 4, "what has no steps is pale"
+
+
 def test_letters_repeat_when_they_run_out() -> None:
     known = gantt.letters([str(i) for i in range(70)])
     assert known["0"] == known["62"] == "A"
 
 
 def test_a_stretch_without_neighbours_tells_its_step_time() -> None:
-    assert Stretch("r", "dit", ("w0",), 1, 4, 0, 400 * MS).step_ns == 100 * MS
+    assert Stretch("r", "dit", "dit", ("w0",), 1, 4, 0, 400 * MS).step_ns == 100 * MS

@@ -9,12 +9,14 @@ from rich.console import Console
 from hocket.cli.status_view import status_view
 from hocket.launching.mesh_file import Process
 from hocket.v1.control_pb2 import (
+    PoolStatus,
     PromiseFigures,
     ReplicaStatus,
     WatchClusterResponse,
     WorkerStatus,
 )
-from hocket.v1.types_pb2 import Memory
+from hocket.v1.generation_pb2 import ModelInfo
+from hocket.v1.types_pb2 import Memory, PartWeights
 
 COLUMNS = 80
 
@@ -51,6 +53,11 @@ def test_restarts_replicas_promises_and_troubles_are_told() -> None:
         promises=PromiseFigures(promised=200, kept=199, with_deadline=220, on_time=205),
         troubles={"dropped messages": 3, "refused heartbeats": 1},
         policy="hocket",
+        pools=[
+            PoolStatus(gpu="h100", workers=6, wanted=8, reason="queue", needed=7.4),
+            PoolStatus(model="flux.1-dev", gpu="h100", workers=6, wanted=8, reason="late"),
+        ],
+        models=[ModelInfo(name="flux.1-dev", workers=6), ModelInfo(name="wan", workers=0)],
     )
     gateway = Process(
         name="gateway-2", pid=4711, command="x", restarts=2, ended="was killed by SIGKILL"
@@ -64,8 +71,20 @@ def test_restarts_replicas_promises_and_troubles_are_told() -> None:
     assert "gateway-2" in text and "was killed by SIGKILL" in text and "down" in text
     assert "told on time: 200, of those kept: 199 (99.5%)" in text
     assert "dropped messages 3, refused heartbeats 1" in text
+    assert "all models  h100  6        8       queue  7.40" in text
+    assert "models: flux.1-dev, wan (no worker)" in " ".join(text.split())
 
 
 def test_an_older_control_shows_workers_only() -> None:
     text = shown(WatchClusterResponse(policy="edf", workers=[WorkerStatus(name="w0")]))
     assert "w0" in text and "replicas" not in text and "troubles" not in text
+
+
+def test_a_part_that_models_share_is_counted_once() -> None:
+    parts = [
+        PartWeights(model=model, node="text", part=part, resident=part != "clip-b")
+        for model, part in (("a", "clip-a"), ("a", "t5"), ("b", "clip-b"), ("b", "t5"))
+    ]
+    parts.append(PartWeights(model="c", node="text", resident=True))  # of an older worker
+    worker = WorkerStatus(name="w0", memory=Memory(weights_bytes=7 << 20, parts=parts))
+    assert "7.0 (3/4)" in shown(WatchClusterResponse(workers=[worker]))

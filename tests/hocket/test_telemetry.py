@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+from opentelemetry.trace import Tracer
 
 from hocket.tracing import telemetry
+from hocket.tracing.file_spans import FileTracer
 from hocket.tracing.span_file import SpanFile, read_spans
 
 
@@ -72,16 +77,56 @@ def test_a_flush_waits_for_the_disk(tmp_path: Path) -> None:
 def test_a_torn_line_is_skipped_and_a_full_file_rotates(tmp_path: Path) -> None:
     told = telemetry.setup("gateway", "0", tmp_path)
     small = SpanFile(tmp_path / "traces" / "other-0.jsonl", "other", "0", bytes_max=200)
-    told.provider.add_span_processor(small)
+    rotated = FileTracer(small)
     for _ in range(4):
-        telemetry.record_span(told.tracer, "step", start_ns=1, end_ns=2)
+        for tracer in (told.tracer, rotated):
+            telemetry.record_span(tracer, "step", start_ns=1, end_ns=2)
         assert small.force_flush(5000)
+    small.shutdown()
     told.close()
     folder = tmp_path / "traces"
     assert (folder / "other-0.1.jsonl").exists()
     with (folder / "gateway-0.jsonl").open("ab") as file:
         file.write(b'{"trace_id": "torn')
     assert len([s for s in read_spans(folder) if s.service == "gateway"]) == 4
+
+
+def _spoken(tracer: Tracer) -> None:
+    """A span with everything that is ever said of one."""
+    parent = telemetry.context_from(f"00-{'a' * 32}-{'b' * 16}-00")
+    with tracer.start_as_current_span("call", parent, attributes={"n": 1, "of": ("a", 2)}) as span:
+        span.update_name("renamed")
+        span.set_attributes({"x": 1.5, "yes": True})
+        span.add_event("woke", {"why": "arrival"})
+    with suppress(ValueError), tracer.start_as_current_span("failing", parent):
+        raise ValueError("no")
+    span.set_attribute("late", 1)
+    span.add_event("late")
+    span.end()
+    telemetry.record_span(tracer, "over", start_ns=1, end_ns=2, parent=parent, error="lost")
+    telemetry.record_span(
+        tracer, "alone", start_ns=1, end_ns=2, parent=f"00-{'0' * 32}-{'0' * 16}-01"
+    )
+
+
+def test_the_file_says_the_same_with_and_without_an_exporter(tmp_path: Path) -> None:
+    folders = tmp_path / "sdk", tmp_path / "own"
+    files = [SpanFile(folder / "control-0.jsonl", "control", "0") for folder in folders]
+    provider = TracerProvider(sampler=ALWAYS_ON)
+    provider.add_span_processor(files[0])
+    _spoken(provider.get_tracer("hocket"))
+    _spoken(FileTracer(files[1]))
+    told: list[list[object]] = []
+    for file, folder in zip(files, folders, strict=True):
+        file.shutdown()
+        read = sorted(read_spans(folder), key=lambda span: span.name)
+        assert len({span.span_id for span in read}) == len(read) == 4
+        alone = next(span for span in read if span.name == "alone")
+        assert int(alone.trace_id, 16) and not alone.parent_id
+        told.append([(span.name, span.status, span.parent_id, span.attributes) for span in read])
+        events = [[(e.name, e.attributes.keys()) for e in span.events] for span in read]
+        told[-1].append(events)
+    assert told[0] == told[1]
 
 
 def test_an_unwritable_file_costs_spans_and_nothing_else(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from gpuworker.__main__ import EXECUTORS
 from gpuworker.emulation.executor import EmulatedExecutor, EmulatedHost
+from gpuworker.emulation.host import WEIGHTLESS_US
 from gpuworker.emulation.worker import read_profile
 from gpuworker.executor import RunNote
 from hocket.clock import ManualClock
@@ -176,6 +177,65 @@ async def test_only_a_named_holder_with_the_named_steps_will_do(cluster: Cluster
     await cluster.play()
     assert cluster.news(4) == [(4, True)]
     assert not cluster.busy
+
+
+def call(
+    sequence: int,
+    op: str,
+    output: str,
+    inputs: dict[str, tuple[str, int, str]],
+    members: Sequence[str],
+    first: int = 0,
+    steps: int = 1,
+) -> mesh_pb2.Assignment:
+    """A workflow's; `inputs`: artifact, version and holder by port."""
+    made = order(sequence, output.partition(".")[0], members, first, steps)
+    named = [
+        mesh_pb2.NodeInput(
+            port=port,
+            artifact=artifact,
+            version=version,
+            holders=[types_pb2.LatentHolder(worker=holder)],
+        )
+        for port, (artifact, version, holder) in inputs.items()
+    ]
+    made.batch[0].call.CopyFrom(mesh_pb2.NodeCall(op=op, inputs=named, outputs=[output]))
+    return made
+
+
+async def test_a_workflow_of_two_passes_takes_its_artifacts_by_name(cluster: Cluster) -> None:
+    text = call(1, "encode_prompt", "text.embeddings", {}, ["w0"])
+    embeddings = ("text.embeddings", 0, "w0")
+    first = call(2, "denoise", "a.latents", {"embeddings": embeddings}, ["w0"], 0, 3)
+    begin = {"embeddings": embeddings, "latents": ("a.latents", 3, "w0")}
+    second = call(3, "denoise", "b.latents", begin, ["w1", "w0"], 0, 2)
+    further = {"latents": ("b.latents", 2, "w1")}
+    rest = call(4, "denoise", "b.latents", further, ["w2"], 2, 1)
+    latents = ("b.latents", 3, "w2")
+    image = call(5, "decode", "c.image", {"latents": latents}, ["w2"], first=3)
+    media = call(6, "make_media", "d.media", {"image": ("c.image", 0, "w2")}, ["w0"])
+    for assignment in (text, first, second, rest, image, media):
+        cluster.assign(assignment)
+    await cluster.play()
+    ends = [n for n in cluster.notes if n.last]
+    assert [n.assignment.sequence for n in ends] == [1, 2, 3, 4, 5, 6]
+    assert [n.steps_done for n in ends] == [0, 3, 2, 3, 3, 0] and list(ends[-1].media) == ["r"]
+    held = {(h.artifact, h.steps_done) for h in cluster.workers["w0"].held()}
+    passes = {("a.latents", 3), ("b.latents", 2)}
+    assert held == {("text.embeddings", 0), ("c.image", 0), *passes}
+    decode = ends[4].steps[0].duration_us, ends[5].steps[0].duration_us
+    assert decode == (STEP_US, WEIGHTLESS_US)
+    # A version that nobody has: which artifact, and whom it was asked of.
+    lost = call(7, "decode", "e.image", {"latents": ("a.latents", 2, "w0")}, ["w1"])
+    lost.collective_timeout_us = 1
+    cluster.assign(lost)
+    await cluster.play()
+    failed = cluster.notes[-1]
+    assert failed.failure is not None and failed.failure.reason == "LATENT_MISSING"
+    assert failed.failed_job is not None and failed.failed_job.artifact == "a.latents"
+    for worker in cluster.workers.values():
+        worker.release("r")
+        assert not worker.held()
 
 
 async def test_a_truncation_frees_who_waits_for_a_member(cluster: Cluster) -> None:

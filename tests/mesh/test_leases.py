@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from control.scheduler.values import ModelFacts, WorkerLost, WorkerUp
+from typing import Any
+
+from control.scaling.seen_models import ModelsSeen
+from control.scheduler.values import ModelFacts, NodeParts, WorkerLost, WorkerUp
 from control.workers.leases import Leases
 from hocket.v1 import generation_pb2, mesh_pb2, types_pb2
+from hocket.workflows.roles import missing_roles
 
 LEASE_US = 2_000_000
 
@@ -27,6 +31,41 @@ def test_a_first_heartbeat_brings_a_worker_up_and_the_next_says_nothing_new() ->
     assert up.models == (ModelFacts(name="m", degrees=(1, 2)),), "no batches, no memory: not yet"
     assert up.models[0].batch_max == 1 and up.memory_mib == 0
     assert leases.heartbeat(beat(), 20) == ()
+
+
+def test_a_model_says_which_parts_its_nodes_need() -> None:
+    news = beat("w1", memory=memory(part="t5"))
+    for node, part in (("text", "clip"), ("dit", "d"), ("text", "t5")):
+        news.models[0].parts.add(node=node, part=part)
+    (up,) = Leases(LEASE_US).heartbeat(news, 10)
+    assert isinstance(up, WorkerUp) and [part.part for part in up.weights] == ["t5"]
+    assert up.models[0].parts == (
+        NodeParts(node="text", parts=("clip", "t5")),
+        NodeParts(node="dit", parts=("d",)),
+    )
+
+
+def test_workers_of_one_role_each_serve_a_model_together() -> None:
+    leases, seen = Leases(LEASE_US), ModelsSeen(kept_us=LEASE_US)
+    beats = []
+    for worker, operations in (("w0", ["encode_prompt"]), ("w1", ["denoise"])):
+        news = beat(worker)
+        news.models[0].operations.extend(operations)
+        news.models[0].parts.add(node=worker, part=worker)
+        beats.append(news)
+        leases.heartbeat(news, 10)
+        seen.see(beats, 10)
+    (model,) = leases.models()
+    assert list(model.operations) == ["encode_prompt", "denoise"]
+    assert [part.part for part in model.parts] == ["w1", "w0"]
+    assert missing_roles(model) == ("vae",) and missing_roles(seen.listed()[0]) == ("vae",)
+    changes = seen.changes
+    seen.see(beats, 20)
+    assert seen.changes == changes, "nothing is new: nothing is stored"
+    seen.see(beats[:1], 30)
+    seen.see((), 40)
+    (asleep,) = seen.asleep().values()
+    assert missing_roles(asleep) == ("vae",), "it wakes as it was, not as its last worker was"
 
 
 def test_a_worker_says_that_it_obeys_layouts_or_it_does_not() -> None:
@@ -92,7 +131,7 @@ def test_a_suspect_is_cleared_by_its_next_heartbeat() -> None:
     assert not leases.alive["w0"].suspect
 
 
-def memory(budget: int = 100 << 20, load_us: int = 50_000, **part: int) -> types_pb2.Memory:
+def memory(budget: int = 100 << 20, load_us: int = 50_000, **part: Any) -> types_pb2.Memory:
     facts = {"size_bytes": (10 << 20) + 1, "peak_bytes": 12 << 20, "resident": True, **part}
     weights = types_pb2.PartWeights(model="m", node="dit", load_time_us=load_us, **facts)
     return types_pb2.Memory(budget_bytes=budget, parts=[weights])

@@ -23,6 +23,7 @@ import grpc
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bench.mesh.scripted_leader import WAIT_S, Leader, Piece, WorkerPool
 from bench.replay import entries_from_broker, replay
@@ -45,10 +46,12 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """The embedded model under two names."""
+    """The embedded model under two names; in files of different bytes, or else they would share."""
     folder = tmp_path_factory.mktemp("models")
     for name in ("a", "b"):
         shutil.copytree(EMBEDDED_MODEL, folder / name)
+        for file in (folder / name).glob("*/*.safetensors"):
+            save_file(load_file(file), file, metadata={"format": "pt", "copy": name})
         card = json.loads((folder / name / "card.json").read_text())
         (folder / name / "card.json").write_text(json.dumps({**card, "name": name}))
     return str(folder / "a"), str(folder / "b")
@@ -56,10 +59,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """A tiny Wan that decodes any size in one piece."""
+    """A tiny Wan that decodes any size in one piece, also larger ones than its family is for."""
     made = wan_reference(tmp_path_factory.mktemp("models") / "tiny-wan")
     card = Path(made.folder) / "card.json"
-    card.write_text(json.dumps({**json.loads(card.read_text()), "tiled_over_px": 1 << 30}))
+    limits = {"tiled_over_px": 1 << 30, "pixels_max": 1280 * 1280}
+    card.write_text(json.dumps({**json.loads(card.read_text()), **limits}))
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.sim.case import parts_of
 from control.scheduler.books.loads import LoadTable
 from control.scheduler.core import Scheduler
 from control.scheduler.settings import Settings
@@ -51,6 +52,17 @@ LOADS = "model,gpu,node,load_us,weights_mib\n" + "".join(
 )
 
 
+TABLE = LoadTable.from_csv(LOADS)
+
+
+def served(models: tuple[str, ...], loads: LoadTable = TABLE) -> tuple[ModelFacts, ...]:
+    """What a worker says of these models, with the parts that their nodes need."""
+    return tuple(
+        ModelFacts(name=m, degrees=(1, 2), batch_max=4, parts=parts_of(m, "g", loads))
+        for m in models
+    )
+
+
 class Desk:
     """A scheduler, workers w0.., and everything reported when it was predicted to end."""
 
@@ -63,6 +75,7 @@ class Desk:
         lead_us: int = 0,
         rows: str = ROWS,
         workflows: tuple[Workflow, ...] = (),
+        offers: tuple[tuple[str, ...], ...] = (),  # operations by worker; empty: all, each
         **policy_settings: Any,
     ) -> None:
         self.scheduler = Scheduler(
@@ -76,18 +89,35 @@ class Desk:
         self.flights: list[Assignment] = []
         self.log: list[Assignment] = []  # all that ever went out
         self.ended: dict[str, Ended] = {}
-        facts = tuple(ModelFacts(name=m, degrees=(1, 2), batch_max=4) for m in models)
-        for i in range(workers):
-            self.scheduler.observe(
-                WorkerUp(
-                    at_us=0,
-                    worker=f"w{i}",
-                    incarnation="1",
-                    gpu="g",
-                    models=facts,
-                    memory_mib=memory,
-                )
+        self.stepped = {DIT, *(node for w in workflows for node in w.steppeds)}
+        nodes = [n for w in workflows for n in w.nodes]
+        weighty = {n.calls: None for n in nodes if n.part} | dict.fromkeys((TEXT, DIT, VAE))
+        free = {n.calls: None for n in nodes if not n.part}
+        offered = offers or ((*weighty, *free),) * workers
+        self.ups = {
+            f"w{i}": WorkerUp(
+                at_us=0,
+                worker=f"w{i}",
+                incarnation="1",
+                gpu="g",
+                models=tuple(
+                    ModelFacts(
+                        name=m,
+                        degrees=(1, 2),
+                        batch_max=4,
+                        parts=parts_of(m, "g", TABLE),
+                        operations=tuple(op for op in weighty if op in ops) if nodes else (),
+                    )
+                    for m in models
+                    if not nodes or set(ops) & set(weighty)
+                ),
+                memory_mib=memory,
+                operations=tuple(op for op in free if op in ops),
             )
+            for i, ops in enumerate(offered)
+        }
+        for up in self.ups.values():
+            self.scheduler.observe(up)
 
     def arrive(
         self,
@@ -107,6 +137,9 @@ class Desk:
             deadline_us=self.now_us + slo_us,
             workflow=workflow,
         )
+        return self.enter(request, plan=plan)
+
+    def enter(self, request: Request, plan: bool = True) -> list[Assignment]:
         self.scheduler.observe(Arrived(at_us=self.now_us, request=request))
         return self.plan() if plan else []
 
@@ -129,7 +162,7 @@ class Desk:
         return self.plan()
 
     def over(self, a: Assignment) -> None:
-        steps = a.steps if a.node == DIT else 0
+        steps = a.steps if a.node in self.stepped else 0
         progress = tuple(
             JobProgress(request=m.request, attempt=m.attempt, steps_done=m.first_step + steps)
             for m in a.batch

@@ -119,7 +119,18 @@ def test_the_same_request_failing_again_at_one_step_is_one_strike():
     assert not world.scheduler.quarantined()
 
 
-@pytest.mark.parametrize("reason", ["GROUP_LOST", "MESSAGE_LOST", "GROUP_SPENT", "OUT_OF_MEMORY"])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "GROUP_LOST",
+        "MESSAGE_LOST",
+        "GROUP_SPENT",
+        "OUT_OF_MEMORY",
+        "INPUT_MISSING",
+        "INPUT_AWAY",
+        "CALL_REFUSED",
+    ],
+)
 def test_what_is_not_the_reporters_fault_strikes_nobody(reason):
     assert not struck_by(reason), reason
     assert struck_by("MODEL_ERROR") == ["w0"]

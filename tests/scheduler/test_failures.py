@@ -241,6 +241,12 @@ def test_failures_that_are_always_blamed_on_a_worker_end_the_request():
 
 def test_messages_lost_again_and_again_end_the_request():
     assert fail_always("MESSAGE_LOST", ()) == 20
+    assert fail_always("INPUT_AWAY", ()) == 20
+
+
+def test_what_would_fail_everywhere_ends_the_request_at_once():
+    for reason in ("INPUT_MISSING", "CALL_REFUSED"):
+        assert fail_always(reason, ()) == 1
 
 
 def test_messages_lost_count_only_in_a_row():

@@ -39,6 +39,14 @@ def test_a_reporter_that_says_it_holds_a_latent_keeps_it():
     assert again.node == "dit" and [h.worker for h in again.batch[0].holders] == ["w0"]
 
 
+def test_latents_that_are_asked_for_in_vain_are_no_fault_of_their_job():
+    world, running = narrow(workers=1)
+    for _ in range(2 * world.settings.failures_max):
+        world.fail(running, "w0", "LATENT_MISSING", holds=0)
+        running = only(world.plan())
+    assert not world.ended
+
+
 def test_a_lease_that_is_back_brings_its_latents():
     world, running = narrow(workers=1)
     world.over(running)

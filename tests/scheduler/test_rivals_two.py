@@ -13,36 +13,39 @@ from control.scheduler.books.residency import Residency
 from control.scheduler.settings import Settings
 from control.scheduler.values import DIT, TEXT, VAE, ModelFacts, Outcome
 
-from .desk import BASE, CANNY, LOADS, MODELS, MS, OTHER, ROWS, Desk, brief
+from .desk import BASE, CANNY, LOADS, MODELS, MS, OTHER, ROWS, TABLE, Desk, brief, served
 
 # ------------------------------------------------------------------------------------ weights
 
 
-def worker(memory_mib):
-    return Worker("w", "", "g", "1", {}, memory_mib=memory_mib)
+def worker(memory_mib, loads=TABLE):
+    models = {facts.name: facts for facts in served(MODELS, loads)}
+    return Worker("w", "", "g", "1", models, memory_mib=memory_mib)
 
 
 def loaded(residency, w, model, node):
-    return [(x.model, x.node, x.load_us, x.evict) for x in residency.bring(w, model, node, 1)]
+    loads = residency.bring(w, model, node, 1)
+    assert {(x.model, x.node) for x in loads} <= {(model, node)}
+    return [(x.part, x.load_us, x.evict) for x in loads]
 
 
 def test_models_of_one_base_share_its_weights():
     residency, w = Residency(LoadTable.from_csv(LOADS)), worker(100)
     assert residency.load_us(w, CANNY, DIT) == 5_300
     assert loaded(residency, w, CANNY, DIT) == [
-        (BASE, DIT, 5_000, ()),
-        (BASE, "controlnet-canny", 300, ()),
+        ("base/dit", 5_000, ()),
+        ("base/controlnet-canny", 300, ()),
     ]
     assert residency.load_us(w, BASE, DIT) == 0 and not loaded(residency, w, BASE, DIT)
-    assert loaded(residency, w, CANNY, TEXT) == [(BASE, TEXT, 1_000, ())]
+    assert loaded(residency, w, CANNY, TEXT) == [("base/text", 1_000, ())]
     assert residency.footprint_mib(w, CANNY) == 66
 
 
 def test_rows_of_its_own_end_the_sharing():
-    own = LOADS + "base+canny,g,dit,9000,55\n"
-    residency, w = Residency(LoadTable.from_csv(own)), worker(200)
+    own = LoadTable.from_csv(LOADS + "base+canny,g,dit,9000,55\n")
+    residency, w = Residency(own), worker(200, own)
     loaded(residency, w, BASE, DIT)
-    assert loaded(residency, w, CANNY, DIT) == [(CANNY, DIT, 9_000, ())]
+    assert loaded(residency, w, CANNY, DIT) == [("base+canny/dit", 9_000, ())]
 
 
 def test_preloaded_weights_cost_nothing_once_and_yield_like_others():
@@ -51,9 +54,9 @@ def test_preloaded_weights_cost_nothing_once_and_yield_like_others():
         residency.preload(w, BASE, node)
     residency.preload(w, OTHER, TEXT)  # does not fit
     assert residency.load_us(w, BASE, DIT) == 0 and residency.load_us(w, OTHER, TEXT) == 2_000
-    assert loaded(residency, w, BASE, DIT) == [(BASE, DIT, 0, ())], "told once"
+    assert loaded(residency, w, BASE, DIT) == [("base/dit", 0, ())], "told once"
     assert not loaded(residency, w, BASE, DIT)
-    assert loaded(residency, w, OTHER, TEXT) == [(OTHER, TEXT, 2_000, ((BASE, TEXT), (BASE, VAE)))]
+    assert loaded(residency, w, OTHER, TEXT) == [("other/text", 2_000, ("base/text", "base/vae"))]
 
 
 def test_who_is_late_is_not_idle():

@@ -322,7 +322,7 @@ def test_workers_that_share_cores_are_not_compared():
     """Which of them is slow changes with what the host's other processes do."""
     one = slow_case("edf")
     loop = Loop(one)
-    for lease in one.cluster.leases(0):
+    for lease in one.cluster.leases(0, one.loads):
         loop.add(msgspec.structs.replace(lease, shares_cores=True))
     while loop.instant():
         assert not loop.scheduler.slow_workers()

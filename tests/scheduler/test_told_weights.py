@@ -18,6 +18,7 @@ from control.scheduler.values import (
     Event,
     Load,
     ModelFacts,
+    NodeParts,
     PartFacts,
     Request,
     WorkerUp,
@@ -68,11 +69,15 @@ class Told(Desk):
         self.scheduler.observe(fact)
 
     @property
-    def there(self) -> frozenset[tuple[str, str]]:
+    def there(self) -> frozenset[str]:
         return self.scheduler.weights_on("w0")
 
 
 ALL_BASE = tuple((BASE, node) for node in NODES)
+
+
+def parts(*named: tuple[str, str]) -> set[str]:
+    return {f"{model}/{node}" for model, node in named}
 
 
 def brief(loads: list[Load]) -> list[tuple[str, str, int]]:
@@ -82,7 +87,7 @@ def brief(loads: list[Load]) -> list[tuple[str, str, int]]:
 @pytest.mark.parametrize("policy", ["hocket", "edf", "fixed-1"])
 def test_plans_load_what_is_missing_and_evict_what_is_in_the_way(policy: str) -> None:
     desk = Told(policy, up(*ALL_BASE))
-    assert desk.there == frozenset(ALL_BASE)
+    assert desk.there == parts(*ALL_BASE)
     desk.arrive("a", BASE)
     desk.run()
     assert desk.loads == [], "all of it is there"
@@ -90,14 +95,14 @@ def test_plans_load_what_is_missing_and_evict_what_is_in_the_way(policy: str) ->
     desk.run()
     assert brief(desk.loads) == [(OTHER, node, LOAD_US[node]) for node in NODES]
     evicted = {part for load in desk.loads for part in load.evict}
-    assert (BASE, DIT) in evicted and len(desk.ended) == 2
-    assert sum(MIB[node] for _, node in desk.there) <= ROOM
+    assert "base/dit" in evicted and len(desk.ended) == 2
+    assert sum(MIB[part.partition("/")[2]] for part in desk.there) <= ROOM
 
 
 def test_an_idle_worker_is_believed() -> None:
     desk = Told("hocket", up(*ALL_BASE))
     desk.observe(up((OTHER, DIT), at_us=5))
-    assert desk.there == {(OTHER, DIT)}
+    assert desk.there == parts((OTHER, DIT))
     desk.arrive("b", OTHER)
     desk.run()
     assert (OTHER, DIT) not in {(load.model, load.node) for load in desk.loads}
@@ -110,14 +115,14 @@ def test_a_busy_worker_is_not() -> None:
     assert desk.flights
     before = desk.there
     desk.observe(up(*ALL_BASE, at_us=desk.now_us))
-    assert desk.there == before != frozenset(ALL_BASE)
+    assert desk.there == before != parts(*ALL_BASE)
 
 
 def test_a_worker_that_started_anew_is_believed_at_once() -> None:
     desk = Told("hocket", up(*ALL_BASE))
     desk.arrive("b", OTHER)
     desk.observe(up((BASE, VAE), incarnation="2", at_us=desk.now_us))
-    assert desk.there == {(BASE, VAE)}
+    assert desk.there == parts((BASE, VAE))
 
 
 def test_a_raised_peak_takes_room() -> None:
@@ -125,12 +130,12 @@ def test_a_raised_peak_takes_room() -> None:
     desk = Told("hocket", up((BASE, DIT), (BASE, TEXT)))
     desk.arrive("a", BASE)
     desk.run()
-    assert desk.there == set(ALL_BASE)
+    assert desk.there == parts(*ALL_BASE)
     desk.observe(up(*ALL_BASE, at_us=desk.now_us, peak=40))
     desk.arrive("b", BASE)
     while not any(a.node == DIT and a.batch[0].request == "b" for a in desk.log):
         desk.next()
-    assert (BASE, TEXT) not in desk.there and (BASE, DIT) in desk.there
+    assert "base/text" not in desk.there and "base/dit" in desk.there
 
 
 def test_facts_and_plans_survive_the_journal() -> None:
@@ -146,3 +151,75 @@ def test_facts_and_plans_survive_the_journal() -> None:
         assert plan.loads and plan.assignments
         digests.append(plan.digest)
     assert digests[0] == digests[1]
+
+
+CLIP_A, CLIP_B, T5 = "clip-a", "clip-b", "t5"
+SIZES = {CLIP_A: 5, CLIP_B: 5, T5: 40, "dit-a": 30, "dit-b": 30, "vae": 5}
+NEEDS = {
+    BASE: {TEXT: (CLIP_A, T5), DIT: ("dit-a",), VAE: ("vae",)},
+    OTHER: {TEXT: (CLIP_B, T5), DIT: ("dit-b",), VAE: ("vae",)},
+}
+
+
+def sharing(*resident: str, at_us: int = 0, memory_mib: int = 100) -> WorkerUp:
+    """Two models with a T5 and a VAE in common; a part is told once for each node that needs it."""
+    needed = [
+        (model, node, part)
+        for model, nodes in NEEDS.items()
+        for node, several in nodes.items()
+        for part in several
+    ]
+    told = tuple(
+        PartFacts(
+            model=model,
+            node=node,
+            part=part,
+            mib=SIZES[part],
+            peak_mib=SIZES[part] + (10 if model == OTHER else 5),
+            load_us=SIZES[part] * MS,
+            resident=part in resident,
+        )
+        for model, node, part in needed
+    )
+    models = tuple(
+        ModelFacts(
+            name=model,
+            parts=tuple(NodeParts(node=node, parts=several) for node, several in nodes.items()),
+        )
+        for model, nodes in NEEDS.items()
+    )
+    return WorkerUp(
+        at_us=at_us,
+        worker="w0",
+        incarnation="1",
+        gpu="g",
+        models=models,
+        memory_mib=memory_mib,
+        weights=told,
+    )
+
+
+@pytest.mark.parametrize("policy", ["hocket", "edf", "diflow"])
+def test_a_load_of_one_models_encoder_counts_for_the_other(policy: str) -> None:
+    """The second model costs its CLIP and its denoiser, and evicts none of what both need."""
+    desk = Told(policy, sharing(CLIP_A, T5, "dit-a", "vae"))
+    desk.arrive("a", BASE)
+    desk.run()
+    assert desk.loads == []
+    desk.arrive("b", OTHER)
+    desk.run()
+    assert [(load.part, load.load_us) for load in desk.loads if load.load_us] == [
+        (CLIP_B, 5 * MS),
+        ("dit-b", 30 * MS),
+    ]
+    assert not {part for load in desk.loads for part in load.evict} & {T5, "vae"}
+    assert desk.there >= {CLIP_B, T5, "dit-b", "vae"} and len(desk.ended) == 2
+
+
+def test_a_shared_part_takes_its_room_once_and_its_largest_call_counts() -> None:
+    desk = Told("hocket", sharing(CLIP_A, T5))
+    residency = desk.scheduler._ledger.residency
+    worker = desk.scheduler._ledger.cluster.workers["w0"]
+    assert residency.footprint_mib(worker, BASE) == 80 + 10, "the VAE's call is the other's"
+    assert residency.load_us(worker, OTHER, TEXT) == 5 * MS
+    assert residency.needs(worker, OTHER, TEXT) == (CLIP_B, T5)

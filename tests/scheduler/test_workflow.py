@@ -102,6 +102,53 @@ def test_redo_walks_back_to_the_nearest_nodes_whose_inputs_survive(
     assert WIDE.redo(survive) == Redo(ready, blocked)
 
 
+# a ──▶ base ──▶ vae ──▶ back ──▶ fine ──▶ last         b: for the second pass alone
+#                        b ─────────┘
+TWO = Workflow(
+    "two",
+    (
+        once("b", (), "b-out"),
+        once("a", (), "a-out"),
+        stepped("base", ("a-out",), "rough"),
+        once("vae", ("rough",), "small"),
+        once("back", ("small",), "again"),
+        stepped("fine", ("a-out", "b-out", "again"), "good"),
+        once("last", ("good", "small"), "files"),
+    ),
+)
+
+
+def test_each_pass_has_what_no_earlier_one_needs_before_it() -> None:
+    base, fine = TWO.passes
+    assert (base.at, fine.at, base.steppeds) == (0, 1, ("base", "fine"))
+    assert (base.before, base.stepped, base.after) == (("a",), "base", ())
+    assert base.behind == ("b", "vae", "back", "fine", "last") and not base.ending
+    assert (fine.before, fine.stepped) == (("b", "vae", "back"), "fine")
+    assert fine.after == fine.behind == ("last",) and fine.ending
+    assert fine.section["base"] is Section.BEFORE and base.section["fine"] is Section.AFTER
+    assert TWO == base != fine
+
+
+@pytest.mark.parametrize(
+    ("survive", "begun", "coming", "ready", "blocked"),
+    [
+        ((), (), (), ("b", "a"), ("base", "vae", "back", "fine", "last")),
+        (("rough",), (), (), ("b", "a", "vae"), ("back", "fine", "last")),
+        (("small",), ("fine",), (), ("fine",), ("last",)),
+        (("a-out", "b-out", "small"), ("back",), ("again",), (), ("fine", "last")),
+        ((), ("base", "fine"), (), ("base", "fine"), ("vae", "last")),
+    ],
+)
+def test_redo_across_passes(
+    survive: tuple[str, ...],
+    begun: tuple[str, ...],
+    coming: tuple[str, ...],
+    ready: tuple[str, ...],
+    blocked: tuple[str, ...],
+) -> None:
+    assert TWO.redo(survive, begun, coming) == Redo(ready, blocked)
+
+
 def test_the_critical_path_takes_parallel_nodes_once() -> None:
     times_us = {"tokenizer": 1, "t5": 20, "clip": 15, "vae": 4, "media": 3}
     assert WIDE.longest_us(WIDE.before, times_us.__getitem__) == 21
@@ -122,7 +169,7 @@ def test_every_fault_is_told_at_once_each_with_its_path() -> None:
         once("b", ("a-out", "nowhere"), "b-out"),
         once("a", (), "b-out"),
         dataclasses.replace(stepped("dit", ("a-out",)), part="", outputs=()),
-        stepped("second", ("a-out",)),
+        stepped("second", ("a-out",), "more"),
         dataclasses.replace(once("wide", (), "w"), degrees=Degrees.OFFERED),
     )
     assert told == {
@@ -132,9 +179,20 @@ def test_every_fault_is_told_at_once_each_with_its_path() -> None:
         "nodes[2].outputs[0]": "nodes[1].outputs[0] makes 'b-out', too",
         "nodes[3].part": "a stepped node needs one",
         "nodes[3].outputs": "a stepped node makes latents, and nothing else",
-        "nodes[4].kind": "a second stepped node",
         "nodes[5].degrees": "a node that is called once runs on one worker",
     }
+
+
+def test_nine_stepped_nodes_are_too_many_and_a_plain_one_is_a_chain() -> None:
+    first = stepped("d0", ())
+    many = [first, *(stepped(f"d{i}", (f"l{i - 1}",), f"l{i}") for i in range(2, 10))]
+    many.insert(1, stepped("d1", ("latents",), "l1"))
+    assert faults(*many) == {
+        "nodes[8].kind": "more than 8 are stepped",
+        "nodes[9].kind": "more than 8 are stepped",
+    }
+    with pytest.raises(WorkflowFaults, match="a plain one is a chain"):
+        dataclasses.replace(WIDE, plain=True)
 
 
 def test_a_cycle_is_told_without_what_only_hangs_on_it() -> None:

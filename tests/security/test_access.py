@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from gateway.access import Access
+from hocket.cli.__main__ import app
 from hocket.clock import ManualClock
 from hocket.errors import AccessDenied, NotAuthenticated, WrongConfig
 from hocket.security import api_keys
@@ -38,6 +40,27 @@ def test_a_key_speaks_for_its_tenant_only(tmp_path: Path) -> None:
     for wrong in ([], bearer(""), bearer("hk_wrong"), [("authorization", acme)]):
         with pytest.raises(NotAuthenticated):
             access.tenant(wrong)
+
+
+def test_what_operators_do_takes_an_operators_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    secrets = {}
+    for options in (["acme"], ["house", "--operator"]):
+        told = CliRunner().invoke(app, ["keys", "add", *options, "--file", str(file)])
+        assert told.exit_code == 0, told.output
+        secrets[options[0]] = told.stdout.strip()
+    access = Access(file, ManualClock())
+    access.operator(bearer(secrets["house"]), "RegisterWorkflow")
+    assert access.tenant(bearer(secrets["house"])) == "house"
+    with pytest.raises(AccessDenied, match="'acme' may not use RegisterWorkflow"):
+        access.operator(bearer(secrets["acme"]), "RegisterWorkflow")
+    for wrong in ([], bearer("hk_wrong")):
+        with pytest.raises(NotAuthenticated):
+            access.operator(wrong, "RegisterWorkflow")
+    Access(None, ManualClock()).operator([], "RegisterWorkflow")
+    listed = CliRunner().invoke(app, ["keys", "list", "--file", str(file)]).output
+    assert listed.count("operator") == 1
+    assert file.read_text().count("operator") == 1, "as older gateways read it, but for operators"
 
 
 def test_the_file_holds_no_key(tmp_path: Path) -> None:

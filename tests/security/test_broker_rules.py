@@ -18,10 +18,13 @@ from nats.aio.msg import Msg
 from nats.js.api import StreamConfig
 
 from bench.replay import entries_from_broker
+from gateway.inputs.store import InputStore
+from hocket.clock import SystemClock
 from hocket.launching.broker import free_port, nats_server_binary
 from hocket.messaging.bus import Bus, Subjects
 from hocket.messaging.leader import LEADER_KEY, LeaderKey, LeaderWatch
 from hocket.messaging.stores import LeasedKey, Log, LogShape
+from hocket.messaging.subjects import input_object
 from hocket.security.broker_rules import API, configuration, inbox_of
 from hocket.security.certificates import make_all
 from hocket.security.identity import broker_access
@@ -31,6 +34,7 @@ from tests.security.conftest import identity
 CLUSTER = "matrix"
 S = Subjects(CLUSTER)
 _MEDIA, _LEADER = f"OBJ_{S.media_bucket}", f"KV_{S.leader_bucket}"
+_INPUTS = f"OBJ_{S.input_bucket}"
 # Who may publish what; everybody else must not.
 MAY_PUBLISH = {
     S.assign("w"): {"control"},
@@ -42,11 +46,18 @@ MAY_PUBLISH = {
     S.journal("observed_json"): {"control"},
     f"$KV.{S.leader_bucket}.leader": {"control"},
     f"$O.{S.media_bucket}.C.x": {"control", "worker"},
+    f"$O.{S.input_bucket}.C.x": {"control", "gateway"},
+    f"$O.{S.input_bucket}.M.x": {"control", "gateway"},
+    f"$KV.{S.workflow_bucket}.w": {"control"},
     f"$JS.API.STREAM.DELETE.{S.journal_stream}": {"control"},
     f"$JS.API.STREAM.INFO.{_MEDIA}": {"control"},  # what all others call by another name
     f"{API}.STREAM.DELETE.{S.journal_stream}": set(),
     f"{API}.STREAM.PURGE.{_MEDIA}": {"worker"},
     f"{API}.STREAM.CREATE.{_MEDIA}": set(),
+    f"{API}.STREAM.PURGE.{_INPUTS}": set(),
+    f"{API}.STREAM.CREATE.{_INPUTS}": set(),
+    f"{API}.STREAM.MSG.GET.{_INPUTS}": {"worker", "gateway", "operator"},
+    f"{API}.DIRECT.GET.{_INPUTS}": {"worker", "gateway", "operator"},
     f"{API}.STREAM.UPDATE.{_MEDIA}": set(),
     f"{API}.STREAM.MSG.DELETE.{_MEDIA}": set(),
     f"{API}.STREAM.PURGE.{S.promises_stream}": set(),
@@ -241,17 +252,47 @@ async def test_a_worker_stores_media_and_a_gateway_reads_them(
         assert await denied(worker, told) == await denied(gateway, refused) == set()
 
 
+async def test_a_gateway_stores_inputs_and_a_worker_reads_them(
+    broker: str, certificates: Path
+) -> None:
+    access = broker_access(identity(certificates, "gateway"), "gateway")
+    bus = await Bus.connect(broker, "gateway", access=access)
+    async with (
+        connected(broker, certificates, "control") as (control, _),
+        connected(broker, certificates, "worker") as (worker, told),
+    ):
+        await control.jetstream().create_object_store(S.input_bucket)
+        store = InputStore(bus, S, SystemClock())
+        name, _ = await store.put("acme", b"a picture")
+        assert await store.absent("acme", [name, "none"]) == {"none"}
+        assert await store.absent("other", [name]) == {name}
+        kept = await control.jetstream().object_store(S.input_bucket)
+        assert (await kept.get(input_object("acme", name))).data == b"a picture"
+        api = worker.jetstream(prefix=API)
+        piece = f"$O.{S.input_bucket}.C.>"
+        got = await api.get_msg(_INPUTS, seq=1, subject=piece, direct=True, next=True)
+        assert got.data == b"a picture"
+        assert await denied(worker, told) == set()
+    await bus.close()
+
+
 PROMISE = f"hocket.v1.{CLUSTER}.promise.request.r"
 LEADER = f"$KV.{S.leader_bucket}.leader"
-PIECE = f"$O.{S.media_bucket}.C.x"
+PIECE, INPUT = f"$O.{S.media_bucket}.C.x", f"$O.{S.input_bucket}.C.x"
 # What each role may ask JetStream for, by the entry that it wants.
 ASKS = {
-    "worker": {f"STREAM.INFO.{_MEDIA}": "", f"STREAM.MSG.GET.{_MEDIA}": PIECE},
+    "worker": {
+        f"STREAM.INFO.{_MEDIA}": "",
+        f"STREAM.MSG.GET.{_MEDIA}": PIECE,
+        f"DIRECT.GET.{_INPUTS}": INPUT,
+    },
     "gateway": {
         f"STREAM.INFO.{_MEDIA}": "",
         f"STREAM.MSG.GET.{_MEDIA}": PIECE,
         f"DIRECT.GET.{_MEDIA}": PIECE,
         f"STREAM.MSG.GET.{_LEADER}": LEADER,
+        f"STREAM.MSG.GET.{_INPUTS}": INPUT,
+        f"DIRECT.GET.{_INPUTS}": INPUT,
     },
     "operator": {
         f"STREAM.INFO.{S.promises_stream}": "",
@@ -273,13 +314,15 @@ async def test_what_the_broker_answers_gets_nowhere_but_to_the_asker(
         connected(broker, certificates, role) as (client, told),
     ):
         jetstream = control.jetstream()
-        await jetstream.create_object_store(S.media_bucket)
+        for bucket in (S.media_bucket, S.input_bucket):
+            await jetstream.create_object_store(bucket)
         await jetstream.create_key_value(bucket=S.leader_bucket)
         config = StreamConfig(S.promises_stream, subjects=[S.promises], allow_direct=True)
         await jetstream.add_stream(config)
         await jetstream.publish(PROMISE, b"promised")
         await jetstream.publish(LEADER, b"who leads")
         await jetstream.publish(PIECE, b"a piece")
+        await jetstream.publish(INPUT, b"a piece")
         heard = await control.subscribe(f"hocket.v1.{CLUSTER}.>")
         await control.flush()
         for call, entry in ASKS[role].items():

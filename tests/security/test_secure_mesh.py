@@ -22,6 +22,7 @@ from hocket.security.certificates import make_all
 from hocket.security.identity import Identity, open_channel
 from hocket.v1.control_pb2 import WatchClusterRequest
 from hocket.v1.control_pb2_grpc import ControlServiceStub
+from tests.gateway.test_pictures import red, saved
 from tests.security.conftest import identity
 from tests.waiting import WAIT_S, until
 
@@ -111,6 +112,13 @@ async def test_a_group_makes_a_picture_and_its_tenant_alone_sees_it(
         with pytest.raises(AccessDenied):
             await other.create("a red apple", tenant="acme")
         assert [made async for made in other.list()] == []
+
+    stored = await acme.put_input(saved(red(), "PNG"))
+    assert (await acme.put_input(saved(red(), "PNG"))).name == stored.name
+    assert "img2img" in [spec.name for spec in await acme.workflows()]
+    wish = {"workflow": "img2img", "inputs": {"image": stored.name}, "model": "hocket-emoji"}
+    content, _ = await acme.generate_media("a red apple", **wish)
+    assert content.startswith(b"\x89PNG")
 
     worker = endpoints.find(state, "gpu-0")
     assert worker is not None

@@ -19,6 +19,7 @@ from gpuworker.memory.weights import WeightStore
 from gpuworker.models.card import ModelCard
 from gpuworker.state import LatentState
 from gpuworker.steps.engine import Engine
+from gpuworker.steps.fetching import Fetcher
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.pace import StepPace
 from gpuworker.steps.sources import Sources
@@ -91,7 +92,7 @@ def run_engine(member: Member, order: Order) -> tuple[list[Told], dict[str, byte
     if order.lost_after:
         _lose_after(member.groups, order.lost_after)
     cards = {card.facts.name: card}
-    sources = Sources(member.name, inbox, shelf, member.rendezvous, _nobody)
+    sources = Sources(member.name, inbox, shelf, Fetcher(member.name, member.rendezvous, _nobody))
     memory = Memory(cards, CPU, weights, shelf)
     pace = StepPace()
     pace.ahead = order.ahead

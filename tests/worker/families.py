@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.worker.tiny_adapters import flux_loras, sd3_loras
 from tests.worker.tiny_cogvideox import (
     cogvideox_15_reference,
     cogvideox_reference,
@@ -19,6 +20,13 @@ from tests.worker.tiny_models import (
     wan_reference,
     wan_unipc_reference,
 )
+from tests.worker.tiny_pictures import (
+    flux_control,
+    flux_inpaint,
+    flux_kontext,
+    qwen_img2img,
+    sd3_inpaint,
+)
 from tests.worker.tiny_pixart import pixart_reference
 from tests.worker.tiny_qwen import qwen_reference
 from tests.worker.tiny_sd3 import sd3_reference, sd35_medium_reference
@@ -30,6 +38,7 @@ class Family:
 
     make: Callable[[Path], Reference]
     cfg: tuple[int, ...] = (1, 2)
+    full: bool = False  # only in `make test-full`
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -44,6 +53,13 @@ FAMILIES: Mapping[str, Family] = {
     "cogvideox": Family(cogvideox_reference),
     "cogvideox-rotary": Family(cogvideox_rotary_reference),
     "hunyuan": Family(hunyuan_reference, cfg=(1,)),
+    "flux-kontext": Family(flux_kontext, cfg=(1,), full=True),
+    "flux-control": Family(flux_control, cfg=(1,)),
+    "flux-inpaint": Family(flux_inpaint, cfg=(1,)),
+    "flux-loras": Family(flux_loras, cfg=(1,), full=True),
+    "sd3-loras": Family(sd3_loras),
+    "sd3-inpaint": Family(sd3_inpaint, full=True),
+    "qwen-img2img": Family(qwen_img2img, full=True),
 }
 
 

@@ -19,7 +19,8 @@ from torch import nn
 from gpuworker.loading import load_card
 from gpuworker.memory.budget import ran_out
 from gpuworker.memory.weights import WeightStore
-from gpuworker.models.card import ModelCard, to_frames
+from gpuworker.models.card import ModelCard
+from gpuworker.models.pictures import to_frames
 from gpuworker.state import LatentState
 from gpuworker.steps.decode import Decodes, decoded
 from gpuworker.steps.pace import StepPace

@@ -58,7 +58,12 @@ def made() -> Made:
     return {}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.full] if family.full else [])
+        for name, family in FAMILIES.items()
+    ]
+)
 def name(request: pytest.FixtureRequest) -> str:
     """A family's name."""
     return str(request.param)
@@ -89,17 +94,12 @@ def check(pool: Pool, reference: Reference, schedule: Schedule, record_property:
     assert levels <= 1, f"pictures differ by {levels} levels after {schedule}"
 
 
-def steps_of(reference: Reference) -> int:
-    """Steps of its job."""
-    return int(reference.settings["steps"])
-
-
 @pytest.mark.parametrize("degree", [1, 2, pytest.param(4, marks=pytest.mark.full)])
 def test_every_layout(
     pool: Pool, family: Family, reference: Reference, degree: int, record_property: Record
 ) -> None:
     for layout in layouts(degree, family.cfg):
-        whole = [(tuple(range(degree)), steps_of(reference), layout)]
+        whole = [(tuple(range(degree)), reference.steps, layout)]
         check(pool, reference, whole, record_property)
 
 
@@ -107,7 +107,7 @@ def test_every_layout(
 def test_random_schedules(
     pool: Pool, family: Family, reference: Reference, seed: int, record_property: Record
 ) -> None:
-    drawn = random_schedule(seed, steps_of(reference), family.cfg)
+    drawn = random_schedule(seed, reference.steps, family.cfg)
     check(pool, reference, drawn, record_property)
 
 
@@ -115,7 +115,7 @@ def test_preempted_and_resumed_elsewhere(
     pool: Pool, reference: Reference, record_property: Record
 ) -> None:
     """Parked as bytes between any two of the legs; another worker, another degree."""
-    steps = steps_of(reference)
+    steps = reference.steps
     check(pool, reference, [((0,), 2), ((2, 3), steps - 4), ((1,), 2)], record_property)
 
 
@@ -123,8 +123,11 @@ def test_preempted_and_resumed_elsewhere(
 def test_a_batch_of_four(
     pool: Pool, family: Family, reference: Reference, degree: int, record_property: Record
 ) -> None:
-    """Companions with other seeds, prompts, guidance and positions come and go."""
-    steps, mine = steps_of(reference), reference.settings
+    """Companions with other seeds, prompts, guidance and positions come and go.
+
+    Those of a job that begins from a picture begin from none.
+    """
+    steps, mine = reference.steps, reference.settings
     others = [
         {**mine, "seed": 21, "prompt": "a blue boat at night"},
         {**mine, "seed": 22, "guidance_scale": mine["guidance_scale"] + 1.5},
@@ -133,7 +136,12 @@ def test_a_batch_of_four(
     members = pool.names[:degree]
     for layout in layouts(degree, family.cfg):
         batch = tasks.Batch(
-            reference.folder, (mine, *others), (0, steps - 2, 1, 3), meet(pool, members), layout
+            reference.folder,
+            (mine, *others),
+            (0, steps - 2, 1, 3),
+            meet(pool, members),
+            layout,
+            reference.start,
         )
         for state in pool.each(members, tasks.step_together, batch):
             error = latent_error(state, reference)
@@ -156,7 +164,7 @@ def test_another_number_of_frames(
     reference = VIDEOS[video].make(tmp_path / f"tiny-{video}-{frames}", frames=frames)
     assert len(reference.frames) == frames
     for members in ((0,), (1, 0)):
-        check(pool, reference, [(members, steps_of(reference))], record_property)
+        check(pool, reference, [(members, reference.steps)], record_property)
 
 
 @pytest.mark.parametrize("name", sorted(VIDEOS.keys() & FAMILIES.keys()), indirect=True)
@@ -179,7 +187,7 @@ def test_loaded_from_its_folder(reference: Reference) -> None:
     shape = {key: settings[key] for key in ("width", "height", "frames", "steps")}
     facts.check(**shape, guidance_scale=settings["guidance_scale"])
     state = card.encode(**settings)
-    assert not state.finished and state.steps_total == steps_of(reference)
+    assert not state.finished and state.steps_total == settings["steps"]
     once, again = card.decode(state), card.decode(state)
     assert once.dtype == np.uint8 and np.array_equal(once, again)
 

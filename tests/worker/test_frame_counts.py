@@ -11,10 +11,10 @@ import torch
 
 from gpuworker.config import EMBEDDED_MODELS
 from gpuworker.loading import LoadError, load_card
+from gpuworker.model_info import model_info
 from gpuworker.models.card import ModelRefused
 from gpuworker.models.footprint import ModelCall
 from gpuworker.models.frame_counts import FrameCounts, frame_counts
-from gpuworker.torch_executor import model_info
 from hocket.v1 import generation_pb2
 from tests.worker.tiny_cogvideox import cogvideox_15_reference
 from tests.worker.tiny_models import Reference

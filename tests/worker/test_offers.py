@@ -5,56 +5,34 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 
-from gpuworker.collectives.rendezvous import Cancel, Rendezvous
-from gpuworker.memory.latents import CalledOff, LatentMissing, LatentShelf, Shares
+from gpuworker.collectives.rendezvous import Rendezvous
+from gpuworker.memory.latents import CalledOff, LatentMissing, Shares
 from gpuworker.memory.weights import WeightStore
 from gpuworker.mesh.copies import Copies
 from gpuworker.state import LatentState
+from gpuworker.steps.fetching import Fetcher
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.run import Run
 from gpuworker.steps.sources import Sources
 from gpuworker.torch_executor import TorchExecutor
 from hocket.messaging.bus import Bus, Subjects
 from hocket.v1 import mesh_pb2, types_pb2
+from tests.worker.holders import (
+    LATENT_BYTES,
+    Asking,
+    Holder,
+    gone_address,
+    start_of,
+    state,
+    wanting,
+)
 from tests.worker.worker_pool import CPU
 
 WAIT_S = 30.0
-LATENT_BYTES = 1 << 20
-
-
-def state(steps_done: int, size_bytes: int = LATENT_BYTES) -> LatentState:
-    """A latent of float32, told from others by its steps."""
-    latents = torch.full((size_bytes // 4,), float(steps_done))
-    return LatentState({"latents": latents}, steps_done, 50, {})
-
-
-@dataclass
-class Holder:
-    """A worker's store and shelf, which answers whoever asks."""
-
-    name: str
-    shares: Shares | None = None
-    rendezvous: Rendezvous = field(default_factory=Rendezvous)
-
-    def __post_init__(self) -> None:
-        store = self.rendezvous
-        self.shelf = LatentShelf(store.put, store.drop, self.shares, store.fetched)
-
-    @property
-    def known(self) -> types_pb2.LatentHolder:
-        return types_pb2.LatentHolder(
-            worker=self.name, steps_done=0, store_address=self.rendezvous.address
-        )
-
-    @property
-    def keys(self) -> list[str]:
-        return list(self.rendezvous.client(self.rendezvous.address).list_keys())
 
 
 def asked(steps_done: int, attempt: int = 0) -> mesh_pb2.LatentRequest:
@@ -105,46 +83,11 @@ def test_what_is_lent_counts_in_the_share_of_latents(tmp_path: Path) -> None:
     holder.shelf.close()
 
 
-@dataclass
-class Asking:
-    """What a worker asks: who answers what, and whom it has asked."""
-
-    answers: dict[str, Callable[[mesh_pb2.LatentRequest], mesh_pb2.LatentReply]]
-    seen: list[str] = field(default_factory=list)
-
-    def __call__(
-        self, holder: str, wanted: mesh_pb2.LatentRequest, cancel: Cancel
-    ) -> mesh_pb2.LatentReply:
-        self.seen.append(holder)
-        return self.answers[holder](wanted)
-
-
-def wanting(*holders: types_pb2.LatentHolder) -> mesh_pb2.Assignment:
-    member = mesh_pb2.BatchMember(request_id="r", holders=holders)
-    return mesh_pb2.Assignment(
-        sequence=1,
-        term=1,
-        node="dit",
-        steps=1,
-        batch=[member],
-        group=types_pb2.Group(epoch=1, members=["me"]),
-        collective_timeout_us=20_000_000,
-    )
-
-
 @pytest.fixture
 def inbox() -> Iterator[Inbox]:
     made = Inbox()
     made.accept_term(1)
     yield made
-
-
-def gone_address() -> str:
-    """Where nobody listens any more."""
-    rendezvous = Rendezvous()
-    address = rendezvous.address
-    rendezvous.close()
-    return address
 
 
 def test_behind_a_lost_blob_the_next_holder_is_asked(inbox: Inbox) -> None:
@@ -158,14 +101,14 @@ def test_behind_a_lost_blob_the_next_holder_is_asked(inbox: Inbox) -> None:
         }
     )
     order = wanting(dead, alive.known)
-    sources = Sources("me", inbox, me.shelf, me.rendezvous, ask)
-    got = sources.obtain(Run(order), order.batch[0])
+    sources = Sources("me", inbox, me.shelf, Fetcher("me", me.rendezvous, ask))
+    got = sources.obtain(Run(order), *start_of(order))
     assert got.steps_done == 0 and ask.seen == ["dead", "alive"]
     assert me.shelf.steps_done("r") == 0
     lone = wanting(dead)
     me.shelf.release("r")
     with pytest.raises(LatentMissing) as missing:
-        sources.obtain(Run(lone), lone.batch[0])
+        sources.obtain(Run(lone), *start_of(lone))
     assert missing.value.tried == ("dead",)
 
 
@@ -179,7 +122,9 @@ def test_a_job_that_is_called_off_meanwhile_blames_nobody(inbox: Inbox) -> None:
     order = wanting(types_pb2.LatentHolder(worker="w1"), types_pb2.LatentHolder(worker="w2"))
     ask = Asking({"w1": off})
     with pytest.raises(CalledOff):
-        Sources("me", inbox, me.shelf, me.rendezvous, ask).obtain(Run(order), order.batch[0])
+        Sources("me", inbox, me.shelf, Fetcher("me", me.rendezvous, ask)).obtain(
+            Run(order), *start_of(order)
+        )
     assert ask.seen == ["w1"]
 
 

@@ -22,6 +22,7 @@ from gpuworker.models.card import ModelCard
 from gpuworker.state import LatentState
 from gpuworker.steps.broken_device import DeviceBroken, is_broken
 from gpuworker.steps.engine import Engine
+from gpuworker.steps.fetching import Fetcher
 from gpuworker.steps.inbox import Inbox, StopMark
 from gpuworker.steps.pace import MarkedCall, StepPace
 from gpuworker.steps.sources import Sources
@@ -71,7 +72,7 @@ class Desk:
         )
         groups = GroupCache(self.rendezvous, "w0", CPU)
         cards = {card.facts.name: card}
-        sources = Sources("w0", self.inbox, self.shelf, self.rendezvous, _nobody)
+        sources = Sources("w0", self.inbox, self.shelf, Fetcher("w0", self.rendezvous, _nobody))
         memory = Memory(cards, CPU, weights, self.shelf)
         self._engine = Engine("w0", cards, self.inbox, self.shelf, groups, sources, pace, memory)
 

@@ -97,6 +97,32 @@ async def test_a_spilled_one_is_offered_as_it_is(shelf: LatentShelf, store: Stor
     assert "r0" in spilled(shelf), "nobody here needs it"
 
 
+async def test_artifacts_of_one_request_are_counted_and_spilled_one_by_one(
+    shelf: LatentShelf, store: Store
+) -> None:
+    pixels = torch.arange(SIZE, dtype=torch.int64).to(torch.uint8).reshape(1, 1, -1, 1)
+    picture = LatentState({"pixels": pixels}, 0, 0, {"width": SIZE})
+    shelf.put("r", picture, "small.image")
+    for number, artifact in enumerate(("text.embeddings", "first.latents"), 1):
+        shelf.put("r", state(number), artifact)
+    await settled(shelf)
+    held = {each.artifact: each for each in shelf.held()}
+    assert [name for name, each in held.items() if each.spilled] == ["small.image"]
+    assert held["small.image"].size_bytes == SIZE
+    shelf.put("s", state(9), "small.image")
+    back = shelf.get("r", 0, "small.image")
+    assert back is not None and back.to_bytes() == picture.to_bytes()
+    asked = mesh_pb2.LatentRequest(request_id="r", steps_done=3, artifact="first.latents")
+    keys = [shelf.offer(asked).key]
+    asked.artifact, asked.steps_done = "small.image", 0
+    keys.append(shelf.offer(asked).key)
+    assert len(store.blobs) == 2, "each artifact is lent by itself"
+    shelf.release("r")
+    assert [each.request_id for each in shelf.held()] == ["s"] and not store.blobs
+    shelf.put("r", picture, "small.image")
+    assert shelf.steps_done("r", "small.image") is None, "it has ended"
+
+
 async def test_what_is_in_hand_stays(shelf: LatentShelf) -> None:
     for number in range(2):
         shelf.put(f"r{number}", state(number))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpuworker.loading import LoadError, load_card
 from gpuworker.models import qwen as family
-from gpuworker.models.card import PLAIN, PROMPTED, Row
+from gpuworker.models.rows import PLAIN, PROMPTED, Row
 from gpuworker.state import LatentState
 from tests.worker.tiny_models import Reference
 from tests.worker.tiny_qwen import qwen_reference

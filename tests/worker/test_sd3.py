@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpuworker.loading import LoadError, load_card
+from gpuworker.models.card import Asked
 from gpuworker.state import LatentState
 from tests.worker.tiny_models import Reference
 from tests.worker.tiny_sd3 import reference, sd3_pipeline, sd3_reference, sd35_medium_reference
@@ -65,6 +66,10 @@ def test_in_half_precision_it_is_loaded_and_draws(tmp_path: Path) -> None:
     while not state.finished:
         (state,) = card.step([state], None)
     assert {tensor.dtype for tensor in state.tensors.values()} == {torch.bfloat16}
+    asked = Asked("a fox", "the sea", 28, 20, 1, 2, 5.0, seed=4)
+    latents = card.encode_image(card.decode(state), seed=4)
+    begun = card.begin(card.embed(asked), asked, latents, strength=0.5)
+    assert {t.dtype for s in (latents, begun) for t in s.tensors.values()} == {torch.bfloat16}
     assert state.tensors["latents"].isfinite().all()
     assert card.decode(state).shape == (1, 20, 28, 3)
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from gpuworker.loading import LoadError, load_card
+from gpuworker.model_info import model_info
 from gpuworker.models.card import ShapeRefused
 from gpuworker.models.solvers import SolverRefused
 from gpuworker.state import Fact, LatentState, StateCorrupt
 from gpuworker.steps.media import encode_media
-from gpuworker.torch_executor import model_info
 from hocket.v1.types_pb2 import MediaInfo
 from tests.worker.tiny_models import Reference
 from tests.worker.worker_pool import CPU
@@ -152,6 +152,48 @@ def test_facts_of_the_tiny_models(flux: Reference, wan: Reference) -> None:
     assert facts.degrees == (1, 2, 4)
     facts = load_card(wan.folder, CPU, torch.float32).facts
     assert (facts.family, facts.workflows, facts.guidance) == ("wan", ("txt2vid",), "true_cfg")
+
+
+def test_a_folder_that_names_no_sizes_takes_all_that_its_arithmetic_does(
+    flux: Reference, wan: Reference, tmp_path: Path
+) -> None:
+    """Also without card.json, as it is published; an operator may set limits."""
+    (copied(flux, tmp_path) / "card.json").unlink()
+    card = load_card(str(tmp_path / "spoilt"), CPU, torch.float32)
+    info = model_info(card.facts)
+    limits = (info.size_multiple, info.size_min, info.size_max, info.pixels_max)
+    assert limits == (4, 4, 2048, 2048 * 2048)
+    for size in ((28, 44), (52, 4)):
+        state = card.encode("a fox", "", *size, 1, 4, 3.5, 1)
+        (state,) = card.step([state], None)
+        assert card.decode(state).shape == (1, size[1], size[0], 3)
+    assert model_info(load_card(wan.folder, CPU, torch.float32).facts).pixels_max == 1280 * 720
+    (tmp_path / "spoilt" / "card.json").write_text('{"pixels_max": 65536, "size_max": 512}')
+    facts = load_card(str(tmp_path / "spoilt"), CPU, torch.float32).facts
+    assert model_info(facts).pixels_max == 65536 and model_info(facts).size_max == 512
+    with pytest.raises(ShapeRefused, match="at most 65536 pixels"):
+        facts.check(512, 132, 1, 4, 3.5)
+    (tmp_path / "spoilt" / "card.json").write_text('{"sizes": [[64, 64]]}')
+    facts = load_card(str(tmp_path / "spoilt"), CPU, torch.float32).facts
+    assert (model_info(facts).size_multiple, len(model_info(facts).shapes)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"pixels_max": 10}, "pixels_max=10: allowed is 65536, of the default size, or more"),
+        ({"pixels_max": "1"}, "pixels_max='1'"),
+        ({"size_max": 4096}, "size_max=4096: allowed is at most the family's 2048"),
+    ],
+)
+def test_limits_that_cannot_be(
+    flux: Reference, tmp_path: Path, limits: dict[str, object], said: str
+) -> None:
+    folder = copied(flux, tmp_path)
+    (folder / "card.json").write_text(json.dumps(limits))
+    with pytest.raises(LoadError, match=said) as refused:
+        load_card(str(folder), CPU, torch.float32)
+    assert refused.value.missing == "card.json"
 
 
 def test_a_folder_that_names_no_sizes_offers_its_default(flux: Reference, wan: Reference) -> None:

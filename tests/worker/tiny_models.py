@@ -37,8 +37,23 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from hocket.strength import steps_to_run
+
 TEXT_TOKENS = 13  # odd on purpose: members get unequal shares
 WORDS = ("[PAD]", "[UNK]", "a", "red", "blue", "fox", "boat", "on", "the", "sea", "at", "night")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Pictures that a job begins with, uint8 [1, H, W, 3]."""
+
+    pixels: NDArray[np.uint8] | None
+    strength: float = 1.0
+    mask: NDArray[np.uint8] | None = None  # [1, H, W, 1]
+    reference: NDArray[np.uint8] | None = None  # a picture to be edited, of any size
+    loras: tuple[tuple[str, float], ...] = ()  # adapters and their scales
+    control: NDArray[np.uint8] | None = None  # a picture for a ControlNet
+    control_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,13 @@ class Reference:
     settings: dict[str, Any]
     latents: Tensor
     frames: NDArray[np.uint8]
+    start: Start | None = None  # with it the job is begun, not encoded
+
+    @property
+    def steps(self) -> int:
+        """Steps that the job makes."""
+        steps = int(self.settings["steps"])
+        return steps_to_run(steps, self.start.strength) if self.start else steps
 
 
 def flux_reference(folder: Path) -> Reference:

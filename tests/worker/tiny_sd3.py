@@ -35,7 +35,7 @@ _CLIP_TOKENS = 16
 
 
 def sd3_pipeline(
-    dual: tuple[int, ...] = (), t5: bool = True, **of_schedule: Any
+    dual: tuple[int, ...] = (), t5: bool = True, channels: int = 4, **of_schedule: Any
 ) -> StableDiffusion3Pipeline:
     """SD3 of 3 blocks, those of `dual` with a second attention over the image alone."""
     torch.manual_seed(5)
@@ -45,7 +45,7 @@ def sd3_pipeline(
             block_out_channels=(8, 8),
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
+            latent_channels=channels,
             norm_num_groups=4,
             scaling_factor=1.5305,
             shift_factor=0.0609,
@@ -60,8 +60,8 @@ def sd3_pipeline(
         tokenizer_3=tokenizer(TEXT_TOKENS) if t5 else None,
         transformer=SD3Transformer2DModel(
             sample_size=16,
-            in_channels=4,
-            out_channels=4,
+            in_channels=channels,
+            out_channels=channels,
             num_layers=3,
             attention_head_dim=16,
             num_attention_heads=4,

@@ -31,9 +31,8 @@ class Job:
 
     def encode(self, worker: str) -> None:
         """Makes the first state, on one worker."""
-        self.pool.one(
-            worker, tasks.encode, self.reference.folder, self.name, self.reference.settings
-        )
+        made = self.reference
+        self.pool.one(worker, tasks.encode, made.folder, self.name, made.settings, made.start)
         self.holders = (worker,)
 
     def run(

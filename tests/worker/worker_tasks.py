@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from gpuworker.collectives.group_cache import GroupCache
 from gpuworker.collectives.groups import Group, GroupLost, GroupSpent
 from gpuworker.collectives.rendezvous import BlobLost
 from gpuworker.collectives.team import Communicator, GroupLayout, Team
+from gpuworker.models.card import Asked, ModelCard
 from gpuworker.state import LatentState
+from tests.worker.tiny_models import Start
 from tests.worker.worker_pool import CPU, Member
 
 FORM_S = 20.0
@@ -68,9 +71,38 @@ class Segment:
     plant: str = ""  # a fault to be planted: "reversed gather" or "suicide"
 
 
-def encode(member: Member, folder: str, job: str, settings: dict[str, object]) -> None:
+def encode(
+    member: Member, folder: str, job: str, settings: dict[str, Any], start: Start | None = None
+) -> None:
     """Makes the first state of a job, and keeps it."""
-    member.shelf[job] = member.card(folder).encode(**settings)  # type: ignore[arg-type]
+    member.shelf[job] = first_state(member.card(folder), settings, start)
+
+
+def first_state(card: ModelCard, settings: dict[str, Any], start: Start | None) -> LatentState:
+    """Encoded, or begun from a picture; every artifact of the way has travelled as bytes."""
+    if start is None:
+        return card.encode(**settings)
+    asked = Asked(**settings)
+    embeddings = _travelled(card.embed(asked))
+    latents, reference, control = (
+        None if pixels is None else _travelled(card.encode_image(pixels, asked.seed))
+        for pixels in (start.pixels, start.reference, start.control)
+    )
+    return card.begin(
+        embeddings,
+        asked,
+        latents,
+        start.strength,
+        start.mask,
+        reference,
+        dict(start.loras),
+        control,
+        start.control_scale,
+    )
+
+
+def _travelled(artifact: LatentState) -> LatentState:
+    return LatentState.from_bytes(artifact.to_bytes())
 
 
 def offer(member: Member, job: str) -> None:
@@ -119,17 +151,19 @@ class Batch:
     """Jobs of one shape that step together, each with so many steps behind it when they meet."""
 
     folder: str
-    settings: tuple[dict[str, object], ...]
+    settings: tuple[dict[str, Any], ...]
     behind: tuple[int, ...]
     meeting: Meeting
     layout: GroupLayout
+    start: Start | None = None  # of the first job
 
 
 def step_together(member: Member, batch: Batch) -> bytes:
     """The first job's last state; the others join where they stand and leave when they are done."""
     group, card = batch.meeting.join(member), member.card(batch.folder)
     team = Team(group, batch.layout) if group.size > 1 else None
-    states = [card.encode(**settings) for settings in batch.settings]  # type: ignore[arg-type]
+    starts = [batch.start] + [None] * (len(batch.settings) - 1)
+    states = [first_state(card, *job) for job in zip(batch.settings, starts, strict=True)]
     for place, behind in enumerate(batch.behind):
         for _ in range(behind):
             (states[place],) = card.step([states[place]], None)

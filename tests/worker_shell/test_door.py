@@ -12,7 +12,7 @@ import pytest
 
 from gpuworker.mesh.door import TERM_RISE_MAX, Door
 from hocket.messaging.bus import Bus, Subjects
-from hocket.v1 import mesh_pb2
+from hocket.v1 import mesh_pb2, types_pb2
 from tests.worker_shell.desk import WAIT_S, Desk, desk, job
 from tests.worker_shell.test_identity import PROFILE, ROOT
 
@@ -54,6 +54,37 @@ def named(request: str) -> mesh_pb2.Assignment:
     return job(1, "dit", request)
 
 
+def called(**fields: object) -> mesh_pb2.Assignment:
+    """A call of a workflow's, spoiled."""
+    made = job(1, "two")
+    call = mesh_pb2.NodeCall(op="decode", outputs=["two.image"])
+    call.inputs.add(port="latents", artifact="one.latents")
+    for name, value in fields.items():
+        if isinstance(value, list):
+            call.ClearField(name)  # type: ignore[arg-type]
+            getattr(call, name).extend(value)
+        elif isinstance(value, str):
+            setattr(call, name, value)
+        else:
+            call.shape.CopyFrom(value)  # type: ignore[arg-type]
+    made.batch[0].call.CopyFrom(call)
+    return made
+
+
+def mixed() -> mesh_pb2.Assignment:
+    """A plain chain's job beside a workflow's."""
+    made = called()
+    made.batch.add().CopyFrom(job(1, "dit", "s").batch[0])
+    return made
+
+
+def shared() -> mesh_pb2.Assignment:
+    """A call that is made once, on two workers."""
+    made = called()
+    made.group.members.append("w1")
+    return made
+
+
 def wide(side: int) -> mesh_pb2.Assignment:
     made = job(1, "dit")
     made.batch[0].spec.shape.width = side
@@ -79,6 +110,16 @@ def wide(side: int) -> mesh_pb2.Assignment:
         named("\x00"),
         named("x" * 5000),
         wide(1 << 31),
+        called(op="rm"),
+        called(outputs=[]),
+        called(outputs=["a b"]),
+        called(inputs=[mesh_pb2.NodeInput(port="rm", artifact="one.latents")]),
+        called(inputs=[mesh_pb2.NodeInput(port="latents", artifact="x" * 5000)]),
+        called(inputs=[mesh_pb2.NodeInput(port="latents", object_name="a\x00b")]),
+        called(inputs=[mesh_pb2.NodeInput(port="latents", artifact="a.b")] * 40),
+        called(shape=types_pb2.Shape(width=1 << 31)),
+        mixed(),
+        shared(),
     ],
 )
 async def test_an_assignment_that_cannot_be_meant_is_let_go(
@@ -96,6 +137,7 @@ def test_what_is_let_go_is_counted() -> None:
     assert door.takes_assign(mesh_pb2.Assign(term=1, assignments=[job(1, "text")]), 0)
     assert not door.takes_assign(mesh_pb2.Assign(term=WILD_TERM), 0)
     assert not door.takes_assign(mesh_pb2.Assign(term=1, incarnation="there"), 0)
+    assert door.takes_assign(mesh_pb2.Assign(term=1, assignments=[called()]), 0)
     assert not door.takes_request(mesh_pb2.LatentRequest(request_id="r", wait_us=1 << 50))
     assert (door.refused, door.astray) == (2, 1)
 

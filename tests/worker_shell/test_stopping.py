@@ -79,7 +79,7 @@ async def test_it_takes_no_copies_of_others_any_more(nats_url: str, tmp_path: Pa
     async with desk(nats_url, tmp_path, "stop-copies") as one:
         await holding(one)
         one.agent.stop()
-        one.executor._host.copies["w9"] = {"s": 3}
+        one.executor._host.copies["w9"] = {("s", ""): 3}
         holder = types_pb2.LatentHolder(worker="w9", steps_done=3)
         fetch = mesh_pb2.LatentFetch(request_id="s", steps_done=3, holder=holder)
         await one.assign(fetches=[fetch])

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
-from ..values import GroupHeld, ModelFacts, WorkerUp
+from ..values import DIT, TEXT, VAE, GroupHeld, Held, ModelFacts, WorkerUp
 from .lifecycle import WORKER_MOVES, WorkerState, moved
 
 EPOCHS_MAX = 65_536  # groups whose epoch is remembered
 ANSWERS_MAX = 16_384  # about the workers as they are, by model or group
+CHAIN_OPS = (TEXT, DIT, VAE)  # of a model that does not say which
 
 
 def _nothing() -> None:
@@ -37,7 +38,8 @@ class Worker:
     memory_mib: int = 0  # for weights; 0: everything it can run is there
     island: str = ""  # of close links, inside its host
     freed_us: int = 0  # not before this can it start what it gets next
-    unclaimed: dict[str, int] = field(default_factory=dict)  # latents of requests not inside yet
+    unclaimed: dict[str, list[Held]] = field(default_factory=dict)  # of requests not inside yet
+    operations: tuple[str, ...] = ()  # without weights
     changed: Callable[[], None] = field(default=_nothing, repr=False, compare=False)
 
     @property
@@ -52,10 +54,29 @@ class Worker:
         """Lives, and gets nothing new: what it holds should have copies elsewhere."""
         return self.state is WorkerState.UP and (self.draining or self.stopping)
 
-    def can(self, model: str, degree: int = 1) -> bool:
-        """Has the model and, for more than one worker, can split its denoiser that way."""
+    def can(self, model: str, degree: int = 1, op: str = DIT) -> bool:
+        """Runs an operation of the model and, for more than one worker, splits its denoiser that
+        way. Without a model: an operation that needs no weights.
+        """
+        if not model:
+            return op in self.operations
         facts = self.models.get(model)
-        return facts is not None and (degree == 1 or degree in facts.degrees)
+        return (
+            facts is not None
+            and (degree == 1 or degree in facts.degrees)
+            and op in (facts.operations or CHAIN_OPS)
+        )
+
+    def nodes(self, model: str) -> tuple[str, ...]:
+        """The nodes of the model's chain that it has weights for."""
+        facts = self.models.get(model)
+        offered = CHAIN_OPS if facts is None else facts.operations or CHAIN_OPS
+        return tuple([node for node in CHAIN_OPS if node in offered])
+
+    def serves(self) -> list[tuple[str, str]]:
+        """(model, operation) of all that it runs."""
+        found = [(m.name, op) for m in self.models.values() for op in m.operations or CHAIN_OPS]
+        return found + [("", op) for op in self.operations]
 
     def move(self, target: WorkerState) -> None:
         before = self.state
@@ -109,9 +130,11 @@ class _Answers:
     ordered: list[Worker]
     usable: list[Worker]
     leaving: list[Worker]
+    denoisers: list[Worker]  # usable ones that have some model's denoiser
     rank: dict[str, int]  # in cluster order
-    able: dict[tuple[str, int], tuple[Worker, ...]] = field(default_factory=dict)
-    names: dict[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
+    partial: bool  # some lack an operation of the chain of a model that they have
+    able: dict[tuple[str, int, str], tuple[Worker, ...]] = field(default_factory=dict)
+    names: dict[tuple[str, int, str], tuple[str, ...]] = field(default_factory=dict)
     degrees: dict[str, tuple[int, ...]] = field(default_factory=dict)
     gpus: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
 
@@ -157,24 +180,34 @@ class Cluster:
         """Those that live and get nothing new any more, in cluster order. To be read only."""
         return self._now().leaving
 
-    def able(self, model: str, degree: int = 1) -> tuple[Worker, ...]:
-        """The usable workers that can run the model that wide, in cluster order."""
+    def denoisers(self) -> list[Worker]:
+        """The usable workers that have some model's denoiser, in cluster order. To be read only."""
+        return self._now().denoisers
+
+    def able(self, model: str, degree: int = 1, op: str = DIT) -> tuple[Worker, ...]:
+        """The usable workers that can run the model's operation that wide, in cluster order."""
         now = self._now()
-        found = now.able.get((model, degree))
+        key = (model, degree, op)
+        found = now.able.get(key)
         if found is None:
             now.bound()
-            found = tuple(w for w in now.usable if w.can(model, degree))
-            now.able[model, degree] = found
+            found = tuple(w for w in now.usable if w.can(model, degree, op))
+            now.able[key] = found
         return found
 
-    def able_names(self, model: str, degree: int = 1) -> tuple[str, ...]:
+    def able_names(self, model: str, degree: int = 1, op: str = DIT) -> tuple[str, ...]:
         """As `able`, the names."""
         now = self._now()
-        found = now.names.get((model, degree))
+        key = (model, degree, op)
+        found = now.names.get(key)
         if found is None:
-            found = tuple(w.name for w in self.able(model, degree))
-            now.names[model, degree] = found
+            found = now.names[key] = tuple(w.name for w in self.able(model, degree, op))
         return found
+
+    @property
+    def partial(self) -> bool:
+        """Some usable workers lack an operation of the chain of a model that they have."""
+        return self._now().partial
 
     def degrees(self, model: str) -> tuple[int, ...]:
         """Widths in which the model's denoiser can run on the usable workers, ascending."""
@@ -208,7 +241,15 @@ class Cluster:
             rank = {w.name: i for i, w in enumerate(ordered)}
             usable = [w for w in ordered if w.usable]
             leaving = [w for w in ordered if w.leaving]
-            now = self._answers = _Answers(ordered, usable, leaving, rank)
+            partial = any(
+                m.operations and not set(CHAIN_OPS).issubset(m.operations)
+                for w in usable
+                for m in w.models.values()
+            )
+            denoisers = usable
+            if partial:
+                denoisers = [w for w in usable if any(w.can(model) for model in w.models)]
+            now = self._answers = _Answers(ordered, usable, leaving, denoisers, rank, partial)
         return now
 
     def living(self, name: str) -> bool:
@@ -225,7 +266,8 @@ class Cluster:
             worker.changed = self.changed
             self.workers[fact.worker] = worker
             self.changed()
-        before = (worker.host, worker.gpu, worker.island, worker.models)
+        before = (worker.host, worker.gpu, worker.island, worker.models, worker.operations)
+        worker.operations = fact.operations
         worker.host, worker.gpu, worker.models = fact.host, fact.gpu, models
         worker.memory_mib, worker.island = fact.memory_mib, fact.island
         worker.shares_cores = fact.shares_cores
@@ -233,7 +275,7 @@ class Cluster:
             worker.hung.clear()
         worker.hung.intersection_update(fact.pending)
         worker.incarnation = fact.incarnation
-        if before != (fact.host, fact.gpu, fact.island, models):
+        if before != (fact.host, fact.gpu, fact.island, models, fact.operations):
             self.changed()
         worker.stop(fact.stopping)
         if not worker.hung:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,9 +11,10 @@ from ..settings import Settings
 from ..times.drift import Shift
 from ..times.latency import LatencyModel, Prediction
 from ..values import Ended, Outcome, Request, Shape, Truncation
-from ..workflow import CHAIN, Degrees, Workflow
+from ..workflow import Degrees, NodeKind, Workflow
 from .board import Board
-from .cluster import Cluster
+from .catalogue import COURSES_MAX, WORKFLOWS_MAX, CallSpec, Catalogue
+from .cluster import Cluster, Worker
 from .fetches import FetchesUnderWay
 from .lifecycle import JobState, WorkerState
 from .memory_limits import MemoryLimits
@@ -44,7 +45,7 @@ class Rates(NamedTuple):
     mean_us: dict[int, int]  # of one step, by degree
     safe_us: dict[int, int]
     width_us: dict[int, int]  # mean, by any width that so many workers with the model could run
-    after_safe_us: int  # of the calls behind the steps, along their critical path
+    after_safe_us: int  # of all that is behind the steps, along its critical path
     calls: dict[tuple[str, int, int], Prediction]  # by node, degree and batch, as they come up
 
 
@@ -57,7 +58,9 @@ class Ledger:
     cluster: Cluster
     moving: Moving
     residency: Residency
-    workflows: dict[str, Workflow] = field(default_factory=lambda: {CHAIN.name: CHAIN})
+    catalogue: Catalogue = field(default_factory=Catalogue)
+    # The degree at which most steps of a request will run: the policy's, of times by degree.
+    likely_degree: Callable[[Mapping[int, int]], int] = min
     stragglers: Stragglers = field(init=False)
     quarantine: Quarantine = field(init=False)
     overdue: Overdue = field(init=False)
@@ -70,6 +73,7 @@ class Ledger:
     next_sequence: int = 1
     truncations: list[Truncation] = field(default_factory=list)  # for the next plan
     released: list[str] = field(default_factory=list)  # for the next plan
+    named: dict[str, None] = field(default_factory=dict)  # inside, of workflows not plain
     due: bool = False  # an event made an immediate plan worthwhile
     eager: bool = True  # every end of an assignment makes a plan worthwhile
     # What arrived, got on, fell back or ended since an estimate; None: more than is worth a list.
@@ -87,16 +91,76 @@ class Ledger:
         self.quarantine = Quarantine(self.settings)
         self.overdue = Overdue(self.settings)
 
+    def learn(self, workflows: Sequence[Workflow]) -> None:
+        """See `Scheduler.learn`."""
+        for workflow in workflows:
+            self.catalogue.learn(workflow)
+        if len(self.catalogue.known) > WORKFLOWS_MAX:
+            used = {tracked.asked.workflow for tracked in self.tracked.values()}
+            self.catalogue.trim(used.union(workflow.name for workflow in workflows))
+
+    def enter(self, request: Request) -> tuple[Request, ...]:
+        """A request as each of its passes. Raises: UnknownWorkflow, PassesFault."""
+        if len(self.catalogue.courses) > COURSES_MAX:
+            inside = self.tracked.values()
+            self.catalogue.forget(leg.workflow for tracked in inside for leg in tracked.legs)
+        return self.catalogue.enter(request)
+
     def workflow(self, request: Request) -> Workflow:
-        """The one that a request names. Raises KeyError: nobody registered it."""
-        return self.workflows[request.workflow]
+        """Of a request that was entered: seen from its pass."""
+        return self.catalogue.views[request.workflow]
+
+    def call(self, request: Request, node: str) -> CallSpec:
+        """What a node calls for a request that was entered."""
+        course = self.catalogue.courses.get(request.workflow)
+        if course is not None:
+            return course.calls[node]
+        return CallSpec(request.model, node, request.shape, node)
+
+    def able(self, request: Request, node: str, degree: int = 1) -> tuple[Worker, ...]:
+        """The usable workers that can run a node of it that wide, in cluster order."""
+        call = self.call(request, node)
+        return self.cluster.able(call.model, degree, call.op)
+
+    def able_names(self, request: Request, node: str, degree: int = 1) -> tuple[str, ...]:
+        """As `able`, the names."""
+        call = self.call(request, node)
+        return self.cluster.able_names(call.model, degree, call.op)
+
+    def can(self, worker: Worker, request: Request, node: str, degree: int = 1) -> bool:
+        """A worker runs a node of the request."""
+        call = self.call(request, node)
+        return worker.can(call.model, degree, call.op)
+
+    def load_us(self, worker: Worker, request: Request, node: str) -> int:
+        """Time to get the weights of a node there now; 0 where they are there, or none needed."""
+        call = self.call(request, node)
+        return self.residency.load_us(worker, call.model, call.part) if call.part else 0
 
     def predict(
         self, request: Request, node: str, degree: int, gpus: Iterable[str], batch: int = 1
     ) -> Prediction:
         """One call on a group with these GPU kinds: the slowest member sets the pace."""
-        call = (request.model, request.shape, node, degree, tuple(gpus), batch)
-        return self.latency.predict_call(call)
+        course = self.catalogue.courses.get(request.workflow)
+        if course is not None:
+            call = course.calls[node]
+            asked = (call.model, call.shape, call.op, degree, tuple(gpus), batch)
+        else:
+            asked = (request.model, request.shape, node, degree, tuple(gpus), batch)
+        return self.latency.predict_call(asked)
+
+    def span(self, request: Request, node: str) -> Prediction:
+        """All that a node which is behind the steps of its pass will take: one call, or the steps
+        of a later pass at their likely degree.
+        """
+        workflow = self.workflow(request)
+        if workflow.node[node].kind is NodeKind.ONCE:
+            return self.predict_usable(request, node, 1, 1)
+        later = self.catalogue.later(request, node)
+        rates = self.rates(later)
+        degree = self.likely_degree(rates.mean_us) if rates.degrees else 1
+        step = self.predict_usable(later, node, degree, 1)
+        return Prediction(later.steps * step.mean_us, later.steps * step.safe_us)
 
     def gpus(self, workers: Iterable[str]) -> tuple[str, ...]:
         """GPU kinds of some workers, sorted; of all when there are none."""
@@ -104,26 +168,37 @@ class Ledger:
 
     def degrees(self, request: Request) -> tuple[int, ...]:
         """Widths in which its denoiser can run on the usable workers, ascending."""
+        workflow = self.workflow(request)
+        stepped = workflow.node[workflow.stepped]
         gpus = self.gpus(self.cluster.able_names(request.model))
-        stepped = self.workflow(request).node[self.workflow(request).stepped]
         offered = self.cluster.degrees(request.model)
         if stepped.degrees is Degrees.ONE:
             offered = tuple([degree for degree in offered if degree == 1])
-        return self.memory.wide_enough(request, stepped.id, gpus, offered)
+        return self.memory.wide_enough(self.call(request, stepped.id), gpus, offered)
 
     def may_fit(self, request: Request) -> bool:
         """Some kind of usable workers may have the memory for a step of it, at some degree."""
         kinds = {w.gpu for w in self.cluster.able(request.model)}
-        degrees, stepped = self.cluster.degrees(request.model), self.workflow(request).stepped
+        degrees = self.cluster.degrees(request.model)
+        call = self.call(request, self.workflow(request).stepped)
         hopeless = self.memory.hopeless
-        return any(not hopeless(request, stepped, (gpu,), degrees) for gpu in sorted(kinds))
+        return any(not hopeless(call, (gpu,), degrees) for gpu in sorted(kinds))
 
     def batch_max(self, request: Request, node: str) -> int:
         """Most jobs of its model and shape that any usable worker takes at once."""
-        able = self.cluster.able(request.model)
-        most = min((w.models[request.model].batch_max for w in able), default=1)
-        gpus = self.gpus(self.cluster.able_names(request.model))
-        return self.memory.batch_max(request, node, gpus, most)
+        call = self.call(request, node)
+        if not call.part:
+            return 1
+        able = self.cluster.able(call.model, 1, call.op)
+        most = min((w.models[call.model].batch_max for w in able), default=1)
+        gpus = self.gpus(self.cluster.able_names(call.model, 1, call.op))
+        return self.memory.batch_max(call, gpus, most)
+
+    def steps_behind(self, tracked: Tracked) -> int:
+        """Steps done once the outstanding ones of its pass are; there are some."""
+        assignment = self.board.flights[tracked.stepped.outstanding[-1]].assignment
+        member = next(m for m in assignment.batch if m.request == tracked.id)
+        return member.first_step + assignment.steps
 
     def rates(self, request: Request) -> Rates:
         """What its calls take on the usable workers; worked out once until something changes."""
@@ -138,12 +213,13 @@ class Ledger:
         return known
 
     def predict_usable(self, request: Request, node: str, degree: int, batch: int) -> Prediction:
-        """One call on the usable workers' slowest kind."""
+        """One call on the slowest kind of the usable workers that can run it."""
         rates = self.rates(request)
         key = (node, degree, batch)
         known = rates.calls.get(key)
         if known is None:
-            known = self.predict(request, node, degree, rates.gpus, batch)
+            gpus = self.gpus(self.able_names(request, node))
+            known = self.predict(request, node, degree, gpus, batch)
             rates.calls[key] = known
         return known
 
@@ -156,16 +232,21 @@ class Ledger:
         stepped = workflow.stepped
         times = {d: self.predict(request, stepped, d, gpus) for d in degrees}
         widths = {1} | {d for w in able for d in w.models[request.model].degrees if d <= len(able)}
-        return Rates(
+        mean_us = {d: t.mean_us for d, t in times.items()}
+        known = Rates(
             gpus,
             degrees,
-            {d: t.mean_us for d, t in times.items()},
+            mean_us,
             {d: t.safe_us for d, t in times.items()},
             {d: self.predict(request, stepped, d, gpus).mean_us for d in sorted(widths)},
-            workflow.longest_us(
-                workflow.after, lambda node: self.predict(request, node, 1, gpus).safe_us
-            ),
+            0,
             {},
+        )
+        self._rates[request.model, request.shape, request.workflow] = known  # `span` asks for it
+        return known._replace(
+            after_safe_us=workflow.longest_us(
+                workflow.behind, lambda node: self.span(request, node).safe_us
+            )
         )
 
     def denoise_deadline_us(self, request: Request) -> int | None:
@@ -181,9 +262,7 @@ class Ledger:
         """
         called_off = tracked.outstanding
         forecast = self.board.forecast(self.cluster, now_us) if called_off else None
-        involved: set[str] = set(tracked.holders) if release else set()
-        for workers in tracked.copies.values() if release else ():
-            involved.update(workers)
+        involved: set[str] = tracked.everywhere() if release else set()
         for sequence in called_off:
             assert forecast is not None
             assignment = self.board.flights[sequence].assignment
@@ -221,10 +300,10 @@ class Ledger:
 
         `parked`: nothing of it was called off, so that nobody else counts a new attempt.
         """
-        assert not tracked.outstanding
-        before = tracked.steps_done
+        assert not tracked.outstanding or not tracked.workflow.plain
+        before = tracked.steps_over
         tracked.resume(self.cluster.living)
-        if parked and tracked.steps_done < before:
+        if parked and tracked.steps_over < before:
             tracked.attempt += 1  # it runs steps again
         self.progress(tracked.id)
         self._touch(tracked.id)
@@ -279,7 +358,7 @@ class Ledger:
             needed.update(flight.assignment.workers)
             needed.update(h.worker for m in flight.assignment.batch for h in m.holders)
         for tracked in self.tracked.values():
-            needed.update(tracked.holders, tracked.group)
+            needed.update(tracked.everywhere(), tracked.group)
         gone = self.cluster.forget_lost(needed, before_us)
         self.board.forget_workers(gone)
         self.residency.forget(gone)
@@ -295,6 +374,7 @@ class Ledger:
             if job.state is not JobState.DONE:
                 job.move(JobState.DROPPED)
         del self.tracked[tracked.id]
+        self.named.pop(tracked.id, None)
         self.quarantine.ended(tracked.id)
         self.progress(tracked.id)
         self._touch(tracked.id)
@@ -306,7 +386,7 @@ class Ledger:
             outcome=outcome,
             at_us=at_us,
             on_time=outcome is Outcome.DONE and (deadline_us is None or at_us <= deadline_us),
-            steps_done=tracked.steps_done,
+            steps_done=tracked.steps_over,
             degree_changes=tracked.degree_changes,
             moves=tracked.moves,
             steps_lost=tracked.steps_lost,

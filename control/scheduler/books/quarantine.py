@@ -36,7 +36,7 @@ PARTS_MAX = 256  # of which it is known how they went on a worker
 FAILED, UNTRIED, WELL = range(3)
 GROWTH_MAX = 16  # the longest wait, in first waits
 
-Part = tuple[str, str]  # model, node
+Part = tuple[str, str]  # model, operation
 Place = tuple[int, int]  # rank of the node in its workflow, steps done
 
 
@@ -152,13 +152,13 @@ class Quarantine:
                     del record.strikes[part]
         self._due = self._due or failing is not None
 
-    def issued(self, assignment: Assignment, model: str) -> None:
+    def issued(self, assignment: Assignment, part: Part) -> None:
         """Work goes out: on trial, one run of a part that failed decides."""
         for name in assignment.workers if self._records else ():
             record = self._records.get(name)
             if record is None or not record.trial or record.probe is not None:
                 continue
-            if (model, assignment.node) in record.strikes:
+            if part in record.strikes:
                 record.probe = assignment.sequence
                 self._due = True
 
@@ -290,15 +290,15 @@ def _inside(cluster: Cluster, name: str) -> bool:
 
 
 def _others_serve(cluster: Cluster, worker: Worker, kept_out: Container[str]) -> bool:
-    """Each of its models has another worker that gets work."""
+    """All that it runs has another worker that gets work."""
     return all(
         any(
             w is not worker
             and w.name not in kept_out
             and w.state is WorkerState.UP
             and not (w.draining or w.stopping)
-            and w.can(model)
+            and w.can(model, 1, op)
             for w in cluster.workers.values()
         )
-        for model in worker.models
+        for model, op in worker.serves()
     )

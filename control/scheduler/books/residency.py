@@ -4,8 +4,8 @@ A worker that names its memory keeps the weights it used last; what does not fit
 recently used first, before a load. A worker without a memory figure has everything it can run.
 Sizes and times come from a table, or from the workers themselves.
 
-A model named `base+adapter` for which the table has no rows of its own shares the weights of `base`
-and adds those of the base's node `controlnet-adapter` to denoising.
+What comes and goes is a part. Workers say which parts a node of a model needs (`ModelFacts.parts`);
+of two models that need the same one, the load of either counts for both.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ..values import DIT, Load, PartFacts
-from ..workflow import CHAIN
+from ..values import Load, PartFacts
 from .cluster import Worker
-from .loads import LoadTable, Weights
+from .loads import NOTHING, LoadTable, Weights, own_part
 
-Part = tuple[str, str]  # model, node
+Part = str
 
 
 @dataclass(slots=True)
@@ -42,17 +41,17 @@ class Residency:
 
     def needs(self, worker: Worker, model: str, node: str) -> tuple[Part, ...]:
         """The parts that a node's run uses."""
-        base, *adapters = model.split("+")
-        if not adapters or self.table.knows(model, worker.gpu, node):
-            return ((model, node),)
-        extra = adapters if node == DIT else []
-        return ((base, node), *((base, f"controlnet-{a}") for a in extra))
+        facts = worker.models.get(model)
+        for named in facts.parts if facts is not None else ():
+            if named.node == node:
+                return named.parts
+        return (own_part(model, node),)
 
     def footprint_mib(self, worker: Worker, model: str) -> int:
         """All of a model's weights and its largest activations; 0 where memory does not count."""
         if not self.bounded(worker):
             return 0
-        parts = [p for node in CHAIN.order for p in self.needs(worker, model, node)]
+        parts = [p for node in worker.nodes(model) for p in self.needs(worker, model, node)]
         return self._room_mib([self._weights(worker, p) for p in dict.fromkeys(parts)])
 
     def load_us(self, worker: Worker, model: str, node: str) -> int:
@@ -88,8 +87,9 @@ class Residency:
             Load(
                 sequence=sequence,
                 worker=worker.name,
-                model=part[0],
-                node=part[1],
+                model=model,
+                node=node,
+                part=part,
                 load_us=wanted[part].load_us if part in missing else 0,
                 evict=tuple(evicted) if i == 0 else (),
             )
@@ -125,14 +125,21 @@ class Residency:
         it: it may do otherwise than the plan thought.
         """
         fresh = self._incarnation.get(worker.name) != worker.incarnation
-        for part in facts:
-            weights = Weights(part.load_us, part.mib, part.peak_mib)
-            self.table.learn(part.model, worker.gpu, part.node, weights)
+        told: dict[Part, Weights] = {}
+        resident: dict[Part, int] = {}
+        for fact in facts:
+            part = fact.part or own_part(fact.model, fact.node)
+            others = told.get(part, NOTHING)  # of the part's other nodes: the largest call counts
+            told[part] = Weights(fact.load_us, fact.mib, max(fact.peak_mib, others.peak_mib))
+            if fact.resident:
+                resident[part] = fact.mib
+        for part, weights in told.items():
+            self.table.learn(part, worker.gpu, weights)
         if facts:
             self._tells.add(worker.name)
         if facts and (idle or fresh):
             self._of(worker)
-            self._held[worker.name] = {(p.model, p.node): p.mib for p in facts if p.resident}
+            self._held[worker.name] = resident
             self._untold[worker.name].clear()
             self._dropped[worker.name].clear()
 
@@ -144,7 +151,7 @@ class Residency:
             self._tells.discard(name)
 
     def _weights(self, worker: Worker, part: Part) -> Weights:
-        return self.table.weights(part[0], worker.gpu, part[1])
+        return self.table.weights(part, worker.gpu)
 
     def _room_mib(self, weights: list[Weights]) -> int:
         """What these weights take while one of them runs."""

@@ -281,13 +281,13 @@ def _inside(cluster: Cluster, name: str) -> bool:
 
 
 def _others_serve(cluster: Cluster, worker: Worker, avoided: dict[str, None]) -> bool:
-    """At least half of those that have each of its models stay."""
-    for model in worker.models:
+    """At least half of those that run each thing that it runs stay."""
+    for model, op in worker.serves():
         able = [
             w.name
             for w in cluster.workers.values()
             if w.state is WorkerState.UP
-            and w.can(model)
+            and w.can(model, 1, op)
             and not (w.draining or w.stopping or w.quarantined)
         ]
         gone = sum(name in avoided for name in able) + (worker.name in able)

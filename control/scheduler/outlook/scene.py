@@ -125,9 +125,12 @@ class Scene:
         return self.call_us(request, self._ledger.workflow(request).stepped, degree, batch)
 
     def after_us(self, request: Request, batch: int = 1) -> int:
-        """As `before_us`, of the calls behind its steps."""
-        workflow = self._ledger.workflow(request)
-        return workflow.longest_us(workflow.after, lambda n: self.call_us(request, n, 1, batch))
+        """As `before_us`, of all that is behind its steps; later passes at their likely degree."""
+        ledger = self._ledger
+        workflow = ledger.workflow(request)
+        if workflow.ending:
+            return workflow.longest_us(workflow.after, lambda n: self.call_us(request, n, 1, batch))
+        return workflow.longest_us(workflow.behind, lambda n: ledger.span(request, n).mean_us)
 
     def steps_us(self, request: Request) -> dict[int, int]:
         """Mean time of one denoising step, by every degree."""
@@ -154,16 +157,15 @@ class Scene:
 
     def load_us(self, request: Request, node: str, workers: Iterable[str]) -> int:
         """Getting the node's weights onto all of these workers; they load at the same time."""
-        known = self._ledger.cluster.workers
-        residency = self._ledger.residency
-        return max((residency.load_us(known[w], request.model, node) for w in workers), default=0)
+        ledger, known = self._ledger, self._ledger.cluster.workers
+        return max((ledger.load_us(known[w], request, node) for w in workers), default=0)
 
-    def resident(self, worker: str) -> tuple[tuple[str, str], ...]:
-        """(model, node) of the weights on a worker, least recently used first."""
+    def resident(self, worker: str) -> tuple[str, ...]:
+        """The parts on a worker, least recently used first."""
         return self._ledger.residency.parts(self._ledger.cluster.workers[worker])
 
-    def parts(self, worker: str, model: str, node: str) -> tuple[tuple[str, str], ...]:
-        """(model, node) of the weights that a node needs there: those it shares are its base's."""
+    def parts(self, worker: str, model: str, node: str) -> tuple[str, ...]:
+        """The parts that a node needs there."""
         return self._ledger.residency.needs(self._ledger.cluster.workers[worker], model, node)
 
     def footprint_mib(self, worker: str, model: str) -> int:
@@ -196,12 +198,26 @@ class Scene:
         return self._running
 
     def idle(self, request: Request | None = None, degree: int = 1) -> list[Seat]:
-        """Idle workers that could take part in such a run, in cluster order."""
+        """Idle workers that could take part in steps of that width, in cluster order."""
         return [
             s
             for s in self.seats
             if s.idle and (request is None or s.worker.can(request.model, degree))
         ]
+
+    @property
+    def mixed(self) -> bool:
+        """Not every worker that has a model runs every call of its requests."""
+        return bool(self._ledger.named) or self._ledger.cluster.partial
+
+    @property
+    def partial(self) -> bool:
+        """Some workers lack an operation of the chain of a model that they have."""
+        return self._ledger.cluster.partial
+
+    def can(self, seat: Seat, work: Work, degree: int = 1) -> bool:
+        """The worker runs the work's node, as one of so many."""
+        return self._ledger.can(seat.worker, work.request, work.node, degree)
 
     def begin_us(self, start: Start) -> int:
         """When workers and jobs of a start are all there."""
@@ -221,8 +237,8 @@ class Scene:
             work.group,
             tuple(h.worker for h in work.holders),
         )
-        model = work.request.model
-        members = placement.find(demand, self._ledger.cluster.able_names(model, degree))
+        able = self._ledger.able_names(work.request, work.node, degree)
+        members = placement.find(demand, able)
         if members is not None:
             placement.bind(members)
         return members
@@ -237,7 +253,8 @@ def _works(ledger: Ledger, forecast: BoardForecast, now_us: int, until_us: int) 
             yield from [_call(ledger, tracked, job, now_us) for job in calls]
         elif stepped.state is JobState.READY and tracked.steps_done < tracked.request.steps:
             done, left = tracked.steps_done, tracked.request.steps - tracked.steps_done
-            yield _work(tracked, stepped.node, now_us, done, left, tracked.group, tracked.latest())
+            holders = standing_for(ledger, tracked, stepped.node)[1]
+            yield _work(tracked, stepped.node, now_us, done, left, tracked.group, holders)
         elif stepped.state is JobState.ASSIGNED and until_us > now_us:  # else its report is to come
             where = standing(ledger, tracked, forecast, now_us)
             left = 0 if where is None else tracked.request.steps - where.first_step

@@ -13,7 +13,7 @@ from ..books.board import BoardForecast
 from ..books.ledger import Ledger
 from ..books.lifecycle import JobState
 from ..books.tracker import Job, Tracked
-from ..values import Holder
+from ..values import Holder, Input
 from ..workflow import Section
 
 
@@ -35,11 +35,14 @@ def standing(
     """
     stepped = tracked.stepped
     if stepped.state is JobState.READY:
-        return Standing(tracked.steps_done, now_us, tracked.latest(), tracked.group)
+        holders = _behind(ledger, tracked)[1]
+        return Standing(tracked.steps_done, now_us, holders, tracked.group)
     if stepped.state is JobState.BLOCKED and tracked.preparing and not tracked.prepared:
         ends = [j.outstanding[-1] for j in tracked.before if j.state is JobState.ASSIGNED]
         available_us = max([forecast.end_us[sequence] for sequence in ends])
-        return Standing(0, available_us, _makers(ledger, 0, ends), ())
+        plain = tracked.workflow.plain
+        holders = _makers(ledger, 0, ends) if plain else _behind(ledger, tracked)[1]
+        return Standing(0, available_us, holders, ())
     if stepped.state is not JobState.ASSIGNED or len(stepped.outstanding) != 1:
         return None
     sequence = stepped.outstanding[0]
@@ -55,43 +58,64 @@ def standing_for(ledger: Ledger, tracked: Tracked, node: str) -> tuple[int, tupl
     outstanding.
     """
     workflow = tracked.workflow
+    if node == workflow.stepped or (workflow.plain and node in workflow.on_latents):
+        return _behind(ledger, tracked)
     if not workflow.makers[node]:
         return 0, ()
-    if node not in workflow.on_latents:
-        done = 0 if workflow.section[node] is Section.BEFORE else tracked.request.steps
-        makers = [tracked.jobs[maker] for maker in workflow.makers[node]]
-        out = [s for job in makers for s in job.outstanding]
-        known = [Holder(worker=w, steps_done=done) for w in tracked.inputs(node)]
-        return done, _once_each((*known, *_makers(ledger, done, out)))
-    return _behind(ledger, tracked)
+    done = 0 if workflow.section[node] is Section.BEFORE else tracked.request.steps
+    holders = [w for one in inputs_of(ledger, tracked, node) for w in one.holders]
+    return done, tuple([Holder(worker=w, steps_done=done) for w in dict.fromkeys(holders)])
+
+
+def inputs_of(ledger: Ledger, tracked: Tracked, node: str) -> tuple[Input, ...]:
+    """What a job's next assignment takes, artifact by artifact, behind what is outstanding; not of
+    a plain chain.
+    """
+    workflow = tracked.workflow
+    if node == workflow.stepped:
+        done, holders = _behind(ledger, tracked)
+        if done:
+            own = workflow.node[node].outputs[0].name
+            names = tuple([h.worker for h in holders])
+            return (Input(artifact=own, version=done, holders=names),)
+    return tuple([_input(ledger, tracked, name) for name in workflow.node[node].inputs])
+
+
+def _input(ledger: Ledger, tracked: Tracked, artifact: str) -> Input:
+    maker = tracked.workflow.maker[artifact]
+    version = tracked.steps_of(maker) if maker in tracked.marks else 0
+    holders = tracked.where(artifact)
+    if not holders and (out := tracked.jobs[maker].outstanding):  # those who will have it
+        holders = ledger.board.flights[out[-1]].assignment.workers
+    return Input(artifact=artifact, version=version, holders=holders)
 
 
 def _behind(ledger: Ledger, tracked: Tracked) -> tuple[int, tuple[Holder, ...]]:
-    """Steps done and holders of the latents, behind what is outstanding."""
+    """Steps done and holders of the latents, or of what they begin from, behind what is
+    outstanding.
+    """
     workflow, stepped = tracked.workflow, tracked.stepped
     if stepped.outstanding:
-        assignment = ledger.board.flights[stepped.outstanding[-1]].assignment
-        member = next(m for m in assignment.batch if m.request == tracked.id)
-        done = member.first_step + assignment.steps
-        return done, tuple(Holder(worker=w, steps_done=done) for w in assignment.workers)
-    known: list[Holder] = []
-    if not tracked.steps_done and len(workflow.makers[stepped.node]) > 1:
-        known = [Holder(worker=w, steps_done=0) for w in tracked.inputs(stepped.node)]
+        done = ledger.steps_behind(tracked)
+        group = group_before(ledger, tracked)
+        return done, tuple(Holder(worker=w, steps_done=done) for w in group)
+    if not workflow.plain:
+        if tracked.steps_done:
+            return tracked.steps_done, tracked.latest()
+        names = workflow.node[stepped.node].inputs
+        known = [w for name in names for w in _input(ledger, tracked, name).holders]
+        return 0, tuple([Holder(worker=w, steps_done=0) for w in dict.fromkeys(known)])
     if stepped.state is JobState.BLOCKED:  # else the report of what was before it is late
         out = [s for job in tracked.before for s in job.outstanding]
         if out:
-            return 0, _once_each((*known, *_makers(ledger, 0, out)))
-    return tracked.steps_done, tracked.latest() or tuple(known)
-
-
-def _once_each(holders: tuple[Holder, ...]) -> tuple[Holder, ...]:
-    """Without repetition: one worker may have several of a node's inputs."""
-    return holders if len(holders) < 2 else tuple(dict.fromkeys(holders))
+            return 0, _makers(ledger, 0, out)
+    return tracked.steps_done, tracked.latest()
 
 
 def next_node(ledger: Ledger, tracked: Tracked) -> str:
     """The node that a request's next assignment is of, behind what is outstanding: one that is
-    ready, where some are.
+    ready, where some are. Behind the steps of a pass that is not the last nothing is given before
+    their end is told: the last node stands for it.
     """
     stepped = tracked.stepped
     if not tracked.preparing:
@@ -99,7 +123,9 @@ def next_node(ledger: Ledger, tracked: Tracked) -> str:
     steps = tracked.request.steps
     if stepped.state is not JobState.DONE and _behind(ledger, tracked)[0] < steps:
         return stepped.node
-    return tracked.last.node if tracked.ending else _next_of(tracked.after).node
+    if tracked.ending or not tracked.workflow.ending:
+        return tracked.last.node
+    return _next_of(tracked.after).node
 
 
 def _next_of(jobs: Sequence[Job]) -> Job:
@@ -127,4 +153,6 @@ def group_before(ledger: Ledger, tracked: Tracked) -> tuple[str, ...]:
 def workers_before(ledger: Ledger, tracked: Tracked) -> tuple[str, ...]:
     """From where its next assignment goes on: that group, or else who has, or makes, its latent."""
     group = group_before(ledger, tracked)
-    return group or tuple(h.worker for h in _behind(ledger, tracked)[1])
+    if group or tracked.workflow.plain:
+        return group or tuple(h.worker for h in _behind(ledger, tracked)[1])
+    return tuple(h.worker for h in standing_for(ledger, tracked, next_node(ledger, tracked))[1])

@@ -60,7 +60,7 @@ def workers_of(
     idle_only = window.kind is WindowKind.AMENDMENT
     return {
         w.name: forecast.free_us[w.name]
-        for w in ledger.cluster.usable()
+        for w in ledger.cluster.denoisers()
         if forecast.free_us[w.name] < (now_us + 1 if idle_only else window.end_us)
     }
 

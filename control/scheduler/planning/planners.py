@@ -20,7 +20,6 @@ from ..policies.registry import make_policy
 from ..resilience import elsewhere
 from ..settings import Settings
 from ..starts import Issue, Planned, Start
-from ..workflow import CHAIN
 from . import denoise, stages
 
 
@@ -150,7 +149,8 @@ class EventPlanner(Planner):
             ledger.residency.evict(ledger.cluster.workers[worker], keep)
         if not self._policy.PRELOADS:
             self._preload(ledger)
-        for start in elsewhere.moved(ledger, decision.starts, idle):
+        starts = elsewhere.fitting(ledger, decision.starts, idle)
+        for start in elsewhere.moved(ledger, starts, idle):
             issue(start, scene.begin_us(start))
         return Planned(self._number, now_us, decision.rejects)
 
@@ -163,7 +163,7 @@ class EventPlanner(Planner):
             if self._preloaded.get(worker.name) != worker.incarnation:
                 self._preloaded[worker.name] = worker.incarnation
                 for model in worker.models:
-                    for node in CHAIN.order:
+                    for node in worker.nodes(model):
                         ledger.residency.preload(worker, model, node)
 
     def wake_us(self, ledger: Ledger, planned_us: int | None) -> int | None:

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from ..books.board import BoardForecast
+from ..books.catalogue import CallSpec
 from ..books.ledger import Ledger
 from ..books.lifecycle import JobState
 from ..books.tracker import Tracked
 from ..policies.base import Planner
-from ..values import Request, Shape
+from ..values import Request
+from ..workflow import NodeKind, Workflow
 
 PRICES_MAX = 4096  # call times kept
 Urgency = tuple[int, bool, int, int]
@@ -35,7 +37,7 @@ class Estimates:
         self._urgencies: list[Urgency] = []  # of all requests inside, ascending
         self._works_us: list[int] = []  # beside it
         self._known: dict[str, Urgency] = {}
-        self._mean_us: dict[tuple[str, Shape, str], int] = {}
+        self._mean_us: dict[CallSpec, int] = {}
         self._version = (-1, -1)
         ledger.progressed = None  # one reader at a time, and this one knows nothing yet
         self.forget()
@@ -78,14 +80,17 @@ class Estimates:
             return predict(request, node, 1, gpus).safe_us
 
         before_us = workflow.longest_us(workflow.before, call_us)
-        after_us = workflow.longest_us(workflow.after, call_us)
+        if workflow.ending:
+            after_us = workflow.longest_us(workflow.after, call_us)
+        else:
+            after_us = self._ledger.rates(request).after_safe_us
         return before_us + request.steps * step_us + after_us
 
     def _whole_us(self, request: Request) -> int:
         """All its calls at mean times, the steps at their likely degree."""
         workflow = self._ledger.workflow(request)
         calls_us = self._calls_us(request, workflow.before) + self._calls_us(
-            request, workflow.after
+            request, workflow.behind
         )
         return calls_us + request.steps * self._step_us(request)
 
@@ -105,7 +110,7 @@ class Estimates:
             return ready_us
         covered = sum(ledger.board.flights[s].steps_left for s in stepped.outstanding)
         left = max(0, request.steps - tracked.steps_done - covered)
-        own_us = left * self._step_us(request) + self._calls_us(request, workflow.after)
+        own_us = left * self._step_us(request) + self._calls_us(request, workflow.behind)
         if not tracked.preparing:
             own_us += self._calls_us(request, workflow.before)
         queue_us = 0
@@ -115,7 +120,7 @@ class Estimates:
 
     def _queue_us(self, mine: Urgency, request: str) -> int:
         """Work of whoever is served before (higher priority, earlier deadline, earlier arrival),
-        shared out over all workers.
+        shared out over all workers that denoise.
         """
         sums_us = self._sums_us
         if sums_us is None:
@@ -125,7 +130,7 @@ class Estimates:
         same = self._ledger.tracked.get(request)  # a newcomer may be inside already
         if same is not None and _urgency(same.request, same.order) < mine:
             work_us -= self._work_us(same)
-        return work_us // max(1, len(self._ledger.cluster.usable()))
+        return work_us // max(1, len(self._ledger.cluster.denoisers()))
 
     def _follow(self) -> None:
         """Takes over what progressed since the last time; everything where a price changed."""
@@ -161,9 +166,9 @@ class Estimates:
         self._version = version
         before, self._mean_us = self._mean_us, {}
         gpus = self._ledger.gpus(())
-        for (model, shape, node), mean_us in before.items():
-            call = (model, shape, node, 1, gpus, 1)
-            if self._ledger.latency.predict_call(call).mean_us != mean_us:
+        for call, mean_us in before.items():
+            asked = (call.model, call.shape, call.op, 1, gpus, 1)
+            if self._ledger.latency.predict_call(asked).mean_us != mean_us:
                 return True
         if len(before) < PRICES_MAX:
             self._mean_us = before
@@ -173,19 +178,24 @@ class Estimates:
         request, workflow = tracked.request, tracked.workflow
         left = request.steps - tracked.steps_done
         steps_us = left * self._call_us(request, workflow.stepped)
-        return steps_us + self._calls_us(request, workflow.after)
+        return steps_us + self._calls_us(request, workflow.behind)
 
     def _calls_us(self, request: Request, nodes: tuple[str, ...]) -> int:
-        """The critical path of nodes that are called once."""
+        """The critical path of nodes that are called once, and of later passes."""
         workflow = self._ledger.workflow(request)
-        return workflow.longest_us(nodes, lambda node: self._call_us(request, node))
+        return workflow.longest_us(nodes, lambda node: self._span_us(request, workflow, node))
+
+    def _span_us(self, request: Request, workflow: Workflow, node: str) -> int:
+        if workflow.node[node].kind is NodeKind.ONCE:
+            return self._call_us(request, node)
+        return self._ledger.span(request, node).mean_us
 
     def _call_us(self, request: Request, node: str) -> int:
         """One call of the node on one worker of the slowest kind."""
         ledger = self._ledger
         if self._version != (ledger.cluster.version, ledger.latency.version):
             return ledger.predict(request, node, 1, ledger.gpus(())).mean_us
-        key = (request.model, request.shape, node)
+        key = ledger.call(request, node)
         mean_us = self._mean_us.get(key)
         if mean_us is None:
             mean_us = ledger.predict(request, node, 1, ledger.gpus(())).mean_us

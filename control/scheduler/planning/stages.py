@@ -59,20 +59,20 @@ class Room:
         limit = ledger.settings.stages_ahead
         self._usable = ledger.cluster.usable()
         self._open = [w for w in self._usable if self._ahead.get(w.name, 0) < limit]
-        self._able: dict[str, list[Worker]] = {}  # by model, of the open ones
+        self._able: dict[tuple[str, str], list[Worker]] = {}  # by model and operation: open ones
         self.short = False  # some job waits for room, and for nothing else
 
     def choose(self, tracked: Tracked, job: Job) -> StageChoice | None:
-        """The worker for one such job; None while no usable worker has the model, or room."""
-        model = tracked.request.model
-        if model not in self._able:
-            self._able[model] = [w for w in self._open if w.can(model)]
-        able = self._able[model]
+        """The worker for one such job; None while no usable worker can run it, or has room."""
+        model, op = self._ledger.call(tracked.request, job.node)[:2]
+        if (model, op) not in self._able:
+            self._able[model, op] = [w for w in self._open if w.can(model, 1, op)]
+        able = self._able[model, op]
         out = elsewhere.barred(self._ledger, tracked.id)
         if out:
             able = [w for w in able if w.name not in out]
         if not able:
-            self.short = self.short or any(w.can(model) for w in self._usable)
+            self.short = self.short or any(w.can(model, 1, op) for w in self._usable)
             return None
         holders = {h.worker for h in standing_for(self._ledger, tracked, job.node)[1]}
 

@@ -34,14 +34,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from ..settings import Settings, SettingValue, Spec
 from ..starts import Decision, Start
 from ..values import DIT, TEXT, VAE, Request, Shape
-from ..workflow import CHAIN, Section
+from ..workflow import Section
 from .base import EventPolicy
 from .diflow_admission import Admission
 
 if TYPE_CHECKING:
     from ..outlook.scene import Scene, Seat, Work
 
-Op = tuple[str, str, Shape, str]  # model, node; the last one: of who shares no call, its id
+Op = tuple[str, str, Shape, str, str]  # model, node, shape, workflow, company
 Key = tuple[str, str]  # request, node
 
 
@@ -119,9 +119,7 @@ class DiFlow(EventPolicy):
         queued_us = self._queued(scene)
         starts: list[Start] = []
         while queued_us and (head := ready.pop()) is not None:
-            open_ = [
-                s for s in scene.seats if s.name in queued_us and s.worker.can(head.request.model)
-            ]
+            open_ = [s for s in scene.seats if s.name in queued_us and scene.can(s, head)]
             if not open_:
                 continue
             start = self._start(scene, head, ready, open_, queued_us)
@@ -144,7 +142,7 @@ class DiFlow(EventPolicy):
         cap, mode = self._cap(scene, head, ready, len(queued_us))
         degree = 1
         if branches > cap:  # a call a branch: side by side where two workers are open
-            wide = [s for s in open_ if s.worker.can(head.request.model, branches)]
+            wide = [s for s in open_ if scene.can(s, head, branches)]
             if len(wide) >= branches:
                 degree, open_ = branches, wide
         most = min(max(1, cap // branches), scene.batch_max(head.request, head.node))
@@ -219,7 +217,7 @@ class DiFlow(EventPolicy):
                 self._incarnations[seat.name] = seat.worker.incarnation
                 if self._preload:
                     preloads[seat.name] = tuple(
-                        (m, n) for m in seat.worker.models for n in CHAIN.order
+                        (m, n) for m in seat.worker.models for n in seat.worker.nodes(m)
                     )
         return preloads
 
@@ -277,4 +275,5 @@ def _key(work: Work) -> Key:
 
 
 def _op(work: Work) -> Op:
-    return (work.request.model, work.node, work.request.shape, work.company)
+    request = work.request
+    return (request.model, work.node, request.shape, request.workflow, work.company)

@@ -62,7 +62,7 @@ class _Prices:
 
     def __init__(self, scene: Scene) -> None:
         self._scene = scene
-        self._us: dict[tuple[str, object, str], int] = {}
+        self._us: dict[tuple[str, object, str, str], int] = {}
 
     def left_us(self, tracked: Tracked) -> int:
         request, workflow = tracked.request, tracked.workflow
@@ -73,7 +73,7 @@ class _Prices:
         return left_us + sum(self._call_us(request, job.node) for job in tracked.after)
 
     def _call_us(self, request: Request, node: str) -> int:
-        key = (request.model, request.shape, node)
+        key = (request.model, request.shape, request.workflow, node)
         if key not in self._us:
             self._us[key] = self._scene.call_us(request, node)
         return self._us[key]

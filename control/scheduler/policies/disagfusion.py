@@ -39,7 +39,7 @@ from .disagfusion_scaling import ROLES, Action, Scaling, StageTimes, backlog
 from .shares import largest_remainder
 
 if TYPE_CHECKING:
-    from ..outlook.scene import Scene, Seat
+    from ..outlook.scene import Scene, Seat, Work
 
 MODES = ("both", "predict", "feedback", "static")
 
@@ -65,6 +65,7 @@ class DisagFusion(EventPolicy):
         self._switch_us = int(settings["switch_us"])
         self._ticked_us: int | None = None
         self._roles: dict[str, str] = {}  # worker -> node
+        self._able: dict[str, tuple[str, ...]] = {}  # roles that a worker has weights for
         self._incarnations: dict[str, str] = {}
         self._starting: dict[str, int] = {}  # worker -> when its process is up
         self._times = StageTimes(learns=self._mode != "predict")
@@ -86,7 +87,7 @@ class DisagFusion(EventPolicy):
         action = None
         if len(scene.seats) >= len(ROLES):
             action = self._rescue(scene) or self._tick(scene)
-        evicts: dict[str, frozenset[tuple[str, str]]] = {}
+        evicts: dict[str, frozenset[str]] = {}
         if action is not None:
             self._roles[action.worker] = action.role
             evicts[action.worker] = frozenset()
@@ -108,18 +109,25 @@ class DisagFusion(EventPolicy):
         ):
             role = ROLES[work.section]
             pool = pools[role] = [w for w in pools[role] if w in idle]
+            if scene.mixed and not self._served(scene, work):
+                pool = list(idle)
             if not pool:
                 continue
             degree = 1
             if work.section is Section.STEPPED and self._degree > 1:
                 degree = self.likely_degree(dict.fromkeys(scene.degrees(work.request), 0))
-            able = [w for w in pool if idle[w].worker.can(work.request.model, degree)]
+            able = [w for w in pool if scene.can(idle[w], work, degree)]
             if len(able) >= degree:
                 workers = tuple(able[:degree])
                 for worker in workers:
                     del idle[worker]
                 starts.append(Start((work.id,), work.node, workers, work.steps_left, "pull"))
         return starts
+
+    def _served(self, scene: Scene, work: Work) -> bool:
+        """Somebody in its stage's role runs it; else whoever can does."""
+        role = ROLES[work.section]
+        return any(self._serves(s.name, role) and scene.can(s, work) for s in scene.seats)
 
     def _serves(self, worker: str, node: str) -> bool:
         return self._roles.get(worker, node) == node
@@ -130,7 +138,8 @@ class DisagFusion(EventPolicy):
         """Gives roles to all at first, later to who joins: the role most short of the ratio."""
         names = {s.name for s in scene.seats}
         self._scaling.draining = {w for w in self._scaling.draining if w in names}
-        self._roles = {w: role for w, role in self._roles.items() if w in names}
+        self._able = {s.name: _roles_of(s) for s in scene.seats}
+        self._roles = {w: r for w, r in self._roles.items() if r in self._able.get(w, ())}
         new = [s for s in scene.seats if self._incarnations.get(s.name) != s.worker.incarnation]
         for seat in new:
             self._incarnations[seat.name] = seat.worker.incarnation
@@ -153,13 +162,15 @@ class DisagFusion(EventPolicy):
             short[role] -= 1
         for name in bare:
             # in cluster order: encoders, transformers, decoders, as long as each is short
-            role = next((r for r in ROLES if short[r] > 0), DIT)
+            able = self._able[name]
+            role = next((r for r in able if short[r] > 0), DIT if DIT in able else able[0])
             self._roles[name] = role
             short[role] -= 1
 
     def _weights(self, seat: Seat) -> tuple[tuple[str, str], ...]:
         role = self._roles.get(seat.name)
-        return tuple((m, n) for m in seat.worker.models for n in ROLES if role in (None, n))
+        held = ((m, n) for m in seat.worker.models for n in seat.worker.nodes(m))
+        return tuple((m, n) for m, n in held if role in (None, n))
 
     # -------------------------------------------------------------------------- scaling
 
@@ -170,9 +181,11 @@ class DisagFusion(EventPolicy):
         if not lost:
             return None
         donors = [w for w in self._unused(scene) if live[self._roles[w]] > 1]
-        if not donors:
-            return None
-        return Action(max(donors, key=lambda w: live[self._roles[w]]), lost[0])
+        for role in lost:
+            able = [w for w in donors if role in self._able[w]]
+            if able:
+                return Action(max(able, key=lambda w: live[self._roles[w]]), role)
+        return None
 
     def _tick(self, scene: Scene) -> Action | None:
         now_us = scene.now_us
@@ -187,6 +200,7 @@ class DisagFusion(EventPolicy):
             weights,
             self._roles,
             self._unused(scene),
+            self._able,
         )
 
     def _unused(self, scene: Scene) -> list[str]:
@@ -206,6 +220,12 @@ class DisagFusion(EventPolicy):
         if self._mode != "static" and self._ticked_us is not None:
             times.append(max(self._ticked_us, scene.now_us) + self._tick_us)
         return min(times, default=None)
+
+
+def _roles_of(seat: Seat) -> tuple[str, ...]:
+    """Roles that a worker may have; one without any model's weights is taken for all of them."""
+    held = {node for model in seat.worker.models for node in seat.worker.nodes(model)}
+    return tuple(role for role in ROLES if role in held) or ROLES
 
 
 def read_ratio(text: str) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ profile's times. Of shapes and step counts in flight, the most frequent prices t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..books.lifecycle import JobState
@@ -117,10 +117,12 @@ class Scaling:
         weights: Mapping[str, float],
         roles: Mapping[str, str],
         idle: Sequence[str],
+        able: Mapping[str, Collection[str]] | None = None,
     ) -> Action | None:
         """One tick: at most one worker changes its role or begins to drain.
 
-        `roles` and `idle` in cluster order; who is starting is not idle.
+        `roles` and `idle` in cluster order; who is starting is not idle. `able`: roles that each
+        may have; all, without it.
         """
         if sum(weights.values()) == 0:
             return None
@@ -134,14 +136,16 @@ class Scaling:
         cooling = self._scaled_us is not None and now_us - self._scaled_us < self._cooldown_us
         surplus = [r for r in reversed(short) if live[r] > max(1, counts[r])]
         for role in surplus:
-            ranks = [w for w in roles if roles[w] == role]
+            ranks = [
+                w for w in roles if roles[w] == role and (able is None or needed[0] in able[w])
+            ]
             drained = [w for w in ranks if w in self.draining and w in idle]
             free = drained or ([] if cooling else [w for w in ranks if w in idle])
             if free:
                 self.draining.discard(free[0])
                 self._scaled_us = now_us
                 return Action(free[0], needed[0])
-            if not cooling and not self.draining.intersection(ranks):
+            if ranks and not cooling and not self.draining.intersection(ranks):
                 self.draining.add(ranks[-1])
                 return None
         return None

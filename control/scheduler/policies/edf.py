@@ -30,7 +30,7 @@ from .base import EventPolicy
 from .remaining import fastest, remaining_us, steps_us
 
 if TYPE_CHECKING:
-    from ..outlook.scene import Scene, Work
+    from ..outlook.scene import Scene, Seat, Work
 
 
 @dataclass(slots=True)
@@ -40,6 +40,33 @@ class _Entry:
     work: Work
     step_us: Mapping[int, int]  # by degree that the cluster offers; empty for encode and decode
     degree: int
+
+
+class _Idle:
+    """Idle workers that nobody was counted on, in a cluster where not all can do the same."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self.count = len(scene.idle())
+        # Those with the fewest operations are counted on first.
+        self._seats: list[Seat] | None = None
+        if scene.partial:
+            self._seats = sorted(scene.idle(), key=lambda s: (len(s.worker.serves()), s.index))
+
+    def able(self, work: Work | None = None) -> int:
+        """How many could take part in it; without a work, in some denoising."""
+        if self._seats is None:
+            return self.count
+        if work is None:
+            return sum(any(s.worker.can(model) for model in s.worker.models) for s in self._seats)
+        return sum(self._scene.can(s, work) for s in self._seats)
+
+    def take(self, work: Work, degree: int) -> None:
+        """So many of them are counted on."""
+        self.count -= degree
+        if self._seats is not None:
+            taken = [s for s in self._seats if self._scene.can(s, work)][:degree]
+            self._seats = [s for s in self._seats if s not in taken]
 
 
 class EdfGreedy(EventPolicy):
@@ -62,11 +89,14 @@ class EdfGreedy(EventPolicy):
 
     def decide(self, scene: Scene) -> Decision:
         """Widths in EDF order, leftovers, binding."""
-        left = len(scene.idle())
+        idle = _Idle(scene)
         entries: list[_Entry] = []
         for work in sorted(scene.works, key=self._rank):
-            if left == 0:
+            if idle.count == 0:
                 break
+            left = idle.able(work)
+            if left == 0:
+                continue
             step_us: dict[int, int] = {}
             degree = 1
             if work.section is Section.STEPPED:
@@ -76,8 +106,8 @@ class EdfGreedy(EventPolicy):
                     continue
                 degree = self._width(scene, work, {k: step_us[k] for k in fitting})
             entries.append(_Entry(work, step_us, degree))
-            left -= degree
-        self._widen(entries, left)
+            idle.take(work, degree)
+        self._widen(entries, idle.able())
         return Decision(self._bind(scene, entries))
 
     def _width(self, scene: Scene, work: Work, step_us: Mapping[int, int]) -> int:

@@ -41,7 +41,10 @@ class Fixed(EventPolicy):
         """Higher priority first, then by arrival."""
         placement = scene.placement()
         starts: list[Start] = []
+        waiting: set[Section] = set()
         for work in sorted(scene.works, key=lambda w: (-w.request.priority, w.order)):
+            if work.section in waiting:
+                continue
             degree = 1
             if work.section is Section.STEPPED:
                 degree = self.likely_degree(dict.fromkeys(scene.degrees(work.request), 0))
@@ -49,5 +52,7 @@ class Fixed(EventPolicy):
             if members is not None:
                 starts.append(Start((work.id,), work.node, members, work.steps_left, "fcfs"))
             elif not self._overtake:
-                break
+                if not scene.partial:
+                    break
+                waiting.add(work.section)  # for workers of which others have no use
         return Decision(starts)

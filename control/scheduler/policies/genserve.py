@@ -141,7 +141,7 @@ class GenServe(EventPolicy):
         """On a holder, else where no video stands, else anywhere."""
         first = works[0]
         held = table.mask(first.where)
-        able = [b for b in bits(table.idle) if b & self._able(scene, table, first.request)]
+        able = bits(table.idle & self._can(scene, table, first))
         if able:
             bit = min(able, key=lambda b: (not b & held, bool(b & standing), b))
             table.give(works, bit, first.steps_left, "stage")
@@ -152,6 +152,12 @@ class GenServe(EventPolicy):
             can = [s.index for s in scene.seats if s.worker.can(request.model)]
             known = table.able[request.model] = sum(1 << i for i in can)
         return known
+
+    def _can(self, scene: Scene, table: Table, work: Work) -> int:
+        """Who runs its node."""
+        if not scene.mixed:
+            return self._able(scene, table, work.request)
+        return sum(1 << s.index for s in scene.seats if scene.can(s, work))
 
     # ---------------------------------------------------------------------------- videos
 
@@ -329,7 +335,7 @@ class GenServe(EventPolicy):
         left = table.open & ~used
         taken = 0
         for batch in found:
-            able = left & ~taken & self._able(scene, table, batch.works[0].request)
+            able = left & ~taken & self._can(scene, table, batch.works[0])
             if not able:
                 continue
             bit = bits(able & table.idle or able)[0]

@@ -102,8 +102,8 @@ def _fill(scene: Scene, queue: Sequence[Work], rules: ImageRules, on_time: bool)
 def alike(a: Work, b: Work) -> bool:
     """May share a batch."""
     ra, rb = a.request, b.request
-    key = (ra.model, ra.shape, ra.steps, a.node, a.first_step, a.company)
-    return key == (rb.model, rb.shape, rb.steps, b.node, b.first_step, b.company)
+    key = (ra.model, ra.shape, ra.steps, ra.workflow, a.node, a.first_step, a.company)
+    return key == (rb.model, rb.shape, rb.steps, rb.workflow, b.node, b.first_step, b.company)
 
 
 def _waits(scene: Scene, members: Sequence[Work], rules: ImageRules) -> bool:

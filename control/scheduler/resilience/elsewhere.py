@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from ..books.ledger import Ledger
+from ..outlook.standing import next_node
 from ..starts import Start
 
 NOBODY: frozenset[str] = frozenset()
@@ -18,8 +19,7 @@ def barred(ledger: Ledger, request: str) -> frozenset[str]:
     failed_on = ledger.quarantine.failed_on(request)
     if not failed_on or request not in ledger.tracked:
         return NOBODY
-    model = _model(ledger, request)
-    able = ledger.cluster.able_names(model)
+    able = _able(ledger, request)
     failed = frozenset(failed_on)
     for names in (failed.union(ledger.quarantine.on_trial()), failed):
         if not names.issuperset(able):
@@ -32,7 +32,7 @@ def barred_of(ledger: Ledger, requests: Sequence[str]) -> frozenset[str]:
     if not ledger.quarantine.any_failing:
         return NOBODY
     out = NOBODY.union(*(barred(ledger, request) for request in requests))
-    if out and out.issuperset(ledger.cluster.able_names(_model(ledger, requests[0]))):
+    if out and out.issuperset(_able(ledger, requests[0])):
         return NOBODY  # together they would have nowhere to go
     return out
 
@@ -42,8 +42,7 @@ def open_to(ledger: Ledger, request: str, names: Sequence[str], degree: int) -> 
     out = barred_of(ledger, (request,))
     if not out:
         return names
-    model = _model(ledger, request)
-    left = [n for n in ledger.cluster.able_names(model, degree) if n not in out]
+    left = [n for n in _able(ledger, request, degree) if n not in out]
     return names if len(left) < degree else [n for n in names if n not in out]
 
 
@@ -52,7 +51,7 @@ def degrees(ledger: Ledger, request: str, offered: tuple[int, ...]) -> tuple[int
     out = barred_of(ledger, (request,))
     if not out:
         return offered
-    able = ledger.cluster.able_names(_model(ledger, request))
+    able = _able(ledger, request)
     left = sum(name not in out for name in able)
     return tuple(d for d in offered if d <= left) or offered
 
@@ -62,7 +61,7 @@ def waiting(ledger: Ledger, requests: Iterable[str], idle: Sequence[str]) -> set
     found: set[str] = set()
     for request in requests if ledger.quarantine.any_failing else ():
         out = barred(ledger, request)
-        able = ledger.cluster.able_names(_model(ledger, request))
+        able = _able(ledger, request)
         if out and not any(w in able and w not in out for w in idle):
             found.add(request)
     return found
@@ -81,8 +80,7 @@ def moved(ledger: Ledger, starts: Sequence[Start], idle: Sequence[str]) -> list[
         if out[i].isdisjoint(start.workers):
             continue
         taken = {w for j, s in enumerate(found) if j != i and j not in waits for w in s.workers}
-        model = _model(ledger, start.requests[0])
-        able = ledger.cluster.able_names(model, len(start.workers))
+        able = _able_for(ledger, start)
         spare = [w for w in idle if w in able and w not in taken and w not in out[i]]
         kept = [w for w in start.workers if w not in out[i]]
         spare = [*kept, *(w for w in spare if w not in kept)]
@@ -114,12 +112,8 @@ def _may_swap(
     one, other = starts[i], starts[j]
     if i == j or len(one.workers) != len(other.workers):
         return False
-    models = [_model(ledger, s.requests[0]) for s in (one, other)]
-    workers, width = ledger.cluster.workers, len(one.workers)
-    able = all(
-        workers[w].can(model, width)
-        for model, names in ((models[0], other.workers), (models[1], one.workers))
-        for w in names
+    able = {*other.workers}.issubset(_able_for(ledger, one)) and {*one.workers}.issubset(
+        _able_for(ledger, other)
     )
     return able and out[i].isdisjoint(other.workers) and out[j].isdisjoint(one.workers)
 
@@ -141,5 +135,35 @@ def _on(ledger: Ledger, start: Start, workers: Sequence[str]) -> Start:
     return replace(start, workers=ledger.cluster.canonical(workers))
 
 
-def _model(ledger: Ledger, request: str) -> str:
-    return ledger.tracked[request].request.model
+def fitting(ledger: Ledger, starts: Sequence[Start], idle: Sequence[str]) -> list[Start]:
+    """The starts of one decision whose workers can run them. One that cannot goes, if it is a call
+    of a single worker, to an idle one that can and that nobody else got; else it waits.
+    """
+    if not ledger.named and not ledger.cluster.partial:
+        return list(starts)
+    found: list[Start] = []
+    unfit = [s for s in starts if not {*s.workers}.issubset(_able_for(ledger, s))]
+    taken = {w for s in starts if s not in unfit for w in s.workers}
+    for start in starts:
+        if start in unfit:
+            able = _able_for(ledger, start)
+            spare = [w for w in idle if w in able and w not in taken]
+            if len(start.workers) > 1 or not spare:
+                continue
+            start = _on(ledger, start, spare[:1])
+            taken.update(start.workers)
+        found.append(start)
+    return found
+
+
+def _able(ledger: Ledger, request: str, degree: int = 1) -> tuple[str, ...]:
+    """Usable workers for what a request runs next."""
+    tracked = ledger.tracked[request]
+    node = next_node(ledger, tracked)
+    wide = degree if node == tracked.stepped.node else 1
+    return ledger.able_names(tracked.request, node, wide)
+
+
+def _able_for(ledger: Ledger, start: Start) -> tuple[str, ...]:
+    request = ledger.tracked[start.requests[0]].request
+    return ledger.able_names(request, start.node, len(start.workers))

@@ -8,11 +8,13 @@ entered like any other, when its worker tells of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from ..books.cluster import Cluster, Worker
 from ..books.fetches import TRIES_MAX, FetchesUnderWay, Sent
 from ..books.ledger import Ledger
+from ..books.lifecycle import JobState
 from ..books.tracker import Tracked
 from ..values import Fetch
 
@@ -46,7 +48,9 @@ def due(ledger: Ledger) -> bool:
 def _find(ledger: Ledger, fetches: FetchesUnderWay, now_us: int) -> tuple[Fetch, ...]:
     wanted = _wanted(ledger)
     fetches.stuck.clear()
-    fetches.sent = {r: s for r, s in fetches.sent.items() if r in wanted and _same(s, wanted[r])}
+    fetches.sent = {
+        r: s for r, s in fetches.sent.items() if r in wanted and _same(ledger, s, wanted[r])
+    }
     if not wanted:
         return ()
     under_way: dict[str, int] = {}
@@ -91,7 +95,12 @@ def safe(ledger: Ledger, worker: str) -> tuple[str, ...]:
 
 def _latest_on(ledger: Ledger, worker: str) -> Iterable[tuple[str, bool]]:
     for tracked in ledger.tracked.values():
-        if tracked.holders.get(worker) == tracked.steps_done:
+        if not tracked.workflow.plain:
+            if worker in tracked.everywhere():
+                needed = [one for one in _needed(tracked) if worker in one.holders]
+                stay = all(any(_stays(ledger.cluster, n) for n in o.holders) for o in needed)
+                yield tracked.id, stay
+        elif tracked.holders.get(worker) == tracked.steps_done:
             others = (h.worker for h in tracked.latest() if h.worker != worker)
             yield tracked.id, any(_stays(ledger.cluster, name) for name in others)
 
@@ -101,12 +110,18 @@ def _stays(cluster: Cluster, name: str) -> bool:
 
 
 def _wanted(ledger: Ledger) -> dict[str, Tracked]:
-    """Parked requests of whose latest latent only leaving workers have a copy."""
+    """Parked requests of whose latest latent, or of something else that they need yet, only leaving
+    workers have a copy.
+    """
     cluster = ledger.cluster
     found: dict[str, Tracked] = {}
     if not cluster.leaving():
         return found
     for tracked in ledger.tracked.values():
+        if not tracked.workflow.plain:
+            if not tracked.outstanding and _lacking(ledger, tracked) is not None:
+                found[tracked.id] = tracked
+            continue
         if not tracked.holders or tracked.outstanding:
             continue
         living = [h.worker for h in tracked.latest() if cluster.living(h.worker)]
@@ -120,13 +135,67 @@ def _is_there(ledger: Ledger, fetch: Fetch, worker: str) -> bool:
     if fetch.worker != worker:
         return False
     tracked = ledger.tracked.get(fetch.request)
-    return tracked is None or tracked.holders.get(worker, -1) >= fetch.steps_done
+    if tracked is None:
+        return True
+    if tracked.workflow.plain:
+        return tracked.holders.get(worker, -1) >= fetch.steps_done
+    marks = tracked.marks.get(tracked.workflow.maker.get(fetch.artifact, ""))
+    if marks is None:
+        return worker in tracked.copies.get(fetch.artifact, ())
+    return marks.get(worker, -1) >= fetch.steps_done
 
 
-def _same(sent: Sent, tracked: Tracked) -> bool:
-    """The fetch is of the latent that it still goes on from."""
-    wanted = (tracked.attempt, tracked.steps_done)
-    return (sent.fetch.attempt, sent.fetch.steps_done) == wanted
+def _same(ledger: Ledger, sent: Sent, tracked: Tracked) -> bool:
+    """The fetch is of what it still goes on from."""
+    one = _fetched(ledger, tracked)
+    wanted = (tracked.attempt, one.version, one.artifact)
+    return (sent.fetch.attempt, sent.fetch.steps_done, sent.fetch.artifact) == wanted
+
+
+class _Kept(NamedTuple):
+    """Something that a request has, and needs yet."""
+
+    artifact: str
+    version: int
+    taker: str  # a node that needs it
+    holders: tuple[str, ...]
+
+
+def _needed(tracked: Tracked) -> Iterator[_Kept]:
+    """What calls take that are not done: of latents the furthest, of all else what was made."""
+    workflow = tracked.workflow
+    done = {node for node, job in tracked.jobs.items() if job.state is JobState.DONE}
+    for artifact, maker in workflow.maker.items():
+        marks = tracked.marks.get(maker)
+        holders = tracked.copies.get(artifact, ())
+        version = 0
+        if marks is not None:
+            version = max(marks.values(), default=0)
+            holders = tuple(sorted(w for w, steps in marks.items() if steps == version))
+        takers = [n for n in workflow.followers[maker] if artifact in workflow.node[n].inputs]
+        if marks is not None and maker not in done:
+            takers = [maker]
+        open_ = [n for n in takers if n not in done]
+        if holders and open_:
+            yield _Kept(artifact, version, open_[0], holders)
+
+
+def _lacking(ledger: Ledger, tracked: Tracked) -> _Kept | None:
+    """The first of these that only leaving workers have."""
+    cluster = ledger.cluster
+    for one in _needed(tracked):
+        living = [w for w in one.holders if cluster.living(w)]
+        if living and all(cluster.workers[w].leaving for w in living):
+            return one
+    return None
+
+
+def _fetched(ledger: Ledger, tracked: Tracked) -> _Kept:
+    """What is to be fetched of a wanted request."""
+    if not tracked.workflow.plain and (one := _lacking(ledger, tracked)) is not None:
+        return one
+    names = tuple(h.worker for h in tracked.latest())
+    return _Kept("", tracked.steps_done, tracked.stepped.node, names)
 
 
 def _copies(requests: Iterable[Tracked]) -> dict[str, int]:
@@ -151,17 +220,19 @@ def _destination(
         again = before is not None and before.fetch.worker == worker.name
         return again, copies.get(worker.name, 0)
 
-    able = ledger.cluster.able(tracked.request.model)
+    able = ledger.able(tracked.request, _fetched(ledger, tracked).taker)
     open_ = [w for w in able if under_way.get(w.name, 0) < WORKER_MAX]
     return min(open_, key=load).name if open_ else None
 
 
 def _fetch(ledger: Ledger, tracked: Tracked, to: str) -> Fetch:
-    holders = (h.worker for h in tracked.latest() if ledger.cluster.living(h.worker))
+    one = _fetched(ledger, tracked)
+    holders = (name for name in one.holders if ledger.cluster.living(name))
     return Fetch(
         request=tracked.id,
         attempt=tracked.attempt,
-        steps_done=tracked.steps_done,
+        steps_done=one.version,
         holder=next(holders),
         worker=to,
+        artifact=one.artifact,
     )

@@ -44,9 +44,14 @@ OUT_OF_MEMORY = "OUT_OF_MEMORY"
 MESSAGE_LOST = "MESSAGE_LOST"
 MESSAGES_LOST_MAX = 20  # in a row at one place
 BLAMED_FACTOR = 4  # failures that a worker is blamed for end a request at this many failures_max
-NOBODYS = (MESSAGE_LOST, GROUP_SPENT)
+# A file that the request brought did not come in time; the store has not said that it is gone.
+INPUT_AWAY = "INPUT_AWAY"
+NOBODYS = (MESSAGE_LOST, GROUP_SPENT, INPUT_AWAY)
+INPUT_MISSING = "INPUT_MISSING"  # a file that the request brought is gone
+CALL_REFUSED = "CALL_REFUSED"  # the request asks for what cannot be done
+HOPELESS = (INPUT_MISSING, CALL_REFUSED)  # the same wherever it is tried: the request ends
 # Reasons that say nothing of the worker that reports them.
-NOT_THE_REPORTER = (*NOBODYS, GROUP_LOST, LATENT_MISSING, OUT_OF_MEMORY)
+NOT_THE_REPORTER = (*NOBODYS, GROUP_LOST, LATENT_MISSING, OUT_OF_MEMORY, *HOPELESS)
 
 
 def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
@@ -61,8 +66,8 @@ def worker_lost(ledger: Ledger, name: str, at_us: int) -> tuple[Ended, ...]:
         held = tracked.lose(name)
         if _depends_on(ledger, tracked, name):
             restart(ledger, tracked, at_us)
-        elif held and not tracked.outstanding:
-            ledger.fall_back(tracked, parked=True)
+        elif held and not (tracked.outstanding and tracked.workflow.plain):
+            ledger.fall_back(tracked, parked=not tracked.outstanding)
     ledger.due = True
     return ()
 
@@ -77,9 +82,12 @@ def assignment_failed(ledger: Ledger, fact: AssignmentFailed) -> tuple[Ended, ..
         ledger.cluster.workers[fact.worker].revive(fact.sequence)
     requests = {m.request for m in (*assignment.batch, *(flight.left if flight else ()))}
     copies = [p for p in fact.jobs if p.request in requests]
-    for progress in copies if _leaves_latents(ledger, assignment) else ():
+    for progress in copies:
         # What a worker says of its own copy is exact.
-        latents.hold(ledger, progress.request, fact.worker, progress.steps_done, exact=True)
+        node = _latents_of(ledger, progress.request, assignment.node)
+        if node is not None:
+            done = progress.steps_done
+            latents.hold(ledger, progress.request, fact.worker, done, node, exact=True)
     if flight is None:
         for progress in copies:
             latents.profit(ledger, progress.request)
@@ -143,7 +151,7 @@ def late_report(ledger: Ledger, fact: StepsEnded) -> None:
     assignment = ledger.board.retired.get(fact.sequence)
     if assignment is not None:
         _not_hung(ledger, assignment)
-        late_copies(ledger, assignment, assignment.batch, fact.jobs)
+        late_copies(ledger, assignment, assignment.batch, fact.jobs, fact.at_us)
 
 
 def _not_hung(ledger: Ledger, assignment: Assignment) -> None:
@@ -166,7 +174,7 @@ def _blame(ledger: Ledger, assignment: Assignment, fact: AssignmentFailed) -> No
     for i, member in enumerate(members):
         tracked = ledger.tracked[member.request]
         at = place(tracked.workflow, assignment.node, tracked.steps_done)
-        part = (tracked.request.model, assignment.node)
+        part = _part(ledger, tracked, assignment.node)
         for name in blamed:
             if i == 0:  # one failure, one strike
                 others = len(blamed) > 1
@@ -189,18 +197,23 @@ def late_copies(
     assignment: Assignment,
     members: Sequence[Member],
     jobs: tuple[JobProgress, ...],
+    at_us: int,
 ) -> None:
     """What a report tells of jobs that their assignment no longer counts on."""
     known = {(m.request, m.attempt) for m in members}
     for progress in jobs:
         if (progress.request, progress.attempt) in known:
-            workers, done = assignment.workers, progress.steps_done
-            latents.hold_late(ledger, progress.request, assignment.node, workers, done)
+            latents.hold_late(ledger, progress, assignment.node, assignment.workers, at_us)
 
 
-def _leaves_latents(ledger: Ledger, assignment: Assignment) -> bool:
-    tracked = next((t for m in assignment.batch if (t := ledger.tracked.get(m.request))), None)
-    return tracked is not None and assignment.node in tracked.workflow.leave_latents
+def _latents_of(ledger: Ledger, request: str, node: str) -> str | None:
+    """Stepped node whose latents workers have at the end of a node; None: of none."""
+    tracked = ledger.tracked.get(request)
+    if tracked is None:
+        return None
+    if node in tracked.marks:
+        return node
+    return tracked.stepped.node if node in tracked.workflow.leave_latents else None
 
 
 def _one_failed(
@@ -229,11 +242,19 @@ def _own_failure(
     """It was this very job that failed."""
     if fact.reason == LATENT_MISSING:
         held = any(p.request == tracked.id for p in copies)
+        own = _latents_of(ledger, tracked.id, node)  # what the reporter has told of its copies
         for name in (*(fact.tried or [h.worker for h in member.holders]), fact.worker):
-            believed = tracked.holders.get(name, -1) >= member.first_step  # not: still on its way
-            believed = believed or name in tracked.inputs(node)
-            if believed and (name != fact.worker or not held):
+            if not tracked.workflow.plain:
+                wanted = [i for i in member.inputs if fact.artifact in ("", i.artifact)]
+                if name == fact.worker and held:
+                    wanted = [i for i in wanted if tracked.workflow.maker[i.artifact] != own]
+                tracked.lose_inputs(name, wanted)
+            elif name == fact.worker and held:
+                continue
+            elif tracked.holders.get(name, -1) >= member.first_step:  # not: still on its way
                 tracked.lose(name)
+    if fact.reason in HOPELESS:
+        return (ledger.end(tracked, Outcome.FAILED, fact.at_us, fact.reason),)
     return _strike(ledger, tracked, node, fact)
 
 
@@ -255,7 +276,8 @@ def _overrun(ledger: Ledger, assignment: Assignment, together: int) -> bool:
         return False
     request, gpus = tracked.request, ledger.gpus(assignment.workers)
     degree = len(assignment.workers)
-    news = ledger.memory.overrun(request, assignment.node, gpus, degree, together)
+    call = ledger.call(request, assignment.node)
+    news = ledger.memory.overrun(call, gpus, degree, together)
     return news and (
         together > 1 or (assignment.node == tracked.stepped.node and ledger.may_fit(request))
     )
@@ -267,13 +289,24 @@ def _depends_on(ledger: Ledger, tracked: Tracked, name: str) -> bool:
         flight = ledger.board.flights[sequence]
         if name in flight.assignment.workers:
             return True
-        sources = [
-            h.worker for m in flight.assignment.batch if m.request == tracked.id for h in m.holders
-        ]
-        waits = flight.reported_us is None and name in sources
-        if waits and not any(ledger.cluster.living(s) for s in sources):
-            return True
+        waits = flight.reported_us is None
+        for sources in _sources(flight.assignment, tracked.id) if waits else ():
+            if name in sources and not any(ledger.cluster.living(s) for s in sources):
+                return True
     return False
+
+
+def _sources(assignment: Assignment, request: str) -> list[tuple[str, ...]]:
+    """Of each thing that a job of it takes: the workers that have it."""
+    (member,) = [m for m in assignment.batch if m.request == request]
+    if member.inputs:
+        return [one.holders for one in member.inputs]
+    return [tuple([h.worker for h in member.holders])]
+
+
+def _part(ledger: Ledger, tracked: Tracked, node: str) -> tuple[str, str]:
+    call = ledger.call(tracked.request, node)
+    return call.model, call.op
 
 
 def _concerned(
@@ -298,7 +331,7 @@ def _struck_out(ledger: Ledger, tracked: Tracked, node: str, fact: AssignmentFai
         "own": ledger.settings.failures_max,
     }
     kind = "worker" if fact.suspects else "own"
-    if fact.reason in NOBODYS:
+    if fact.reason in (*NOBODYS, LATENT_MISSING):  # of the latter, a holder's, or its connection's
         kind = "message"
     else:
         tracked.failures.pop((node, tracked.steps_done, "message"), None)
@@ -307,8 +340,7 @@ def _struck_out(ledger: Ledger, tracked: Tracked, node: str, fact: AssignmentFai
     forgiven = sum(bool(b) and all(map(ledger.quarantine.bad, b)) for b in failed)
     if len(failed) >= max(limits[kind], blamed_max):
         return True
-    model = tracked.request.model
+    part, able = _part(ledger, tracked, node), ledger.able_names(tracked.request, node)
     return len(failed) - forgiven >= limits[kind] and (
-        kind != "own"
-        or ledger.quarantine.may_end(tracked.id, (model, node), ledger.cluster.able_names(model))
+        kind != "own" or ledger.quarantine.may_end(tracked.id, part, able)
     )

@@ -15,11 +15,13 @@ from itertools import pairwise
 import numpy as np
 
 from ..settings import Settings
-from ..values import DIT, TEXT, Layout, Shape
+from ..values import DIT, TEXT, VAE, Layout, Shape
 from .call_form import CELLS_MIN, CallForm
 from .profile import CellKey, Family, Profile, by_degree
 
 Cells = Mapping[CellKey, float]
+WEIGHTLESS_US = 5_000  # a call that needs no weights: of up to a megapixel, then of each
+KIN = {"encode_image": VAE}  # operations that take about what another of their part does
 
 
 class Estimator:
@@ -34,11 +36,14 @@ class Estimator:
         """Time of a call by the profile alone.
 
         A GPU kind that was not profiled is as slow as the slowest known one of the model. A model
-        that has no row at all costs `default_step_us` a call, whatever its shape.
+        that has no row at all costs `default_step_us` a call, whatever its shape; a call without
+        weights `WEIGHTLESS_US` a megapixel.
         """
         cell_us = self.profile.call_us(key)
         if cell_us is not None:
             return cell_us
+        if not key.model:
+            return WEIGHTLESS_US * max(1.0, _volume(key.shape)) * key.batch
         gpus = self.profile.gpus(key.model)
         default_step_us = self._settings.default_step_us
         if not gpus:
@@ -47,6 +52,8 @@ class Estimator:
         kinds = (key.gpu,) if key.gpu in gpus else gpus
         found = [self._there_us(by_degree(key)._replace(gpu=gpu)) for gpu in kinds]
         known = [us for us in found if us is not None]
+        if not known and key.node in KIN:
+            return self.estimate_us(key._replace(node=KIN[key.node]))
         return max(known) if known else default_step_us * key.batch
 
     def _there_us(self, key: CellKey) -> float | None:

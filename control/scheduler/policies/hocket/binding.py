@@ -127,6 +127,6 @@ class Binder:
 
     def _loads(self, wish: Wish) -> dict[str, int]:
         """Time to load the weights, by worker."""
-        ledger, model = self._ledger, wish.first.request.model
+        ledger, request = self._ledger, wish.first.request
         workers = ledger.cluster.workers
-        return {w: ledger.residency.load_us(workers[w], model, wish.node) for w in self._free}
+        return {w: ledger.load_us(workers[w], request, wish.node) for w in self._free}

@@ -59,18 +59,19 @@ def first_come(ledger: Ledger, roster: Roster, wishes: Sequence[Wish], now_us: i
         return
     started = {t.id for w in wishes for t in w.members}
     waiting: dict[tuple[object, ...], list[Tracked]] = {}
-
-    lost = {e.id for e, *_ in roster.spare}
+    last = max(w.first.order for w in single)  # who came later goes before nobody
+    spare = [e for e, *_ in roster.spare if e.tracked.order <= last]
+    lost = {e.id for e in spare}
 
     def key(tracked: Tracked, hopeful: bool) -> tuple[object, ...]:
         r = tracked.request
         node = next_node(ledger, tracked)
         hope = (tracked.promised, hopeful, tracked.id in lost)
-        return (r.model, r.shape, r.priority, tracked.alone, hope, node)
+        return (r.model, r.shape, r.workflow, r.priority, tracked.alone, hope, node)
 
     free = zip(roster.entries, roster.jobs[:, AVAIL].tolist(), strict=True)
-    for entry in [e for e, us in free if us <= now_us] + [e for e, *_ in roster.spare]:
-        if entry.id not in started:
+    for entry in [e for e, us in free if us <= now_us] + spare:
+        if entry.tracked.order < last and entry.id not in started:
             waiting.setdefault(key(entry.tracked, entry.hopeful), []).append(entry.tracked)
     for wish in single:
         equals = waiting.get(key(wish.first, wish.reason != BEST_EFFORT), [])

@@ -297,7 +297,8 @@ class Forecaster:
         who came last. One answer for all of a kind in a burst.
         """
         request = guest.request
-        key = (future.pod.index, request.model, request.shape, request.steps, request.priority)
+        kind = (request.model, request.shape, request.steps, request.workflow)
+        key = (future.pod.index, kind, request.priority)
         known = self._worth.get(key)
         if known is None:
             known = self._worth[key] = self._echo(future, guest)
@@ -311,6 +312,7 @@ class Forecaster:
         echoes = [
             self._row(future, past, arrived_us + span_us, past.deadline_us + span_us)
             for arrived_us, past in future.pod.arrivals
+            if past.workflow in self._ledger.catalogue.views  # else forgotten
             if past.deadline_us is not None and 0 <= self._now_us - arrived_us < span_us
         ]
         if not echoes:

@@ -30,8 +30,9 @@ from ...outlook.standing import next_node, workers_before
 from ...settings import Settings, SettingValue, Spec
 from ...starts import Issue, Planned, Start
 from ...values import Request
-from ...workflow import CHAIN, Section
+from ...workflow import Section
 from ..base import Newcomer, Planner
+from . import outside
 from .binding import Binder, Wish
 from .filling import SlowSteps, fill, first_come
 from .forecast import Forecaster
@@ -43,8 +44,8 @@ from .kernel import (
     Rules,
     scratch,
 )
-from .pods import Entry, Pod, Pods
-from .roster import Guard, Patience, Roster, RosterMaker, flight_end_us
+from .pods import Entry, Pod, Pods, flight_end_us
+from .roster import Guard, Patience, Roster, RosterMaker
 from .search import decide
 from .wakes import Wakes
 from .wishes import wanted
@@ -149,6 +150,7 @@ class Hocket(Planner):
         self._preload(ledger)
         self._maker.forget()
         self.operations = 0
+        outside.start(ledger, self._pods, self._maker, now_us, issue)
         self._plan_pods(ledger, self._concerned(ledger, changed, now_us), now_us, issue)
         self._planned_us = now_us
         return Planned(self._round, now_us)
@@ -175,8 +177,9 @@ class Hocket(Planner):
             most = min(int(self._read["operations_max"]), budget - spent)
             self._allowed = self._limits._replace(operations_max=max(1_000, most))
             before = self.operations
-            while self._decide(ledger, pod, now_us, issue):
-                pass  # what soon ends is followed at once
+            while self._decide(ledger, pod, now_us, issue):  # what soon ends is followed at once
+                if not self._maker.free(ledger, pod, now_us):
+                    break
             spent += self.operations - before
             spent += ENTRY_OPERATIONS * (len(pod.entries) + len(pod.workers))
             done += 1
@@ -337,13 +340,13 @@ class Hocket(Planner):
                     moves[i, k] = moving.change_us
             if bounded:
                 node = node if behind else tracked.stepped.node
-                moves[i] += self._loads_us(ledger, roster, tracked.request.model, node)
+                moves[i] += self._loads_us(ledger, roster, tracked.request, node)
         return moves
 
-    def _loads_us(self, ledger: Ledger, roster: Roster, model: str, node: str) -> list[float]:
+    def _loads_us(self, ledger: Ledger, roster: Roster, request: Request, node: str) -> list[float]:
         """By width: loading on the free workers that need it least."""
         workers = ledger.cluster.workers
-        each = sorted(ledger.residency.load_us(workers[w], model, node) for w in roster.free)
+        each = sorted(ledger.load_us(workers[w], request, node) for w in roster.free)
         return [float(each[min(k, len(each)) - 1]) for k in roster.widths]
 
     def _steal(self, ledger: Ledger, pod: Pod) -> bool:
@@ -373,7 +376,7 @@ class Hocket(Planner):
                     continue
                 self._preloaded[worker.name] = worker.incarnation
                 for model in worker.models:
-                    for node in CHAIN.order:
+                    for node in worker.nodes(model):
                         ledger.residency.preload(worker, model, node)
 
     def _room(self, n: int) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from ...books.cluster import Worker
 from ...books.ledger import Ledger
 from ...books.tracker import Tracked
+from ...outlook.standing import next_node
 from ...resilience import elsewhere
 from ...values import Request
 
@@ -83,11 +84,11 @@ class Pod:
     def fits(self, ledger: Ledger, request: Request) -> bool:
         """Has the model, and as far as is known the memory for a step of the request."""
         facts = self.workers[0].models.get(request.model)
-        if facts is None:
+        if facts is None or not self.can(request.model):
             return False
         stepped = ledger.workflow(request).stepped
         degrees = tuple(d for d in (1, *facts.degrees) if d <= len(self.workers))
-        return not ledger.memory.hopeless(request, stepped, self.gpus, degrees)
+        return not ledger.memory.hopeless(ledger.call(request, stepped), self.gpus, degrees)
 
     def serves(self, ledger: Ledger, entry: Entry) -> bool:
         """Fits the request, and has a worker on which it did not just fail."""
@@ -95,6 +96,13 @@ class Pod:
         return self.fits(ledger, entry.tracked.request) and not (
             out and out.issuperset(w.name for w in self.workers)
         )
+
+    def outside(self, ledger: Ledger, tracked: Tracked) -> bool:
+        """What a request runs next is a call that the pod's workers do not offer."""
+        if tracked.workflow.plain and not ledger.cluster.partial:
+            return False
+        node = next_node(ledger, tracked)
+        return not ledger.can(self.workers[0], tracked.request, node)
 
     def waits(self, ledger: Ledger, entry: Entry, free: Collection[str]) -> bool:
         """It failed on all workers that are free, and the pod has others."""
@@ -148,6 +156,9 @@ class Pods:
                 if request in self.where:
                     self.where[request].arrivals.append((tracked.arrived_us, tracked.request))
             pod = self.where.get(request)
+            if not self._can_stay(pod, entry):
+                changed |= self._rehouse(entry, pod)
+                pod = self.where.get(request)
             if pod is not None:
                 changed.add(pod.index)
                 changed |= self._leave_small(ledger, entry, pod)
@@ -159,6 +170,25 @@ class Pods:
         self.where[entry.id].remove(entry)
         pod.add(entry)
         self.where[entry.id] = pod
+
+    def _can_stay(self, pod: Pod | None, entry: Entry) -> bool:
+        """Where it is, somebody can run its steps; or nobody can anywhere."""
+        model = entry.tracked.request.model
+        return self.best(model) is None if pod is None else pod.can(model)
+
+    def _rehouse(self, entry: Entry, pod: Pod | None) -> set[int]:
+        """It has come to a pass of another model, or nobody could run the one before."""
+        self.homeless.pop(entry.id, None)
+        changed: set[int] = set()
+        if pod is not None:
+            changed.add(pod.index)
+            self._queues.clear()
+            pod.remove(entry)
+            del self.where[entry.id]
+            for sequence in entry.tracked.outstanding:
+                self.guests.setdefault(sequence, []).append(pod.index)
+        self._house(entry)
+        return changed
 
     def _leave_small(self, ledger: Ledger, entry: Entry, pod: Pod) -> set[int]:
         """Other workers for a request whose steps do not fit these, or that failed on them."""
@@ -209,7 +239,9 @@ class Pods:
             return set()
         self._version = ledger.cluster.version
         usable = ledger.cluster.usable()
-        workers_now: list[tuple[object, ...]] = [(w.name, w.gpu, w.models) for w in usable]
+        workers_now: list[tuple[object, ...]] = [
+            (w.name, w.gpu, w.models, w.operations) for w in usable
+        ]
         if workers_now == self._workers:
             return set()
         self._workers = workers_now
@@ -252,11 +284,13 @@ class Pods:
 
 
 def cut(workers: list[Worker], size: int) -> list[list[Worker]]:
-    """Pods of `size` to twice `size` less one workers that have the same models, in order."""
+    """Pods of `size` to twice `size` less one workers that run the same things, in order."""
     alike: dict[tuple[object, ...], list[Worker]] = {}
     for worker in workers:
-        models = tuple((m.name, m.degrees, m.batch_max) for m in worker.models.values())
-        alike.setdefault((worker.gpu, models), []).append(worker)
+        models = tuple(
+            (m.name, m.degrees, m.batch_max, m.operations) for m in worker.models.values()
+        )
+        alike.setdefault((worker.gpu, models, worker.operations), []).append(worker)
     pods: list[list[Worker]] = []
     for group in alike.values():
         count = max(1, len(group) // size)
@@ -278,3 +312,14 @@ def work_us(ledger: Ledger, request: Request) -> int:
     return (
         request.steps * ledger.predict(request, ledger.workflow(request).stepped, 1, gpus).mean_us
     )
+
+
+def flight_end_us(ledger: Ledger, sequence: int) -> int:
+    """When an assignment will be over, by its last report or its prediction; now or past: late."""
+    a = (flight := ledger.board.flights[sequence]).assignment
+    if flight.reported_us is not None:
+        return flight.reported_us + flight.steps_left * a.step_time_us
+    freed_us = [ledger.cluster.workers[w].freed_us for w in a.workers]
+    if min(freed_us) > flight.issued_us:  # what it waited for has ended: it runs since then
+        return max(freed_us) + a.end_us - a.start_us
+    return a.end_us

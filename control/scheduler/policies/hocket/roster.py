@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ...books.ledger import Ledger
-from ...books.tracker import Tracked
 from ...values import Request, Shape
 from ...workflow import Degrees
 from .kernel import (
@@ -34,7 +33,7 @@ from .kernel import (
     Floats,
     Tables,
 )
-from .pods import Entry, Pod
+from .pods import Entry, Pod, flight_end_us
 
 BATCHES_SAVE = 0.7  # of what a job costs alone
 Kind = tuple[str, Shape, str, str]  # with the workflow; last: of who shares no batch, its id
@@ -167,20 +166,22 @@ class RosterMaker:
         noted: questions between plans must not change plans.
         """
         roster = Roster(widths=widths_of(pod))
-        roster.free = self._free(ledger, pod, now_us)
+        roster.free = self.free(ledger, pod, now_us)
         rows: list[tuple[float, ...]] = []
         numbers: dict[Kind, int] = {}
         held: set[int] = set()
         aged: list[tuple[float, int]] = []
         names = {w.name for w in pod.workers}
         failing = ledger.quarantine.any_failing
+        mixed = bool(ledger.named) or ledger.cluster.partial
         for entry in pod.entries:
             tracked, request = entry.tracked, entry.tracked.request
             if ledger.tracked.get(request.id) is not tracked:
                 continue  # it ended since the last plan
             if failing and not tracked.outstanding and pod.waits(ledger, entry, roster.free):
                 continue
-            waits = self._waits(entry, now_us)
+            outside = mixed and pod.outside(ledger, tracked)  # others run its next call
+            waits = not outside and self._waits(entry, now_us)
             if waits and look and request.deadline_us is None:
                 continue  # nobody who asks looks at it
             alone = request.id if tracked.alone == tracked.stepped.node else ""
@@ -194,17 +195,23 @@ class RosterMaker:
             if not entry.need and not look:
                 entry.need = need_of(entry, prices, roster.widths)
                 self._needs.append(entry.need)
+            if waits and request.deadline_us is None:  # as its row would have it
+                entry.hopeful = False
+                roster.spare.append((entry, prices, max(0, request.steps - tracked.steps_done)))
+                continue
             if waits:
                 row = self._row_of_waiting(entry, number, prices, now_us)
             else:
                 row = self._row(ledger, entry, number, prices, names, held, now_us)
+                if outside:
+                    row = (*row[:AVAIL], max(row[AVAIL], now_us + 1.0), *row[AVAIL + 1 :])
             if row[AVAIL] <= now_us and hopeless(row, prices):
                 if row[AGED] <= 0:
                     entry.hopeful = entry.hopeful and look
                     roster.spare.append((entry, prices, int(row[STEPS_LEFT])))
                     continue
                 aged.append((row[AGED], len(rows)))
-            if row[AVAIL] > now_us and not entry.hopeful:
+            if row[AVAIL] > now_us and not entry.hopeful and tracked.outstanding:
                 flight = ledger.board.flights[tracked.outstanding[-1]]
                 if flight.assignment.step_time_us > self._fill_step_us:
                     roster.slow += int(row[WIDTH])
@@ -212,17 +219,23 @@ class RosterMaker:
             roster.entries.append(entry)
             roster.running += row[AVAIL] > now_us
             roster.promised += tracked.promised
+        self._spare_younger(roster, rows, aged)
+        roster.need = max(self._needs, default=1)
+        first = roster.spare[0][0].tracked.request if roster.spare else None
+        late = first is not None and first.deadline_us is not None  # best effort stands behind
+        roster.saving = any(price.batches_save for price in roster.prices)
+        roster.crowded = late and not roster.saving
+        roster.jobs = np.array(rows).reshape(len(rows), COLUMNS)
+        return roster
+
+    def _spare_younger(
+        self, roster: Roster, rows: list[tuple[float, ...]], aged: list[tuple[float, int]]
+    ) -> None:
         younger = sorted(aged, reverse=True)[self._patience.places :]
         for at in sorted((at for _, at in younger), reverse=True):
             row, entry = rows.pop(at), roster.entries.pop(at)
             price = roster.prices[int(row[KIND])]
             insort(roster.spare, (entry, price, int(row[STEPS_LEFT])), key=lambda s: s[0].key)
-        roster.need = max(self._needs, default=1)
-        late = any(e.tracked.request.deadline_us is not None for e, *_ in roster.spare)
-        roster.saving = any(price.batches_save for price in roster.prices)
-        roster.crowded = late and not roster.saving
-        roster.jobs = np.array(rows).reshape(len(rows), COLUMNS)
-        return roster
 
     def price(self, ledger: Ledger, pod: Pod, widths: tuple[int, ...], request: Request) -> Prices:
         """Call times of the request's kind there."""
@@ -236,24 +249,28 @@ class RosterMaker:
             def call(node: str, degree: int = 1, batch: int = 1) -> int:
                 return ledger.predict(request, node, degree, pod.gpus, batch).safe_us
 
+            def span(node: str) -> int:
+                return ledger.span(request, node).safe_us
+
             wide = workflow.node[stepped].degrees is Degrees.OFFERED
             able = tuple(k for k in widths if k == 1 or (wide and k in facts.degrees))
-            able = ledger.memory.wide_enough(request, stepped, pod.gpus, able)
+            steps_of = ledger.call(request, stepped)
+            able = ledger.memory.wide_enough(steps_of, pod.gpus, able)
             steps = [float(call(stepped, k)) if k in able else NEVER for k in widths]
             most = min(facts.batch_max, self._batch_max or facts.batch_max)
-            most = ledger.memory.batch_max(request, stepped, pod.gpus, most)
+            most = ledger.memory.batch_max(steps_of, pod.gpus, most)
             batches = [float(call(stepped, 1, b)) for b in range(1, most + 1)]
             known = Prices(
-                {node: call(node) for node in (*workflow.before, *workflow.after)},
+                {node: call(node) for node in (*workflow.upstream, *workflow.after)},
                 workflow.longest_us(workflow.before, call),
-                workflow.longest_us(workflow.after, call),
+                workflow.longest_us(workflow.behind, call if workflow.ending else span),
                 tuple(steps),
                 tuple(batches),
             )
             self._prices[key] = known
         return known
 
-    def _free(self, ledger: Ledger, pod: Pod, now_us: int) -> dict[str, int]:
+    def free(self, ledger: Ledger, pod: Pod, now_us: int) -> dict[str, int]:
         """Workers that are idle, or as good as, with when they are."""
         until_us = now_us + ledger.settings.lead_us
         ends: dict[int, int] = {}
@@ -316,8 +333,10 @@ class RosterMaker:
             flight = ledger.board.flights[sequence]
             avail_us = flight_end_us(ledger, sequence)
             if tracked.stepped.outstanding:
-                steps_left = request.steps - planned_steps(tracked, ledger)
+                steps_left = request.steps - ledger.steps_behind(tracked)
             ahead = len(outstanding) > 1 or bool(tracked.last.outstanding) or avail_us <= now_us
+            # Its next call is one of the next pass: that is not begun before these steps are told.
+            ahead = ahead or (steps_left <= 0 and not tracked.workflow.ending)
             if ahead or avail_us > now_us + ledger.settings.lead_us:
                 avail_us = max(avail_us, now_us + 1)  # nothing more can be given to it now
             else:
@@ -374,22 +393,3 @@ def widths_of(pod: Pod) -> tuple[int, ...]:
     """Degrees on offer in a pod."""
     degrees = {1} | {d for m in pod.workers[0].models.values() for d in m.degrees}
     return tuple(d for d in sorted(degrees) if d <= len(pod.workers))
-
-
-def planned_steps(tracked: Tracked, ledger: Ledger) -> int:
-    """Steps done once its outstanding assignment is over."""
-    assignment = ledger.board.flights[tracked.stepped.outstanding[-1]].assignment
-    member = next(m for m in assignment.batch if m.request == tracked.id)
-    return member.first_step + assignment.steps
-
-
-def flight_end_us(ledger: Ledger, sequence: int) -> int:
-    """When an assignment will be over, by its last report or its prediction; now or past: late."""
-    flight = ledger.board.flights[sequence]
-    a = flight.assignment
-    if flight.reported_us is not None:
-        return flight.reported_us + flight.steps_left * a.step_time_us
-    freed_us = [ledger.cluster.workers[w].freed_us for w in a.workers]
-    if min(freed_us) > flight.issued_us:  # what it waited for has ended: it runs since then
-        return max(freed_us) + a.end_us - a.start_us
-    return a.end_us

@@ -10,8 +10,7 @@ import heapq
 from collections.abc import Iterable
 
 from ...books.ledger import Ledger
-from .pods import Pod, Pods
-from .roster import flight_end_us
+from .pods import Pod, Pods, flight_end_us
 
 
 class Wakes:

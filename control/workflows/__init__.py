@@ -1,0 +1,1 @@
+"""Workflows of requests, as the scheduler and the workers have them."""

@@ -1,0 +1,1 @@
+"""Workflows at the gateway: found by name, checked against a request, registered."""

@@ -1,0 +1,1 @@
+"""Generated stubs of KEDA's external scaler: `make proto`."""
