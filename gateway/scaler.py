@@ -106,12 +106,14 @@ class KedaScaler(ExternalScalerServicer):
     async def StreamIsActive(
         self, request: ScaledObjectRef, context: Context
     ) -> AsyncIterator[IsActiveResponse]:
+        """Says nothing while a new leader has not heard all workers: what was told holds."""
         told: bool | None = None
         while True:
-            active = self._wanted(request, context) > 0
-            if active != told:
-                yield IsActiveResponse(result=active)
-            told = active
+            if not self._cluster.fresh.pools_settling:
+                active = self._wanted(request, context) > 0
+                if active != told:
+                    yield IsActiveResponse(result=active)
+                told = active
             await self._cluster.heard()
 
     async def GetMetricSpec(
