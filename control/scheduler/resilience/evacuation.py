@@ -162,8 +162,11 @@ class _Kept(NamedTuple):
 
 
 def _needed(tracked: Tracked) -> Iterator[_Kept]:
-    """What calls take that are not done: of latents the furthest, of all else what was made."""
+    """What calls take that are not done: of latents the furthest, of all else what was made. The
+    latents of a pass that has begun stand for what it took.
+    """
     workflow = tracked.workflow
+    begun = {node for node, marks in tracked.marks.items() if marks}
     done = {node for node, job in tracked.jobs.items() if job.state is JobState.DONE}
     for artifact, maker in workflow.maker.items():
         marks = tracked.marks.get(maker)
@@ -175,7 +178,7 @@ def _needed(tracked: Tracked) -> Iterator[_Kept]:
         takers = [n for n in workflow.followers[maker] if artifact in workflow.node[n].inputs]
         if marks is not None and maker not in done:
             takers = [maker]
-        open_ = [n for n in takers if n not in done]
+        open_ = [n for n in takers if n not in done and (n == maker or n not in begun)]
         if holders and open_:
             yield _Kept(artifact, version, open_[0], holders)
 
