@@ -82,6 +82,8 @@ async def test_inputs_are_here_before_their_turn_and_nobody_is_asked_again(
         assert worker.me.shelf.steps_done("r1") == 0
     for each in orders[1:]:
         with worker.sources.in_hand(each):
+            await until(lambda: len(worker.ask.seen) == len(orders))
+            await until(lambda: worker.ahead.size_bytes > 0)
             worker.obtain(each)
     assert (worker.ahead.size_bytes, worker.ahead.taken) == (0, 4)
     assert len(worker.ask.seen) == 4
