@@ -23,6 +23,7 @@ from control.scheduler.workflow import (
 )
 from hocket.strength import steps_to_run
 from hocket.v1 import control_pb2, workflows_pb2
+from hocket.workflows import sizes
 from hocket.workflows.catalogue import (
     EMBEDDINGS,
     FILE,
@@ -117,8 +118,8 @@ def workflow_of(submit: control_pb2.SubmitRequest) -> Workflow:
 
 def models_of(submit: control_pb2.SubmitRequest) -> list[str]:
     """Models whose weights a request needs, its own first."""
-    named = [node.model for node in submit.workflow.nodes if OPERATIONS[node.op].part]
-    return list(dict.fromkeys(name or submit.request.spec.model for name in ("", *named)))
+    own = submit.request.spec.model
+    return list(dict.fromkeys((own, *sizes.models_of(submit.workflow, own))))
 
 
 def steps_at(submit: control_pb2.SubmitRequest, node: str) -> int:
